@@ -1,0 +1,218 @@
+"""The settings of the engine: what is searched, how it is truncated, when the ticket is drawn.
+
+Typed, frozen and strict.  All mistakes are reported at once, each with the key it concerns and,
+for an unknown key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import Self
+
+from .errors import ConfigError
+from .interval import Interval
+
+__all__ = [
+    "PRESETS",
+    "ElbowConfig",
+    "SearchConfig",
+    "Settings",
+    "TicketConfig",
+    "TruncationConfig",
+    "WormConfig",
+    "merge",
+]
+
+IntervalField = Annotated[
+    Interval,
+    BeforeValidator(Interval.parse),
+    PlainSerializer(str, return_type=str),
+]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "worm": {},
+    "worm-paper": {
+        "search": {"elbow": {"min_masks": 5}},
+        "truncation": {"mode": "soft", "ratio": 0.003, "channels": "newest"},
+    },
+    "early-bird": {"truncation": {"mode": "off"}},
+    "dense": {"search": {"enabled": False}, "truncation": {"mode": "off"}},
+}
+"""What each preset changes of the defaults.
+
+``worm``: hard truncation with fading.  ``worm-paper``: the published algorithm (PMLR 262:232-240),
+soft truncation of the scales once the window is full.  ``early-bird``: search only (arXiv
+1909.11957).  ``dense``: no search at all.
+"""
+
+
+class Settings(BaseModel):
+    """A strict, frozen part of a configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    @classmethod
+    def keys(cls, prefix: str = "") -> Iterator[str]:
+        """Every dotted key below this part."""
+        for name, field in cls.model_fields.items():
+            part = field.annotation
+            if isinstance(part, type) and issubclass(part, Settings):
+                yield from part.keys(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+
+class ElbowConfig(Settings):
+    """When truncation may start."""
+
+    rule: Literal["margin", "relative", "kneedle"] = "margin"
+    """``margin``: mean distance below ``search.settled + margin`` (the paper's).  ``relative``:
+    below ``fraction`` of the largest mean so far.  ``kneedle``: the kneed library's knee."""
+    margin: float = Field(default=0.05, ge=0, le=1)
+    fraction: float = Field(default=0.5, gt=0, lt=1)
+    min_masks: int = Field(default=3, ge=2)
+    """No rule fires before this many masks are in the history."""
+
+
+class SearchConfig(Settings):
+    """Which channels matter, and when that is known."""
+
+    enabled: bool = True
+    prune_ratio: float = Field(default=0.5, ge=0, lt=1)
+    """Share p of all channels that the mask drops, exact to the channel."""
+    floor: float = Field(default=0.1, ge=0, lt=1)
+    """Share of its channels that every group keeps; at least one."""
+    every: IntervalField = Interval(1, "ep")
+    """How often the trainer calls ``check``.  In your own loop, call it that often."""
+    window: int = Field(default=5, ge=2)
+    """Number of newest masks whose distances decide."""
+    settled: float = Field(default=0.1, gt=0, le=1)
+    """The ticket is found when every distance in a full window is below this."""
+    elbow: ElbowConfig = ElbowConfig()
+    l1: float = Field(default=1e-4, ge=0)
+    """Weight of the L1 penalty on the scales."""
+
+    @model_validator(mode="after")
+    def _ratio_leaves_the_floor(self) -> Self:
+        if self.prune_ratio + self.floor > 1:
+            raise ValueError(
+                f"prune_ratio {self.prune_ratio:g} and floor {self.floor:g} contradict: "
+                "together they exceed 1"
+            )
+        return self
+
+
+class TruncationConfig(Settings):
+    """What frozen channels stop doing."""
+
+    mode: Literal["hard", "soft", "off"] = "hard"
+    ratio: float = Field(default=0.003, ge=0, le=1)
+    """Soft mode: what remains of the gradients of a dropped channel's scale and shift."""
+    channels: Literal["newest", "static"] = "newest"
+    """Freeze what the newest mask drops, or only what every mask in the window drops."""
+    scope: Literal["norm", "producer", "coupled"] = "producer"
+    """Freeze the norm's scale and shift; also the filters that feed it; also the consumers' input
+    columns.  Soft mode knows only ``norm``."""
+    motion: Literal["fade", "hold", "free"] = "fade"
+    """A frozen channel fades to exact zero, is held bit for bit, or still moves by the optimizer's
+    momentum and decay and by the penalty."""
+    fade: IntervalField = Interval(1, "ep")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_freezing(cls, values: Any) -> Any:
+        """Modes that freeze nothing have one scope and one motion; ``hard`` has the defaults."""
+        if isinstance(values, Mapping) and values.get("mode") in ("soft", "off"):
+            return {"scope": "norm", "motion": "free", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _only_hard_freezes(self) -> Self:
+        wrong = [
+            f"{key} {value!r} contradicts mode {self.mode!r}, which freezes nothing"
+            for key, value, only in (
+                ("scope", self.scope, "norm"),
+                ("motion", self.motion, "free"),
+            )
+            if self.mode != "hard" and value != only
+        ]
+        if self.motion == "fade" and self.scope == "norm":
+            wrong.append("scope 'norm' contradicts motion 'fade', which holds the filters too")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+class TicketConfig(Settings):
+    """When the ticket is drawn, and what is done at once after."""
+
+    settle: IntervalField = Interval(1, "ep")
+    """How long after the fade's end the network trains before it may be drawn."""
+    recalibrate_batches: int = Field(default=8, ge=0)
+    """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew after
+    the draw; the engine keeps references to them while it searches.  0 turns it off."""
+
+
+class WormConfig(Settings):
+    """All settings of the engine.
+
+    Raises:
+        ConfigError: listing every mistake at once.
+    """
+
+    search: SearchConfig = SearchConfig()
+    truncation: TruncationConfig = TruncationConfig()
+    ticket: TicketConfig = TicketConfig()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(error, list(self.keys())))) from None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The preset called ``name``, with ``changes`` on top.
+
+        Raises:
+            ConfigError: there is no such preset, or the changes are not valid.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        return cls(**merge(PRESETS[name], changes))
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` on top, part by part."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        both_are_parts = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both_are_parts else value  # type: ignore[arg-type]
+    return merged
+
+
+def _explain(error: ValidationError, valid_keys: list[str]) -> Iterator[str]:
+    """One line for each mistake: the key, what is wrong with it, what was given."""
+    for mistake in error.errors(include_url=False):
+        key = ".".join(str(part) for part in mistake["loc"]) or "config"
+        if mistake["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{key}: unknown key{hint}"
+        elif mistake["type"] == "value_error":
+            yield f"{key}: {mistake['ctx']['error']}"
+        else:
+            yield f"{key}: {mistake['msg']}, got {mistake['input']!r}"
