@@ -1,0 +1,97 @@
+"""The networks that can be trained by name.
+
+Our own are those for small images: ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20`` and
+``resnet56``.  Every classification model of torchvision is there too, untrained; one whose name is
+also ours is reached as ``torchvision/<name>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from ..errors import ConfigError
+from .resnet import resnet18, resnet20, resnet56
+from .vgg import vgg11_bn, vgg_small
+
+__all__ = ["build_model"]
+
+TORCHVISION = "torchvision/"
+
+OWN: Mapping[str, Callable[..., nn.Module]] = {
+    "vgg_small": vgg_small,
+    "vgg11_bn": vgg11_bn,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+}
+
+
+def build_model(
+    name: str, num_classes: int, in_channels: int, arguments: Mapping[str, Any] = {}
+) -> nn.Module:
+    """The network called ``name``, freshly initialised from torch's random state.
+
+    It maps images ``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``.
+
+    Args:
+        arguments: further keyword arguments of its constructor.
+
+    Raises:
+        ConfigError: there is no such network, it does not take these arguments or this number of
+            channels, or it answers with more than logits.
+    """
+    if name in OWN:
+        return _call(OWN[name], name, arguments, num_classes=num_classes, in_channels=in_channels)
+    return _torchvision_model(name, num_classes, in_channels, arguments)
+
+
+def _torchvision_model(
+    name: str, num_classes: int, in_channels: int, arguments: Mapping[str, Any]
+) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    plain = name.removeprefix(TORCHVISION)
+    if plain not in known:
+        raise ConfigError(_unknown(name, [*OWN, *known, *(TORCHVISION + other for other in known)]))
+    if in_channels != 3:
+        raise ConfigError(
+            f"model.name: {plain!r} of torchvision takes images of 3 channels, the data has "
+            f"{in_channels}; use one of {', '.join(OWN)}"
+        )
+    build = torchvision.models.get_model_builder(plain)
+    model = _call(build, name, arguments, weights=None, num_classes=num_classes)
+    if getattr(model, "aux_logits", False):
+        raise ConfigError(
+            f"model.arguments: {plain!r} answers with auxiliary logits, which the trainer does not "
+            "learn from; set aux_logits: false"
+        )
+    return model
+
+
+def _call(
+    build: Callable[..., nn.Module], name: str, arguments: Mapping[str, Any], **given: Any
+) -> nn.Module:
+    taken = sorted(given.keys() & arguments.keys())
+    if taken:
+        raise ConfigError(
+            f"model.arguments: remove {', '.join(taken)}; the data say how many classes and "
+            "channels there are, and networks start untrained"
+        )
+    try:
+        return build(**given, **arguments)
+    except ConfigError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.arguments: {name!r} does not take {dict(arguments)}: {error}"
+        ) from error
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(OWN)}, or torchvision's"
+    return f"model.name: there is no {name!r}; {hint}"
