@@ -54,7 +54,7 @@ def test_images_become_logits(name: str, in_channels: int, side: int) -> None:
 def test_residual_stem_keeps_the_image_and_later_stages_halve_it(name: str) -> None:
     model = build_model(name, 10, 3)
     sides: list[int] = []
-    for stage in model.stages:
+    for stage in model.get_submodule("stages").children():
         stage.register_forward_hook(lambda _module, _inputs, output: sides.append(output.shape[-1]))
     model(torch.randn(1, 3, 32, 32))
     assert sides == [32 >> number for number in range(len(sides))]

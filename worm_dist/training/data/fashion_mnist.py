@@ -1,0 +1,101 @@
+"""Fashion-MNIST from files that are already on this machine.
+
+Two layouts are read, each with plain or gzipped files: torchvision's (``FashionMNIST/raw`` below
+the root) and the files in the root itself, as Debian's package dataset-fashion-mnist has them.
+Nothing is ever written there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from ...errors import ConfigError
+from ..run_config import DataConfig
+from .idx import read_idx
+from .split import Data, folder
+
+__all__: list[str] = []
+
+NUM_CLASSES = 10
+SIDE = 28
+MEAN, STD = 0.2860, 0.3530
+"""Of the training split, with bytes scaled to 0..1."""
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Bytes in memory, ``[samples, 28, 28]``; each is transformed when it is asked for."""
+
+    def __init__(self, images: Tensor, classes: Tensor, transform: transforms.Compose) -> None:
+        self.images = images.unsqueeze(1)
+        self.classes = classes.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.classes[index]
+
+
+def load(config: DataConfig) -> Data:
+    """60000 images to train on and 10000 to test on, crops and flips for training.
+
+    Raises:
+        ConfigError: a file is missing or damaged; it says where it was looked for.
+    """
+    root = folder(config)
+    steps = [transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)]
+    motion: list[Any] = [transforms.RandomCrop(SIDE, padding=2), transforms.RandomHorizontalFlip()]
+    train = _Images(
+        *_read(root, "train"), transforms.Compose([*(motion if config.augment else []), *steps])
+    )
+    test = _Images(*_read(root, "t10k"), transforms.Compose(steps))
+    return Data(
+        train=train,
+        test=test,
+        num_classes=NUM_CLASSES,
+        sample_shape=(1, SIDE, SIDE),
+        description=f"Fashion-MNIST: {len(train)} train / {len(test)} test, from {root}",
+    )
+
+
+def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
+    images_path = _find(root, f"{split}-images-idx3-ubyte")
+    classes_path = _find(root, f"{split}-labels-idx1-ubyte")
+    images, classes = _tensor(images_path, 3), _tensor(classes_path, 1)
+    if images.shape[1:] != (SIDE, SIDE):
+        raise ConfigError(
+            f"data.root: {images_path} holds images of {images.shape[1]}x{images.shape[2]}, "
+            f"Fashion-MNIST has {SIDE}x{SIDE}"
+        )
+    if len(images) != len(classes) or len(images) == 0 or int(classes.max()) >= NUM_CLASSES:
+        raise ConfigError(
+            f"data.root: {images_path} and {classes_path} do not belong together: {len(images)} "
+            f"images, {len(classes)} classes; get both anew"
+        )
+    return images, classes
+
+
+def _find(root: Path, name: str) -> Path:
+    folders = (root / "FashionMNIST" / "raw", root)
+    for path in (place / file for place in folders for file in (name, f"{name}.gz")):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"data.root: there is no {name} or {name}.gz in {folders[0]} nor in {root}; on Debian, "
+        "`apt-get install dataset-fashion-mnist` puts them into /usr/share/datasets/fashion-mnist"
+    )
+
+
+def _tensor(path: Path, num_dims: int) -> Tensor:
+    try:
+        return read_idx(path, num_dims)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ConfigError(f"data.root: cannot read {path}: {error}; get it anew") from error

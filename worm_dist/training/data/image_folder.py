@@ -1,0 +1,90 @@
+"""Images in folders, one folder a class: ``root/train/<class>/...`` and ``root/val/<class>/...``.
+
+This is how ImageNet usually lies on a disk; crops, flips and statistics are ImageNet's too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import pil_loader
+
+from ...errors import ConfigError
+from ..run_config import DataConfig
+from .split import Data, folder
+
+__all__ = ["DamagedImageError"]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZE_OVER_CROP = 256 / 224
+
+
+class DamagedImageError(ConfigError):
+    """An image file cannot be decoded.
+
+    A loader process hands errors over as one string, traceback and all; from it only the message
+    is kept, so that the user reads the same with and without such processes.
+    """
+
+    KEY = "data.root: "
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.KEY + message.rpartition(self.KEY)[2].strip())
+
+
+def load(config: DataConfig) -> Data:
+    """The images below ``train`` and ``val``, cut to squares of ``config.image_size``.
+
+    Raises:
+        ConfigError: a folder is missing or has a class without images, or the two splits have
+            different classes.
+        DamagedImageError: later, by the sample that meets such a file.
+    """
+    root, size = folder(config), config.image_size
+    normal = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    centre = [transforms.Resize(int(size * RESIZE_OVER_CROP)), transforms.CenterCrop(size)]
+    motion = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    train = _split(root / "train", [*(motion if config.augment else centre), *normal])
+    test = _split(root / "val", [*centre, *normal])
+    _check_same_classes(train, test)
+    return Data(
+        train=train,
+        test=test,
+        num_classes=len(train.classes),
+        sample_shape=(3, size, size),
+        description=(
+            f"images in folders: {len(train)} train / {len(test)} test, "
+            f"{len(train.classes)} classes, from {root}"
+        ),
+    )
+
+
+def _split(place: Path, steps: list[object]) -> ImageFolder:
+    try:
+        return ImageFolder(str(place), transform=transforms.Compose(steps), loader=_decode)
+    except OSError as error:
+        raise ConfigError(
+            f"data.root: cannot use {place}: {error}; it must hold one folder for each class, "
+            "each with images"
+        ) from error
+
+
+def _decode(path: str) -> object:
+    try:
+        return pil_loader(path)
+    except Exception as error:  # Decoders fail in many ways; all mean that this file is no image.
+        raise DamagedImageError(
+            f"cannot read the image {Path(path).absolute()}: {error}; replace or remove it"
+        ) from error
+
+
+def _check_same_classes(train: ImageFolder, test: ImageFolder) -> None:
+    for one, other in ((train, test), (test, train)):
+        alone = sorted(set(one.classes) - set(other.classes))
+        if alone:
+            raise ConfigError(
+                f"data.root: {len(alone)} classes of {one.root} are not in {other.root}, such as "
+                f"{', '.join(alone[:3])}; both must have the same"
+            )

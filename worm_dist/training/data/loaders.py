@@ -1,0 +1,95 @@
+"""Each rank's share of the data, batch by batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from ...errors import ConfigError
+from ..run_config import DataConfig
+from .replay import EpochSampler, Replayed, seed_from
+from .split import Data
+
+__all__ = ["test_loader", "train_loader"]
+
+
+def train_loader(
+    data: Data, config: DataConfig, rank: int, world_size: int, seed: int, device: torch.device
+) -> DataLoader[Any]:
+    """Batches of ``config.batch_size / world_size`` shuffled, augmented samples of this rank.
+
+    Every rank has the same number of batches; samples that fill no batch on all ranks are left
+    out, others in every epoch.  Call ``loader.sampler.set_epoch(epoch)`` before each epoch: order
+    and augmentation follow from ``seed`` and ``epoch``.  The global random state is not touched.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly, or the split is smaller than a batch.
+    """
+    batch_size = _per_rank(config, world_size)
+    num_samples = len(data.train)  # type: ignore[arg-type]
+    if num_samples < config.batch_size:
+        raise ConfigError(
+            f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the "
+            "training split; no epoch would have a step"
+        )
+    samples = Replayed(data.train, seed)
+    sampler = EpochSampler(
+        samples, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
+    )
+    generator = torch.Generator().manual_seed(seed_from(seed, rank))
+    return _loader(samples, config, batch_size, device, sampler, generator)
+
+
+def test_loader(
+    data: Data, config: DataConfig, rank: int, world_size: int, device: torch.device
+) -> DataLoader[Any]:
+    """Every ``world_size``-th sample of the test split from ``rank`` on, in order.
+
+    Together the ranks have every sample once, so that summed counts are exact.  A rank may have
+    one sample, and so one batch, less than another: no collective may run for each batch.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    num_samples = len(data.test)  # type: ignore[arg-type]
+    share = Subset(data.test, range(rank, num_samples, world_size))
+    generator = torch.Generator().manual_seed(rank)
+    return _loader(share, config, _per_rank(config, world_size), device, None, generator)
+
+
+def _loader(
+    samples: Dataset[Any],
+    config: DataConfig,
+    batch_size: int,
+    device: torch.device,
+    sampler: Sampler[Any] | None,
+    generator: torch.Generator,
+) -> DataLoader[Any]:
+    """Only training, which has a ``sampler``, drops the last, smaller batch.
+
+    The ``generator`` seeds loader processes; without one, the global random state would.
+    """
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=sampler is not None,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=generator,
+    )
+
+
+def _per_rank(config: DataConfig, world_size: int) -> int:
+    share, rest = divmod(config.batch_size, world_size)
+    if rest:
+        below, above = share * world_size, (share + 1) * world_size
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"data.batch_size: {config.batch_size} is not divisible by {world_size} ranks; "
+            f"take {nearest}"
+        )
+    return share

@@ -1,0 +1,48 @@
+"""Augmentation that can be replayed: it depends on the seed, the epoch and the sample alone.
+
+Transforms draw from torch's one global random state.  What a sample is given there would depend on
+the samples before it, on how many loader processes there are and how long they have lived, so that
+a resumed run would see other images than the run that was never killed.  Therefore the sampler
+hands out (epoch, index) pairs, and the state is set from them for the time of one sample.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+__all__ = ["EpochSampler", "Replayed", "seed_from"]
+
+
+def seed_from(*numbers: int) -> int:
+    """32 well-mixed bits, which is what torch's generator on the CPU uses of a seed."""
+    return zlib.crc32(" ".join(map(str, numbers)).encode())
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A :class:`DistributedSampler` of (epoch, index) pairs; ``set_epoch`` as ever."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class Replayed(Dataset[Any]):
+    """``samples``, asked for by (epoch, index), each under a random state of its own."""
+
+    def __init__(self, samples: Dataset[Any], seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        # Not torch.manual_seed: that would reseed the devices too.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
+            return self.samples[index]
