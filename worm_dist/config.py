@@ -32,6 +32,7 @@ __all__ = [
     "TicketConfig",
     "TruncationConfig",
     "WormConfig",
+    "WormParts",
     "merge",
 ]
 
@@ -65,13 +66,12 @@ class Settings(BaseModel):
 
     @classmethod
     def keys(cls, prefix: str = "") -> Iterator[str]:
-        """Every dotted key below this part."""
+        """Every dotted key below this part, the parts themselves included."""
         for name, field in cls.model_fields.items():
             part = field.annotation
+            yield f"{prefix}{name}"
             if isinstance(part, type) and issubclass(part, Settings):
                 yield from part.keys(f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}"
 
 
 class ElbowConfig(Settings):
@@ -148,8 +148,6 @@ class TruncationConfig(Settings):
             )
             if self.mode != "hard" and value != only
         ]
-        if self.motion == "fade" and self.scope == "norm":
-            wrong.append("scope 'norm' contradicts motion 'fade', which holds the filters too")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -165,12 +163,8 @@ class TicketConfig(Settings):
     the draw; the engine keeps references to them while it searches.  0 turns it off."""
 
 
-class WormConfig(Settings):
-    """All settings of the engine.
-
-    Raises:
-        ConfigError: listing every mistake at once.
-    """
+class WormParts(Settings):
+    """The three parts of the engine's settings; their holder reports all mistakes at once."""
 
     search: SearchConfig = SearchConfig()
     truncation: TruncationConfig = TruncationConfig()
@@ -181,6 +175,14 @@ class WormConfig(Settings):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(error, list(self.keys())))) from None
+
+
+class WormConfig(WormParts):
+    """All settings of the engine.
+
+    Raises:
+        ConfigError: listing every mistake at once.
+    """
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -1,0 +1,95 @@
+"""Attachment: the training that an engine is attached to: wrapped network, optimizer, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .cluster.wrap import Bare, DataParallel, wrapping_of
+from .observer import Observer, Traffic
+from .ticket.statistics import recalibrate
+from .ticket.surgery import Cut, remove_channels
+from .ticket.transplant import transplant
+from .truncation.ddp import PackedReduction
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """What is trained, how it is wrapped, and what is heard of it.
+
+    Args:
+        model: wrapped, or bare on a single process.
+        optimizer: of its parameters.
+        num_calls: how many of the newest inputs to remember.
+        before_step, after_step: called around every optimizer step.
+
+    Attributes:
+        model: wrapped; another one after ``shrink`` and ``wrap_again``.
+        network: not wrapped; always the same object.
+        ranks: the processes that train together.
+        reduction: state of the communication hook while there is one.
+        traffic: bytes of the last step, and of all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        num_calls: int,
+        before_step: Callable[[], None],
+        after_step: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.wrapping: Bare | DataParallel = wrapping_of(model)
+        self.network = self.wrapping.network
+        self.ranks = self.wrapping.ranks
+        self.reduction: PackedReduction | None = None
+        self.traffic = Traffic()
+        self._after_step = after_step
+        self._dense_bytes = self._gradient_bytes()
+        self._observer = Observer(self.network, optimizer, num_calls, before_step, self._stepped)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps since the engine was attached."""
+        return self._observer.step
+
+    def shrink(self, cuts: Sequence[Cut]) -> None:
+        """Remove channels; optimizer, statistics and wrapper follow.  Collective."""
+        before = dict(self.network.named_parameters())
+        self.optimizer.zero_grad(set_to_none=True)
+        remove_channels(self.network, cuts)
+        transplant(self.optimizer, before, dict(self.network.named_parameters()), cuts)
+        if self._observer.calls:
+            recalibrate(self.network, self._observer.calls, self.ranks)
+        self._observer.forget_inputs()
+        self.wrap_again()
+
+    def wrap_again(self) -> None:
+        """Put the network into a new wrapper with the old one's arguments and no hooks."""
+        self.model = self.wrapping.wrapped_again()
+        self.wrapping = wrapping_of(self.model)
+        self.reduction = None
+        self._dense_bytes = self._gradient_bytes()
+
+    def remove(self) -> None:
+        """Hear nothing of the training from now on."""
+        self._observer.remove()
+
+    def _stepped(self) -> None:
+        self._after_step()
+        sent_bytes = self._dense_bytes
+        if self.reduction is not None:
+            sent_bytes, self.reduction.sent_bytes = self.reduction.sent_bytes, 0
+        self.traffic.add_step(sent_bytes, self._dense_bytes)
+
+    def _gradient_bytes(self) -> int:
+        """What a dense step hands to the all-reduce; nothing without a wrapper."""
+        if isinstance(self.wrapping, Bare):
+            return 0
+        trained = (p for p in self.network.parameters() if p.requires_grad)
+        return sum(p.numel() * p.element_size() for p in trained)

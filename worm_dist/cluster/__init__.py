@@ -1,0 +1,1 @@
+"""What the ranks agree on: the only ad-hoc collectives."""

@@ -1,0 +1,146 @@
+"""Agree: everything that the ranks tell one another outside of gradient reduction.
+
+Every rank calls the same methods in the same order, whatever its data.  A check costs one sum of
+the scores, one comparison of digests and one broadcast of a verdict of fixed size; none of them
+grows with the history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DivergenceError
+
+__all__ = ["Alone", "Parts", "Ranks", "Together"]
+
+Parts = Mapping[str, Mapping[str, bytes]]
+"""What must be equal on all ranks: ``{what: {group: bytes}}``."""
+
+
+class Ranks(Protocol):
+    """The processes that train one network together."""
+
+    rank: int
+    size: int
+    sent_bytes: int
+    """Handed to these collectives so far."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average of a tensor over the ranks, the same bits on each."""
+
+    def require_equal(self, parts: Parts, when: str) -> None:
+        """Compare bits across the ranks.
+
+        Raises:
+            DivergenceError: on every rank, naming what differs, the ranks and the group.
+        """
+
+    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+        """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``."""
+
+
+class Alone:
+    """One process without a process group."""
+
+    rank = 0
+    size = 1
+    sent_bytes = 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values
+
+    def require_equal(self, parts: Parts, when: str) -> None:
+        pass
+
+    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+        return decide()
+
+
+class Together:
+    """The ranks of a process group.
+
+    Args:
+        group: the process group that the gradients are reduced in.
+        device: where its collectives expect their tensors.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.sent_bytes = 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        mean = values.to(self._device, copy=True).div_(self.size)
+        self._count(mean)
+        dist.all_reduce(mean, group=self._group)
+        return mean
+
+    def require_equal(self, parts: Parts, when: str) -> None:
+        # The MAX of [d, -d] shows the largest and the smallest d at once: equal if all are.
+        # No backend can see that two ranks pack different channels of equal count.
+        whole = torch.cat([_numbers(_digest(groups)) for groups in parts.values()])
+        extremes = torch.stack([whole, -whole]).to(self._device)
+        self._count(extremes)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
+        largest, minus_smallest = extremes.cpu()
+        if not torch.equal(largest, -minus_smallest):
+            self._explain(parts, when)
+
+    def _explain(self, parts: Parts, when: str) -> None:
+        """Every rank saw the difference, so every rank may afford one more exchange."""
+        everyone: list[Any] = [None] * self.size
+        digests = {
+            (what, group): hashlib.blake2b(value, digest_size=8).hexdigest()
+            for what, groups in parts.items()
+            for group, value in groups.items()
+        }
+        dist.all_gather_object(everyone, digests, group=self._group)
+        lines = []
+        for what, group in {key: None for digests in everyone for key in digests}:
+            values = [digests.get((what, group)) for digests in everyone]
+            (usual, votes), *_ = Counter(values).most_common(1)
+            if votes == self.size:
+                continue
+            # Without a majority rank zero is the reference.
+            usual = usual if votes > self.size / 2 else values[0]
+            odd = [str(rank) for rank, value in enumerate(values) if value != usual]
+            lines.append(f"{what} of group {group}: rank {', '.join(odd)} differs")
+        raise DivergenceError(
+            f"the ranks no longer hold the same network ({when}): "
+            + "; ".join(lines)
+            + ". Start again from the last checkpoint; look for rank-dependent code, data or seeds "
+            "that reach the weights outside of the averaged gradients"
+        )
+
+    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+        decision = decide() if self.rank == 0 else torch.empty(size, dtype=torch.float64)
+        assert decision.shape == (size,) and decision.dtype == torch.float64
+        decision = decision.to(self._device)
+        self._count(decision)
+        dist.broadcast(decision, group=self._group, group_src=0)
+        return decision.cpu()
+
+    def _count(self, payload: Tensor) -> None:
+        self.sent_bytes += payload.numel() * payload.element_size()
+
+
+def _digest(groups: Mapping[str, bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in groups.items():
+        digest.update(f"{name}:{len(value)}:".encode())
+        digest.update(value)
+    return digest.digest()
+
+
+def _numbers(digest: bytes) -> Tensor:
+    """int64 ``[len / 4]``; of 32 bits each, so that their negatives are numbers too."""
+    return torch.frombuffer(bytearray(digest), dtype=torch.int32).to(torch.int64)

@@ -1,0 +1,107 @@
+"""Wrap: from what the user trains to the bare network, and back after a draw."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import BackendError
+from .agree import Alone, Ranks, Together
+
+__all__ = ["Bare", "DataParallel", "wrapping_of"]
+
+
+class Bare:
+    """Not wrapped at all: one process."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.ranks: Ranks = Alone()
+
+    def require_free_for_a_hook(self) -> None:
+        """Nothing to ask: no gradients are sent."""
+
+    def wrapped_again(self) -> nn.Module:
+        """The network as it is now, ready for training."""
+        return self.network
+
+
+class DataParallel:
+    """torch's DistributedDataParallel."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.model = model
+        self.network: nn.Module = model.module
+        self.process_group: dist.ProcessGroup = model.process_group
+        self.ranks: Ranks = Together(self.process_group, model.device)
+
+    def require_free_for_a_hook(self) -> None:
+        """Hard truncation needs the wrapper's communication hook.
+
+        Raises:
+            BackendError: it is taken; torch allows one, and the user's is never replaced.
+        """
+        if self.model._comm_hooks:
+            (hook, _), *_ = self.model._comm_hooks
+            raise BackendError(
+                f"attach: the model already has the communication hook {hook.__qualname__}, and "
+                "truncation.mode 'hard' needs its place; attach to a model without one, or choose "
+                "mode 'soft' or 'off'"
+            )
+
+    def wrapped_again(self) -> nn.Module:
+        """The network as it is now in a new wrapper with the same arguments.
+
+        The old wrapper is dead after this.  Its hooks must go although it may live on in a
+        variable of the user's: parameters that nothing was cut from are still the same objects,
+        and two reducers would average their gradients.
+        """
+        self.model._remove_autograd_hooks()
+        return DistributedDataParallel(self.network, **_arguments(self.model))
+
+
+def wrapping_of(model: nn.Module) -> Bare | DataParallel:
+    """Recognise how a model is wrapped.
+
+    Raises:
+        BackendError: several processes, but the model is not wrapped for them.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return DataParallel(model)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise BackendError(
+            f"attach: {dist.get_world_size()} processes train together, but the model is a bare "
+            f"{type(model).__name__}; wrap it in DistributedDataParallel first"
+        )
+    return Bare(model)
+
+
+def _arguments(model: DistributedDataParallel) -> dict[str, Any]:
+    """The arguments that the wrapper was made with; torch keeps most of them by their own name."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    arguments = {
+        name: getattr(model, name)
+        for name in (
+            "device_ids",
+            "output_device",
+            "dim",
+            "process_group",
+            "find_unused_parameters",
+            "gradient_as_bucket_view",
+            "static_graph",
+            "mixed_precision",
+            "skip_all_reduce_unused_params",
+            "batched_grad_copy",
+        )
+        if name in known and hasattr(model, name)
+    }
+    # torch 2.14 renamed the argument, and warns where the old name is used.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    arguments[buffers] = getattr(model, buffers)
+    if not getattr(model, "bucket_bytes_cap_default", False):
+        arguments["bucket_cap_mb"] = model.bucket_bytes_cap / 2**20
+    return arguments

@@ -1,0 +1,93 @@
+"""Observer: what the engine hears of the training it is attached to: steps, inputs, bytes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .ticket.statistics import Call
+
+__all__ = ["Observer", "Traffic"]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank hands to collectives.
+
+    Attributes:
+        sent_bytes: gradients of the last optimizer step.
+        dense_bytes: what a dense step would have sent.
+        total_sent_bytes: gradients of all steps so far.
+        total_dense_bytes: what dense steps would have sent.
+        control_bytes: scores, digests and verdicts of all checks so far.
+    """
+
+    sent_bytes: int = 0
+    dense_bytes: int = 0
+    total_sent_bytes: int = 0
+    total_dense_bytes: int = 0
+    control_bytes: int = 0
+
+    def add_step(self, sent_bytes: int, dense_bytes: int) -> None:
+        self.sent_bytes = sent_bytes
+        self.dense_bytes = dense_bytes
+        self.total_sent_bytes += sent_bytes
+        self.total_dense_bytes += dense_bytes
+
+
+class Observer:
+    """Counts optimizer steps and remembers the newest inputs.
+
+    Args:
+        network: not wrapped; its training inputs are remembered, by reference.
+        optimizer: its steps are counted.
+        num_calls: how many of the newest inputs to remember.
+        before_step, after_step: called around every optimizer step; the count is already raised
+            when ``after_step`` is called.
+
+    Attributes:
+        step: optimizer steps so far.
+        calls: arguments of the newest forward passes in training mode, oldest first.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        num_calls: int,
+        before_step: Callable[[], None],
+        after_step: Callable[[], None],
+    ) -> None:
+        self.step = 0
+        self.calls: deque[Call] = deque(maxlen=num_calls)
+        self._before_step = before_step
+        self._after_step = after_step
+        self._steps = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._stepped()),
+        ]
+        self._inputs = network.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _stepped(self) -> None:
+        self.step += 1
+        self._after_step()
+
+    def _remember(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network.training:
+            self.calls.append((args, kwargs))
+
+    def forget_inputs(self) -> None:
+        """Remember no inputs from now on."""
+        self._inputs.remove()
+        self.calls.clear()
+
+    def remove(self) -> None:
+        """Hear nothing from now on."""
+        self.forget_inputs()
+        for handle in self._steps:
+            handle.remove()

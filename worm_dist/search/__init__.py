@@ -1,0 +1,1 @@
+"""Which channels matter: tensors in, values out.  Nothing here knows of ranks, hooks or files."""

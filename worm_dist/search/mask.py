@@ -1,0 +1,101 @@
+"""Mask: which channels of which group are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+__all__ = ["Mask"]
+
+
+class Mask(Mapping[str, Tensor]):
+    """An immutable keep-vector over all channels; reads like ``{group name: bool[channels]}``.
+
+    Args:
+        keep: for every group, in the engine's order, a bool tensor ``[channels]``, True = kept.
+
+    Attributes:
+        keep: all groups in one bool vector ``[num_channels]`` on the CPU.
+        digest: 32 hexadecimal digits over names, sizes and bits.
+
+    Raises:
+        ConfigError: no group, a tensor that is not one-dimensional bool, or an empty group.
+    """
+
+    def __init__(self, keep: Mapping[str, Tensor]) -> None:
+        if not keep:
+            raise ConfigError("mask: it has no group; give {group name: bool[channels]}")
+        for name, kept in keep.items():
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.dim() != 1:
+                raise ConfigError(f"mask: group {name!r} needs a one-dimensional bool tensor")
+            if kept.numel() == 0:
+                raise ConfigError(f"mask: group {name!r} has no channels")
+        self._sizes = {name: kept.numel() for name, kept in keep.items()}
+        self.keep = torch.cat([kept.detach().cpu() for kept in keep.values()])
+
+    @classmethod
+    def from_vector(cls, sizes: Mapping[str, int], keep: Tensor) -> Mask:
+        """Split one bool vector ``[num_channels]`` into groups of the given sizes."""
+        return cls(dict(zip(sizes, keep.split(list(sizes.values())), strict=True)))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Channels of each group."""
+        return dict(self._sizes)
+
+    @property
+    def num_channels(self) -> int:
+        return self.keep.numel()
+
+    @property
+    def num_kept(self) -> int:
+        return int(self.keep.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        bits = hashlib.blake2b(digest_size=16)
+        bits.update(repr(self._sizes).encode())
+        bits.update(self.keep.numpy().tobytes())
+        return bits.hexdigest()
+
+    def distance(self, other: Mask) -> float:
+        """Normalised Hamming distance, 0 to 1.
+
+        Raises:
+            ConfigError: the masks are of different groups.
+        """
+        if other._sizes != self._sizes:
+            raise ConfigError("mask: two masks over different groups have no distance")
+        return float((self.keep ^ other.keep).sum()) / self.num_channels
+
+    def __getitem__(self, group: str) -> Tensor:
+        return self._split[group].clone()
+
+    @cached_property
+    def _split(self) -> dict[str, Tensor]:
+        parts = self.keep.split(list(self._sizes.values()))
+        return dict(zip(self._sizes, parts, strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return (
+            f"Mask({self.num_kept} of {self.num_channels} channels kept in "
+            f"{len(self)} groups, {self.digest[:8]})"
+        )

@@ -1,0 +1,67 @@
+"""Statistics: BatchNorm's running mean and variance, estimated anew after a draw.
+
+Half of the channels are gone, so the statistics that the others were trained with no longer hold;
+without new ones the accuracy after a draw says little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cluster.agree import Ranks
+
+__all__ = ["Call", "recalibrate"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one forward pass."""
+
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, calls: Iterable[Call], ranks: Ranks) -> None:
+    """Replace the running statistics by those over the given batches, pooled over the ranks.
+
+    Only the norms see training mode; dropout and the like stay off.
+
+    Args:
+        network: not wrapped; changed in place.
+        calls: the batches of this rank, at least one and as many as on every other rank.
+        ranks: whose statistics are pooled.
+    """
+    norms = [m for m in network.modules() if isinstance(m, Norm) and m.running_mean is not None]
+    modes = {module: module.training for module in network.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    for positional, keywords in calls:
+        network(*positional, **keywords)
+    for norm in norms:
+        norm.momentum = momenta[norm]
+    for module, training in modes.items():
+        module.training = training
+    _pool(norms, ranks)
+
+
+def _pool(norms: list[Norm], ranks: Ranks) -> None:
+    """One all-reduce.  Second moments are averaged, not variances: ranks' means differ too."""
+    means = torch.cat([_tensor(norm.running_mean) for norm in norms])
+    variances = torch.cat([_tensor(norm.running_var) for norm in norms])
+    mean, square = ranks.mean(torch.stack([means, variances + means.square()])).to(means.device)
+    sizes = [norm.num_features for norm in norms]
+    pooled = (square - mean.square()).clamp_(min=0)
+    for norm, new_mean, new_variance in zip(norms, mean.split(sizes), pooled.split(sizes)):
+        _tensor(norm.running_mean).copy_(new_mean)
+        _tensor(norm.running_var).copy_(new_variance)
+
+
+def _tensor(buffer: torch.Tensor | None) -> torch.Tensor:
+    assert buffer is not None
+    return buffer

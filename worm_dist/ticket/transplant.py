@@ -1,0 +1,61 @@
+"""Transplant: the optimizer goes on with the smaller network, state and all.
+
+Every element of optimizer state that belongs to a surviving weight is carried over bit for bit.
+The optimizer stays the same object, so schedulers that hold it go on too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .surgery import Cut
+
+__all__ = ["transplant"]
+
+
+@torch.no_grad()
+def transplant(
+    optimizer: Optimizer,
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+    cuts: Sequence[Cut],
+) -> None:
+    """Replace the parameters in an optimizer by what is left of them.
+
+    Args:
+        optimizer: changed in place.
+        before: the parameters of the whole network, by name.
+        after: those of the cut network, by the same names.
+        cuts: what was cut.
+    """
+    survivors = {before[name]: parameter for name, parameter in after.items()}
+    kept: dict[nn.Parameter, dict[int, Tensor]] = {}
+    for cut in cuts:
+        for name, dim in cut.parameters:
+            kept.setdefault(before[name], {})[dim] = cut.kept.nonzero().flatten()
+    for group in optimizer.param_groups:
+        group["params"] = [survivors.get(p, p) for p in group["params"]]
+    for old, new in survivors.items():
+        assert torch.equal(_select(old, kept.get(old, {})), new), "surgery and cuts disagree"
+        if new is not old and old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {
+                key: _select(value, kept.get(old, {})) if _follows(value, old) else value
+                for key, value in state.items()
+            }
+
+
+def _follows(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether a piece of state belongs to the parameter element by element."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim, places in kept.items():
+        tensor = tensor.index_select(dim, places.to(tensor.device))
+    return tensor

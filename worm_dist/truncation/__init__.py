@@ -1,0 +1,1 @@
+"""What frozen channels stop doing: sending gradients, moving, or both."""

@@ -1,0 +1,97 @@
+"""DDP: the communication hook that leaves frozen slices out of the gradient all-reduce.
+
+The convention is torch's own: a state object and a function of state and bucket.
+"""
+
+# No postponed annotations here: torch reads the hook's, and wants classes, not strings.
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+from .packing import Packing
+from .plan import Plan
+
+__all__ = ["PackedReduction", "packed_allreduce"]
+
+
+@dataclass
+class PackedReduction:
+    """State of the hook.
+
+    Attributes:
+        process_group: that of the wrapper.
+        plan: which slices live in the generation in force; None sends everything.
+        sent_bytes: bytes handed to the all-reduce since the owner last set it to 0.
+    """
+
+    process_group: dist.ProcessGroup
+    plan: Plan | None = None
+    sent_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._packings: dict[tuple[int, ...], Packing | None] = {}
+
+    def adopt(self, plan: Plan) -> None:
+        """Pack by another plan from the next backward pass on; the old buffers are dropped."""
+        self.plan = plan
+        self._packings.clear()
+
+    def remove(self) -> None:
+        """Send everything from now on, as DDP does without a hook."""
+        self.plan = None
+        self._packings.clear()
+
+    def packing(self, bucket: GradBucket) -> Packing | None:
+        """How to pack a bucket; None if all of it lives."""
+        # DDP rebuilds its buckets after the first pass, so neither the index of a bucket nor its
+        # number of parameters says which bucket it is; its parameters do.
+        parameters = bucket.parameters()
+        key = tuple(map(id, parameters))
+        if key not in self._packings:
+            self._packings[key] = None
+            if self.plan is not None and not self.plan.blocks.keys().isdisjoint(parameters):
+                buffer = bucket.buffer()
+                self._packings[key] = Packing(parameters, self.plan, buffer.dtype, buffer.device)
+        return self._packings[key]
+
+
+def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Average the live slices of a bucket over the ranks; frozen slices become zero.
+
+    Bit-equal to averaging the whole bucket with the frozen slices set to zero, on two ranks; on
+    more, the ring may add in another order.
+
+    The buffer is reused every step.  That is safe on CUDA streams too: DDP makes the backward
+    stream wait for every bucket's future before ``backward`` returns, so the next step's ``pack``
+    is ordered behind this step's ``unpack``; and a callback of ``then`` runs on a stream that has
+    waited for the collective, so ``unpack`` is ordered behind it.
+
+    (torch looks the second parameter up by its name; it must be ``bucket``.)
+    """
+    whole = bucket.buffer()
+    packing = state.packing(bucket)
+    gradients = bucket.gradients()
+    payload = whole if packing is None else packing.buffer
+    if packing is not None:
+        packing.pack(gradients)
+    state.sent_bytes += payload.numel() * payload.element_size()
+    if payload.numel() == 0:
+        # Nothing lives in this bucket, on any rank: the plan is the same on all.
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(whole.zero_())
+        return done
+
+    # Scaled before the sum, by multiplication, as DDP itself does without a hook.
+    payload.mul_(1 / dist.get_world_size(state.process_group))
+    work = dist.all_reduce(payload, group=state.process_group, async_op=True)
+    reduced: torch.futures.Future[list[Tensor]] = work.get_future()
+
+    def unpacked(_: torch.futures.Future[list[Tensor]]) -> Tensor:
+        if packing is not None:
+            packing.unpack(gradients)
+        return whole
+
+    return reduced.then(unpacked)

@@ -1,0 +1,114 @@
+"""Plan: from the frozen channels to the live and the frozen part of every parameter.
+
+A frozen channel freezes whole rows of its producers and norms and, in scope ``coupled``, whole
+columns of its consumers.  So the live part of a parameter is always a block: some of its rows, and
+of those some columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..search.groups import Groups
+
+__all__ = ["Block", "Plan", "Scope"]
+
+Scope = Literal["norm", "producer", "coupled"]
+_ROLES: Mapping[Scope, frozenset[str]] = {
+    "norm": frozenset({"norm"}),
+    "producer": frozenset({"norm", "producer"}),
+    "coupled": frozenset({"norm", "producer", "consumer"}),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The live part of one parameter.
+
+    Attributes:
+        shape: of the whole parameter.
+        live: for every sliced dimension (0 for rows, 1 for columns), the int64 indices that live,
+            on the parameter's device; a dimension that is not here lives whole.
+        frozen: the same for the indices that are frozen.
+        live_shape: shape of the live part; dimensions as in ``shape``.
+    """
+
+    shape: torch.Size
+    live: Mapping[int, Tensor]
+    frozen: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        assert self.live.keys() == self.frozen.keys() <= {0, 1}
+        for dim, live in self.live.items():
+            assert live.numel() + self.frozen[dim].numel() == self.shape[dim]
+
+    @property
+    def live_shape(self) -> tuple[int, ...]:
+        return tuple(
+            self.live[dim].numel() if dim in self.live else size
+            for dim, size in enumerate(self.shape)
+        )
+
+    @property
+    def num_live(self) -> int:
+        """Elements of the live part."""
+        return prod(self.live_shape)
+
+
+class Plan:
+    """Which part of every parameter lives, for one generation of frozen channels.
+
+    Args:
+        network: not wrapped.
+        groups: its channel groups.
+        frozen: bool ``[num_channels]``, True = frozen.
+        scope: which slices of a frozen channel freeze.
+
+    Attributes:
+        blocks: a block for every parameter with a frozen part, by parameter.
+        num_elements: elements of all parameters that train.
+        num_live: how many of them live.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, frozen: Tensor, scope: Scope) -> None:
+        parameters = dict(network.named_parameters())
+        frozen_along: dict[str, dict[int, Tensor]] = {}
+        for group, frozen_here in zip(groups, frozen.split(list(groups.sizes.values()))):
+            for member in group.members:
+                if member.role in _ROLES[scope] and bool(frozen_here.any()):
+                    places = member.positions[frozen_here].flatten()
+                    for name, dim in member.parameters:
+                        shape = parameters[name].shape
+                        along = frozen_along.setdefault(name, {})
+                        along.setdefault(dim, torch.zeros(shape[dim], dtype=torch.bool))[places] = 1
+        self.blocks: dict[Tensor, Block] = {
+            parameters[name]: _block(parameters[name], along)
+            for name, along in frozen_along.items()
+            if parameters[name].requires_grad
+        }
+        trained = [p for p in parameters.values() if p.requires_grad]
+        self.num_elements = sum(p.numel() for p in trained)
+        self.num_live = sum(
+            self.blocks[p].num_live if p in self.blocks else p.numel() for p in trained
+        )
+
+    @property
+    def live_fraction(self) -> float:
+        return self.num_live / self.num_elements
+
+
+def _block(parameter: nn.Parameter, along: Mapping[int, Tensor]) -> Block:
+    def places(flags: Tensor) -> Tensor:
+        return flags.nonzero().flatten().to(parameter.device)
+
+    return Block(
+        parameter.shape,
+        live={dim: places(~flags) for dim, flags in along.items()},
+        frozen={dim: places(flags) for dim, flags in along.items()},
+    )
