@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the ranks
+
+import pytest
+import torch
+
+from tests.ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    """``ranks(world_size, function, *args)``: what a function returns on every rank."""
+    return Ranks(tmp_path)

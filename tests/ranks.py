@@ -1,0 +1,191 @@
+"""Ranks: run a function in several real processes that train together.
+
+The processes come from a fork server that has imported torch beforehand, so that each costs about a
+tenth of a second.  They meet in a file, not at a port, and talk through gloo.  A process that
+hangs is stopped: its stack is shown in the report.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["NO_GROUP", "Outcome", "RankFailure", "Ranks"]
+
+NO_GROUP = 0
+"""World size of one process without a process group."""
+
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "pytest",
+    "worm_dist",
+]
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended.
+
+    Attributes:
+        rank: its number.
+        exitcode: of its process: 0 if the function returned, 1 if it raised, negative if a signal
+            ended it.
+        value: what the function returned.
+        error: name of the exception's type, "" if there was none.
+        text: what the exception says.
+        traceback: of the exception, or the stacks of a rank that hung.
+        hung: the process was still running at the wall limit.
+        seconds: from the call of the function to its end.
+    """
+
+    rank: int
+    exitcode: int | None = None
+    value: Any = None
+    error: str = ""
+    text: str = ""
+    traceback: str = ""
+    hung: bool = False
+    seconds: float = float("nan")
+
+    def __str__(self) -> str:
+        how = "hung" if self.hung else f"exit code {self.exitcode} {self.error}"
+        return f"--- rank {self.rank}: {how}\n{self.traceback}"
+
+
+class Ranks:
+    """Calls functions of a test module in several processes at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num_calls = 0
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+
+    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What a top-level function returns on every rank, by rank.
+
+        Raises:
+            RankFailure: a rank did not return.
+        """
+        outcomes = self.outcomes(world_size, function, *args)
+        if any(outcome.exitcode != 0 for outcome in outcomes):
+            raise RankFailure("\n".join(map(str, outcomes)))
+        return [outcome.value for outcome in outcomes]
+
+    def outcomes(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        group_timeout: float = 8.0,
+        wall_limit: float = 30.0,
+    ) -> list[Outcome]:
+        """How every rank ended, whatever happened.
+
+        Args:
+            world_size: number of processes; ``NO_GROUP`` for one without a process group.
+            function: of the top level of a module; it is called with ``args``.
+            group_timeout: seconds after which a collective gives up.
+            wall_limit: seconds after which the processes are stopped.
+        """
+        self._num_calls += 1
+        folder = self._folder / f"ranks-{self._num_calls}"
+        folder.mkdir()
+        call = pickle.dumps((function, args))
+        processes = [
+            self._context.Process(
+                target=_run, args=(rank, world_size, str(folder), group_timeout, call)
+            )
+            for rank in range(max(world_size, 1))
+        ]
+        for process in processes:
+            process.start()
+        hung = _join(processes, wall_limit)
+        return [
+            _outcome(folder, rank, process.exitcode, rank in hung)
+            for rank, process in enumerate(processes)
+        ]
+
+
+def _join(processes: list[Any], wall_limit: float) -> set[int]:
+    """Wait for all; the numbers of those that had to be stopped."""
+    deadline = time.monotonic() + wall_limit
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while running and time.monotonic() < deadline:
+        for sentinel in connection.wait(list(running), timeout=deadline - time.monotonic()):
+            del running[sentinel]  # type: ignore[arg-type]
+    hung = set(running.values())
+    for rank in hung:
+        os.kill(processes[rank].pid, signal.SIGUSR1)  # writes the stacks
+    if hung:
+        time.sleep(0.5)
+    for rank in hung:
+        processes[rank].kill()
+    for process in processes:
+        process.join()
+    return hung
+
+
+def _outcome(folder: Path, rank: int, exitcode: int | None, hung: bool) -> Outcome:
+    written = folder / f"{rank}.pickle"
+    fields = pickle.loads(written.read_bytes()) if written.exists() else {}
+    stacks = (folder / f"{rank}.stacks").read_text() if (folder / f"{rank}.stacks").exists() else ""
+    return Outcome(rank, exitcode=exitcode, hung=hung, **{"traceback": stacks, **fields})
+
+
+def _run(rank: int, world_size: int, folder: str, group_timeout: float, call: bytes) -> None:
+    place = Path(folder)
+    stacks = (place / f"{rank}.stacks").open("w")
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR1, stacks)
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    function, args = pickle.loads(call)
+    if world_size != NO_GROUP:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(place / "rendezvous"), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=group_timeout),
+        )
+    start = time.monotonic()
+    fields: dict[str, Any] = {}
+    try:
+        fields["value"] = function(*args)
+    except Exception as error:
+        fields["error"] = type(error).__name__
+        fields["text"] = str(error)
+        fields["traceback"] = traceback.format_exc()
+    fields["seconds"] = time.monotonic() - start
+    # Whole or not at all: a rank may be stopped at any moment.
+    staged = place / f"{rank}.staged"
+    staged.write_bytes(pickle.dumps(fields))
+    staged.replace(place / f"{rank}.pickle")
+    if world_size != NO_GROUP:
+        dist.destroy_process_group()
+    sys.exit(1 if "error" in fields else 0)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import NO_GROUP, RankFailure, Ranks
+
+
+def _sum_of_ranks() -> float:
+    value = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(value)
+    return float(value)
+
+
+def _has_group() -> bool:
+    return dist.is_initialized()
+
+
+def _raise_on(rank: int) -> str:
+    if dist.get_rank() == rank:
+        raise ValueError("on purpose")
+    return "fine"
+
+
+def _abort_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os.abort()
+
+
+def _sleep() -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_takes_part(ranks: Ranks, world_size: int) -> None:
+    expected = float(sum(range(world_size)))
+    assert ranks(world_size, _sum_of_ranks) == [expected] * world_size
+
+
+def test_one_process_may_have_no_group(ranks: Ranks) -> None:
+    assert ranks(NO_GROUP, _has_group) == [False]
+
+
+def test_an_exception_is_reported_with_its_rank(ranks: Ranks) -> None:
+    first, second = ranks.outcomes(2, _raise_on, 1)
+    assert (first.exitcode, first.value, first.error) == (0, "fine", "")
+    assert (second.exitcode, second.error, second.text) == (1, "ValueError", "on purpose")
+    assert "_raise_on" in second.traceback
+    with pytest.raises(RankFailure, match="rank 1: exit code 1 ValueError"):
+        ranks(2, _raise_on, 1)
+
+
+def test_a_signal_shows_as_exit_code(ranks: Ranks) -> None:
+    assert [outcome.exitcode for outcome in ranks.outcomes(2, _abort_on, 1)] == [0, -6]
+
+
+def test_a_rank_that_hangs_is_stopped_and_shows_where_it_was(ranks: Ranks) -> None:
+    start = time.monotonic()
+    (outcome,) = ranks.outcomes(1, _sleep, wall_limit=1)
+    assert time.monotonic() - start < 5
+    assert outcome.hung and "_sleep" in outcome.traceback
