@@ -1,0 +1,51 @@
+"""Prints the results of several runs as one Markdown table: presets as rows, seeds pooled."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+COLUMNS: Mapping[str, Callable[[Result, Result], float | None]] = {
+    "truncated from epoch": lambda run, _: run["elbow_epoch"],
+    "drawn at epoch": lambda run, _: run["ticket_epoch"],
+    "accuracy after the draw": lambda run, _: run["accuracy"]["after_draw"],
+    "accuracy at the end": lambda run, _: run["accuracy"]["final"],
+    "parameters": lambda run, dense: (run["parameters"]["ticket"] or run["parameters"]["dense"])
+    / dense["parameters"]["dense"],
+    "bytes of the whole run": lambda run, dense: run["traffic"]["total_bytes"]
+    / dense["traffic"]["total_bytes"],
+}
+
+
+def main(folder: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    dense = {run["seed"]: run for run in runs if run["preset"] == "dense"}
+    print(f"| preset ({len(dense)} seeds) | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for preset in dict.fromkeys(run["preset"] for run in runs):
+        same = [run for run in runs if run["preset"] == preset]
+        cells = [
+            _cell([column(run, dense[run["seed"]]) for run in same]) for column in COLUMNS.values()
+        ]
+        print(f"| `{preset}` | " + " | ".join(cells) + " |")
+
+
+def _cell(values: list[float | None]) -> str:
+    """Mean and range."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.3f}"
+    spread = "" if min(known) == max(known) else f" ({min(known):.3f}–{max(known):.3f})"
+    missing = f", {len(values) - len(known)} without" if len(known) < len(values) else ""
+    return mean + spread + missing
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

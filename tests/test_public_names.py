@@ -1,0 +1,117 @@
+"""The public names from a plain script outside the package, under torchrun on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Everything below is what a user would write; it imports nothing but worm_dist itself.
+SCRIPT = '''
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import worm_dist as worm
+
+
+def dense_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Flatten(), nn.Linear(12 * 16, 10),
+    )
+
+
+def train(engine, steps):
+    for _ in range(steps):
+        x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+        loss = nn.functional.cross_entropy(engine.model(x), y) + engine.penalty()
+        loss.backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+net = dense_network()
+model = DistributedDataParallel(net)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+engine = worm.attach(
+    model,
+    optimizer,
+    worm.WormConfig(truncation={"fade": "4ba"}),
+    example_inputs=torch.randn(1, 1, 8, 8),
+)
+said = {"groups": [(group.name, group.num_channels) for group in engine.groups]}
+
+# A decision from elsewhere: keep the channels whose filters are large.
+mask = worm.Mask({
+    group.name: (norms := net.get_submodule(group.name).weight.detach().flatten(1).norm(dim=1))
+    > norms.median()
+    for group in engine.groups
+})
+train(engine, 3)
+engine.truncate(mask)
+train(engine, 6)
+said["phase"] = engine.phase
+said["saved"] = 1 - engine.traffic.sent_bytes / engine.traffic.dense_bytes
+said["faded"] = float(net[1].weight.detach()[~mask["0"]].abs().max())
+try:
+    engine.draw()
+except worm.ConfigError as error:
+    said["refused"] = str(error)
+engine.draw(mask)
+train(engine, 3)
+said["widths"] = [net[0].out_channels, net[3].out_channels, net[7].in_features]
+folder = sys.argv[1]
+if dist.get_rank() == 0:
+    engine.save_ticket(folder)
+dist.barrier()
+small = worm.load_ticket(folder, build=dense_network)
+x = torch.randn(5, 1, 8, 8)
+net.eval(), small.eval()
+said["equal"] = torch.equal(net(x), small(x))
+net.train()
+engine.detach()
+train(engine, 2)
+said["hooks"] = [len(net._forward_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+print(json.dumps(said)) if dist.get_rank() == 0 else None
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.timeout(90)
+def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path: Path) -> None:
+    script = tmp_path / "elsewhere.py"
+    script.write_text(SCRIPT)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node", "2", script, tmp_path / "ticket"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "error::UserWarning:worm_dist"},
+        capture_output=True,
+        text=True,
+        timeout=80,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said["groups"] == [["0", 8], ["3", 12]]
+    assert said["phase"] == "truncate"
+    # Frozen: 4 of 8 filters (9 weights, bias, scale, shift) and 6 of 12 (72, and 3).
+    elements = 8 * 9 + 8 + 8 + 8 + 12 * 72 + 12 + 12 + 12 + 1920 + 10
+    assert said["saved"] == pytest.approx((4 * 12 + 6 * 75) / elements)
+    assert said["faded"] == 0.0
+    assert "no check has found the ticket yet" in said["refused"]
+    assert said["widths"] == [4, 6, 96]
+    assert said["equal"]
+    assert said["hooks"] == [0, 0]

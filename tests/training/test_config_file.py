@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worm_dist.errors import ConfigError
+from worm_dist.training.config_file import read_run_config
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_are_replaced_by_their_dotted_names(tmp_path: Path) -> None:
+    path = _file(tmp_path, "name: a\nsearch:\n  prune_ratio: 0.3\n  window: 4\n")
+    config = read_run_config(
+        path,
+        [("search.prune_ratio", "0.4"), ("truncation.motion", "hold"), ("search.every", "20ba")],
+    )
+    assert config.search.prune_ratio == 0.4
+    assert config.search.window == 4
+    assert config.truncation.motion == "hold"
+    assert str(config.search.every) == "20ba"
+
+
+def test_the_command_line_chooses_the_preset_and_the_file_keeps_its_own(tmp_path: Path) -> None:
+    path = _file(tmp_path, "preset: worm\nsearch:\n  settled: 0.2\n")
+    config = read_run_config(path, [("preset", "worm-paper")])
+    assert config.truncation.mode == "soft"
+    assert config.search.elbow.min_masks == 5
+    assert config.search.settled == 0.2
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-4, without a dot, as text; the setting was refused as 'not a number'."""
+    config = read_run_config(_file(tmp_path, "optimizer:\n  weight_decay: 1e-4\n"), [])
+    assert config.optimizer.weight_decay == 1e-4
+    assert read_run_config(_file(tmp_path, ""), [("optimizer.lr", "5E-2")]).optimizer.lr == 0.05
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    path = _file(tmp_path, "epoch: 3\nsearch:\n  prune_ratoi: 0.3\n  window: many\n")
+    with pytest.raises(ConfigError) as caught:
+        read_run_config(path, [("optimizer.lr", "-1"), ("truncation.mode", "firm")])
+    assert caught.value.exit_code == 2
+    text = str(caught.value)
+    assert "epoch: unknown key; did you mean epochs?" in text
+    assert "search.prune_ratoi: unknown key; did you mean search.prune_ratio?" in text
+    assert "search.window:" in text and "'many'" in text
+    assert "optimizer.lr:" in text and "truncation.mode:" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("search: {\n", "not YAML"),
+        ("just words\n", "key: value"),
+        ("epochs: 1\nepochs: 2\n", "key given twice near line 1: epochs"),
+        ("1: 2\n", "key: value"),
+        ("truncation:\n  mode: soft\n  motion: fade\n", "motion 'fade' contradicts mode 'soft'"),
+        ("search:\n  prune_ratio: 0.8\n  floor: 0.3\n", "contradict"),
+        ("search: 3\n", "search:"),
+        ("preset: fast\n", "preset:"),
+        ("data:\n  name: cifar10\n", "root is needed for 'cifar10'"),
+    ],
+)
+def test_unusable_files_are_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read_run_config(_file(tmp_path, text), [])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        read_run_config(tmp_path / "nowhere.yaml", [])
+
+
+def test_unsafe_yaml_is_not_executed(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    path = _file(tmp_path, f"name: !!python/object/apply:pathlib.Path.touch ['{touched}']\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_run_config(path, [])
+    assert not touched.exists()

@@ -1,0 +1,84 @@
+"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ConfigError, WormError
+from .training.config_file import read_run_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 0 or that of the error."""
+    try:
+        return _train(*_parse(arguments))
+    except WormError as error:
+        rank = os.environ.get("RANK", "0")
+        # Every rank reads the same settings and fails alike; one voice is enough.
+        if not isinstance(error, ConfigError) or rank == "0":
+            where = f" (rank {rank})" if "RANK" in os.environ else ""
+            print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _parse(
+    arguments: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m worm_dist",
+        description="Train a network on many GPUs and come out with a smaller one.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train, search, truncate, draw the ticket, train it on",
+        epilog="Any setting can be replaced by its dotted name: --search.prune_ratio 0.3",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
+    train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
+    train.add_argument("--seed", help="of weights, shuffling and augmentation")
+    options, rest = parser.parse_known_args(arguments)
+    replaced = _pairs(rest)
+    for name in ("preset", "seed"):
+        if getattr(options, name) is not None:
+            replaced.append((name, getattr(options, name)))
+    return options, replaced
+
+
+def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """``--a.b value`` and ``--a.b=value`` as pairs.
+
+    Raises:
+        ConfigError: something is neither.
+    """
+    pairs: list[tuple[str, str]] = []
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"{word!r}: expected --key.subkey value")
+        if not equals and not words:
+            raise ConfigError(f"{word}: its value is missing")
+        pairs.append((key, value if equals else words.pop(0)))
+    return pairs
+
+
+def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
+    config = read_run_config(options.config, replaced)
+    # Data sets, TensorBoard and drawing take seconds to import; a typo is told before.
+    from .training.run import run
+
+    run(config, options.out or Path("runs") / config.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

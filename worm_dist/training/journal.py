@@ -1,0 +1,47 @@
+"""Journal: one line of JSON for every check and every change of phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..search.history import Finding
+from ..verdict import Phase, Verdict
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Appends to ``journal.jsonl``; every line is on disk when the call returns."""
+
+    def __init__(self, path: Path, rule: str) -> None:
+        self._path = path
+        self._rule = rule
+
+    def check(self, epoch: float, finding: Finding, verdict: Verdict) -> None:
+        self._write(
+            event="check",
+            epoch=epoch,
+            step=finding.step,
+            distances=finding.distances,
+            distance_mean=finding.distance_mean,
+            distance_max=finding.distance_max,
+            rule=self._rule,
+            threshold=finding.threshold,
+            elbow=verdict.elbow,
+            settled=finding.settled,
+            ticket=verdict.ticket,
+            phase=verdict.phase,
+            generation=verdict.generation,
+            live_fraction=verdict.live_fraction,
+            mask_digest=finding.mask.digest,
+            floored=finding.floored,
+        )
+
+    def phase(self, epoch: float, step: int, phase: Phase) -> None:
+        self._write(event="phase", epoch=epoch, step=step, phase=phase)
+
+    def _write(self, **entry: Any) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")

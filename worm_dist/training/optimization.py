@@ -1,0 +1,51 @@
+"""Optimization: the optimizer and the learning rate schedule that the settings name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .run_config import OptimizerConfig, ScheduleConfig
+
+__all__ = ["build_optimizer", "build_schedule"]
+
+
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
+    """The optimizer, over all parameters."""
+    builders: Mapping[str, Callable[[], Optimizer]] = {
+        "sgd": lambda: SGD(
+            network.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        ),
+        "adam": lambda: Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+        "adamw": lambda: AdamW(
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        ),
+    }
+    return builders[config.name]()
+
+
+def build_schedule(
+    config: ScheduleConfig, optimizer: Optimizer, epochs: int, steps_per_epoch: int
+) -> LambdaLR:
+    """The schedule, to be stepped after every optimizer step."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = epochs * steps_per_epoch
+    milestones = [epoch * steps_per_epoch for epoch in config.milestones]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.name == "cosine":
+            progress = (step - warmup) / max(1, total - warmup)
+            return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return config.gamma ** sum(step >= milestone for milestone in milestones)
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,95 @@
+"""Result: what a run came to, as ``result.json`` says it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+import torch
+import torch_pruning
+import torchvision
+
+import worm_dist
+
+__all__ = ["Accuracy", "Count", "Result", "Seconds", "TrafficResult"]
+
+
+@dataclass
+class Accuracy:
+    """Fractions of the test split.  Before the draw it is the dense network's."""
+
+    before_draw: float | None = None
+    after_draw: float | None = None
+    final: float | None = None
+
+
+@dataclass
+class Count:
+    dense: int | None = None
+    ticket: int | None = None
+
+
+@dataclass
+class TrafficResult:
+    """Bytes that one rank hands to collectives; the total also counts scores and verdicts."""
+
+    dense_bytes_per_step: int | None = None
+    truncated_bytes_per_step: int | None = None
+    ticket_bytes_per_step: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass
+class Seconds:
+    search: float | None = None
+    truncate: float | None = None
+    ticket: float | None = None
+    total: float | None = None
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "worm_dist": worm_dist.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "torch_pruning": torch_pruning.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+@dataclass
+class Result:
+    """A figure that a run does not have is None.
+
+    Attributes:
+        status: ``running``, then ``ticket``, ``not_found`` (searched, but found none) or ``dense``.
+        data: names the split.
+        elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
+        live_fraction: elements that were still averaged while truncated, of all that train.
+        flops: floating point operations of one forward pass on one sample; a multiply and an add
+            are two.
+    """
+
+    preset: str
+    seed: int
+    world_size: int
+    backend: str
+    data: str
+    status: str = "running"
+    checks: int = 0
+    elbow_epoch: float | None = None
+    ticket_epoch: float | None = None
+    live_fraction: float | None = None
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    parameters: Count = field(default_factory=Count)
+    flops: Count = field(default_factory=Count)
+    traffic: TrafficResult = field(default_factory=TrafficResult)
+    seconds: Seconds = field(default_factory=Seconds)
+    mask_digest: str | None = None
+    versions: dict[str, str] = field(default_factory=_versions)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

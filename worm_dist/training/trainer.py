@@ -1,0 +1,198 @@
+"""Trainer: the training loop around the engine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import worm_dist
+
+from ..cluster.launch import Place
+from ..errors import NonFiniteError
+from ..models import build_model
+from ..verdict import Phase
+from .data import load_data, test_loader, train_loader
+from .measure import count_flops, count_parameters, evaluate, total_over_ranks
+from .optimization import build_optimizer, build_schedule
+from .report import Report
+from .result import Result
+from .run_config import RunConfig
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains one network as the settings say; every rank makes one and calls ``run``.
+
+    Args:
+        config: of the run.
+        place: of this process.
+        device: to train on.
+        report: is told what happens; silent on all ranks but zero.
+
+    Raises:
+        ConfigError: data or model do not fit the settings.
+    """
+
+    def __init__(
+        self, config: RunConfig, place: Place, device: torch.device, report: Report
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._report = report
+        torch.manual_seed(config.seed)
+        data = load_data(config.data)
+        shares = (config.data, place.rank, place.world_size)
+        self._train = train_loader(data, *shares, config.seed, device)
+        self._test = test_loader(data, *shares, device)
+        self._sample = torch.zeros(1, *data.sample_shape, device=device)
+        self.model_arguments = {
+            "name": config.model.name,
+            "num_classes": data.num_classes,
+            "in_channels": data.sample_shape[0],
+            "arguments": config.model.arguments,
+        }
+        self._network = build_model(**self.model_arguments).to(device)
+        model = DistributedDataParallel(
+            self._network,
+            device_ids=[device] if device.type == "cuda" else None,
+            bucket_cap_mb=config.distributed.bucket_cap_mb,
+        )
+        optimizer = build_optimizer(config.optimizer, self._network)
+        steps_per_epoch = len(self._train)
+        self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
+        self._check_every = config.search.every.steps(steps_per_epoch)
+        self.engine = worm_dist.attach(
+            model,
+            optimizer,
+            config.worm,
+            example_inputs=self._sample,
+            steps_per_epoch=steps_per_epoch,
+        )
+        self.result = Result(
+            preset=config.preset,
+            seed=config.seed,
+            world_size=place.world_size,
+            backend="nccl" if device.type == "cuda" else "gloo",
+            data=data.description,
+        )
+        self.result.parameters.dense = count_parameters(self._network)
+        self.result.flops.dense = count_flops(self._network, self._sample)
+        self._phase_began = time.perf_counter()
+
+    def run(self) -> Result:
+        """Train, search, truncate, draw, train on.  Collective.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite, on every rank in the same epoch.
+            DivergenceError: the ranks no longer hold the same network.
+        """
+        began = time.perf_counter()
+        self._report.start(self._config.epochs, len(self._train), self.engine.phase)
+        for epoch in range(self._config.epochs):
+            self._train_epoch(epoch)
+            score = evaluate(self._network, self._test, self._device)
+            self.result.accuracy.final = score.accuracy
+            self._report.epoch(epoch + 1, self.engine, score)
+        self._close_phase()
+        self.result.seconds.total = round(time.perf_counter() - began, 3)
+        traffic = self.engine.traffic
+        self.result.traffic.total_bytes = traffic.total_sent_bytes + traffic.control_bytes
+        self.result.status = self._status()
+        return self.result
+
+    def _train_epoch(self, epoch: int) -> None:
+        self._train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self._network.train()
+        losses = torch.zeros(2, dtype=torch.float64, device=self._device)
+        began = time.perf_counter()
+        for inputs, targets in self._train:
+            loss = self._train_step(inputs, targets)
+            losses += torch.stack([loss.double(), torch.ones_like(losses[0])])
+            self._report.step(self.engine, self._schedule.get_last_lr()[0], loss)
+            if self.engine.step % self._check_every == 0:
+                self._check()
+        seconds = time.perf_counter() - began
+        loss_sum, count = total_over_ranks(losses).tolist()
+        if not torch.isfinite(torch.tensor(loss_sum)):
+            raise NonFiniteError(
+                f"epoch {epoch + 1}, step {self.engine.step}: the training loss is {loss_sum}; "
+                "lower optimizer.lr, or train in fp32"
+            )
+        images = len(self._train) * self._config.data.batch_size
+        self._report.trained(self.engine.step, loss_sum / count, images / seconds)
+
+    def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One optimizer step; returns the data loss of this rank, detached."""
+        inputs = inputs.to(self._device, non_blocking=True)
+        targets = targets.to(self._device, non_blocking=True)
+        bf16 = self._config.precision == "bf16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(self.engine.model(inputs), targets)
+        (loss + self.engine.penalty()).backward()
+        self.engine.optimizer.step()
+        self.engine.optimizer.zero_grad()
+        self._schedule.step()
+        return loss.detach()
+
+    def _check(self) -> None:
+        before = self.engine.phase
+        if before in (Phase.DENSE, Phase.TICKET):
+            return
+        verdict = self.engine.check()
+        epoch = self._epoch()
+        self.result.checks += 1
+        self._report.check(epoch, self.engine, verdict)
+        if verdict.phase is not before:
+            self._close_phase(before)
+            self.result.elbow_epoch = epoch
+            self._report.phase(epoch, self.engine)
+        if verdict.phase is Phase.TRUNCATE:
+            self.result.live_fraction = verdict.live_fraction
+        if verdict.ticket:
+            self._draw(epoch)
+
+    def _draw(self, epoch: float) -> None:
+        result, phase = self.result, self.engine.phase
+        result.accuracy.before_draw = self._accuracy()
+        self._close_phase(phase)
+        self.engine.draw()
+        result.ticket_epoch = epoch
+        result.parameters.ticket = count_parameters(self._network)
+        result.flops.ticket = count_flops(self._network, self._sample)
+        result.accuracy.after_draw = self._accuracy()
+        self._report.phase(epoch, self.engine)
+        self._report.drawn(self.engine, result)
+
+    def _accuracy(self) -> float:
+        return evaluate(self._network, self._test, self._device).accuracy
+
+    def _close_phase(self, phase: Phase | None = None) -> None:
+        """Note what the phase that ends has taken and sent."""
+        phase = phase or self.engine.phase
+        now = time.perf_counter()
+        seconds = round(now - self._phase_began, 3)
+        self._phase_began = now
+        sent, traffic = self.engine.traffic.sent_bytes, self.result.traffic
+        traffic.dense_bytes_per_step = (
+            traffic.dense_bytes_per_step or self.engine.traffic.dense_bytes
+        )
+        if phase is Phase.SEARCH:
+            self.result.seconds.search = seconds
+        elif phase is Phase.TRUNCATE:
+            self.result.seconds.truncate = seconds
+            traffic.truncated_bytes_per_step = sent
+        elif phase is Phase.TICKET:
+            self.result.seconds.ticket = seconds
+            traffic.ticket_bytes_per_step = sent
+
+    def _epoch(self) -> float:
+        return round(self.engine.step / len(self._train), 4)
+
+    def _status(self) -> str:
+        self.result.mask_digest = self.engine.mask.digest if self.engine.mask else None
+        ends: dict[Phase, str] = {Phase.DENSE: "dense", Phase.TICKET: "ticket"}
+        return ends.get(self.engine.phase, "not_found")
