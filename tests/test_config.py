@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+
+from worm_dist import ConfigError, WormConfig
+from worm_dist.config import PRESETS
+from worm_dist.interval import Interval
+
+
+def _mistakes(**values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        WormConfig(**values)
+    return str(caught.value).split("\n")
+
+
+def test_defaults_are_the_worm_preset() -> None:
+    config = WormConfig()
+    assert config == WormConfig.preset("worm")
+    assert (config.search.prune_ratio, config.search.window, config.search.settled) == (0.5, 5, 0.1)
+    assert (config.truncation.mode, config.truncation.motion) == ("hard", "fade")
+    assert config.search.every == Interval(1, "ep")
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    mistakes = _mistakes(
+        search={"prune_ratio": 1.5, "window": "five", "elbow": {"rule": "knee"}},
+        truncation={"fade": "1 epoch"},
+        tickets={},
+    )
+    assert [line.split(":")[0] for line in mistakes] == [
+        "search.prune_ratio",
+        "search.window",
+        "search.elbow.rule",
+        "truncation.fade",
+        "tickets",
+    ]
+    assert mistakes[0].endswith("got 1.5")
+    assert "'five'" in mistakes[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"serach": {}}, "serach: unknown key; did you mean search?"),
+        (
+            {"search": {"prune_ration": 0.5}},
+            "search.prune_ration: unknown key; did you mean search.prune_ratio?",
+        ),
+        (
+            {"search": {"elbow": {"min_mask": 3}}},
+            "search.elbow.min_mask: unknown key; did you mean search.elbow.min_masks?",
+        ),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
+    assert _mistakes(**values) == [line]
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"search": {"prune_ratio": 1.0}}, "search.prune_ratio"),
+        ({"search": {"prune_ratio": -0.1}}, "search.prune_ratio"),
+        ({"search": {"prune_ratio": float("nan")}}, "search.prune_ratio"),
+        ({"search": {"prune_ratio": "0.5"}}, "search.prune_ratio"),
+        ({"search": {"window": 1}}, "search.window"),
+        ({"search": {"settled": 0.0}}, "search.settled"),
+        ({"search": {"every": "0ep"}}, "search.every"),
+        ({"search": {"every": "1.5ba"}}, "search.every"),
+        ({"search": {"l1": -1.0}}, "search.l1"),
+        ({"search": {"enabled": "yes"}}, "search.enabled"),
+        ({"truncation": {"mode": "harder"}}, "truncation.mode"),
+        ({"truncation": {"ratio": 2.0}}, "truncation.ratio"),
+        ({"ticket": {"recalibrate_batches": -1}}, "ticket.recalibrate_batches"),
+        ({"search": 5}, "search"),
+    ],
+)
+def test_values_out_of_range_or_of_another_type_are_refused(values: dict, key: str) -> None:
+    (line,) = _mistakes(**values)
+    assert line.startswith(f"{key}: ")
+
+
+def test_ratio_and_floor_must_fit_together() -> None:
+    (line,) = _mistakes(search={"prune_ratio": 0.8, "floor": 0.3})
+    assert line == "search: prune_ratio 0.8 and floor 0.3 contradict: together they exceed 1"
+
+
+@pytest.mark.parametrize("mode", ["soft", "off"])
+def test_modes_that_freeze_nothing_have_one_scope_and_one_motion(mode: str) -> None:
+    config = WormConfig(truncation={"mode": mode})
+    assert (config.truncation.scope, config.truncation.motion) == ("norm", "free")
+    (line,) = _mistakes(truncation={"mode": mode, "scope": "producer", "motion": "hold"})
+    assert line.startswith("truncation: scope 'producer' contradicts")
+    assert "motion 'hold' contradicts" in line
+
+
+def test_presets_are_valid_and_take_changes() -> None:
+    for name in PRESETS:
+        assert WormConfig.preset(name, search={"prune_ratio": 0.3}).search.prune_ratio == 0.3
+    paper = WormConfig.preset("worm-paper", search={"elbow": {"margin": 0.1}})
+    assert (paper.search.elbow.min_masks, paper.search.elbow.margin) == (5, 0.1)
+    assert (paper.truncation.mode, paper.truncation.ratio) == ("soft", 0.003)
+    assert not WormConfig.preset("dense").search.enabled
+    assert WormConfig.preset("early-bird").truncation.mode == "off"
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="preset: 'wurm' is none of worm, worm-paper"):
+        WormConfig.preset("wurm")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        WormConfig().search.window = 3  # type: ignore[misc]
+
+
+def test_settings_round_trip_through_plain_values() -> None:
+    config = WormConfig.preset("worm-paper", search={"every": "0.5ep"})
+    assert WormConfig(**config.model_dump(mode="json")) == config

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from worm_dist.interval import Interval
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "unit"),
+    [("1ep", 1, "ep"), ("0.25ep", 0.25, "ep"), ("200ba", 200, "ba"), ("3.0ba", 3, "ba")],
+)
+def test_epochs_and_batches_are_read(text: str, count: float, unit: str) -> None:
+    assert Interval.parse(text) == Interval(count, unit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "ep", "-1ep", "1 ep", "1e2ba", "1.5.2ep", "1epoch", "nanep", 1, 1.5, None]
+)
+def test_anything_else_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match=r'^write epochs as "1ep" or steps as "200ba", got'):
+        Interval.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0ep", "0ba", "0.0ep"])
+def test_an_interval_is_positive(text: str) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Interval.parse(text)
+
+
+def test_half_a_batch_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="must be whole"):
+        Interval.parse("0.5ba")
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("1ep", 30), ("0.25ep", 8), ("2ep", 60), ("7ba", 7), ("0.001ep", 1)]
+)
+def test_steps_are_at_least_one(text: str, steps: int) -> None:
+    assert Interval.parse(text).steps(steps_per_epoch=30) == steps
+
+
+@pytest.mark.parametrize("text", ["1ep", "0.25ep", "200ba"])
+def test_text_round_trips(text: str) -> None:
+    assert str(Interval.parse(text)) == text
+    assert Interval.parse(Interval.parse(text)) == Interval.parse(text)
