@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .cluster.wrap import Bare, DataParallel, wrapping_of
+from .errors import ConfigError
+from .interval import Interval
 from .observer import Observer, Traffic
 from .ticket.statistics import recalibrate
 from .ticket.surgery import Cut, remove_channels
@@ -23,8 +25,8 @@ class Attachment:
     Args:
         model: wrapped, or bare on a single process.
         optimizer: of its parameters.
-        num_calls: how many of the newest inputs to remember.
-        before_step, after_step: called around every optimizer step.
+        check_every: how often the engine checks.
+        steps_per_epoch: None if it has to be counted between checks.
 
     Attributes:
         model: wrapped; another one after ``shrink`` and ``wrap_again``.
@@ -38,9 +40,8 @@ class Attachment:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        num_calls: int,
-        before_step: Callable[[], None],
-        after_step: Callable[[], None],
+        check_every: Interval,
+        steps_per_epoch: int | None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -49,14 +50,49 @@ class Attachment:
         self.ranks = self.wrapping.ranks
         self.reduction: PackedReduction | None = None
         self.traffic = Traffic()
-        self._after_step = after_step
+        self._check_every = check_every
+        self._steps_per_epoch = steps_per_epoch
+        self._last_check = 0
         self._dense_bytes = self._gradient_bytes()
-        self._observer = Observer(self.network, optimizer, num_calls, before_step, self._stepped)
+
+    def listen(
+        self, num_calls: int, before_step: Callable[[], None], after_step: Callable[[], None]
+    ) -> None:
+        """Hear of every step from now on, and remember the newest ``num_calls`` inputs."""
+
+        def stepped() -> None:
+            after_step()
+            sent_bytes = self._dense_bytes
+            if self.reduction is not None:
+                sent_bytes, self.reduction.sent_bytes = self.reduction.sent_bytes, 0
+            self.traffic.add_step(sent_bytes, self._dense_bytes)
+
+        self._observer = Observer(self.network, self.optimizer, num_calls, before_step, stepped)
 
     @property
     def step(self) -> int:
         """Optimizer steps since the engine was attached."""
         return self._observer.step
+
+    def num_steps(self, interval: Interval) -> int:
+        """An interval in optimizer steps.
+
+        Raises:
+            ConfigError: the length of an epoch is not known.
+        """
+        if interval.unit == "ep" and self._steps_per_epoch is None:
+            raise ConfigError(
+                f"how many steps {interval} is, is not known; give attach(steps_per_epoch=...)"
+            )
+        return interval.steps(self._steps_per_epoch or 1)
+
+    def measure_epoch(self) -> None:
+        """A check begins; where nobody said how long an epoch is, the first steps between two
+        checks do."""
+        since_last_check = self.step - self._last_check
+        self._last_check = self.step
+        if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
+            self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
 
     def shrink(self, cuts: Sequence[Cut]) -> None:
         """Remove channels; optimizer, statistics and wrapper follow.  Collective."""
@@ -79,13 +115,6 @@ class Attachment:
     def remove(self) -> None:
         """Hear nothing of the training from now on."""
         self._observer.remove()
-
-    def _stepped(self) -> None:
-        self._after_step()
-        sent_bytes = self._dense_bytes
-        if self.reduction is not None:
-            sent_bytes, self.reduction.sent_bytes = self.reduction.sent_bytes, 0
-        self.traffic.add_step(sent_bytes, self._dense_bytes)
 
     def _gradient_bytes(self) -> int:
         """What a dense step hands to the all-reduce; nothing without a wrapper."""

@@ -8,6 +8,7 @@ zero decides, all act alike.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attachment import Attachment
+from .cluster.agree import bits
 from .config import WormConfig
 from .errors import ConfigError
-from .interval import Interval
 from .observer import Traffic
 from .search.cut import cut
 from .search.groups import Groups, find_groups
@@ -54,11 +55,21 @@ def attach(
             epochs: then it is counted between two checks.
 
     Raises:
-        ConfigError: the network cannot be traced or has no scales to rank channels by.
+        ConfigError: the network cannot be traced or has no scales to rank channels by; an
+            epoch's length is needed but not known.
         BackendError: several processes but a bare module; a communication hook already registered.
         DivergenceError: the ranks trace different networks.
     """
-    return Engine(model, optimizer, config or WormConfig(), example_inputs, steps_per_epoch)
+    config = config or WormConfig()
+    fades = config.truncation.motion == "fade"
+    if fades and config.search.every.unit == "ba" and steps_per_epoch is None:
+        intervals = (config.truncation.fade, config.ticket.settle)
+        if any(interval.unit == "ep" for interval in intervals):
+            raise ConfigError(
+                "attach: truncation.fade or ticket.settle is in epochs, but search.every is not; "
+                "give steps_per_epoch"
+            )
+    return Engine(model, optimizer, config, example_inputs, steps_per_epoch)
 
 
 class Engine:
@@ -82,10 +93,7 @@ class Engine:
         self.config = config
         self.mask: Mask | None = None
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
-        num_calls = config.ticket.recalibrate_batches if config.search.enabled else 0
-        self._training = Attachment(
-            model, optimizer, num_calls, self._before_step, self._after_step
-        )
+        self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
         if config.truncation.mode == "hard":
             self._training.wrapping.require_free_for_a_hook()
         self._ranks = self._training.ranks
@@ -94,12 +102,15 @@ class Engine:
         self._scores = NormScale(self._training.network, self.groups)
         self._history = History(config.search)
         self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)
-        self._truncation: Truncation | None = None
+        self._truncation = Truncation(
+            config.truncation, self._training.wrapping, optimizer, self.groups
+        )
         self._cuts: tuple[Cut, ...] = ()
         self._verdict = Verdict(self.phase)
-        self._steps_per_epoch = steps_per_epoch
-        self._last_check = 0
         self._penalised = False
+        self._attached = True
+        num_calls = config.ticket.recalibrate_batches if config.search.enabled else 0
+        self._training.listen(num_calls, self._before_step, self._after_step)
 
     # ---- the algorithm -------------------------------------------------------------------------
 
@@ -114,15 +125,20 @@ class Engine:
             NonFiniteError: a score is NaN or infinite.
             DivergenceError: the ranks differ in scales or masks; names ranks and group.
         """
-        if self.phase in (Phase.DENSE, Phase.TICKET):
+        if not self._searching:
             return self._verdict
+        self._training.measure_epoch()
         search = self.config.search
         scores = self._scores()
         average = self._ranks.mean(scores)
         mask, floored = cut(
-            average, self.groups.sizes, search.prune_ratio, search.floor, self._lost
+            average, self.groups.sizes, search.prune_ratio, search.floor, self._truncation.lost
         )
-        self._require_equal(f"check at step {self.step}", scale=scores, mask=mask.keep)
+        in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
+        self._ranks.require_equal(
+            {"scale": bits(self.groups.split(scores)), "mask": bits(mask), **in_force},
+            f"check at step {self.step}",
+        )
         verdict = Verdict.decode(
             self._ranks.decided_by_rank_zero(
                 lambda: self._judge(mask, floored).encode(), Verdict.SIZE
@@ -134,7 +150,6 @@ class Engine:
             newest = self.config.truncation.channels == "newest" or verdict.settled
             self._freeze(~mask.keep if newest else self._streaks >= search.window)
         self._verdict = self._completed(verdict)
-        self._last_check = self.step
         return self._verdict
 
     def _judge(self, mask: Mask, floored: tuple[str, ...]) -> Verdict:
@@ -162,13 +177,11 @@ class Engine:
                 or the settings or the phase do not allow truncation.
             DivergenceError: the ranks bring different masks.
         """
+        self._require_attached("truncate")
+        if self.config.truncation.mode == "off":
+            raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
         self._agree_on(mask, "truncate")
-        if self.phase is Phase.TICKET or self.config.truncation.mode == "off":
-            raise ConfigError(
-                f"truncate: not possible in phase {self.phase} with truncation.mode "
-                f"{self.config.truncation.mode!r}"
-            )
-        for name, back in self._split(self._lost & mask.keep).items():
+        for name, back in self.groups.split(self._truncation.lost & mask.keep).items():
             if bool(back.any()):
                 raise ConfigError(
                     f"truncate: group {name}: the mask keeps a channel whose fade has begun; faded "
@@ -193,14 +206,13 @@ class Engine:
                 be left without a live channel.  Nothing has been changed then.
             DivergenceError: the ranks bring different masks.
         """
+        self._require_attached("draw")
         if mask is None:
             mask = self._ticket()
         self._agree_on(mask, "draw")
-        if self.phase is Phase.TICKET:
-            raise ConfigError("draw: the ticket has been drawn already")
         self._require_live_survivors(mask)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
-        self._thaw()
+        self._truncation.remove()
         self._training.shrink(self._cuts)
         self.mask, self.phase = mask, Phase.TICKET
         self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -210,7 +222,7 @@ class Engine:
 
         Zero without a search and after the draw.
         """
-        if self.phase in (Phase.DENSE, Phase.TICKET):
+        if not self._searching:
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._penalised = True
         return self.config.search.l1 * self._scores.penalty()
@@ -267,68 +279,35 @@ class Engine:
             The model to go on with, also in ``model``.
         """
         hooked = self._training.reduction is not None
-        self._thaw()
+        self._truncation.remove()
         self._training.remove()
         if hooked:
             self._training.wrap_again()
-        self.phase = Phase.DENSE
-        self._verdict = Verdict(Phase.DENSE)
+        self._attached = False
         return self.model
 
     # ---- parts -----------------------------------------------------------------------------------
 
     @property
-    def _lost(self) -> Tensor:
-        """bool ``[num_channels]``: channels that cannot be kept any more."""
-        if self._truncation is None:
-            return torch.zeros(self.groups.num_channels, dtype=torch.bool)
-        return self._truncation.motion.lost
+    def _searching(self) -> bool:
+        searching = self.config.search.enabled and self.phase is not Phase.TICKET
+        return searching and self._attached
 
     def _freeze(self, frozen: Tensor) -> None:
         """Adopt a generation.  Its bits are agreed on by now, so packed buffers will match."""
-        if self._truncation is None:
-            fade_steps = self._num_steps(self.config.truncation.fade)
-            self._truncation = Truncation(
-                self.config.truncation,
-                self._training.wrapping,
-                self.optimizer,
-                self.groups,
-                fade_steps,
-            )
-            self._training.reduction = self._truncation.reduction
-        if not torch.equal(self._truncation.frozen, frozen | self._lost):
-            self._truncation.adopt(frozen, self.step)
-
-    def _thaw(self) -> None:
-        if self._truncation is not None:
-            self._truncation.remove()
-            self._truncation = None
+        fade_steps = self._training.num_steps(self.config.truncation.fade)
+        self._truncation.adopt(frozen, self.step, fade_steps)
+        self._training.reduction = self._truncation.reduction
 
     def _at_rest(self, mask: Mask) -> bool:
-        """Whether the dropped channels have been still for ``ticket.settle``."""
-        if self.config.truncation.motion != "fade":
-            return True
-        if self._truncation is None:
-            return False
-        still_since = self._truncation.motion.still_since(~mask.keep)
-        return self.step - still_since >= self._num_steps(self.config.ticket.settle)
-
-    def _num_steps(self, interval: Interval) -> int:
-        """An interval in optimizer steps; an epoch is given, or is what lies between checks."""
-        steps_per_epoch = self._steps_per_epoch
-        if interval.unit == "ep" and steps_per_epoch is None:
-            every = self.config.search.every
-            if every.unit != "ep" or self.step == self._last_check:
-                raise ConfigError(
-                    f"attach: how many steps {interval} is, is not known; give steps_per_epoch"
-                )
-            steps_per_epoch = round((self.step - self._last_check) / every.count)
-        return interval.steps(steps_per_epoch or 1)
+        """Whether the dropped channels have been still for ``ticket.settle``, if they fade."""
+        still_since = self._truncation.still_since(mask)
+        if math.isinf(still_since):
+            return still_since < 0
+        return self.step - still_since >= self._training.num_steps(self.config.ticket.settle)
 
     def _completed(self, verdict: Verdict) -> Verdict:
         """A verdict with what each rank knows by itself."""
-        if self._truncation is None:
-            return dataclasses.replace(verdict, generation=0, live_fraction=1.0)
         return dataclasses.replace(
             verdict,
             generation=self._truncation.generation,
@@ -336,14 +315,17 @@ class Engine:
         )
 
     def _before_step(self) -> None:
-        if self._truncation is not None:
-            weight = self.config.search.l1 if self._penalised else 0.0
-            self._truncation.motion.before_step(weight)
+        self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False
 
     def _after_step(self) -> None:
-        if self._truncation is not None:
-            self._truncation.motion.after_step(self.step)
+        self._truncation.after_step(self.step)
+
+    def _require_attached(self, what: str) -> None:
+        if not self._attached:
+            raise ConfigError(f"{what}: the engine has been detached")
+        if self.phase is Phase.TICKET:
+            raise ConfigError(f"{what}: the ticket has been drawn already")
 
     def _ticket(self) -> Mask:
         if not self._verdict.ticket or self.mask is None:
@@ -355,32 +337,15 @@ class Engine:
 
     def _agree_on(self, mask: Mask, what: str) -> None:
         """Agree before judging: a mask that one rank alone would refuse must stop them all."""
-        bits = {name: kept.numpy().tobytes() for name, kept in mask.items()}
-        self._ranks.require_equal({"mask": bits}, f"{what} at step {self.step}")
+        self._ranks.require_equal({"mask": bits(mask)}, f"{what} at step {self.step}")
         if mask.sizes != self.groups.sizes:
             odd = mask.sizes.items() ^ self.groups.sizes.items()
             names = ", ".join(sorted({name for name, _ in odd})) or "their order"
             raise ConfigError(f"{what}: the mask is not of this network's groups: {names}")
 
-    def _require_equal(self, when: str, **vectors: Tensor) -> None:
-        """Compare vectors over all channels, and the mask in force, group by group."""
-        if self.mask is not None:
-            vectors["mask in force"] = self.mask.keep
-        parts = {
-            what: {n: v.numpy().tobytes() for n, v in self._split(vector.cpu()).items()}
-            for what, vector in vectors.items()
-        }
-        self._ranks.require_equal(parts, when)
-
-    def _split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector over all channels, by group."""
-        sizes = self.groups.sizes
-        return dict(zip(sizes, vector.split(list(sizes.values())), strict=True))
-
     def _require_live_survivors(self, mask: Mask) -> None:
         """A layer may have come to live on channels that are about to go or no longer train."""
-        frozen = self._lost if self._truncation is None else self._truncation.frozen
-        for name, live in self._split(mask.keep & ~frozen).items():
+        for name, live in self.groups.split(mask.keep & ~self._truncation.frozen).items():
             if not bool(live.any()):
                 raise ConfigError(
                     f"draw: group {name}: no channel that the mask keeps is live; a network "

@@ -73,7 +73,7 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path, text: str, says: str)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         read_run_config(tmp_path / "nowhere.yaml", [])
 
 

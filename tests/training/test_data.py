@@ -315,7 +315,7 @@ def written(
         _write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
     else:
         request.getfixturevalue("images")
-    yield {"name": request.param, "root": tmp_path, "image_size": 16}
+    return {"name": request.param, "root": tmp_path, "image_size": 16}
 
 
 def _draws(loaded: Data) -> set[bytes]:

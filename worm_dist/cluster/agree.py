@@ -18,10 +18,15 @@ from torch import Tensor
 
 from ..errors import DivergenceError
 
-__all__ = ["Alone", "Parts", "Ranks", "Together"]
+__all__ = ["Alone", "Parts", "Ranks", "Together", "bits"]
 
 Parts = Mapping[str, Mapping[str, bytes]]
 """What must be equal on all ranks: ``{what: {group: bytes}}``."""
+
+
+def bits(groups: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The bits of a tensor for each group, to be compared."""
+    return {name: tensor.cpu().numpy().tobytes() for name, tensor in groups.items()}
 
 
 class Ranks(Protocol):

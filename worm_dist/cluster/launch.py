@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from ..errors import BackendError
 
@@ -67,9 +68,7 @@ class Place:
 
 
 @contextmanager
-def process_group(
-    place: Place, backend: Backend, timeout_seconds: float
-) -> Iterator[torch.device]:
+def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Iterator[torch.device]:
     """Join the other processes; yields the device to train on.
 
     Raises:
@@ -86,7 +85,7 @@ def process_group(
     if on_gpu:
         torch.cuda.set_device(device)
     # One process needs no address and no port to meet itself.
-    store = dist.HashStore() if place.world_size == 1 else None
+    store = HashStore() if place.world_size == 1 else None
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",

@@ -93,6 +93,11 @@ class Groups(Sequence[ChannelGroup]):
     def num_channels(self) -> int:
         return sum(self.sizes.values())
 
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector ``[num_channels]`` over all channels, group by group."""
+        sizes = self.sizes
+        return dict(zip(sizes, vector.split(list(sizes.values())), strict=True))
+
     @property
     def digests(self) -> dict[str, bytes]:
         """The structure of each group: equal if and only if ranks mean the same slices."""

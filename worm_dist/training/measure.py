@@ -68,4 +68,4 @@ def count_flops(network: nn.Module, sample: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         network(sample)
     network.train(training)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

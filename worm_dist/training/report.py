@@ -1,27 +1,15 @@
-"""Report: what people are told of a run, on the console, in TensorBoard, in the run's folder."""
+"""Report: what a run tells people as it goes."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..engine import Engine
-from ..files import write_json
 from ..verdict import Phase, Verdict
-from .board import Board
-from .console import Console
-from .journal import Journal
 from .measure import Score
 from .result import Result
-from .run_config import RunConfig
 
-__all__ = ["RankZeroReport", "Report"]
-
-_STEPS_BETWEEN_LOSSES = 50
-"""Reading a loss waits for the device, so it is not done every step."""
+__all__ = ["Report"]
 
 
 class Report:
@@ -50,111 +38,3 @@ class Report:
 
     def finish(self, engine: Engine, result: Result) -> None:
         """The run is over."""
-
-
-class RankZeroReport(Report):
-    """Console, ``journal.jsonl``, TensorBoard, and at the end ``result.json``.
-
-    Args:
-        folder: of the run; it exists.
-        config: of the run.
-        model_arguments: how to build the dense network, for the ticket.
-    """
-
-    def __init__(self, folder: Path, config: RunConfig) -> None:
-        self._folder = folder
-        self._config = config
-        self._console = Console()
-        self._board = Board(folder)
-        self._journal = Journal(folder / "journal.jsonl", config.search.elbow.rule)
-        self._loss = float("nan")
-        self._images_per_second = 0.0
-
-    def start(self, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
-        self._console.start(epochs, steps_per_epoch, self._config.data.batch_size, phase)
-
-    def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
-        if engine.step % _STEPS_BETWEEN_LOSSES == 1:
-            self._loss = float(loss)
-            values = {"train/loss": self._loss, "train/learning_rate": learning_rate}
-            self._board.scalars(engine.step, values)
-        self._console.step(self._loss)
-
-    def trained(self, step: int, loss: float, images_per_second: float) -> None:
-        self._loss, self._images_per_second = loss, images_per_second
-        self._board.scalars(step, {"train/images_per_second": images_per_second})
-
-    def epoch(self, epoch: int, engine: Engine, score: Score) -> None:
-        traffic = engine.traffic
-        self._board.scalars(
-            engine.step,
-            {
-                "test/accuracy": score.accuracy,
-                "test/loss": score.loss,
-                "traffic/sent_bytes_per_step": traffic.sent_bytes,
-                "traffic/dense_bytes_per_step": traffic.dense_bytes,
-            },
-        )
-        self._console.epoch(
-            epoch, engine.phase, self._loss, score.accuracy, self._images_per_second, traffic
-        )
-
-    def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        finding = engine.history[-1]
-        self._journal.check(epoch, finding, verdict)
-        values = {
-            "search/distance_mean": finding.distance_mean,
-            "search/distance_max": finding.distance_max,
-            "search/settled_threshold": self._config.search.settled,
-            "search/elbow_threshold": finding.threshold,
-            "search/live_fraction": verdict.live_fraction,
-        }
-        self._board.scalars(
-            engine.step, {key: value for key, value in values.items() if value is not None}
-        )
-        num_checks = len(engine.history)
-        if num_checks > 1 and num_checks.bit_count() == 1:
-            # Pictures of a long search come at checks 2, 4, 8, ... so that they never cost much.
-            self._show(engine)
-        if finding.floored:
-            self._console.event(f"kept above their floor: {', '.join(finding.floored)}")
-
-    def phase(self, epoch: float, engine: Engine) -> None:
-        self._journal.phase(epoch, engine.step, engine.phase)
-        self._show(engine)
-        if engine.phase is Phase.TRUNCATE:
-            self._console.event(f"elbow at epoch {epoch:g}: truncation starts", engine.phase)
-
-    def drawn(self, engine: Engine, result: Result) -> None:
-        self._console.event(
-            f"ticket drawn at epoch {result.ticket_epoch:g}: {result.parameters.ticket:,} of "
-            f"{result.parameters.dense:,} parameters, test accuracy "
-            f"{result.accuracy.before_draw:.4f} -> {result.accuracy.after_draw:.4f}",
-            engine.phase,
-        )
-
-    def finish(self, engine: Engine, result: Result) -> None:
-        if engine.history:
-            self._show(engine)
-        content = result.as_dict()
-        metrics = {
-            f"final/{key}": value
-            for key, value in _flat(content)
-            if isinstance(value, (int, float)) and key not in ("seed", "world_size")
-        }
-        self._board.hyperparameters(dict(_flat(self._config.model_dump(mode="json"))), metrics)
-        self._board.close()
-        write_json(self._folder / "result.json", content)
-        self._console.summary(content)
-
-    def _show(self, engine: Engine) -> None:
-        self._board.figures(engine.step, engine.history, self._config.search.settled)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested mappings, with its dotted key."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..cluster.launch import Place, process_group
 from ..verdict import Phase
-from .report import RankZeroReport, Report
+from .rank_zero_report import RankZeroReport
+from .report import Report
 from .run_config import RunConfig
 from .trainer import Trainer
 

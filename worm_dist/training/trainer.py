@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Trainer:
         self._train = train_loader(data, *shares, config.seed, device)
         self._test = test_loader(data, *shares, device)
         self._sample = torch.zeros(1, *data.sample_shape, device=device)
-        self.model_arguments = {
+        self.model_arguments: dict[str, Any] = {
             "name": config.model.name,
             "num_classes": data.num_classes,
             "in_channels": data.sample_shape[0],
@@ -112,7 +113,7 @@ class Trainer:
         for inputs, targets in self._train:
             loss = self._train_step(inputs, targets)
             losses += torch.stack([loss.double(), torch.ones_like(losses[0])])
-            self._report.step(self.engine, self._schedule.get_last_lr()[0], loss)
+            self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._check_every == 0:
                 self._check()
         seconds = time.perf_counter() - began

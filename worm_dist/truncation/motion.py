@@ -32,7 +32,7 @@ class Motion(Protocol):
 
     lost: Tensor
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int) -> None:
+    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         """Take over the channels in ``frozen`` (bool ``[num_channels]``) after this step."""
 
     def before_step(self, penalty: float) -> None:
@@ -59,7 +59,7 @@ class Hold:
         self._optimizer = optimizer
         self._held: list[_HeldSlices] = []
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int) -> None:
+    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         self._held = [
             _HeldSlices(parameter, block, self._optimizer.state.get(parameter, {}))
             for parameter, block in plan.blocks.items()
@@ -84,12 +84,9 @@ class Fade(Hold):
     frozen channels alone.  Only exact zero is zero.  A channel whose fade has begun is lost.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, network: nn.Module, groups: Groups, num_steps: int
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, network: nn.Module, groups: Groups) -> None:
         super().__init__(optimizer, groups.num_channels)
-        self._num_steps = num_steps
-        self._began = torch.zeros(groups.num_channels, dtype=torch.int64)
+        self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
         self._groups = groups
         parameters = dict(network.named_parameters())
         self._fading = {
@@ -99,30 +96,29 @@ class Fade(Hold):
             for name, _ in norm.parameters
         }
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int) -> None:
-        super().freeze(frozen, plan, step)
+    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
+        super().freeze(frozen, plan, step, fade_steps)
         begins = frozen & ~self.lost
         if not bool(begins.any()):
             return
-        self._began[begins] = step
+        self._over_at[begins] = step + fade_steps
         self.lost = self.lost | begins
-        sizes = list(self._groups.sizes.values())
-        for group, here in zip(self._groups, begins.split(sizes), strict=True):
+        for group, here in zip(self._groups, self._groups.split(begins).values(), strict=True):
             for norm in group.norms:
                 for name, _ in norm.parameters:
-                    self._fading[name].begin(norm.positions[here].flatten(), step)
+                    self._fading[name].begin(norm.positions[here].flatten(), step, fade_steps)
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
         for vector in self._fading.values():
-            vector.write(step, self._num_steps)
+            vector.write(step)
 
     def still_since(self, dropped: Tensor) -> float:
         if not bool(dropped.any()):
             return -math.inf
         if not bool(self.lost[dropped].all()):
             return math.inf
-        return int(self._began[dropped].max()) + self._num_steps
+        return int(self._over_at[dropped].max())
 
 
 class Free:
@@ -135,7 +131,7 @@ class Free:
         self._scales = {parameters[n.parameters[0][0]] for group in groups for n in group.norms}
         self._frozen: Mapping[Tensor, Tensor] = {}
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int) -> None:
+    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         self._frozen = {p: b.frozen[0] for p, b in plan.blocks.items() if p in self._scales}
 
     @torch.no_grad()
@@ -197,19 +193,21 @@ class _FadingVector:
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = parameter
         self._start = torch.zeros_like(parameter, dtype=torch.float32)
-        self._began = torch.zeros_like(parameter, dtype=torch.int64)
+        self._over_at = torch.zeros_like(parameter, dtype=torch.int64)
+        self._num_steps = torch.ones_like(parameter, dtype=torch.int64)
         self._fades = torch.zeros_like(parameter, dtype=torch.bool)
 
     @torch.no_grad()
-    def begin(self, places: Tensor, step: int) -> None:
+    def begin(self, places: Tensor, step: int, num_steps: int) -> None:
         places = places.to(self._parameter.device)
         self._start[places] = self._parameter[places].float()
-        self._began[places] = step
+        self._over_at[places] = step + num_steps
+        self._num_steps[places] = num_steps
         self._fades[places] = True
 
     @torch.no_grad()
-    def write(self, step: int, num_steps: int) -> None:
+    def write(self, step: int) -> None:
         # Elementwise on the whole vector: no index, no synchronisation, a few thousand elements.
-        left = (num_steps + self._began - step).clamp_(min=0) / num_steps
+        left = (self._over_at - step).clamp_(min=0) / self._num_steps
         value = (self._start * left).to(self._parameter.dtype)
         self._parameter.copy_(torch.where(self._fades, value, self._parameter))

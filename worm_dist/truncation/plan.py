@@ -79,7 +79,7 @@ class Plan:
     def __init__(self, network: nn.Module, groups: Groups, frozen: Tensor, scope: Scope) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
-        for group, frozen_here in zip(groups, frozen.split(list(groups.sizes.values()))):
+        for group, frozen_here in zip(groups, groups.split(frozen).values(), strict=True):
             for member in group.members:
                 if member.role in _ROLES[scope] and bool(frozen_here.any()):
                     places = member.positions[frozen_here].flatten()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,6 +9,7 @@ from torch.optim import Optimizer
 from ..cluster.wrap import Bare, DataParallel
 from ..config import TruncationConfig
 from ..search.groups import Groups
+from ..search.mask import Mask
 from .ddp import PackedReduction, packed_allreduce
 from .gradients import GradientHooks
 from .motion import Fade, Free, Hold, Motion
@@ -19,21 +18,13 @@ from .plan import Plan
 __all__ = ["Truncation"]
 
 
-class _Gradients(Protocol):
-    def adopt(self, plan: Plan) -> None: ...
-
-    def remove(self) -> None: ...
-
-
 class Truncation:
-    """Frozen channels and everything that follows from them.
+    """Frozen channels and everything that follows from them; none before the first ``adopt``.
 
     Attributes:
         generation: how many sets of frozen channels have been in force.
         frozen: bool ``[num_channels]``, the channels frozen now.
-        plan: the live and frozen parts of the parameters.
-        motion: what the frozen parts do.
-        reduction: state of the communication hook, None where none is needed.
+        reduction: state of the communication hook, None while there is none.
     """
 
     def __init__(
@@ -42,51 +33,84 @@ class Truncation:
         wrapping: Bare | DataParallel,
         optimizer: Optimizer,
         groups: Groups,
-        fade_steps: int,
     ) -> None:
         self._config = config
-        self._network = wrapping.network
+        self._wrapping = wrapping
         self._groups = groups
-        self.motion = _motion(config, wrapping.network, optimizer, groups, fade_steps)
+        self._motion = _motion(config, wrapping.network, optimizer, groups)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.plan = Plan(self._network, groups, self.frozen, config.scope)
         self.reduction: PackedReduction | None = None
-        self._gradients: _Gradients
-        if config.mode == "hard" and isinstance(wrapping, DataParallel):
-            self.reduction = PackedReduction(wrapping.process_group)
-            wrapping.model.register_comm_hook(self.reduction, packed_allreduce)
-            self._gradients = self.reduction
-        else:
-            self._gradients = GradientHooks(0 if config.mode == "hard" else config.ratio)
+        self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
+        self._live_fraction = 1.0
+
+    @property
+    def lost(self) -> Tensor:
+        """bool ``[num_channels]``: channels that cannot be kept any more."""
+        return self._motion.lost
 
     @property
     def live_fraction(self) -> float:
         """Live elements of all that train.  Soft truncation freezes nothing."""
-        return self.plan.live_fraction if self._config.mode == "hard" else 1.0
+        return self._live_fraction
 
-    def adopt(self, frozen: Tensor, step: int) -> None:
-        """Freeze other channels: those that fade already stay, others thaw."""
+    def adopt(self, frozen: Tensor, step: int, fade_steps: int) -> None:
+        """Freeze these channels and those that fade already; others thaw.
+
+        The ranks must have agreed on the bits of ``frozen``: buffers are packed by them.
+
+        Args:
+            frozen: bool ``[num_channels]``.
+            step: optimizer steps so far.
+            fade_steps: how long a fade that begins now takes.
+        """
+        frozen = frozen | self.lost
+        if torch.equal(frozen, self.frozen):
+            return
         self.generation += 1
-        self.frozen = frozen | self.motion.lost
-        self.plan = Plan(self._network, self._groups, self.frozen, self._config.scope)
-        self._gradients.adopt(self.plan)
-        self.motion.freeze(self.frozen, self.plan, step)
+        self.frozen = frozen
+        plan = Plan(self._wrapping.network, self._groups, frozen, self._config.scope)
+        if self._config.mode == "hard":
+            self._live_fraction = plan.live_fraction
+        self._truncate_gradients(plan)
+        self._motion.freeze(frozen, plan, step, fade_steps)
+
+    def before_step(self, penalty: float) -> None:
+        """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
+        self._motion.before_step(penalty)
+
+    def after_step(self, step: int) -> None:
+        """Just after the ``step``-th optimizer step."""
+        self._motion.after_step(step)
+
+    def still_since(self, mask: Mask) -> float:
+        """The step since which no channel that the mask drops has moved: -inf if dropped channels
+        do not fade, inf if one has yet to begin."""
+        return self._motion.still_since(~mask.keep)
 
     def remove(self) -> None:
         """Leave gradients and weights alone from now on."""
-        self._gradients.remove()
+        self._hooks.remove()
+        if self.reduction is not None:
+            self.reduction.remove()
+        self._motion = Free(self._wrapping.network, self._groups)
+
+    def _truncate_gradients(self, plan: Plan) -> None:
+        if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
+            self._hooks.adopt(plan)
+            return
+        if self.reduction is None:
+            # Not before it is needed: while nothing is frozen, DDP averages by itself.
+            self.reduction = PackedReduction(self._wrapping.process_group)
+            self._wrapping.model.register_comm_hook(self.reduction, packed_allreduce)
+        self.reduction.adopt(plan)
 
 
 def _motion(
-    config: TruncationConfig,
-    network: nn.Module,
-    optimizer: Optimizer,
-    groups: Groups,
-    fade_steps: int,
+    config: TruncationConfig, network: nn.Module, optimizer: Optimizer, groups: Groups
 ) -> Motion:
     if config.motion == "fade":
-        return Fade(optimizer, network, groups, fade_steps)
+        return Fade(optimizer, network, groups)
     if config.motion == "hold":
         return Hold(optimizer, groups.num_channels)
     return Free(network, groups)

@@ -1,0 +1,118 @@
+"""The main job as settings say it, on one, two and four ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Ranks
+from worm_dist.cluster.launch import Place
+from worm_dist.engine import Engine
+from worm_dist.models import build_model
+from worm_dist.training.config_file import read_run_config
+from worm_dist.training.report import Report
+from worm_dist.training.trainer import Trainer
+from worm_dist.verdict import Verdict
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
+
+class _Digests(Report):
+    """What every rank holds after each check."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, str, bool]] = []
+
+    def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
+        assert engine.mask is not None
+        self.seen.append((engine.step, engine.mask.digest, str(verdict.phase), verdict.ticket))
+
+
+def _train(*replaced: tuple[str, str]) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+    config = read_run_config(CONFIG, replaced)
+    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    digests = _Digests()
+    trainer = Trainer(config, place, torch.device("cpu"), digests)
+    result = trainer.run()
+    mask = trainer.engine.mask
+    kept = None if mask is None else {name: mask[name] for name in mask}
+    return digests.seen, result.as_dict(), kept
+
+
+def _run(ranks: Ranks, world_size: int, *replaced: tuple[str, str]) -> Any:
+    outcomes = ranks.outcomes(world_size, _train, *replaced, wall_limit=110, group_timeout=60)
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+    seen = [outcome.value[0] for outcome in outcomes]
+    assert all(other == seen[0] for other in seen), "the ranks hold different masks"
+    return outcomes[0].value
+
+
+@pytest.mark.timeout(400)
+def test_the_ticket_does_not_hang_on_the_number_of_ranks(ranks: Ranks) -> None:
+    one, two, four = (_run(ranks, world_size)[1] for world_size in (1, 2, 4))
+    for result in (one, four):
+        assert result["status"] == "ticket"
+        assert abs(result["ticket_epoch"] - two["ticket_epoch"]) <= 1
+    assert two["accuracy"]["after_draw"] >= 0.94
+    assert two["accuracy"]["final"] >= 0.98
+    assert two["parameters"]["ticket"] <= 0.45 * two["parameters"]["dense"]
+    assert two["flops"]["ticket"] < two["flops"]["dense"]
+
+
+@pytest.mark.timeout(120)
+def test_truncated_bytes_are_live_elements_times_four(ranks: Ranks) -> None:
+    _, result, kept = _run(ranks, 2, ("epochs", "8"))
+    assert kept is not None
+    network = build_model("vgg_small", 10, 1)
+    convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    head = 128 * 10 + 10
+    live = dense = head
+    for conv, filters in zip(convs, kept.values(), strict=True):
+        of_a_channel = conv.weight[0].numel() + 2  # a filter without bias, scale and shift
+        live += int(filters.sum()) * of_a_channel
+        dense += len(filters) * of_a_channel
+    assert result["traffic"]["truncated_bytes_per_step"] == 4 * live
+    assert (
+        result["traffic"]["dense_bytes_per_step"] == 4 * dense == 4 * result["parameters"]["dense"]
+    )
+    assert result["traffic"]["ticket_bytes_per_step"] == 4 * result["parameters"]["ticket"]
+    assert result["live_fraction"] == pytest.approx(live / dense)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_without_a_figure_says_null(ranks: Ranks) -> None:
+    """A search that finds nothing must not report a ticket of zero parameters."""
+    seen, result, _ = _run(ranks, 2, ("epochs", "2"))
+    assert [ticket for *_, ticket in seen] == [False, False]
+    assert result["status"] == "not_found"
+    assert result["checks"] == 2
+    for part, key in (
+        ("parameters", "ticket"),
+        ("accuracy", "after_draw"),
+        ("seconds", "truncate"),
+    ):
+        assert result[part][key] is None
+    assert result["elbow_epoch"] is result["ticket_epoch"] is result["live_fraction"] is None
+
+
+@pytest.mark.timeout(120)
+def test_checks_may_come_every_few_steps(ranks: Ranks) -> None:
+    seen, result, _ = _run(ranks, 2, ("epochs", "2"), ("search.every", "10ba"))
+    assert [step for step, *_ in seen] == [10, 20, 30, 40]
+    assert result["checks"] == 4
+
+
+def _diverge() -> None:
+    _train(("epochs", "3"), ("optimizer.lr", "1e6"))
+
+
+@pytest.mark.timeout(60)
+def test_a_loss_that_is_not_finite_stops_every_rank_alike(ranks: Ranks) -> None:
+    outcomes = ranks.outcomes(2, _diverge)
+    assert [outcome.error for outcome in outcomes] == ["NonFiniteError"] * 2
+    assert outcomes[0].text == outcomes[1].text
