@@ -1,0 +1,294 @@
+"""One mask, one decision: a rank that differs is named on every rank, before anything is packed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+import worm_dist
+import worm_dist.engine
+from tests.nets import Plain, Residual, random_images, randomise
+from tests.oracles import mask_dropping
+from tests.ranks import NO_GROUP, Outcome, Ranks
+from worm_dist import DivergenceError, Engine, Mask, WormConfig
+
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_object",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "scatter",
+)
+
+
+def _attached(**search: Any) -> Engine:
+    torch.manual_seed(0)
+    network: nn.Module = Residual()
+    randomise(network, seed=3)
+    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    return worm_dist.attach(
+        model,
+        SGD(model.parameters(), lr=0.05),
+        WormConfig(search=search, truncation={"motion": "hold"}),
+        example_inputs=random_images(1),
+        steps_per_epoch=10,
+    )
+
+
+def _step(engine: Engine) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    engine.optimizer.zero_grad()
+    images = random_images(4, seed=100 * engine.step + rank)
+    (engine.model(images).square().mean() + engine.penalty()).backward()
+    engine.optimizer.step()
+
+
+def _network(engine: Engine) -> Residual:
+    network = getattr(engine.model, "module", engine.model)
+    assert isinstance(network, Residual)
+    return network
+
+
+def _assert_all_refuse(outcomes: list[Outcome], *words: str) -> None:
+    """The same clear error on every rank, soon, and no process died or hung."""
+    for outcome in outcomes:
+        assert outcome.error == "DivergenceError", str(outcome)
+        assert outcome.exitcode == 1 and not outcome.hung
+        assert outcome.seconds < 10
+        for word in words:
+            assert word in outcome.text, outcome.text
+    assert len({outcome.text for outcome in outcomes}) == 1
+
+
+# --- a rank that differs ----------------------------------------------------------------------
+
+
+def _check_with_another_scale(rank: int) -> None:
+    engine = _attached()
+    _step(engine)
+    engine.check()
+    if dist.get_rank() == rank:
+        with torch.no_grad():
+            _network(engine).bn1.weight[2] += 1e-6
+    engine.check()
+
+
+@pytest.mark.parametrize(("world_size", "rank"), [(2, 1), (3, 0), (3, 1), (3, 2), (4, 3)])
+def test_a_scale_that_differs_is_named_by_rank_and_group(
+    ranks: Ranks, world_size: int, rank: int
+) -> None:
+    """With three ranks or more the majority says who is odd, rank zero included."""
+    outcomes = ranks.outcomes(world_size, _check_with_another_scale, rank)
+    _assert_all_refuse(outcomes, "check at step 1", f"scale of group conv1: rank {rank} differs")
+    assert "group stem" not in outcomes[0].text
+
+
+def test_without_a_majority_rank_zero_is_the_reference(ranks: Ranks) -> None:
+    outcomes = ranks.outcomes(2, _check_with_another_scale, 0)
+    _assert_all_refuse(outcomes, "scale of group conv1: rank 1 differs")
+
+
+def _check_with_another_cut(rank: int, more: bool) -> None:
+    """Between the cut and the agreement this rank gets another mask, as if a tie fell otherwise."""
+    engine = _attached()
+    cut = worm_dist.engine.cut
+
+    def another(*args: Any, **kwargs: Any) -> tuple[Mask, tuple[str, ...]]:
+        mask, floored = cut(*args, **kwargs)
+        keep = mask.keep.clone()
+        kept, dropped = keep.nonzero().flatten(), (~keep).nonzero().flatten()
+        keep[dropped[0]] = True
+        if not more:
+            keep[kept[0]] = False
+        return Mask.from_vector(mask.sizes, keep), floored
+
+    if dist.get_rank() == rank:
+        worm_dist.engine.cut = another
+    engine.check()
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["same count", "one more"])
+def test_a_mask_that_differs_is_refused_before_it_is_used(ranks: Ranks, more: bool) -> None:
+    outcomes = ranks.outcomes(3, _check_with_another_cut, 2, more)
+    _assert_all_refuse(outcomes, "mask of group", "rank 2 differs")
+
+
+def _spoil_the_mask_in_force(rank: int, then: str) -> None:
+    engine = _attached()
+    engine.check()
+    assert engine.mask is not None
+    engine.truncate(engine.mask)
+    if dist.get_rank() == rank:
+        engine.mask.keep[0] ^= True
+    if then == "check":
+        engine.check()
+    else:
+        engine.draw(engine.mask)
+
+
+@pytest.mark.parametrize("then", ["check", "draw"])
+def test_a_mask_changed_in_memory_is_found_at_the_next_agreement(ranks: Ranks, then: str) -> None:
+    outcomes = ranks.outcomes(2, _spoil_the_mask_in_force, 1, then)
+    _assert_all_refuse(outcomes, f"{then} at step 0", "of group stem: rank 1 differs")
+
+
+def _truncate_by_rank(call: str, sizes_differ: bool) -> None:
+    engine = _attached()
+    rank = dist.get_rank()
+    mask = mask_dropping(engine.groups, rank)
+    if sizes_differ and rank == 1:
+        mask = Mask({"stem": torch.ones(3, dtype=torch.bool)})
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    try:
+        getattr(engine, call)(mask)
+    except DivergenceError:
+        assert engine.mask is None and engine.phase == "search"
+        assert not engine.model._comm_hooks
+        for name, value in engine.model.state_dict().items():
+            assert torch.equal(value, before[name])
+        raise
+
+
+@pytest.mark.parametrize("sizes_differ", [False, True], ids=["", "of another network"])
+@pytest.mark.parametrize("call", ["truncate", "draw"])
+def test_masks_from_elsewhere_are_agreed_on_first(
+    ranks: Ranks, call: str, sizes_differ: bool
+) -> None:
+    outcomes = ranks.outcomes(2, _truncate_by_rank, call, sizes_differ)
+    _assert_all_refuse(outcomes, f"{call} at step 0", "mask of group stem: rank 1 differs")
+
+
+def _attach_to_different_structures() -> None:
+    network = Plain()
+    if dist.get_rank() == 1:
+        network.head.register_forward_hook(lambda *_: None)
+        network.forward = (
+            lambda images: network.head(  # type: ignore[method-assign]
+                torch.relu(network.bn1(network.conv1(images))).mean((2, 3)).repeat(1, 2)[:, :8]
+            )
+        )
+    model = DistributedDataParallel(network)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    worm_dist.attach(model, optimizer, example_inputs=random_images(1))
+
+
+def test_ranks_that_trace_different_networks_are_refused_at_attach(ranks: Ranks) -> None:
+    outcomes = ranks.outcomes(2, _attach_to_different_structures)
+    _assert_all_refuse(outcomes, "(attach)", "structure of group")
+
+
+def _not_a_number_on(rank: int) -> None:
+    engine = _attached()
+    if dist.get_rank() == rank:
+        with torch.no_grad():
+            _network(engine).bn1.weight[2] = float("nan")
+    engine.check()
+
+
+def test_a_score_that_is_no_number_on_one_rank_stops_all(ranks: Ranks) -> None:
+    for outcome in ranks.outcomes(2, _not_a_number_on, 1):
+        assert (outcome.error, outcome.exitcode) == ("NonFiniteError", 1), str(outcome)
+        assert "group conv1" in outcome.text and outcome.seconds < 10
+
+
+# --- all well ---------------------------------------------------------------------------------
+
+
+def _masks_and_verdicts(num_checks: int) -> tuple[Any, ...]:
+    engine = _attached(prune_ratio=0.4, window=3)
+    seen = []
+    for _ in range(num_checks):
+        _step(engine)
+        verdict = engine.check()
+        assert engine.mask is not None
+        seen.append((engine.mask.digest, verdict))
+    return seen, len(engine.history), engine.phase
+
+
+@pytest.mark.parametrize("world_size", [NO_GROUP, 1, 2, 3])
+def test_masks_and_verdicts_are_equal_and_only_rank_zero_has_a_history(
+    ranks: Ranks, world_size: int
+) -> None:
+    first, *others = ranks(world_size, _masks_and_verdicts, 6)
+    seen, history, phase = first
+    assert history == 6
+    assert phase == "truncate"  # a few small steps move no mask
+    for other in others:
+        assert other == (seen, 0, phase)
+
+
+def _tied_scores() -> tuple[str, Tensor]:
+    engine = _attached()
+    with torch.no_grad():
+        for norm in (_network(engine).bn0, _network(engine).bn1, _network(engine).bn2):
+            norm.weight.fill_(1 / 3)
+    engine.check()
+    assert engine.mask is not None
+    return engine.mask.digest, engine.mask.keep
+
+
+@pytest.mark.parametrize("world_size", [NO_GROUP, 1, 2, 3])
+def test_ties_fall_the_same_way_on_every_rank(ranks: Ranks, world_size: int) -> None:
+    results = ranks(world_size, _tied_scores)
+    assert len({digest for digest, _ in results}) == 1
+    assert results[0][1].tolist() == [False] * 7 + [True] + [True] * 6
+
+
+def _collectives_of_each_check(num_checks: int) -> list[tuple[dict[str, int], int]]:
+    engine = _attached(window=3)
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        real = getattr(dist, name)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return real(*args, **kwargs)
+
+        return collective
+
+    for name in _COLLECTIVES:
+        setattr(dist, name, counted(name))
+    seen = []
+    for _ in range(num_checks):
+        _step(engine)
+        counts.clear()
+        bytes_before = engine.traffic.control_bytes
+        engine.check()
+        seen.append((dict(counts), engine.traffic.control_bytes - bytes_before))
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_check_costs_two_all_reduces_and_one_broadcast_however_long_the_history(
+    ranks: Ranks, world_size: int
+) -> None:
+    for seen in ranks(world_size, _collectives_of_each_check, 12):
+        assert all(counts == {"all_reduce": 2, "broadcast": 1} for counts, _ in seen)
+        # 14 scores; [d, -d] of two digests at first, then of three: the mask in force is new.
+        assert {size for _, size in seen[1:]} == {14 * 4 + 2 * 3 * 4 * 8 + 6 * 8}
+
+
+def _check_after_the_draw() -> bool:
+    engine = _attached()
+    engine.draw(mask_dropping(engine.groups, 0, 9))
+    real, dist.all_reduce = dist.all_reduce, None  # type: ignore[assignment]
+    verdict = engine.check()
+    dist.all_reduce = real
+    return verdict.phase == "ticket" and engine.penalty().item() == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_after_the_draw_a_check_costs_nothing(ranks: Ranks, world_size: int) -> None:
+    assert all(ranks(world_size, _check_after_the_draw))
