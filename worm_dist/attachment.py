@@ -53,7 +53,8 @@ class Attachment:
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
         self._last_check = 0
-        self._dense_bytes = self._gradient_bytes()
+        self._gradient_bytes = self._count_gradient_bytes()
+        self._dense_bytes = self._gradient_bytes
 
     def listen(
         self, num_calls: int, before_step: Callable[[], None], after_step: Callable[[], None]
@@ -62,7 +63,7 @@ class Attachment:
 
         def stepped() -> None:
             after_step()
-            sent_bytes = self._dense_bytes
+            sent_bytes = self._gradient_bytes
             if self.reduction is not None:
                 sent_bytes, self.reduction.sent_bytes = self.reduction.sent_bytes, 0
             self.traffic.add_step(sent_bytes, self._dense_bytes)
@@ -110,14 +111,14 @@ class Attachment:
         self.model = self.wrapping.wrapped_again()
         self.wrapping = wrapping_of(self.model)
         self.reduction = None
-        self._dense_bytes = self._gradient_bytes()
+        self._gradient_bytes = self._count_gradient_bytes()
 
     def remove(self) -> None:
         """Hear nothing of the training from now on."""
         self._observer.remove()
 
-    def _gradient_bytes(self) -> int:
-        """What a dense step hands to the all-reduce; nothing without a wrapper."""
+    def _count_gradient_bytes(self) -> int:
+        """What a step hands to the all-reduce if all of it lives; nothing without a wrapper."""
         if isinstance(self.wrapping, Bare):
             return 0
         trained = (p for p in self.network.parameters() if p.requires_grad)

@@ -21,7 +21,7 @@ class Traffic:
 
     Attributes:
         sent_bytes: gradients of the last optimizer step.
-        dense_bytes: what a dense step would have sent.
+        dense_bytes: what a step of the dense network would have sent, after the draw too.
         total_sent_bytes: gradients of all steps so far.
         total_dense_bytes: what dense steps would have sent.
         control_bytes: scores, digests and verdicts of all checks so far.

@@ -11,7 +11,6 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from ..errors import ConfigError
@@ -53,6 +52,8 @@ def build_model(
 def _torchvision_model(
     name: str, num_classes: int, in_channels: int, arguments: Mapping[str, Any]
 ) -> nn.Module:
+    import torchvision  # only here: our own networks start a second sooner without it
+
     known = torchvision.models.list_models(module=torchvision.models)
     plain = name.removeprefix(TORCHVISION)
     if plain not in known:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
-from kneed import KneeLocator
-
 from ..config import SearchConfig
 
 __all__ = ["elbow_reached", "elbow_threshold"]
@@ -44,6 +42,8 @@ def _past_the_knee(config: SearchConfig, means: Sequence[float]) -> bool:
     """Whether kneed finds a knee before the newest point of the falling curve."""
     if len(means) < _FEWEST_POINTS_FOR_A_KNEE or max(means) == min(means):
         return False
+    from kneed import KneeLocator  # only here: it takes seconds, with all of pyplot and scipy
+
     with warnings.catch_warnings():
         # Most curves have no knee yet when they are asked; kneed warns each time.
         warnings.simplefilter("ignore")

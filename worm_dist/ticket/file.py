@@ -99,6 +99,8 @@ def save_ticket(
         versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
     )
     write_json(folder / "ticket.json", ticket.model_dump())
+    # safetensors makes files that only their owner may read.
+    weights.chmod((folder / "ticket.json").stat().st_mode)
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:

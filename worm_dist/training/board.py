@@ -15,19 +15,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import (  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import (
     Event,
     SessionLog,
 )
-from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, scalar
 
 from ..search.history import Finding
-from .pictures import distance_curve, distance_matrix, mask_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Board"]
 
@@ -78,6 +79,9 @@ class Board:
         """
         if self._lost:
             return
+        # Only here: matplotlib takes half a second, and nothing is drawn before the elbow.
+        from .pictures import distance_curve, distance_matrix, mask_picture
+
         figures = {
             "search/masks": mask_picture(findings),
             "search/distance_matrix": distance_matrix(findings),

@@ -85,8 +85,8 @@ class RankZeroReport(Report):
             engine.step, {key: value for key, value in values.items() if value is not None}
         )
         num_checks = len(engine.history)
-        if num_checks > 1 and num_checks.bit_count() == 1:
-            # Pictures of a long search come at checks 2, 4, 8, ... so that they never cost much.
+        if num_checks >= 8 and num_checks.bit_count() == 1:
+            # Pictures of a long search come at checks 8, 16, 32, ... so that they never cost much.
             self._show(engine)
         if finding.floored:
             self._console.event(f"kept above their floor: {', '.join(finding.floored)}")
@@ -117,7 +117,7 @@ class RankZeroReport(Report):
         self._board.hyperparameters(dict(_flat(self._config.model_dump(mode="json"))), metrics)
         self._board.close()
         write_json(self._folder / "result.json", content)
-        self._console.summary(content)
+        self._console.summary(content, self._folder)
 
     def _show(self, engine: Engine) -> None:
         self._board.figures(engine.step, engine.history, self._config.search.settled)

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
-
-import numpy
-import torch
-import torch_pruning
-import torchvision
-
-import worm_dist
 
 __all__ = ["Accuracy", "Count", "Result", "Seconds", "TrafficResult"]
 
@@ -50,14 +44,9 @@ class Seconds:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "worm_dist": worm_dist.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "torch_pruning": torch_pruning.__version__,
-        "numpy": numpy.__version__,
-    }
+    packages = ("worm_dist", "torch", "torchvision", "torch-pruning", "numpy")
+    installed = {package.replace("-", "_"): version(package) for package in packages}
+    return {"python": platform.python_version(), **installed}
 
 
 @dataclass

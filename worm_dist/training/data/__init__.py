@@ -6,22 +6,23 @@ downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
-from . import cifar, digits, fashion_mnist, image_folder
 from .loaders import test_loader, train_loader
 from .split import Data
 
 __all__ = ["Data", "load_data", "test_loader", "train_loader"]
 
-LOADERS: Mapping[str, Callable[[DataConfig], Data]] = {
-    "digits": digits.load,
-    "fashion-mnist": fashion_mnist.load,
-    "cifar10": cifar.load_cifar10,
-    "cifar100": cifar.load_cifar100,
-    "image-folder": image_folder.load,
+# Imported when asked for: torchvision and scikit-learn each take a second.
+LOADERS: Mapping[str, tuple[str, str]] = {
+    "digits": (".digits", "load"),
+    "fashion-mnist": (".fashion_mnist", "load"),
+    "cifar10": (".cifar", "load_cifar10"),
+    "cifar100": (".cifar", "load_cifar100"),
+    "image-folder": (".image_folder", "load"),
 }
 
 
@@ -32,6 +33,9 @@ def load_data(config: DataConfig) -> Data:
         ConfigError: its files are missing or damaged; it says where they were looked for.
     """
     try:
-        return LOADERS[config.name](config)
+        module, function = LOADERS[config.name]
+        data = getattr(import_module(module, __name__), function)(config)
     except OSError as error:  # Such as a folder that this user may not enter.
         raise ConfigError(f"data.root: cannot read {config.root}: {error}") from error
+    assert isinstance(data, Data)
+    return data
