@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import worm_dist
+from tests.nets import Concatenating, Flattening, Residual, Separable, random_images, randomise
+from worm_dist import CheckpointError, ConfigError, Engine, WormConfig, load_ticket
+from worm_dist.models import build_model
+from worm_dist.search.cut import cut
+from worm_dist.search.scores import NormScale
+
+NAMED = {"name": "vgg_small", "num_classes": 10, "in_channels": 3, "arguments": {"widths": [8, 12]}}
+
+
+def _drawn(network: nn.Module) -> Engine:
+    randomise(network, seed=1)
+    config = WormConfig(truncation={"mode": "off"})
+    optimizer = SGD(network.parameters(), lr=0.05)
+    engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
+    scores = NormScale(network, engine.groups)()
+    engine.draw(cut(scores, engine.groups.sizes, 0.5, 0.1)[0])
+    return engine
+
+
+def _outputs(network: nn.Module) -> Tensor:
+    network.eval()
+    with torch.no_grad():
+        logits: Tensor = network(random_images(4, seed=7))
+    return logits
+
+
+def _in_a_fresh_process(folder: Path, build: str) -> Tensor:
+    """Load there and give back the outputs."""
+    program = (
+        "import torch, worm_dist, tests.nets\n"
+        f"network = worm_dist.load_ticket({str(folder)!r}{build}).eval()\n"
+        "images = tests.nets.random_images(4, seed=7)\n"
+        f"torch.save(network(images).detach(), {str(folder / 'outputs.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    return torch.load(folder / "outputs.pt")
+
+
+def test_a_named_model_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    engine = _drawn(build_model(**NAMED))
+    engine.save_ticket(tmp_path, model=NAMED)
+    assert torch.equal(_in_a_fresh_process(tmp_path, ""), _outputs(engine.model))
+
+
+def test_a_network_of_ones_own_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    engine = _drawn(Residual())
+    engine.save_ticket(tmp_path)
+    loaded = _in_a_fresh_process(tmp_path, ", build=tests.nets.Residual")
+    assert torch.equal(loaded, _outputs(engine.model))
+
+
+@pytest.mark.parametrize("build", [Concatenating, Flattening, Separable])
+def test_every_kind_of_network_comes_back(tmp_path: Path, build: type[nn.Module]) -> None:
+    engine = _drawn(build())
+    engine.save_ticket(tmp_path / "new" / "folder")
+    loaded = load_ticket(tmp_path / "new" / "folder", build)
+    assert loaded.training
+    state = engine.model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    assert torch.equal(_outputs(loaded), _outputs(engine.model))
+
+
+def test_nothing_drawn_is_nothing_to_save(tmp_path: Path) -> None:
+    network = Residual()
+    optimizer = SGD(network.parameters(), lr=0.05)
+    engine = worm_dist.attach(network, optimizer, example_inputs=random_images(1))
+    with pytest.raises(ConfigError, match="nothing has been drawn"):
+        engine.save_ticket(tmp_path / "ticket")
+    assert not (tmp_path / "ticket").exists()
+
+
+@pytest.fixture
+def ticket(tmp_path: Path) -> Path:
+    _drawn(Residual()).save_ticket(tmp_path)
+    return tmp_path
+
+
+def _change(ticket: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads((ticket / "ticket.json").read_text())
+    change(content)
+    (ticket / "ticket.json").write_text(json.dumps(content))
+
+
+def test_without_build_the_ticket_must_name_its_model(ticket: Path) -> None:
+    with pytest.raises(CheckpointError, match="build="):
+        load_ticket(ticket)
+
+
+@pytest.mark.parametrize("name", ["ticket.json", "ticket.safetensors"])
+def test_a_missing_file_is_named(ticket: Path, name: str) -> None:
+    (ticket / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_ticket(ticket, Residual)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_ticket(tmp_path / "nowhere", Residual)
+
+
+def test_one_flipped_bit_is_found(ticket: Path) -> None:
+    """torch and safetensors would load it without a word."""
+    weights = bytearray((ticket / "ticket.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (ticket / "ticket.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.parametrize("keep", [0, 10, -1])
+@pytest.mark.parametrize("name", ["ticket.json", "ticket.safetensors"])
+def test_a_file_cut_short_is_refused(ticket: Path, name: str, keep: int) -> None:
+    (ticket / name).write_bytes((ticket / name).read_bytes().rstrip()[:keep])
+    with pytest.raises(CheckpointError, match=name):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b'{"format_version": 1}', b"\xff\xfe", b"\x80\x04pickle"]
+)
+def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
+    (ticket / "ticket.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a ticket"):
+        load_ticket(ticket, Residual)
+
+
+def test_a_later_format_is_refused(ticket: Path) -> None:
+    _change(ticket, lambda content: content.update(format_version=2))
+    with pytest.raises(CheckpointError, match="format 2"):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["cuts"][0].update(module="stern"),
+        lambda content: content["cuts"][0].update(size=5),
+        lambda content: content["cuts"][0].update(kept=[]),
+        lambda content: content["cuts"][0].update(kept=[99]),
+        lambda content: content["cuts"][0].update(kept=[-1]),
+        lambda content: content["cuts"].pop(),
+    ],
+)
+def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: Callable[[dict], object]) -> None:
+    _change(ticket, change)
+    with pytest.raises(CheckpointError, match="fit the network"):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.parametrize("build", [Separable, lambda: Residual(width=9), lambda: Residual(8, 7)])
+def test_another_network_is_refused(ticket: Path, build: Callable[[], nn.Module]) -> None:
+    with pytest.raises(CheckpointError, match="fit the network"):
+        load_ticket(ticket, build)

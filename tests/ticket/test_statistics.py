@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+import worm_dist
+from tests.nets import Flattening, random_images, randomise
+from tests.oracles import mask_dropping
+from tests.ranks import NO_GROUP, Ranks
+from worm_dist import WormConfig
+from worm_dist.cluster.agree import Alone, Together
+from worm_dist.ticket.statistics import recalibrate
+
+
+def _ranks() -> Alone | Together:
+    if not dist.is_initialized():
+        return Alone()
+    return Together(dist.group.WORLD, torch.device("cpu"))
+
+
+def _batch(number: int) -> Tensor:
+    """Each from another distribution, as images of another class would be."""
+    return random_images(16, seed=number) * (1 + number) + 3 * number
+
+
+def _norm_of_the_input(num_batches: int) -> tuple[Tensor, Tensor]:
+    """A norm that sees the batches themselves; they are dealt out among the ranks."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    recalibrate(network, [((_batch(n),), {}) for n in range(rank, num_batches, size)], _ranks())
+    return network[0].running_mean, network[0].running_var
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_batches"), [(NO_GROUP, 1), (1, 1), (2, 2), (3, 3), (4, 4)]
+)
+def test_statistics_are_those_of_all_samples_of_all_ranks(
+    ranks: Ranks, world_size: int, num_batches: int
+) -> None:
+    """One batch a rank.  Each variance is the unbiased one of 1024 values: exact to 1/1024."""
+    samples = torch.cat([_batch(number) for number in range(num_batches)])
+    for mean, variance in ranks(world_size, _norm_of_the_input, num_batches):
+        torch.testing.assert_close(mean, samples.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(variance, samples.var(dim=(0, 2, 3)), rtol=1 / 1024, atol=0)
+
+
+def _draw_with_dropout() -> tuple[bool, bool, list[Tensor], bool]:
+    torch.manual_seed(0)
+    network = Flattening()
+    randomise(network, seed=1)
+    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    optimizer = SGD(model.parameters(), lr=0.05)
+    engine = worm_dist.attach(
+        model,
+        optimizer,
+        WormConfig(truncation={"mode": "off"}, ticket={"recalibrate_batches": 2}),
+        example_inputs=random_images(1),
+    )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for step in range(4):
+        optimizer.zero_grad()
+        engine.model(random_images(8, seed=10 * step + rank)).square().mean().backward()
+        optimizer.step()
+    seen_in_training: list[bool] = []
+    network.dropout.register_forward_hook(lambda m, *_: seen_in_training.append(m.training))
+    network.conv.eval()
+    random = torch.get_rng_state()
+    before = network.bn.running_var.clone()
+    engine.draw(mask_dropping(engine.groups, 0))
+    assert len(seen_in_training) == 2  # two batches remembered
+    statistics = [value for key, value in network.named_buffers() if "running" in key]
+    assert network.bn.momentum == 0.1
+    assert not torch.equal(network.bn.running_var, before[1:])
+    modes = network.training and network.bn.training and not network.conv.training
+    return any(seen_in_training), modes, statistics, torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("world_size", [NO_GROUP, 1, 2])
+def test_a_draw_estimates_them_anew_without_dropout(ranks: Ranks, world_size: int) -> None:
+    results = ranks(world_size, _draw_with_dropout)
+    for dropout_was_on, modes_kept, statistics, random_kept in results:
+        assert not dropout_was_on and modes_kept and random_kept
+        for one, two in zip(statistics, results[0][2], strict=True):
+            assert torch.equal(one, two)
+
+
+def test_norms_without_statistics_are_left_alone() -> None:
+    network = nn.Sequential(
+        nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, momentum=None)
+    )
+    recalibrate(network, [((_batch(1),), {})], Alone())
+    assert network[0].running_mean is None
+    assert network[1].momentum is None and int(network[1].num_batches_tracked) == 1
+
+
+def test_batches_may_be_keyword_arguments() -> None:
+    network = nn.BatchNorm2d(3, momentum=0.3)
+    recalibrate(network, [((), {"input": _batch(2)})], Alone())
+    torch.testing.assert_close(network.running_mean, _batch(2).mean(dim=(0, 2, 3)))
