@@ -202,6 +202,28 @@ def test_a_score_that_is_no_number_on_one_rank_stops_all(ranks: Ranks) -> None:
         assert "group conv1" in outcome.text and outcome.seconds < 10
 
 
+def _settle_without_knowing_an_epoch() -> None:
+    model = DistributedDataParallel(Residual())
+    config = WormConfig(
+        search={"every": "2ba", "window": 2}, truncation={"fade": "1ba"}, ticket={"settle": "1ep"}
+    )
+    optimizer = SGD(model.parameters(), lr=0.01)
+    engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
+    for step in range(8):
+        optimizer.zero_grad()
+        model(random_images(4, seed=step)).square().mean().backward()
+        optimizer.step()
+        engine.check()
+
+
+def test_an_epoch_of_unknown_length_is_refused_by_every_rank(ranks: Ranks) -> None:
+    """Rank zero alone decided whether the network had settled, and alone found that it could not
+    tell how long an epoch is; the others waited for its verdict."""
+    for outcome in ranks.outcomes(2, _settle_without_knowing_an_epoch, group_timeout=4):
+        assert outcome.error == "ConfigError", str(outcome)
+        assert "give steps_per_epoch" in outcome.text
+
+
 # --- all well ---------------------------------------------------------------------------------
 
 
