@@ -99,6 +99,7 @@ class Attachment:
         """Remove channels; optimizer, statistics and wrapper follow.  Collective."""
         before = dict(self.network.named_parameters())
         self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
         remove_channels(self.network, cuts)
         transplant(self.optimizer, before, dict(self.network.named_parameters()), cuts)
         if self._observer.calls:

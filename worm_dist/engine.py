@@ -23,10 +23,11 @@ from .config import WormConfig
 from .errors import ConfigError
 from .observer import Traffic
 from .search.cut import cut
-from .search.groups import Groups, find_groups
+from .search.groups import Groups
 from .search.history import Finding, History
 from .search.mask import Mask
 from .search.scores import NormScale
+from .search.tracing import find_groups
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
 from .truncation.truncation import Truncation
@@ -180,7 +181,7 @@ class Engine:
         self._require_attached("truncate")
         if self.config.truncation.mode == "off":
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
-        self._agree_on(mask, "truncate")
+        mask = self._agree_on(mask, "truncate")
         for name, back in self.groups.split(self._truncation.lost & mask.keep).items():
             if bool(back.any()):
                 raise ConfigError(
@@ -207,9 +208,7 @@ class Engine:
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("draw")
-        if mask is None:
-            mask = self._ticket()
-        self._agree_on(mask, "draw")
+        mask = self._agree_on(self._ticket() if mask is None else mask, "draw")
         self._require_live_survivors(mask)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._truncation.remove()
@@ -295,7 +294,8 @@ class Engine:
 
     def _freeze(self, frozen: Tensor) -> None:
         """Adopt a generation.  Its bits are agreed on by now, so packed buffers will match."""
-        fade_steps = self._training.num_steps(self.config.truncation.fade)
+        truncation = self.config.truncation
+        fade_steps = self._training.num_steps(truncation.fade) if truncation.motion == "fade" else 0
         self._truncation.adopt(frozen, self.step, fade_steps)
         self._training.reduction = self._truncation.reduction
 
@@ -335,13 +335,17 @@ class Engine:
             )
         return self.mask
 
-    def _agree_on(self, mask: Mask, what: str) -> None:
-        """Agree before judging: a mask that one rank alone would refuse must stop them all."""
+    def _agree_on(self, mask: Mask, what: str) -> Mask:
+        """The mask, its groups in the engine's order.
+
+        Agree before judging: a mask that one rank alone would refuse must stop them all.
+        """
         self._ranks.require_equal({"mask": bits(mask)}, f"{what} at step {self.step}")
-        if mask.sizes != self.groups.sizes:
-            odd = mask.sizes.items() ^ self.groups.sizes.items()
-            names = ", ".join(sorted({name for name, _ in odd})) or "their order"
+        odd = mask.sizes.items() ^ self.groups.sizes.items()
+        if odd:
+            names = ", ".join(sorted({name for name, _ in odd}))
             raise ConfigError(f"{what}: the mask is not of this network's groups: {names}")
+        return Mask({group.name: mask[group.name] for group in self.groups})
 
     def _require_live_survivors(self, mask: Mask) -> None:
         """A layer may have come to live on channels that are about to go or no longer train."""

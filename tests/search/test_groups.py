@@ -15,7 +15,8 @@ from tests.nets import (
 )
 from worm_dist import ConfigError
 from worm_dist.models import build_model
-from worm_dist.search.groups import ChannelGroup, Groups, find_groups
+from worm_dist.search.groups import ChannelGroup, Groups
+from worm_dist.search.tracing import find_groups
 
 
 def _groups(network: nn.Module) -> Groups:
@@ -150,7 +151,7 @@ def test_a_network_without_scales_is_refused() -> None:
 
 
 def test_inputs_that_do_not_fit_are_refused_with_the_cause() -> None:
-    with pytest.raises(ConfigError, match=r"could not be traced .*RuntimeError: .*5 channels"):
+    with pytest.raises(ConfigError, match=r"does not run on the example inputs: RuntimeError: .*5 channels"):
         find_groups(Plain(), random_images(1, channels=5))
 
 

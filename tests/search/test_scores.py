@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.nets import Concatenating, Plain, Residual, random_images, randomise
-from worm_dist.search.groups import find_groups
+from worm_dist.search.tracing import find_groups
 from worm_dist.search.scores import NormScale
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tests.nets import Flattening, Residual, Separable, Upsampling, random_images
 from tests.oracles import live_flags
-from worm_dist.search.groups import find_groups
+from worm_dist.search.tracing import find_groups
 from worm_dist.truncation.packing import Packing
 from worm_dist.truncation.plan import Block, Plan
 

@@ -140,7 +140,7 @@ class Together:
 
 def _digest(groups: Mapping[str, bytes]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in groups.items():
+    for name, value in sorted(groups.items()):
         digest.update(f"{name}:{len(value)}:".encode())
         digest.update(value)
     return digest.digest()

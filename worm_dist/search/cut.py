@@ -60,7 +60,7 @@ def cut(
     protected = _best_of_each_group(ascending, group_of, sizes, floor)
     if lost is not None:
         protected &= ~lost
-    num_dropped = int(prune_ratio * scores.numel())
+    num_dropped = int(round(prune_ratio * scores.numel(), 9))
     if lost is not None:
         num_dropped = max(num_dropped, int(lost.sum()))
     free = ascending[~protected[ascending]]
@@ -90,7 +90,9 @@ def _best_of_each_group(
     end = 0
     for size in sizes.values():
         end += size
-        protected[by_group[end - max(1, ceil(floor * size)) : end]] = True
+        # Rounded, or 0.07 of 100 channels, 7.000000000000001 in floats, would be 8.
+        num_protected = max(1, ceil(round(floor * size, 9)))
+        protected[by_group[end - num_protected : end]] = True
     return protected
 
 

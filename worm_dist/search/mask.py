@@ -70,7 +70,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ConfigError: the masks are of different groups.
         """
-        if other._sizes != self._sizes:
+        if list(other._sizes.items()) != list(self._sizes.items()):
             raise ConfigError("mask: two masks over different groups have no distance")
         return float((self.keep ^ other.keep).sum()) / self.num_channels
 

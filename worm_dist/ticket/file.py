@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files import write_json
 from ..models import build_model
 from ..search.groups import Groups
@@ -37,7 +37,7 @@ class _ModelPart(_Part):
     name: str
     num_classes: int
     in_channels: int
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = {}
 
 
 class _GroupPart(_Part):
@@ -119,12 +119,7 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
     """
     folder = Path(path)
     ticket = _read(folder)
-    if build is None and ticket.model is None:
-        raise CheckpointError(
-            f"{folder / 'ticket.json'}: it does not say how to build the dense network; call "
-            "load_ticket(path, build=...) with a function that returns it"
-        )
-    network = build() if build is not None else build_model(**dict(ticket.model or {}))
+    network = build() if build is not None else _build(ticket.model, folder)
     cuts = [_cut(part, network, folder) for part in ticket.cuts]
     remove_channels(network, cuts)
     try:
@@ -156,6 +151,18 @@ def _read(folder: Path) -> _Ticket:
             "was damaged or replaced"
         )
     return ticket
+
+
+def _build(model: _ModelPart | None, folder: Path) -> nn.Module:
+    if model is None:
+        raise CheckpointError(
+            f"{folder / 'ticket.json'}: it does not say how to build the dense network; call "
+            "load_ticket(path, build=...) with a function that returns it"
+        )
+    try:
+        return build_model(**dict(model))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'ticket.json'}: {error}") from error
 
 
 def _cut(part: _CutPart, network: nn.Module, folder: Path) -> Cut:

@@ -6,11 +6,11 @@ without new ones the accuracy after a draw says little.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cluster.agree import Ranks
 
@@ -23,7 +23,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, calls: Iterable[Call], ranks: Ranks) -> None:
+def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> None:
     """Replace the running statistics by those over the given batches, pooled over the ranks.
 
     Only the norms see training mode; dropout and the like stay off.
@@ -39,29 +39,34 @@ def recalibrate(network: nn.Module, calls: Iterable[Call], ranks: Ranks) -> None
     network.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
+        norm.momentum = 1.0  # running statistics are those of the newest batch
         norm.train()
+    moments = torch.zeros_like(_moments(norms))
     for positional, keywords in calls:
         network(*positional, **keywords)
-    for norm in norms:
+        moments += _moments(norms)
+    mean, square = ranks.mean(moments / len(calls)).to(moments.device)
+    sizes = [norm.num_features for norm in norms]
+    variance = square - mean.square()
+    for norm, new_mean, new_variance in zip(norms, mean.split(sizes), variance.split(sizes)):
+        _tensor(norm.running_mean).copy_(new_mean)
+        _tensor(norm.running_var).copy_(new_variance)
         norm.momentum = momenta[norm]
     for module, training in modes.items():
         module.training = training
-    _pool(norms, ranks)
 
 
-def _pool(norms: list[Norm], ranks: Ranks) -> None:
-    """One all-reduce.  Second moments are averaged, not variances: ranks' means differ too."""
-    means = torch.cat([_tensor(norm.running_mean) for norm in norms])
-    variances = torch.cat([_tensor(norm.running_var) for norm in norms])
-    mean, square = ranks.mean(torch.stack([means, variances + means.square()])).to(means.device)
-    sizes = [norm.num_features for norm in norms]
-    pooled = (square - mean.square()).clamp_(min=0)
-    for norm, new_mean, new_variance in zip(norms, mean.split(sizes), pooled.split(sizes)):
-        _tensor(norm.running_mean).copy_(new_mean)
-        _tensor(norm.running_var).copy_(new_variance)
+def _moments(norms: Sequence[Norm]) -> Tensor:
+    """First and second moments of the newest batch, float64 ``[2, features of all norms]``.
+
+    Second moments can be averaged over batches and ranks whose means differ; variances cannot.
+    In double precision, or a large mean would swallow a small variance.
+    """
+    means = torch.cat([_tensor(norm.running_mean) for norm in norms]).double()
+    variances = torch.cat([_tensor(norm.running_var) for norm in norms]).double()
+    return torch.stack([means, variances + means.square()])
 
 
-def _tensor(buffer: torch.Tensor | None) -> torch.Tensor:
+def _tensor(buffer: Tensor | None) -> Tensor:
     assert buffer is not None
     return buffer

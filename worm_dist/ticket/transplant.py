@@ -7,7 +7,6 @@ The optimizer stays the same object, so schedulers that hold it go on too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +44,24 @@ def transplant(
         if new is not old and old in optimizer.state:
             state = optimizer.state.pop(old)
             optimizer.state[new] = {
-                key: _select(value, kept.get(old, {})) if _follows(value, old) else value
+                key: _select(value, _along(value, old, kept.get(old, {})))
+                if isinstance(value, Tensor)
+                else value
                 for key, value in state.items()
             }
 
 
-def _follows(value: Any, parameter: nn.Parameter) -> bool:
-    """Whether a piece of state belongs to the parameter element by element."""
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+def _along(
+    value: Tensor, parameter: nn.Parameter, kept: Mapping[int, Tensor]
+) -> Mapping[int, Tensor]:
+    """The dimensions of a piece of state that follow the parameter's.
+
+    Moments have its shape; a factored moment, such as Adafactor's, is 1 long in some dimensions; a
+    step counter has none.
+    """
+    if value.dim() != parameter.dim():
+        return {}
+    return {dim: at for dim, at in kept.items() if value.shape[dim] == parameter.shape[dim]}
 
 
 def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

@@ -109,10 +109,18 @@ class RankZeroReport(Report):
         if engine.history:
             self._show(engine)
         content = result.as_dict()
+        # Named to come last: TensorBoard draws a chart of one point for each.
         metrics = {
-            f"final/{key}": value
-            for key, value in _flat(content)
-            if isinstance(value, (int, float)) and key not in ("seed", "world_size")
+            f"whole_run/{name}": float(value)
+            for name, value in {
+                "accuracy": result.accuracy.final,
+                "accuracy_after_draw": result.accuracy.after_draw,
+                "parameters": result.parameters.ticket or result.parameters.dense,
+                "seconds": result.seconds.total,
+                "ticket_epoch": result.ticket_epoch,
+                "total_bytes": result.traffic.total_bytes,
+            }.items()
+            if value is not None
         }
         self._board.hyperparameters(dict(_flat(self._config.model_dump(mode="json"))), metrics)
         self._board.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,15 @@ __all__ = ["Fade", "Free", "Hold", "Motion"]
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 
 
-class Motion(Protocol):
-    """What frozen slices do.
+class Motion:
+    """Frozen slices move as the optimizer says: the rule of soft truncation, which freezes nothing.
 
     Attributes:
         lost: bool ``[num_channels]``: channels that cannot thaw any more.
     """
 
-    lost: Tensor
+    def __init__(self, num_channels: int) -> None:
+        self.lost = torch.zeros(num_channels, dtype=torch.bool)
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         """Take over the channels in ``frozen`` (bool ``[num_channels]``) after this step."""
@@ -44,9 +44,10 @@ class Motion(Protocol):
     def still_since(self, dropped: Tensor) -> float:
         """The step since which none of these channels fades: -inf if they never did, inf if one
         has yet to begin."""
+        return -math.inf
 
 
-class Hold:
+class Hold(Motion):
     """Frozen slices stay bit for bit.
 
     A channel that thaws starts with zero momentum and with the second moment it had when it froze:
@@ -55,7 +56,7 @@ class Hold:
     """
 
     def __init__(self, optimizer: Optimizer, num_channels: int) -> None:
-        self.lost = torch.zeros(num_channels, dtype=torch.bool)
+        super().__init__(num_channels)
         self._optimizer = optimizer
         self._held: list[_HeldSlices] = []
 
@@ -65,15 +66,9 @@ class Hold:
             for parameter, block in plan.blocks.items()
         ]
 
-    def before_step(self, penalty: float) -> None:
-        pass
-
     def after_step(self, step: int) -> None:
         for slices in self._held:
             slices.restore(self._optimizer.state.get(slices.parameter, {}))
-
-    def still_since(self, dropped: Tensor) -> float:
-        return -math.inf
 
 
 class Fade(Hold):
@@ -121,12 +116,12 @@ class Fade(Hold):
         return int(self._over_at[dropped].max())
 
 
-class Free:
+class Free(Motion):
     """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
     and the penalty does, locally: what arrives through the loss is truncated with the rest."""
 
     def __init__(self, network: nn.Module, groups: Groups) -> None:
-        self.lost = torch.zeros(groups.num_channels, dtype=torch.bool)
+        super().__init__(groups.num_channels)
         parameters = dict(network.named_parameters())
         self._scales = {parameters[n.parameters[0][0]] for group in groups for n in group.norms}
         self._frozen: Mapping[Tensor, Tensor] = {}
@@ -140,12 +135,6 @@ class Free:
             if scale.grad is not None:
                 pull = scale.index_select(0, frozen).sign_().mul_(penalty)
                 scale.grad.index_add_(0, frozen, pull.to(scale.grad.dtype))
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def still_since(self, dropped: Tensor) -> float:
-        return -math.inf
 
 
 class _HeldSlices:

@@ -35,7 +35,7 @@ class Truncation:
         groups: Groups,
     ) -> None:
         self._config = config
-        self._wrapping = wrapping
+        self._wrapping: Bare | DataParallel = wrapping
         self._groups = groups
         self._motion = _motion(config, wrapping.network, optimizer, groups)
         self.generation = 0
@@ -93,7 +93,9 @@ class Truncation:
         self._hooks.remove()
         if self.reduction is not None:
             self.reduction.remove()
-        self._motion = Free(self._wrapping.network, self._groups)
+        self._motion = Motion(self._groups.num_channels)
+        # The wrapper holds buckets as large as the dense network; let go of it.
+        self._wrapping = Bare(self._wrapping.network)
 
     def _truncate_gradients(self, plan: Plan) -> None:
         if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
@@ -109,6 +111,8 @@ class Truncation:
 def _motion(
     config: TruncationConfig, network: nn.Module, optimizer: Optimizer, groups: Groups
 ) -> Motion:
+    if config.mode != "hard":
+        return Motion(groups.num_channels)
     if config.motion == "fade":
         return Fade(optimizer, network, groups)
     if config.motion == "hold":

@@ -1,0 +1,33 @@
+"""Undisturbed: look at a network by running it, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["undisturbed"]
+
+
+@contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """Within, the network is in eval mode; afterwards its modes, what trains, its hooks and the
+    random state are what they were, also after an error."""
+    modes = {module: module.training for module in network.modules()}
+    trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    hooks = {module: list(module._forward_hooks) for module in network.modules()}
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    network.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, trained in trains.items():
+            parameter.requires_grad_(trained)
+        for module, known in hooks.items():
+            for key in module._forward_hooks.keys() - set(known):
+                del module._forward_hooks[key]
