@@ -1,0 +1,211 @@
+"""The command line as people meet it: real processes, exit codes, what lies in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import worm_dist
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "digits.yaml"
+PYTHON = (sys.executable, "-W", "error", "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def _call(command: Sequence[Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: os.environ[key] for key in os.environ if not key.startswith("PYTEST")}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The main job on two ranks: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("digits")
+    command = [*TORCHRUN, 2, "-m", "worm_dist", "train", CONFIG, "--out", folder / "run"]
+    done = _call(command, folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def _result(digits: tuple[Path, str]) -> Any:
+    return json.loads((digits[0] / "result.json").read_text())
+
+
+def _journal(digits: tuple[Path, str]) -> list[Any]:
+    return [json.loads(line) for line in (digits[0] / "journal.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(170)
+def test_the_main_job_finds_its_ticket(digits: tuple[Path, str]) -> None:
+    result = _result(digits)
+    assert result["status"] == "ticket"
+    assert (result["preset"], result["seed"], result["world_size"]) == ("worm", 0, 2)
+    assert result["backend"] == "gloo"
+    assert "1437 train / 360 test" in result["data"]
+    assert result["accuracy"]["final"] >= 0.98
+    assert result["accuracy"]["after_draw"] >= 0.94
+    assert result["parameters"]["ticket"] <= 0.45 * result["parameters"]["dense"]
+    assert result["flops"]["ticket"] <= 0.45 * result["flops"]["dense"]
+    traffic = result["traffic"]
+    assert traffic["dense_bytes_per_step"] == 4 * result["parameters"]["dense"]
+    assert traffic["ticket_bytes_per_step"] == 4 * result["parameters"]["ticket"]
+    # 22 steps an epoch, 16 epochs; the elbow and the draw say which steps sent what.
+    elbow, ticket = round(22 * result["elbow_epoch"]), round(22 * result["ticket_epoch"])
+    gradients = (
+        elbow * traffic["dense_bytes_per_step"]
+        + (ticket - elbow) * traffic["truncated_bytes_per_step"]
+        + (352 - ticket) * traffic["ticket_bytes_per_step"]
+    )
+    control = traffic["total_bytes"] - gradients
+    assert 0 < control < 0.001 * gradients
+    seconds = result["seconds"]
+    assert sum(seconds[phase] for phase in ("search", "truncate", "ticket")) == pytest.approx(
+        seconds["total"], abs=0.5
+    )
+
+
+def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str]) -> None:
+    result, lines = _result(digits), _journal(digits)
+    checks = [line for line in lines if line["event"] == "check"]
+    assert len(checks) == result["checks"]
+    assert [line["step"] for line in checks] == [22 * (n + 1) for n in range(len(checks))]
+    assert [len(line["distances"]) for line in checks[:5]] == [0, 1, 2, 3, 4]
+    assert checks[-1]["ticket"] and checks[-1]["mask_digest"] == result["mask_digest"]
+    assert [line["elbow"] for line in checks].count(True) == 1
+    phases = [(line["phase"], line["epoch"]) for line in lines if line["event"] == "phase"]
+    assert phases == [("truncate", result["elbow_epoch"]), ("ticket", result["ticket_epoch"])]
+
+
+def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]) -> None:
+    (events,) = digits[0].glob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events), size_guidance={"images": 0, "scalars": 0})
+    shown.Reload()
+    tags = shown.Tags()
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/images_per_second",
+        "test/accuracy",
+        "search/distance_mean",
+        "search/distance_max",
+        "search/settled_threshold",
+        "search/elbow_threshold",
+        "search/live_fraction",
+        "traffic/sent_bytes_per_step",
+        "traffic/dense_bytes_per_step",
+    } <= set(tags["scalars"])
+    assert set(tags["images"]) == {
+        "search/masks",
+        "search/distance_matrix",
+        "search/distance_curve",
+    }
+    sent = {event.step: event.value for event in shown.Scalars("traffic/sent_bytes_per_step")}
+    traffic = _result(digits)["traffic"]
+    assert sent[22] == traffic["dense_bytes_per_step"]
+    assert sent[352] == traffic["ticket_bytes_per_step"]
+    assert shown.PluginTagToContent("hparams")
+
+
+def test_the_console_is_plain_where_it_is_no_terminal(digits: tuple[Path, str]) -> None:
+    printed = digits[1]
+    assert "\x1b" not in printed and "\r" not in printed
+    assert sum(line.startswith("epoch ") for line in printed.splitlines()) == 16
+    assert "truncation starts" in printed and "ticket drawn at epoch" in printed
+    assert str(digits[0]) in printed.replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.timeout(60)
+def test_the_ticket_loads_in_a_fresh_process(digits: tuple[Path, str], tmp_path: Path) -> None:
+    images = torch.randn(7, 1, 8, 8)
+    torch.save(images, tmp_path / "images.pt")
+    script = tmp_path / "fresh.py"
+    script.write_text(
+        "import sys, torch, worm_dist as worm\n"
+        "network = worm.load_ticket(sys.argv[1]).eval()\n"
+        "torch.save(network(torch.load('images.pt')), 'logits.pt')\n"
+    )
+    done = _call([sys.executable, "-W", "error", script, digits[0] / "ticket"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    network = worm_dist.load_ticket(digits[0] / "ticket").eval()
+    assert sum(p.numel() for p in network.parameters()) == _result(digits)["parameters"]["ticket"]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), network(images))
+
+
+@pytest.mark.timeout(90)
+def test_one_process_without_a_launcher_trains_too(tmp_path: Path) -> None:
+    command = [*PYTHON, "worm_dist", "train", CONFIG, "--epochs", 1, "--preset", "dense"]
+    done = _call([*command, "--seed=3"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "runs" / "digits" / "result.json").read_text())
+    assert (result["status"], result["world_size"], result["seed"]) == ("dense", 1, 3)
+    assert result["parameters"]["ticket"] is result["mask_digest"] is result["elbow_epoch"] is None
+
+
+@pytest.mark.timeout(90)
+def test_a_second_run_puts_the_first_aside(tmp_path: Path) -> None:
+    command = [*PYTHON, "worm_dist", "train", CONFIG, "--epochs=1", "--preset=dense"]
+    for _ in range(2):
+        assert _call([*command, "--out", tmp_path / "run"], tmp_path).returncode == 0
+    assert len(list(tmp_path.glob("run*/result.json"))) == 2
+
+
+@pytest.mark.timeout(60)
+def test_all_mistakes_are_told_once_by_rank_zero_with_exit_code_2(tmp_path: Path) -> None:
+    wrong = ["--search.prune_ratoi", "0.3", "--optimizer.lr=fast", "--data.batch_size", "0"]
+    done = _call([*PYTHON, "worm_dist", "train", CONFIG, *wrong], tmp_path)
+    assert done.returncode == 2
+    assert "search.prune_ratoi: unknown key; did you mean search.prune_ratio?" in done.stderr
+    assert "optimizer.lr:" in done.stderr and "data.batch_size:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+    done = _call([*TORCHRUN, 2, "-m", "worm_dist", "train", CONFIG, *wrong], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean search.prune_ratio?") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model.name", "vgg_smal"], "did you mean vgg_small?"),
+        (["--data.name=cifar10", "--data.root=/nowhere"], "/nowhere"),
+        (["--data.batch_size", "5000"], "data.batch_size: 5000 is more than the 1437 samples"),
+        (["--seed"], "expected one argument"),
+        (["epochs", "3"], "expected --key.subkey value"),
+        (["--epochs"], "its value is missing"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = _call([*PYTHON, "worm_dist", "train", CONFIG, *arguments], tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(60)
+def test_a_launcher_that_contradicts_itself_is_exit_code_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    done = _call([*PYTHON, "worm_dist", "train", CONFIG], tmp_path)
+    assert done.returncode == 6
+    assert "RANK set, but not WORLD_SIZE" in done.stderr
