@@ -151,7 +151,9 @@ def test_a_network_without_scales_is_refused() -> None:
 
 
 def test_inputs_that_do_not_fit_are_refused_with_the_cause() -> None:
-    with pytest.raises(ConfigError, match=r"does not run on the example inputs: RuntimeError: .*5 channels"):
+    with pytest.raises(
+        ConfigError, match=r"does not run on the example inputs: RuntimeError: .*5 channels"
+    ):
         find_groups(Plain(), random_images(1, channels=5))
 
 

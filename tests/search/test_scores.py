@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.nets import Concatenating, Plain, Residual, random_images, randomise
-from worm_dist.search.tracing import find_groups
 from worm_dist.search.scores import NormScale
+from worm_dist.search.tracing import find_groups
 
 
 def _scored(network: torch.nn.Module) -> NormScale:
