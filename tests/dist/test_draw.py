@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -326,3 +328,29 @@ def _attach_where_it_cannot(how: str) -> None:
 @pytest.mark.parametrize("how", ["hook", "bare"])
 def test_a_taken_hook_or_a_bare_module_on_two_ranks_is_refused(ranks: Ranks, how: str) -> None:
     ranks(2, _attach_where_it_cannot, how)
+
+
+@pytest.mark.parametrize("call", ["truncate", "draw"])
+def test_a_mask_is_read_by_the_names_of_its_groups_not_by_their_order(call: str) -> None:
+    """Equal dicts may differ in order; the channels of another group were dropped."""
+    engine = _attached({})
+    mask = mask_dropping(engine.groups, 0, 9)
+    getattr(engine, call)(Mask(dict(reversed(mask.items()))))
+    assert engine.mask == mask
+    if call == "draw":
+        network = engine.model
+        assert (network.stem.out_channels, network.conv1.out_channels) == (7, 5)
+
+
+def _old_wrapper_is_collected() -> bool:
+    engine = _attached({})
+    old = weakref.ref(engine.model)
+    _train(engine.model, engine.optimizer, range(2))
+    engine.draw(mask_dropping(engine.groups, 0))
+    gc.collect()
+    return old() is None
+
+
+def test_the_old_wrapper_is_not_kept_alive(ranks: Ranks) -> None:
+    """It holds buckets as large as the dense network."""
+    assert ranks(2, _old_wrapper_is_collected) == [True, True]

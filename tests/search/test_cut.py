@@ -142,3 +142,10 @@ def test_the_scores_given_are_left_alone(seed: int) -> None:
     before = scores.clone()
     cut(scores, {"a": 20}, 0.5, 0.1, lost=torch.arange(20) < 3)
     assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize(("size", "floor"), [(100, 0.07), (50, 0.14), (25, 0.28)])
+def test_floor_and_ratio_that_leave_nothing_over_are_feasible(size: int, floor: float) -> None:
+    """0.07 * 100 is 7.000000000000001 in floats, and its ceiling 8."""
+    mask, _ = cut(torch.arange(size).float(), {"only": size}, 1 - floor, floor)
+    assert mask.num_kept == round(size * floor)

@@ -68,3 +68,9 @@ def test_only_bool_vectors_make_a_mask(keep: dict) -> None:
 def test_vector_is_split_by_sizes() -> None:
     mask = Mask.from_vector({"a": 1, "b": 2}, torch.tensor([True, False, True]))
     assert mask == _mask(a=[1], b=[0, 1])
+
+
+def test_masks_over_the_same_groups_in_another_order_have_no_distance() -> None:
+    one, two = torch.tensor([True, False]), torch.tensor([False, True])
+    with pytest.raises(ConfigError, match="different groups"):
+        Mask({"a": one, "b": two}).distance(Mask({"b": two, "a": one}))

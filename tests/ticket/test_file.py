@@ -166,3 +166,20 @@ def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: Callable[[dict],
 def test_another_network_is_refused(ticket: Path, build: Callable[[], nn.Module]) -> None:
     with pytest.raises(CheckpointError, match="fit the network"):
         load_ticket(ticket, build)
+
+
+def test_arguments_of_a_named_model_may_be_left_out(tmp_path: Path) -> None:
+    model = {"name": "vgg_small", "num_classes": 10, "in_channels": 3}
+    engine = _drawn(build_model(**model))
+    engine.save_ticket(tmp_path, model=model)
+    load_ticket(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["name", "arguments"])
+def test_a_model_that_is_not_known_here_is_refused(tmp_path: Path, key: str) -> None:
+    _drawn(build_model(**NAMED)).save_ticket(tmp_path, model=NAMED)
+    content = json.loads((tmp_path / "ticket.json").read_text())
+    content["model"][key] = "vgg_tiny" if key == "name" else {"depth": 3}
+    (tmp_path / "ticket.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        load_ticket(tmp_path)

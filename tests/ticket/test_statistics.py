@@ -101,3 +101,24 @@ def test_batches_may_be_keyword_arguments() -> None:
     network = nn.BatchNorm2d(3, momentum=0.3)
     recalibrate(network, [((), {"input": _batch(2)})], Alone())
     torch.testing.assert_close(network.running_mean, _batch(2).mean(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("world_size", [NO_GROUP, 1, 2])
+def test_statistics_do_not_depend_on_which_rank_saw_which_batch(
+    ranks: Ranks, world_size: int
+) -> None:
+    """Within a rank variances were averaged, and what lies between its batches was lost."""
+    samples = torch.cat([_batch(number) for number in range(4)])
+    for mean, variance in ranks(world_size, _norm_of_the_input, 4):
+        torch.testing.assert_close(mean, samples.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(variance, samples.var(dim=(0, 2, 3)), rtol=1 / 1024, atol=0)
+
+
+def test_a_large_mean_does_not_swallow_the_variance() -> None:
+    """E[x^2] - E[x]^2 in single precision has no digits left for a variance of 1 beside 4000."""
+    network = nn.BatchNorm2d(3)
+    batch = random_images(64, seed=1) + 4000
+    recalibrate(network, [((batch,), {})], Alone())
+    torch.testing.assert_close(
+        network.running_var, batch.double().var(dim=(0, 2, 3)).float(), rtol=0.01, atol=0
+    )

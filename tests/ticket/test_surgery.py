@@ -27,8 +27,8 @@ from worm_dist import ConfigError, Mask, WormConfig
 from worm_dist.models import build_model
 from worm_dist.search.cut import cut
 from worm_dist.search.groups import Groups
-from worm_dist.search.tracing import find_groups
 from worm_dist.search.scores import NormScale
+from worm_dist.search.tracing import find_groups
 from worm_dist.ticket.surgery import cuts_of, remove_channels
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

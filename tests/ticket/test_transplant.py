@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import StepLR
 
 import worm_dist
-from tests.nets import Flattening, Residual, random_images, randomise
+from tests.nets import Flattening, Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from worm_dist import Engine, WormConfig
 
@@ -155,3 +155,27 @@ def test_parameters_that_are_not_in_the_optimizer_stay_out_of_it() -> None:
     assert id(network.head.weight) not in in_optimizer
     assert network.head.weight not in optimizer.state
     assert len(in_optimizer) == len(trained)
+
+
+def test_factored_optimizer_state_follows_too() -> None:
+    """Adafactor keeps one number for each row and each column, not for each element."""
+    network = Plain()
+    optimizer = Adafactor(network.parameters(), lr=0.01)
+    config = WormConfig(truncation={"mode": "off"})
+    engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
+    for step in range(3):
+        optimizer.zero_grad()
+        network(random_images(4, seed=step)).square().mean().backward()
+        optimizer.step()
+        if step == 1:
+            engine.draw(mask_dropping(engine.groups, 0, 9))
+
+
+def test_gradients_waiting_for_a_step_do_not_survive_a_draw_in_part() -> None:
+    network = Residual()
+    optimizer = SGD(network.head.parameters(), lr=0.1)
+    engine = worm_dist.attach(network, optimizer, example_inputs=random_images(1))
+    network(random_images(4)).sum().backward()
+    engine.draw(mask_dropping(engine.groups, 0))
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is None or parameter.grad.shape == parameter.shape, name

@@ -79,3 +79,17 @@ def test_detach_takes_every_hook_away() -> None:
     network = engine.detach()
     assert not any(p._backward_hooks for p in network.parameters())
     assert isinstance(network, nn.Module) and not network._forward_pre_hooks
+
+
+def test_soft_truncation_with_ratio_one_changes_nothing() -> None:
+    """The penalty went through the loss, and once more by hand."""
+    trained = []
+    for truncates in (False, True):
+        torch.manual_seed(0)
+        engine = _attached(l1=0.1, mode="soft", ratio=1.0)
+        if truncates:
+            engine.truncate(mask_dropping(engine.groups, 1, 9))
+        _gradients(engine)
+        engine.optimizer.step()
+        trained.append(engine.model.state_dict())
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())

@@ -237,3 +237,11 @@ def test_free_moves_by_momentum_decay_and_penalty_alone(name: str, with_penalty:
                 scale.grad[frozen] += 0.01 * scale.detach()[frozen].sign()
         optimizer.step()
     _assert_equal(network, reference)
+
+
+def test_what_does_not_fade_needs_no_length_of_an_epoch() -> None:
+    network = Residual()
+    config = WormConfig(search={"every": "5ba"}, truncation={"motion": "hold"})
+    optimizer = SGD(network.parameters(), lr=0.1)
+    engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
+    engine.truncate(mask_dropping(engine.groups, 1))
