@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from math import ceil
+from math import floor as floor_of
 
 import pytest
 import torch
@@ -26,9 +28,18 @@ def _cases(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, float, float]:
     return sizes, torch.tensor(levels).float(), draw(RATIOS), draw(st.sampled_from([0, 0.1, 0.3]))
 
 
+def _num_dropped(ratio: float, num_channels: int) -> int:
+    """Rounded down as in decimals, not as in binary fractions."""
+    return floor_of(Fraction(str(ratio)) * num_channels)
+
+
+def _num_protected(floor: float, size: int) -> int:
+    return max(1, ceil(Fraction(str(floor)) * size))
+
+
 def _feasible(sizes: dict[str, int], ratio: float, floor: float) -> bool:
-    protected = sum(max(1, ceil(floor * size)) for size in sizes.values())
-    return int(ratio * sum(sizes.values())) <= sum(sizes.values()) - protected
+    protected = sum(_num_protected(floor, size) for size in sizes.values())
+    return _num_dropped(ratio, sum(sizes.values())) <= sum(sizes.values()) - protected
 
 
 @given(_cases())
@@ -36,9 +47,9 @@ def test_count_is_exact_and_floor_is_respected(case: tuple) -> None:
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
     mask, _ = cut(scores, sizes, ratio, floor)
-    assert scores.numel() - mask.num_kept == int(ratio * scores.numel())
+    assert scores.numel() - mask.num_kept == _num_dropped(ratio, scores.numel())
     for name, size in sizes.items():
-        assert int(mask[name].sum()) >= max(1, ceil(floor * size))
+        assert int(mask[name].sum()) >= _num_protected(floor, size)
 
 
 @given(_cases())
@@ -51,8 +62,8 @@ def test_order_is_total_by_score_then_group_then_channel(case: tuple) -> None:
     protected = set()
     for group, size in enumerate(sizes.values()):
         here = [channel for _, channel in ranked if channel[0] == group]
-        protected |= set(here[-max(1, ceil(floor * size)) :])
-    num_dropped = int(ratio * len(channels))
+        protected |= set(here[-_num_protected(floor, size) :])
+    num_dropped = _num_dropped(ratio, len(channels))
     free = [channel for _, channel in ranked if channel not in protected]
     dropped = set(free[:num_dropped])
 
@@ -97,7 +108,7 @@ def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.Da
         assume(False)
     assert not bool((mask.keep & lost).any())
     num_dropped = scores.numel() - mask.num_kept
-    assert num_dropped == max(int(ratio * scores.numel()), int(lost.sum()))
+    assert num_dropped == max(_num_dropped(ratio, scores.numel()), int(lost.sum()))
 
 
 @given(_cases())
