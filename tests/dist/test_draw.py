@@ -335,7 +335,7 @@ def test_a_mask_is_read_by_the_names_of_its_groups_not_by_their_order(call: str)
     """Equal dicts may differ in order; the channels of another group were dropped."""
     engine = _attached({})
     mask = mask_dropping(engine.groups, 0, 9)
-    getattr(engine, call)(Mask(dict(reversed(mask.items()))))
+    getattr(engine, call)(Mask(dict(reversed(list(mask.items())))))
     assert engine.mask == mask
     if call == "draw":
         network = engine.model

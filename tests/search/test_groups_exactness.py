@@ -138,3 +138,22 @@ def test_a_failed_trace_leaves_the_network_as_it_was() -> None:
         find_groups(network, random_images(1, channels=5))
     assert {name: m.training for name, m in network.named_modules()} == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+class _TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = Plain()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = torch.relu(self.bn(self.conv(images)))
+        return self.plain(images), features, self.head(features)
+
+
+def test_features_that_are_put_out_besides_being_read_stay_dense() -> None:
+    groups = find_groups(_TwoOutputs(), random_images(1))
+    assert [group.name for group in groups] == ["plain.conv1", "plain.conv2"]
+    assert groups.dense.keys() == {"bn"}
