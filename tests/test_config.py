@@ -68,6 +68,7 @@ def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
         ({"search": {"every": "0ep"}}, "search.every"),
         ({"search": {"every": "1.5ba"}}, "search.every"),
         ({"search": {"l1": -1.0}}, "search.l1"),
+        ({"search": {"l1": float("inf")}}, "search.l1"),
         ({"search": {"enabled": "yes"}}, "search.enabled"),
         ({"truncation": {"mode": "harder"}}, "truncation.mode"),
         ({"truncation": {"ratio": 2.0}}, "truncation.ratio"),

@@ -101,7 +101,7 @@ class SearchConfig(Settings):
     settled: float = Field(default=0.1, gt=0, le=1)
     """The ticket is found when every distance in a full window is below this."""
     elbow: ElbowConfig = ElbowConfig()
-    l1: float = Field(default=1e-4, ge=0)
+    l1: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     """Weight of the L1 penalty on the scales."""
 
     @model_validator(mode="after")

@@ -27,9 +27,9 @@ from .search.groups import Groups
 from .search.history import Finding, History
 from .search.mask import Mask
 from .search.scores import NormScale
-from .search.tracing import find_groups
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
+from .ticket.trial import find_drawable_groups
 from .truncation.truncation import Truncation
 from .verdict import Phase, Verdict
 
@@ -98,7 +98,7 @@ class Engine:
         if config.truncation.mode == "hard":
             self._training.wrapping.require_free_for_a_hook()
         self._ranks = self._training.ranks
-        self.groups: Groups = find_groups(self._training.network, example_inputs)
+        self.groups: Groups = find_drawable_groups(self._training.network, example_inputs)
         self._ranks.require_equal({"structure": self.groups.digests}, "attach")
         self._scores = NormScale(self._training.network, self.groups)
         self._history = History(config.search)

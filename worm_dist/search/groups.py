@@ -92,6 +92,17 @@ class Groups(Sequence[ChannelGroup]):
         sizes = self.sizes
         return dict(zip(sizes, vector.split(list(sizes.values())), strict=True))
 
+    def without(self, reasons: Mapping[str, str]) -> Groups:
+        """The same, but the groups named are left dense for these reasons."""
+        norms = {
+            norm.module: reasons[group.name]
+            for group in self._groups
+            if group.name in reasons
+            for norm in group.norms
+        }
+        rest = [group for group in self._groups if group.name not in reasons]
+        return Groups(rest, self.dense | norms)
+
     @property
     def digests(self) -> dict[str, bytes]:
         """The structure of each group: equal if and only if ranks mean the same slices."""

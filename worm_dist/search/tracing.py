@@ -15,9 +15,8 @@ import torch_pruning
 from torch import nn
 
 from ..errors import ConfigError
+from .forward import run, undisturbed
 from .groups import ChannelGroup, Groups, Member
-from .silence import loud_groups, run
-from .undisturbed import undisturbed
 
 __all__ = ["find_groups"]
 
@@ -29,18 +28,15 @@ _Layer = tuple[nn.Module, bool, list[int], list[int]]
 
 
 def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
-    """Find the channel groups of a network that have a BatchNorm with a trainable scale.
-
-    A group is taken only if dropping its channels is exact: with their scales and shifts at zero,
-    nothing of them may reach a consumer.  That is tried, not assumed.
+    """The channel groups of a network that have a BatchNorm with a trainable scale; maybe none.
 
     Args:
         network: not wrapped.
         example_inputs: one input, a tuple of inputs, or a dict of keyword inputs, on the
-            network's device.  They are run through the network a few times, in eval mode.
+            network's device.  They are run through the network, in eval mode.
 
     Raises:
-        ConfigError: the network cannot be run or traced with these inputs, or has no such group.
+        ConfigError: the network cannot be run or traced with these inputs.
     """
     order = {module: place for place, module in enumerate(network.modules())}
     names = {module: name for name, module in network.named_modules()}
@@ -54,16 +50,7 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
             reason = _why_dense(layers, names, _is_output(group))
             dense |= dict.fromkeys(norms, reason) if reason else {}
             found += [] if reason else [_channel_group(layers, names)]
-    for group, reason in loud_groups(network, found, example_inputs).items():
-        found.remove(group)
-        dense |= dict.fromkeys([norm.module for norm in group.norms], reason)
     _name_the_rest(network, found, dense)
-    if not found:
-        because = "".join(f"\n  {norm}: {reason}" for norm, reason in dense.items())
-        raise ConfigError(
-            "model: it has no channel group with a BatchNorm scale to rank its channels by"
-            + because
-        )
     found.sort(key=lambda group: order[network.get_submodule(group.name)])
     return Groups(found, dense)
 

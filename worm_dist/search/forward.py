@@ -1,14 +1,24 @@
-"""Undisturbed: look at a network by running it, and leave it as it was."""
+"""Forward: look at a network by running it on example inputs, and leave it as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["undisturbed"]
+__all__ = ["run", "undisturbed"]
+
+
+def run(network: nn.Module, example_inputs: Any) -> Any:
+    """One forward pass on one input, a tuple of inputs, or a dict of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return network(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return network(*example_inputs)
+    return network(example_inputs)
 
 
 @contextmanager

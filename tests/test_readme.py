@@ -1,0 +1,101 @@
+"""What the README says is run: its code, its commands, its defaults."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import SGD
+
+import worm_dist
+from tests.oracles import mask_dropping
+from worm_dist.__main__ import _parse
+from worm_dist.config import PRESETS, WormConfig
+from worm_dist.models import build_model
+from worm_dist.training.config_file import read_run_config
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def _run(command: tuple[str, ...], folder: Path) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(110)
+def test_the_loop_runs_and_leaves_a_small_network(tmp_path: Path) -> None:
+    loop = next(block for block in _blocks("python") if "engine.draw()" in block)
+    (tmp_path / "train.py").write_text(loop)
+    printed = _run((*TORCHRUN, "train.py"), tmp_path)
+    assert "epoch 10 ticket" in printed
+    left = int(re.search(r"([\d,]+) parameters are left", printed)[1].replace(",", ""))  # type: ignore[index]
+    assert left < 0.45 * 94_000
+    assert (tmp_path / "ticket" / "ticket.safetensors").exists()
+
+
+def test_three_lines_load_a_ticket(tmp_path: Path) -> None:
+    model = {"name": "vgg_small", "num_classes": 10, "in_channels": 1}
+    network = build_model(**model)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    engine = worm_dist.attach(network, optimizer, example_inputs=torch.zeros(1, 1, 8, 8))
+    engine.draw(mask_dropping(engine.groups, 0, 1, 2))
+    engine.save_ticket(tmp_path / "runs" / "digits" / "ticket", model)
+    lines = next(
+        block for block in _blocks("python") if "load_ticket" in block and "def" not in block
+    )
+    (tmp_path / "load.py").write_text(lines)
+    _run((sys.executable, "-W", "error", "load.py"), tmp_path)
+
+
+def test_every_command_is_one_that_exists() -> None:
+    for line in "".join(_blocks("sh")).replace("\\\n", "").splitlines():
+        words = line.split("#")[0].split()
+        if words[0].startswith("launch/"):
+            assert os.access(ROOT / words[0], os.X_OK), line
+        if "worm_dist" in words:
+            options, replaced = _parse(words[words.index("worm_dist") + 1 :])
+            read_run_config(ROOT / options.config, replaced)
+
+
+def test_every_setting_is_shown_with_its_default() -> None:
+    rows = re.findall(r"^\| (`[a-z_.0-9`, ]+`) \| ([^|]+) \|", TEXT, flags=re.MULTILINE)
+    shown = {}
+    for keys, defaults in rows:
+        names = re.findall(r"`([\w.]+)`", keys)
+        if all("." in name for name in names):
+            shown |= dict(zip(names, defaults.replace("`", "").split(", "), strict=True))
+    assert len(shown) >= 12
+    for key, text in shown.items():
+        value: object = WormConfig()
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert text.strip() == str(value) or float(text) == value, key
+
+
+def test_every_preset_is_explained() -> None:
+    for preset in PRESETS:
+        assert f"| `{preset}` |" in TEXT
+
+
+def test_the_pictures_are_there() -> None:
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
+        assert (ROOT / picture).is_file()

@@ -1,0 +1,163 @@
+"""Trial: which groups can be drawn without changing what the network computes.
+
+Behind a sigmoid, a softmax over channels, a branch without a norm or a width written into the
+code, dropping a channel is not the same as its scale and shift being zero.  Rather than to know
+every operation, half of all channels are dropped from a copy of the network, then the other half,
+and the outputs are compared with those of the whole network with the same channels silenced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..search.forward import run, undisturbed
+from ..search.groups import ChannelGroup, Groups
+from ..search.mask import Mask
+from ..search.tracing import find_groups
+from .surgery import cuts_of, remove_channels
+
+__all__ = ["find_drawable_groups"]
+
+# Of the largest output.  Double precision tells rounding from everything else; single precision
+# does not, above all where a GPU rounds convolutions to ten bits.
+_TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
+_COARSE_TOLERANCE = 1e-2
+
+
+def find_drawable_groups(network: nn.Module, example_inputs: Any) -> Groups:
+    """The channel groups of a network, all of which can be drawn exactly.
+
+    Costs a few copies of the network in double precision, and a few forward passes.
+
+    Args:
+        network: not wrapped.
+        example_inputs: one input, a tuple of inputs, or a dict of keyword inputs, on the
+            network's device.
+
+    Raises:
+        ConfigError: the network cannot be run or traced with these inputs, or has no such group.
+    """
+    groups = find_groups(network, example_inputs)
+    with undisturbed(network), torch.no_grad():
+        trial = _Trial(network, groups, example_inputs)
+        inexact: dict[str, str] = {}
+        for half in (0, 1):
+            rest = [group for group in groups if group.name not in inexact]
+            inexact |= trial.inexact(rest, half)
+    groups = groups.without(inexact)
+    if not groups:
+        because = "".join(f"\n  {norm}: {reason}" for norm, reason in groups.dense.items())
+        raise ConfigError(
+            "model: it has no channel group with a BatchNorm scale to rank its channels by"
+            + because
+        )
+    return groups
+
+
+class _Trial:
+    """Draws halves of groups from copies of a network."""
+
+    def __init__(self, network: nn.Module, groups: Groups, example_inputs: Any) -> None:
+        self._groups = groups
+        try:
+            self._network = copy.deepcopy(network).double()
+            self._inputs = _double(example_inputs)
+            run(self._network, self._inputs)
+        except Exception:  # a forward that insists on its own precision
+            self._network = copy.deepcopy(network)
+            self._inputs = example_inputs
+        _unsettle(self._network)
+
+    def inexact(self, tried: Sequence[ChannelGroup], half: int) -> dict[str, str]:
+        """Of the groups tried, those that must not be drawn, each with the reason."""
+        reason = self._difference(tried, half) if tried else None
+        if reason is None:
+            return {}
+        if len(tried) == 1:
+            return {tried[0].name: reason}
+        middle = len(tried) // 2
+        found = self.inexact(tried[:middle], half) | self.inexact(tried[middle:], half)
+        if not found:
+            # Each part alone is exact: what is wrong lies between groups, so none is safe.
+            return {group.name: reason for group in tried}
+        rest = [group for group in tried if group.name not in found]
+        return found | self.inexact(rest, half)
+
+    def _difference(self, tried: Sequence[ChannelGroup], half: int) -> str | None:
+        """What is wrong once every other channel of these groups is gone; None if nothing."""
+        mask = _every_other(self._groups, tried, half)
+        network = copy.deepcopy(self._network)
+        _silence(network, tried, mask)
+        expected = list(_tensors(run(network, self._inputs)))
+        remove_channels(network, cuts_of(self._groups, mask, network))
+        try:
+            outputs = list(_tensors(run(network, self._inputs)))
+        except Exception as error:  # whatever a foreign forward may raise
+            return f"without some of its channels the network fails: {error}"
+        for whole, drawn in zip(expected, outputs):
+            if whole.shape != drawn.shape:
+                return "its channels are what the network puts out"
+            tolerance = _TOLERANCE.get(whole.dtype, _COARSE_TOLERANCE)
+            # Written so that a NaN counts as a difference.
+            if not bool((whole - drawn).abs().max() <= tolerance * whole.abs().max()):
+                return "without some of its channels the network computes something else"
+        return None
+
+
+def _every_other(groups: Groups, tried: Sequence[ChannelGroup], half: int) -> Mask:
+    """Drops every other channel of the groups tried, but never all."""
+    keep = {}
+    for group in groups:
+        kept = torch.ones(group.num_channels, dtype=torch.bool)
+        if group in tried and group.num_channels > 1:
+            kept[half::2] = False
+        keep[group.name] = kept
+    return Mask(keep)
+
+
+def _unsettle(network: nn.Module) -> None:
+    """Weights that are all equal, such as a head of zeros, would hide what reaches them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if bool((parameter == parameter.flatten()[0]).all()):
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _silence(network: nn.Module, tried: Sequence[ChannelGroup], mask: Mask) -> None:
+    parameters = dict(network.named_parameters())
+    for group in tried:
+        for norm in group.norms:
+            places = norm.positions[~mask[group.name]].flatten()
+            for name, _ in norm.parameters:
+                parameters[name][places.to(parameters[name].device)] = 0
+
+
+def _double(inputs: Any) -> Any:
+    """The same inputs, floating point ones in double precision."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _double(part) for name, part in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_double(part) for part in inputs)
+    return inputs
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors in what a network puts out."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from _tensors(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
