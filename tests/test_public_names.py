@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # Everything below is what a user would write; it imports nothing but worm_dist itself.
-SCRIPT = '''
+SCRIPT = """
 import json
 import sys
 
@@ -87,7 +87,7 @@ train(engine, 2)
 said["hooks"] = [len(net._forward_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
 print(json.dumps(said)) if dist.get_rank() == 0 else None
 dist.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.timeout(90)

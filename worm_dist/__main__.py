@@ -87,8 +87,8 @@ def _leave(exit_code: int) -> NoReturn:
 
     torch keeps gloo's threads alive once a network has been wrapped, whoever lets go of it.  When
     one of them is at work while Python shuts down, the process dies of SIGABRT after everything
-    was done ("terminate called without an active exception", one exit in fifty on a busy machine
-    with torch 2.14), and the launcher takes the run for failed.
+    was done ("terminate called without an active exception", seen at one exit in sixty with torch
+    2.14), and the launcher takes the run for failed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

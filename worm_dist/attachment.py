@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .cluster.wrap import Bare, DataParallel, wrapping_of
+from .config import WormConfig
 from .errors import ConfigError
 from .interval import Interval
 from .observer import Observer, Traffic
@@ -16,7 +17,23 @@ from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import transplant
 from .truncation.ddp import PackedReduction
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "require_countable"]
+
+
+def require_countable(config: WormConfig) -> None:
+    """Without being told, an epoch's length can only be counted between checks that are epochs
+    apart.
+
+    Raises:
+        ConfigError: it is needed and cannot be counted.
+    """
+    needed = (config.truncation.fade, config.ticket.settle)
+    in_epochs = any(interval.unit == "ep" for interval in needed)
+    if config.truncation.motion == "fade" and in_epochs and config.search.every.unit == "ba":
+        raise ConfigError(
+            "attach: truncation.fade or ticket.settle is in epochs, but search.every is not; give "
+            "steps_per_epoch"
+        )
 
 
 class Attachment:
@@ -63,10 +80,10 @@ class Attachment:
 
         def stepped() -> None:
             after_step()
-            sent_bytes = self._gradient_bytes
-            if self.reduction is not None:
-                sent_bytes, self.reduction.sent_bytes = self.reduction.sent_bytes, 0
-            self.traffic.add_step(sent_bytes, self._dense_bytes)
+            if self.reduction is None:
+                self.traffic.add_step(self._gradient_bytes, self._dense_bytes)
+            else:
+                self.traffic.add_step(*self.reduction.take_bytes())
 
         self._observer = Observer(self.network, self.optimizer, num_calls, before_step, stepped)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment
+from .attachment import Attachment, require_countable
 from .cluster.agree import bits
 from .config import WormConfig
 from .errors import ConfigError
@@ -29,7 +29,7 @@ from .search.mask import Mask
 from .search.scores import NormScale
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
-from .ticket.trial import find_drawable_groups
+from .ticket.trial import agreed_groups
 from .truncation.truncation import Truncation
 from .verdict import Phase, Verdict
 
@@ -62,14 +62,8 @@ def attach(
         DivergenceError: the ranks trace different networks.
     """
     config = config or WormConfig()
-    fades = config.truncation.motion == "fade"
-    if fades and config.search.every.unit == "ba" and steps_per_epoch is None:
-        intervals = (config.truncation.fade, config.ticket.settle)
-        if any(interval.unit == "ep" for interval in intervals):
-            raise ConfigError(
-                "attach: truncation.fade or ticket.settle is in epochs, but search.every is not; "
-                "give steps_per_epoch"
-            )
+    if steps_per_epoch is None:
+        require_countable(config)
     return Engine(model, optimizer, config, example_inputs, steps_per_epoch)
 
 
@@ -98,8 +92,15 @@ class Engine:
         if config.truncation.mode == "hard":
             self._training.wrapping.require_free_for_a_hook()
         self._ranks = self._training.ranks
-        self.groups: Groups = find_drawable_groups(self._training.network, example_inputs)
-        self._ranks.require_equal({"structure": self.groups.digests}, "attach")
+        self.groups: Groups = agreed_groups(self._training.network, example_inputs, self._ranks)
+        # An infeasible floor is told here, not after the first epoch.
+        search = config.search
+        cut(
+            torch.zeros(self.groups.num_channels),
+            self.groups.sizes,
+            search.prune_ratio,
+            search.floor,
+        )
         self._scores = NormScale(self._training.network, self.groups)
         self._history = History(config.search)
         self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)

@@ -19,6 +19,8 @@ __all__ = ["Observer", "Traffic"]
 class Traffic:
     """Bytes that this rank hands to collectives.
 
+    Truncated steps are counted; for others one averaging backward pass a step is taken for granted.
+
     Attributes:
         sent_bytes: gradients of the last optimizer step.
         dense_bytes: what a step of the dense network would have sent, after the draw too.

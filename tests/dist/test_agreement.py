@@ -314,3 +314,45 @@ def _check_after_the_draw() -> bool:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_after_the_draw_a_check_costs_nothing(ranks: Ranks, world_size: int) -> None:
     assert all(ranks(world_size, _check_after_the_draw))
+
+
+def _rank_zero_cannot_decide() -> None:
+    engine = _attached()
+    if dist.get_rank() == 0:
+
+        def fail(*_: object) -> None:
+            raise ArithmeticError("no verdict")
+
+        engine._history.record = fail  # type: ignore[method-assign,assignment]
+    engine.check()
+
+
+def test_a_rank_zero_that_cannot_decide_stops_the_others_too(ranks: Ranks) -> None:
+    """They waited for its verdict until the collective timed out."""
+    zero, one = ranks.outcomes(2, _rank_zero_cannot_decide)
+    assert (zero.error, zero.text) == ("ArithmeticError", "no verdict")
+    assert one.error == "BackendError" and "rank 0 could not decide" in one.text
+    assert max(zero.seconds, one.seconds) < 5
+
+
+def _one_rank_cannot_trace() -> None:
+    network = Residual()
+    inputs = random_images(1, channels=3 if dist.get_rank() == 0 else 5)
+    model = DistributedDataParallel(network)
+    worm_dist.attach(model, SGD(model.parameters(), lr=0.1), example_inputs=inputs)
+
+
+def test_a_rank_that_cannot_trace_stops_the_others_too(ranks: Ranks) -> None:
+    """The others compared their structures with nobody, until the collective timed out."""
+    outcomes = ranks.outcomes(2, _one_rank_cannot_trace)
+    assert [outcome.error for outcome in outcomes] == ["DivergenceError", "ConfigError"]
+    assert "rank 1 differs" in outcomes[0].text
+    assert "5 channels" in outcomes[1].text
+
+
+def test_a_floor_that_cannot_be_kept_is_told_at_once() -> None:
+    network = Plain(first=3, second=3)
+    config = WormConfig(search={"prune_ratio": 0.9, "floor": 0.1})
+    with pytest.raises(worm_dist.ConfigError, match=r"search\.floor"):
+        optimizer = SGD(network.parameters(), lr=0.1)
+        worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))

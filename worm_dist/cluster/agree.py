@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import DivergenceError
+from ..errors import BackendError, DivergenceError
 
 __all__ = ["Alone", "Parts", "Ranks", "Together", "bits"]
 
@@ -48,7 +48,11 @@ class Ranks(Protocol):
         """
 
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
-        """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``."""
+        """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``.
+
+        Raises:
+            BackendError: on the other ranks, if ``decide`` raised on rank zero.
+        """
 
 
 class Alone:
@@ -127,11 +131,21 @@ class Together:
         )
 
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
-        decision = decide() if self.rank == 0 else torch.empty(size, dtype=torch.float64)
+        decision = torch.full((size,), torch.nan, dtype=torch.float64)
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                decision = decide()
+            except Exception as error:  # the others must not wait for a verdict that never comes
+                failure = error
         assert decision.shape == (size,) and decision.dtype == torch.float64
         decision = decision.to(self._device)
         self._count(decision)
         dist.broadcast(decision, group=self._group, group_src=0)
+        if failure is not None:
+            raise failure
+        if bool(decision.isnan().all()):
+            raise BackendError("rank 0 could not decide; its own error says why")
         return decision.cpu()
 
     def _count(self, payload: Tensor) -> None:

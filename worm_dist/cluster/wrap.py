@@ -47,8 +47,9 @@ class DataParallel:
         """
         if self.model._comm_hooks:
             (hook, _), *_ = self.model._comm_hooks
+            name = getattr(hook, "__qualname__", repr(hook))
             raise BackendError(
-                f"attach: the model already has the communication hook {hook.__qualname__}, and "
+                f"attach: the model already has the communication hook {name}, and "
                 "truncation.mode 'hard' needs its place; attach to a model without one, or choose "
                 "mode 'soft' or 'off'"
             )

@@ -10,24 +10,43 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..cluster.agree import Ranks
+from ..errors import ConfigError, DivergenceError
 from ..search.forward import run, undisturbed
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
 from .surgery import cuts_of, remove_channels
 
-__all__ = ["find_drawable_groups"]
+__all__ = ["agreed_groups", "find_drawable_groups"]
 
 # Of the largest output.  Double precision tells rounding from everything else; single precision
 # does not, above all where a GPU rounds convolutions to ten bits.
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
 _COARSE_TOLERANCE = 1e-2
+
+
+def agreed_groups(network: nn.Module, example_inputs: Any, ranks: Ranks) -> Groups:
+    """``find_drawable_groups`` on every rank, with the same result.  Collective.
+
+    Raises:
+        ConfigError: as there.
+        DivergenceError: the ranks trace different networks, or another rank alone cannot.
+    """
+    try:
+        groups = find_drawable_groups(network, example_inputs)
+    except ConfigError as error:
+        with suppress(DivergenceError):  # the others are told; this rank knows more
+            ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
+        raise
+    ranks.require_equal({"structure": groups.digests}, "attach")
+    return groups
 
 
 def find_drawable_groups(network: nn.Module, example_inputs: Any) -> Groups:

@@ -24,12 +24,14 @@ class PackedReduction:
     Attributes:
         process_group: that of the wrapper.
         plan: which slices live in the generation in force; None sends everything.
-        sent_bytes: bytes handed to the all-reduce since the owner last set it to 0.
+        sent_bytes, dense_bytes: bytes handed to the all-reduce, and bytes that would have been
+            if everything lived, since ``take_bytes``.
     """
 
     process_group: dist.ProcessGroup
     plan: Plan | None = None
     sent_bytes: int = 0
+    dense_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._packings: dict[tuple[int, ...], Packing | None] = {}
@@ -38,6 +40,12 @@ class PackedReduction:
         """Pack by another plan from the next backward pass on; the old buffers are dropped."""
         self.plan = plan
         self._packings.clear()
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes sent, and bytes of a dense step, since the last call."""
+        taken = self.sent_bytes, self.dense_bytes
+        self.sent_bytes = self.dense_bytes = 0
+        return taken
 
     def remove(self) -> None:
         """Send everything from now on, as DDP does without a hook."""
@@ -78,6 +86,7 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
     if packing is not None:
         packing.pack(gradients)
     state.sent_bytes += payload.numel() * payload.element_size()
+    state.dense_bytes += whole.numel() * whole.element_size()
     if payload.numel() == 0:
         # Nothing lives in this bucket, on any rank: the plan is the same on all.
         done: torch.futures.Future[Tensor] = torch.futures.Future()
