@@ -42,7 +42,12 @@ class RankZeroReport(Report):
         self._loss = float("nan")
         self._images_per_second = 0.0
 
-    def start(self, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
+    def start(self, result: Result, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
+        self._console.event(
+            f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
+            f"{result.backend}"
+        )
+        self._console.event(result.data)
         self._console.start(epochs, steps_per_epoch, self._config.data.batch_size, phase)
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:

@@ -15,7 +15,7 @@ __all__ = ["Report"]
 class Report:
     """What all ranks but zero report: nothing."""
 
-    def start(self, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
+    def start(self, result: Result, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
         """Training begins."""
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:

@@ -92,7 +92,8 @@ class Trainer:
             DivergenceError: the ranks no longer hold the same network.
         """
         began = time.perf_counter()
-        self._report.start(self._config.epochs, len(self._train), self.engine.phase)
+        epochs, phase = self._config.epochs, self.engine.phase
+        self._report.start(self.result, epochs, len(self._train), phase)
         for epoch in range(self._config.epochs):
             self._train_epoch(epoch)
             score = evaluate(self._network, self._test, self._device)
