@@ -16,10 +16,12 @@ COLUMNS: Mapping[str, Callable[[Result, Result], float | None]] = {
     "drawn at epoch": lambda run, _: run["ticket_epoch"],
     "accuracy after the draw": lambda run, _: run["accuracy"]["after_draw"],
     "accuracy at the end": lambda run, _: run["accuracy"]["final"],
-    "parameters": lambda run, dense: (run["parameters"]["ticket"] or run["parameters"]["dense"])
-    / dense["parameters"]["dense"],
-    "bytes of the whole run": lambda run, dense: run["traffic"]["total_bytes"]
-    / dense["traffic"]["total_bytes"],
+    "parameters": lambda run, dense: (
+        (run["parameters"]["ticket"] or run["parameters"]["dense"]) / dense["parameters"]["dense"]
+    ),
+    "bytes of the whole run": lambda run, dense: (
+        run["traffic"]["total_bytes"] / dense["traffic"]["total_bytes"]
+    ),
 }
 
 

@@ -111,7 +111,8 @@ class Engine:
         self._verdict = Verdict(self.phase)
         self._penalised = False
         self._attached = True
-        num_calls = config.ticket.recalibrate_batches if config.search.enabled else 0
+        may_draw = config.search.enabled or config.truncation.mode != "off"
+        num_calls = config.ticket.recalibrate_batches if may_draw else 0
         self._training.listen(num_calls, self._before_step, self._after_step)
 
     # ---- the algorithm -------------------------------------------------------------------------
