@@ -83,7 +83,9 @@ class Attachment:
             if self.reduction is None:
                 self.traffic.add_step(self._gradient_bytes, self._dense_bytes)
             else:
-                self.traffic.add_step(*self.reduction.take_bytes())
+                sent_bytes, whole_bytes = self.reduction.take_bytes()
+                dense_bytes = whole_bytes * self._dense_bytes // max(1, self._gradient_bytes)
+                self.traffic.add_step(sent_bytes, dense_bytes)
 
         self._observer = Observer(self.network, self.optimizer, num_calls, before_step, stepped)
 

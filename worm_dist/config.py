@@ -129,6 +129,9 @@ class TruncationConfig(Settings):
     """A frozen channel fades to exact zero, is held bit for bit, or still moves by the optimizer's
     momentum and decay and by the penalty."""
     fade: IntervalField = Interval(1, "ep")
+    compression: Literal["none", "bf16", "fp16"] = "none"
+    """Hard mode: what live gradients are rounded to for the all-reduce, from ``attach`` on.  torch
+    allows one communication hook, so its own compression hooks cannot stand beside the packing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,6 +151,11 @@ class TruncationConfig(Settings):
             )
             if self.mode != "hard" and value != only
         ]
+        if self.mode != "hard" and self.compression != "none":
+            wrong.append(
+                f"compression {self.compression!r} contradicts mode {self.mode!r}; register "
+                "torch's own communication hook instead"
+            )
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -30,7 +30,7 @@ from .search.scores import NormScale
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
 from .ticket.trial import agreed_groups
-from .truncation.truncation import Truncation
+from .truncation.truncation import Truncation, register_reduction
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
@@ -107,6 +107,7 @@ class Engine:
         self._truncation = Truncation(
             config.truncation, self._training.wrapping, optimizer, self.groups
         )
+        self._training.reduction = self._truncation.reduction
         self._cuts: tuple[Cut, ...] = ()
         self._verdict = Verdict(self.phase)
         self._penalised = False
@@ -215,6 +216,10 @@ class Engine:
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._truncation.remove()
         self._training.shrink(self._cuts)
+        if self.config.truncation.compression != "none":
+            self._training.reduction = register_reduction(
+                self.config.truncation, self._training.wrapping
+            )
         self.mask, self.phase = mask, Phase.TICKET
         self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
 

@@ -26,13 +26,15 @@ class _Digests(Report):
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, str, bool]] = []
+        self.sent: list[int] = []
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         assert engine.mask is not None
+        self.sent.append(engine.traffic.sent_bytes)
         self.seen.append((engine.step, engine.mask.digest, str(verdict.phase), verdict.ticket))
 
 
-def _train(*replaced: tuple[str, str]) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+def _train(*replaced: tuple[str, str]) -> tuple[Any, ...]:
     config = read_run_config(CONFIG, replaced)
     place = Place(dist.get_rank(), dist.get_world_size(), 0)
     digests = _Digests()
@@ -40,7 +42,7 @@ def _train(*replaced: tuple[str, str]) -> tuple[Any, dict[str, Any], dict[str, A
     result = trainer.run()
     mask = trainer.engine.mask
     kept = None if mask is None else {name: mask[name] for name in mask}
-    return digests.seen, result.as_dict(), kept
+    return digests.seen, result.as_dict(), kept, digests.sent
 
 
 def _run(ranks: Ranks, world_size: int, *replaced: tuple[str, str]) -> Any:
@@ -66,7 +68,7 @@ def test_the_ticket_does_not_hang_on_the_number_of_ranks(ranks: Ranks) -> None:
 
 @pytest.mark.timeout(120)
 def test_truncated_bytes_are_live_elements_times_four(ranks: Ranks) -> None:
-    _, result, kept = _run(ranks, 2, ("epochs", "8"))
+    _, result, kept, sent = _run(ranks, 2, ("epochs", "8"))
     assert kept is not None
     network = build_model("vgg_small", 10, 1)
     convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -76,18 +78,22 @@ def test_truncated_bytes_are_live_elements_times_four(ranks: Ranks) -> None:
         of_a_channel = conv.weight[0].numel() + 2  # a filter without bias, scale and shift
         live += int(filters.sum()) * of_a_channel
         dense += len(filters) * of_a_channel
-    assert result["traffic"]["truncated_bytes_per_step"] == 4 * live
+    # The elbow is at check 3, the fade over at check 4; from then on only the ticket is sent.
+    assert (result["elbow_epoch"], result["ticket_epoch"]) == (3, 6)
+    ticket = result["parameters"]["ticket"]
+    assert sent == [4 * dense] * 3 + [4 * live] + [4 * ticket] * 2
+    assert result["traffic"]["truncated_bytes_per_step"] == 4 * ticket
+    assert result["live_fraction"] == pytest.approx(ticket / dense)
     assert (
         result["traffic"]["dense_bytes_per_step"] == 4 * dense == 4 * result["parameters"]["dense"]
     )
     assert result["traffic"]["ticket_bytes_per_step"] == 4 * result["parameters"]["ticket"]
-    assert result["live_fraction"] == pytest.approx(live / dense)
 
 
 @pytest.mark.timeout(120)
 def test_a_run_without_a_figure_says_null(ranks: Ranks) -> None:
     """A search that finds nothing must not report a ticket of zero parameters."""
-    seen, result, _ = _run(ranks, 2, ("epochs", "2"))
+    seen, result, *_ = _run(ranks, 2, ("epochs", "2"))
     assert [ticket for *_, ticket in seen] == [False, False]
     assert result["status"] == "not_found"
     assert result["checks"] == 2
@@ -102,7 +108,7 @@ def test_a_run_without_a_figure_says_null(ranks: Ranks) -> None:
 
 @pytest.mark.timeout(120)
 def test_checks_may_come_every_few_steps(ranks: Ranks) -> None:
-    seen, result, _ = _run(ranks, 2, ("epochs", "2"), ("search.every", "10ba"))
+    seen, result, *_ = _run(ranks, 2, ("epochs", "2"), ("search.every", "10ba"))
     assert [step for step, *_ in seen] == [10, 20, 30, 40]
     assert result["checks"] == 4
 

@@ -40,6 +40,9 @@ class Ranks(Protocol):
     def mean(self, values: Tensor) -> Tensor:
         """The average of a tensor over the ranks, the same bits on each."""
 
+    def any(self, flag: Tensor) -> bool:
+        """Whether a number ``[1]`` is above zero on any rank."""
+
     def require_equal(self, parts: Parts, when: str) -> None:
         """Compare bits across the ranks.
 
@@ -64,6 +67,9 @@ class Alone:
 
     def mean(self, values: Tensor) -> Tensor:
         return values
+
+    def any(self, flag: Tensor) -> bool:
+        return bool(flag > 0)
 
     def require_equal(self, parts: Parts, when: str) -> None:
         pass
@@ -92,6 +98,12 @@ class Together:
         self._count(mean)
         dist.all_reduce(mean, group=self._group)
         return mean
+
+    def any(self, flag: Tensor) -> bool:
+        largest = flag.to(self._device, copy=True)
+        self._count(largest)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(largest > 0)
 
     def require_equal(self, parts: Parts, when: str) -> None:
         # The MAX of [d, -d] shows the largest and the smallest d at once: equal if all are.

@@ -41,6 +41,10 @@ class Motion:
     def after_step(self, step: int) -> None:
         """Just after an optimizer step, the ``step``-th."""
 
+    def silent(self, step: int) -> Tensor:
+        """bool ``[num_channels]``: channels that put out exact zeros after this step."""
+        return torch.zeros_like(self.lost)
+
     def still_since(self, dropped: Tensor) -> float:
         """The step since which none of these channels fades: -inf if they never did, inf if one
         has yet to begin."""
@@ -107,6 +111,9 @@ class Fade(Hold):
         super().after_step(step)
         for vector in self._fading.values():
             vector.write(step)
+
+    def silent(self, step: int) -> Tensor:
+        return self.lost & (self._over_at <= step)
 
     def still_since(self, dropped: Tensor) -> float:
         if not bool(dropped.any()):

@@ -69,6 +69,8 @@ class Plan:
         groups: its channel groups.
         frozen: bool ``[num_channels]``, True = frozen.
         scope: which slices of a frozen channel freeze.
+        silent: bool ``[num_channels]``, frozen channels that put out exact zeros: the gradients of
+            their consumers' columns are exact zeros too, so these need not be sent in any scope.
 
     Attributes:
         blocks: a block for every parameter with a frozen part, by parameter.
@@ -76,13 +78,24 @@ class Plan:
         num_live: how many of them live.
     """
 
-    def __init__(self, network: nn.Module, groups: Groups, frozen: Tensor, scope: Scope) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: Groups,
+        frozen: Tensor,
+        scope: Scope,
+        silent: Tensor | None = None,
+    ) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
-        for group, frozen_here in zip(groups, groups.split(frozen).values(), strict=True):
+        silent = torch.zeros_like(frozen) if silent is None else silent
+        here = zip(groups, groups.split(frozen).values(), groups.split(silent).values())
+        for group, frozen_here, silent_here in here:
             for member in group.members:
-                if member.role in _ROLES[scope] and bool(frozen_here.any()):
-                    places = member.positions[frozen_here].flatten()
+                freezes = member.role in _ROLES[scope]
+                channels = frozen_here if freezes else silent_here & (member.role == "consumer")
+                if bool(channels.any()):
+                    places = member.positions[channels].flatten()
                     for name, dim in member.parameters:
                         shape = parameters[name].shape
                         along = frozen_along.setdefault(name, {})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +18,12 @@ from .gradients import GradientHooks
 from .motion import Fade, Free, Hold, Motion
 from .plan import Plan
 
-__all__ = ["Truncation"]
+__all__ = ["Truncation", "register_reduction"]
+
+logger = logging.getLogger(__name__)
+
+
+_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Truncation:
@@ -36,13 +44,18 @@ class Truncation:
     ) -> None:
         self._config = config
         self._wrapping: Bare | DataParallel = wrapping
+        self._network = wrapping.network
+        self._ranks = wrapping.ranks
         self._groups = groups
         self._motion = _motion(config, wrapping.network, optimizer, groups)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.reduction: PackedReduction | None = None
+        if config.compression != "none":
+            self.reduction = register_reduction(config, wrapping)
         self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
         self._live_fraction = 1.0
+        self._fades_end = math.inf
 
     @property
     def lost(self) -> Tensor:
@@ -69,11 +82,13 @@ class Truncation:
             return
         self.generation += 1
         self.frozen = frozen
-        plan = Plan(self._wrapping.network, self._groups, frozen, self._config.scope)
+        plan = Plan(self._network, self._groups, frozen, self._config.scope)
         if self._config.mode == "hard":
             self._live_fraction = plan.live_fraction
         self._truncate_gradients(plan)
         self._motion.freeze(frozen, plan, step, fade_steps)
+        # Columns that had left come back for a moment if others begin to fade.
+        self._fades_end = step + fade_steps if self._config.motion == "fade" else math.inf
 
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
@@ -82,6 +97,35 @@ class Truncation:
     def after_step(self, step: int) -> None:
         """Just after the ``step``-th optimizer step."""
         self._motion.after_step(step)
+        if self.reduction is not None and self._fades_end <= step:
+            self._silence(self.reduction, step)
+
+    def _silence(self, reduction: PackedReduction, step: int) -> None:
+        """Leave out what a faded channel's consumers would send, once it is seen to be nothing.
+
+        The step after a fade's end all ranks listen to these columns; then they agree on what was
+        heard, by one number, and the columns leave.  A faded channel puts out exact zeros, so the
+        gradients of the columns that read it are exact zeros, and nothing changes but the payload:
+        it is the ticket's own size before the ticket is drawn.
+        """
+        silent = self._motion.silent(step)
+        if reduction.heard is None:
+            nothing = torch.zeros_like(silent)
+            columns = Plan(self._network, self._groups, nothing, self._config.scope, silent)
+            reduction.listen(columns, next(self._network.parameters()).device)
+        elif reduction.num_buckets_heard:
+            self._fades_end = math.inf
+            if self._ranks.any(reduction.heard):
+                logger.warning(
+                    "step %d: faded channels still reach the layers behind them, whose columns "
+                    "stay in the gradient all-reduce",
+                    step,
+                )
+            else:
+                plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
+                self.generation += 1
+                self._live_fraction = plan.live_fraction
+                reduction.adopt(plan)
 
     def still_since(self, mask: Mask) -> float:
         """The step since which no channel that the mask drops has moved: -inf if dropped channels
@@ -95,7 +139,7 @@ class Truncation:
             self.reduction.remove()
         self._motion = Motion(self._groups.num_channels)
         # The wrapper holds buckets as large as the dense network; let go of it.
-        self._wrapping = Bare(self._wrapping.network)
+        self._wrapping = Bare(self._network)
 
     def _truncate_gradients(self, plan: Plan) -> None:
         if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
@@ -103,9 +147,20 @@ class Truncation:
             return
         if self.reduction is None:
             # Not before it is needed: while nothing is frozen, DDP averages by itself.
-            self.reduction = PackedReduction(self._wrapping.process_group)
-            self._wrapping.model.register_comm_hook(self.reduction, packed_allreduce)
-        self.reduction.adopt(plan)
+            self.reduction = register_reduction(self._config, self._wrapping)
+        if self.reduction is not None:
+            self.reduction.adopt(plan)
+
+
+def register_reduction(
+    config: TruncationConfig, wrapping: Bare | DataParallel
+) -> PackedReduction | None:
+    """Hang the communication hook into a wrapper; None where gradients are not sent."""
+    if isinstance(wrapping, Bare):
+        return None
+    reduction = PackedReduction(wrapping.process_group, _WIRE_DTYPES.get(config.compression))
+    wrapping.model.register_comm_hook(reduction, packed_allreduce)
+    return reduction
 
 
 def _motion(
