@@ -55,7 +55,8 @@ def test_an_exception_is_reported_with_its_rank(ranks: Ranks) -> None:
 
 
 def test_a_signal_shows_as_exit_code(ranks: Ranks) -> None:
-    assert [outcome.exitcode for outcome in ranks.outcomes(2, _abort_on, 1)] == [0, -6]
+    # The other rank may end well, or meet the dead one while it takes the group apart.
+    assert ranks.outcomes(2, _abort_on, 1)[1].exitcode == -6
 
 
 def test_a_rank_that_hangs_is_stopped_and_shows_where_it_was(ranks: Ranks) -> None:
