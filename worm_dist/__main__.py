@@ -1,4 +1,4 @@
-"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``."""
+"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import atexit
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,17 +14,22 @@ from typing import NoReturn
 from .errors import ConfigError, WormError
 from .training.config_file import read_run_config
 
+_SECONDS_TO_SPEAK = 5
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 0 or that of the error."""
     try:
-        return _train(*_parse(arguments))
+        options, replaced = _parse(arguments)
+        return _bench(options) if options.command == "bench" else _train(options, replaced)
     except WormError as error:
-        rank = os.environ.get("RANK", "0")
-        # Every rank reads the same settings and fails alike; one voice is enough.
-        if not isinstance(error, ConfigError) or rank == "0":
-            where = f" (rank {rank})" if "RANK" in os.environ else ""
-            print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # Every rank reads the same settings and fails alike; one voice a host is enough.  But
+            # a launcher stops all ranks when the first one ends, so that voice needs its time.
+            time.sleep(_SECONDS_TO_SPEAK)
+            return error.exit_code
+        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
@@ -46,7 +52,19 @@ def _parse(
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--seed", help="of weights, shuffling and augmentation")
+    bench = commands.add_parser(
+        "bench",
+        help="measure side by side with plain DDP, on two ranks",
+        allow_abbrev=False,
+    )
+    bench.add_argument("benchmark", choices=("wire", "step", "overhead"))
+    bench.add_argument("--quick", action="store_true", help="a small network and few rounds")
+    bench.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "bench":
+        if rest:
+            bench.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options, []
     replaced = _pairs(rest)
     for name in ("preset", "seed"):
         if getattr(options, name) is not None:
@@ -79,6 +97,14 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     from .training.run import run
 
     run(config, options.out or Path("runs") / config.name)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.run import run
+
+    default = Path("runs") / ("bench-quick" if options.quick else "bench")
+    run(options.benchmark, options.quick, options.out or default)
     return 0
 
 

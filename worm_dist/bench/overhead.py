@@ -1,0 +1,108 @@
+"""Overhead: what an engine costs that truncates nothing, and what a check costs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import WormConfig
+from ..engine import Engine, attach
+from ..models import build_model
+from .contenders import DDP, Batch, Contender, Step, dense, training
+from .panel import Panel, Spread, rows
+from .place import Link, over_ranks
+from .scale import Scale, alternate
+from .step import seconds_of
+
+__all__ = ["overhead"]
+
+_ROUNDS_FOR_ONE = 4
+"""A few percent are looked for, so there are more rounds than in the other benchmarks."""
+_CHECKS = 12
+"""The third starts truncation, and has to plan it."""
+
+
+def overhead(scale: Scale) -> Panel:
+    """Seconds of a step with and without an engine, and of a check.  Collective."""
+    link = Link()
+    running = _contenders(scale)
+    measured = alternate(running, _ROUNDS_FOR_ONE * scale.rounds, seconds_of)
+    return Panel(
+        key="overhead",
+        title="Seconds a step, nothing truncated",
+        unit="s",
+        rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
+        setting={"network": link.words},
+        figures=_check(scale),
+    )
+
+
+def _contenders(scale: Scale) -> list[Contender]:
+    batch = scale.batch()
+    loops = {DDP: dense(*training(scale.build), batch)}
+    # The same once more: what it differs by is noise.
+    loops["DDP again"] = dense(*training(scale.build), batch)
+    engine = _engine(scale)
+    loops["engine attached"] = dense(engine.model, engine.optimizer, batch)
+    loops["engine and its L1 penalty"] = _penalised(_engine(scale), batch)
+    return [Contender(name, loop, lambda: 1.0) for name, loop in loops.items()]
+
+
+def _engine(scale: Scale) -> Engine:
+    images, _ = scale.batch()
+    return attach(*training(scale.build), example_inputs=images[:1], steps_per_epoch=1)
+
+
+def _penalised(engine: Engine, batch: Batch) -> Step:
+    """The loop of a search; without an engine, a search would pay for the penalty as well."""
+    images, labels = batch
+
+    def step() -> None:
+        engine.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(engine.model(images), labels) + engine.penalty()
+        loss.backward()
+        engine.optimizer.step()
+
+    return step
+
+
+def _check(scale: Scale) -> dict[str, float]:
+    """What ``Engine.check`` costs on the larger network."""
+    network = build_model(scale.model_of_checks, 10, 3)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.1, 1)
+    model = DistributedDataParallel(network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randn(1, 3, 32, 32)
+    engine = attach(model, optimizer, WormConfig(), example_inputs=images, steps_per_epoch=1)
+    before = _num_collectives(model.process_group)
+    engine.check()
+    collectives = _num_collectives(model.process_group) - before
+    seconds = [_seconds_of_check(engine) for _ in range(_CHECKS)]
+    ((*slowest,),) = over_ranks([seconds], dist.ReduceOp.MAX)
+    return {
+        "channels of the norms": sum(norm.num_features for norm in norms),
+        "channels that are scored": engine.groups.num_channels,
+        "collectives of a check": collectives,
+        "check, median (ms)": 1000 * Spread.of(slowest).median,
+        "check, third quartile (ms)": 1000 * Spread.of(slowest).high,
+        "check that starts truncation (ms)": 1000 * max(slowest),
+    }
+
+
+def _num_collectives(group: dist.ProcessGroup) -> int:
+    """gloo numbers them; what torch's debug modes compare across the ranks."""
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+
+
+def _seconds_of_check(engine: Engine) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    engine.check()
+    return time.perf_counter() - begin

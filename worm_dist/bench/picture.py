@@ -1,0 +1,91 @@
+"""Picture: every benchmark's contenders as bars, beside the share that they hand over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from .panel import Panel, Row
+
+__all__ = ["picture"]
+
+# Of the palette of Okabe and Ito, which the colour-blind tell apart.
+_OURS, _OTHERS, _IDEAL, _GREY = "#0072B2", "#B8B8B8", "#D55E00", "#666666"
+_OUR_NAMES = ("worm_dist", "engine")
+_BAR = 0.62
+
+
+def picture(panels: Sequence[Panel]) -> Figure:
+    """One set of bars for each panel: ratios to the first contender, whiskers at the quartiles."""
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(6.4 * columns, 0.6 + 3.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels):
+        _bars(axes, panel)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_axis_off()
+    _legend(figure)
+    return figure
+
+
+def _bars(axes: Axes, panel: Panel) -> None:
+    names = [row.name for row in panel.rows]
+    medians = [row.ratio.median for row in panel.rows]
+    below = [row.ratio.median - row.ratio.low for row in panel.rows]
+    above = [row.ratio.high - row.ratio.median for row in panel.rows]
+    axes.barh(
+        names,
+        medians,
+        height=_BAR,
+        color=[_OURS if name.startswith(_OUR_NAMES) else _OTHERS for name in names],
+        xerr=(below, above),
+        error_kw={"elinewidth": 1, "capsize": 2.5, "ecolor": "black"},
+    )
+    right = 1.22 * max(1.0, *(row.ratio.high for row in panel.rows))
+    for height, row in enumerate(panel.rows):
+        _beside(axes, height, row, panel.unit, right)
+    axes.axvline(1, color=_GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlim(0, right)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(f"ratio to {names[0]}", color=_GREY)
+
+
+def _beside(axes: Axes, height: int, row: Row, unit: str, right: float) -> None:
+    """The ideal line across the bar, and the measured value at the right edge."""
+    if row.sent_share is not None:
+        ends = (height - 0.45, height + 0.45)
+        axes.plot((row.sent_share,) * 2, ends, color=_IDEAL, linewidth=2, zorder=3)
+    axes.text(
+        right,
+        height,
+        f"{row.ratio.median:.2f}  ({row.value.median:.3g} {unit})",
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=_GREY,
+    )
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(
+        handles=[
+            Patch(color=_OURS, label="worm_dist"),
+            Patch(color=_OTHERS, label="others"),
+            Line2D([], [], color="black", linewidth=1, label="quartiles over the rounds"),
+            Line2D([], [], color=_IDEAL, linewidth=2, label="share of the bytes handed over"),
+        ],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )

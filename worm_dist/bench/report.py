@@ -1,0 +1,95 @@
+"""Report: a benchmark's table, and the file and the picture of all benchmarks in a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import rich.console
+from rich.table import Table
+
+from ..errors import CheckpointError
+from ..files import write_json
+from .panel import Panel, Spread
+from .picture import picture
+
+__all__ = ["read_panels", "show", "write_panels"]
+
+_FILE = "bench.json"
+_WIDTH_OF_A_LOG = 100
+
+
+def read_panels(folder: Path) -> list[Panel]:
+    """What earlier benchmarks found; nothing if there were none.
+
+    Raises:
+        CheckpointError: the file is not one of ours.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        return []
+    try:
+        return [Panel.from_json(panel) for panel in json.loads(path.read_text())["panels"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"bench: {path} was not written by a benchmark of this version ({error!r}); remove it "
+            "or choose another --out"
+        ) from error
+
+
+def write_panels(folder: Path, earlier: Sequence[Panel], newest: Panel) -> None:
+    """Write ``bench.json`` and ``bench.png``: a panel for each benchmark, the newest of its key."""
+    panels = {panel.key: panel for panel in (*earlier, newest)}
+    ordered = sorted(panels.values(), key=_position)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _FILE, {"panels": [panel.as_json() for panel in ordered]})
+    picture(ordered).savefig(folder / "bench.png", dpi=150)
+
+
+def _position(panel: Panel) -> tuple[int, float]:
+    """Bytes, then seconds from the slowest network to the fastest, then overhead."""
+    kind, _, network = panel.key.partition(" ")
+    number, unit = network.rstrip("kmgbit"), network.lstrip("0123456789")
+    scale = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+    rate = int(number) * scale[unit] if number.isdecimal() and unit in scale else float("inf")
+    return ("wire", "step", "overhead").index(kind), rate
+
+
+def show(panel: Panel, file: TextIO | None = None) -> None:
+    """Print the table; plain where there is no terminal."""
+    file = file or sys.stdout
+    console = rich.console.Console(
+        file=file,
+        width=None if file.isatty() else _WIDTH_OF_A_LOG,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    console.print()
+    console.print(_table(panel))
+    for name, value in {**panel.setting, **panel.figures}.items():
+        console.print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _table(panel: Panel) -> Table:
+    table = Table(title=panel.title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("contender", no_wrap=True)
+    for heading in (
+        panel.unit,
+        "quartiles",
+        f"to {panel.rows[0].name}",
+        "quartiles",
+        "handed over",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in panel.rows:
+        share = "-" if row.sent_share is None else f"{row.sent_share:.3f}"
+        table.add_row(row.name, *_cells(row.value), *_cells(row.ratio), share)
+    return table
+
+
+def _cells(spread: Spread) -> tuple[str, str]:
+    return f"{spread.median:.3f}", f"{spread.low:.3f}-{spread.high:.3f}"

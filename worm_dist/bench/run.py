@@ -1,0 +1,61 @@
+"""Run: one benchmark on two ranks, from the command line to the results on disk."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .overhead import overhead
+from .panel import Panel
+from .place import Link, two_ranks
+from .report import read_panels, show, write_panels
+from .scale import FULL, QUICK, Scale
+from .step import step
+from .wire import wire
+
+__all__ = ["run"]
+
+_BENCHMARKS: Mapping[str, Callable[[Scale], Panel]] = {
+    "wire": wire,
+    "step": step,
+    "overhead": overhead,
+}
+
+
+def run(benchmark: str, quick: bool, folder: Path) -> None:
+    """Measure, and report on rank zero.  Both ranks call it.
+
+    Args:
+        benchmark: ``wire``, ``step`` or ``overhead``.
+        quick: a small network and few rounds.
+        folder: for ``bench.json`` and ``bench.png``; what other benchmarks left there stays.
+
+    Raises:
+        BackendError: there are not two ranks.
+        CheckpointError: the folder holds a ``bench.json`` of another kind.
+    """
+    scale = QUICK if quick else FULL
+    # An unusable folder is told before minutes are spent.
+    earlier = read_panels(folder)
+    with two_ranks() as rank:
+        if rank == 0 and Link().is_loopback:
+            print("bench: both ranks are on one host, over lo; launch/netlab gives each its own")
+        panel = _BENCHMARKS[benchmark](scale)
+        if rank == 0:
+            panel = replace(panel, setting={**panel.setting, **_setting(scale)})
+            show(panel)
+            write_panels(folder, earlier, panel)
+            print(f"files: {folder}")
+
+
+def _setting(scale: Scale) -> dict[str, str | int]:
+    parameters = sum(p.numel() for p in scale.build().parameters())
+    return {
+        "network trained": f"{scale.model}, {parameters:,} parameters, 2 images a rank",
+        "rounds": scale.rounds,
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+    }

@@ -1,0 +1,43 @@
+"""Wire: bytes that a training step puts on the network, as the kernel counts them."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from .contenders import Step, contenders
+from .panel import Panel, rows
+from .place import Link, over_ranks
+from .scale import Scale, alternate
+
+__all__ = ["wire"]
+
+_STEPS = 4
+
+
+def wire(scale: Scale) -> Panel:
+    """Megabytes that a rank sends in a step: gradients, BatchNorm's buffers, acknowledgements and
+    the headers that the kernel counts.  Collective."""
+    link = Link()
+    running = list(contenders(scale.build, scale.batch()))
+
+    def megabytes(step: Step) -> float:
+        dist.barrier()
+        before = link.sent_bytes()
+        for _ in range(_STEPS):
+            step()
+        # The other rank has everything that this one sent, or it would not have come here.
+        dist.barrier()
+        return (link.sent_bytes() - before) / _STEPS / 1e6
+
+    measured = over_ranks(alternate(running, scale.rounds, megabytes), dist.ReduceOp.SUM)
+    # Each host counts what it sends; the loopback counts both ranks' bytes, and each of them reads.
+    readers = 4 if link.is_loopback else 2
+    values = [[both / readers for both in mine] for mine in measured]
+    how = "tx_bytes of both ranks, lo counts them together" if link.is_loopback else "tx_bytes"
+    return Panel(
+        key="wire",
+        title="Bytes on the wire, a step and rank",
+        unit="MB",
+        rows=rows(running, values),
+        setting={"counter": f"{how} ({link.name})", "network": link.words},
+    )
