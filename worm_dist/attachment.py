@@ -87,7 +87,9 @@ class Attachment:
                 dense_bytes = whole_bytes * self._dense_bytes // max(1, self._gradient_bytes)
                 self.traffic.add_step(sent_bytes, dense_bytes)
 
-        self._observer = Observer(self.network, self.optimizer, num_calls, before_step, stepped)
+        # Inputs are seen outside of what torch.compile compiles.
+        called = self.wrapping.called
+        self._observer = Observer(called, self.optimizer, num_calls, before_step, stepped)
 
     @property
     def step(self) -> int:

@@ -16,10 +16,16 @@ __all__ = ["Bare", "DataParallel", "wrapping_of"]
 
 
 class Bare:
-    """Not wrapped at all: one process."""
+    """Not wrapped at all: one process.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    Attributes:
+        called: what the user calls: the network, or what torch.compile made of it.
+        network: the network itself.
+    """
+
+    def __init__(self, called: nn.Module) -> None:
+        self.called = called
+        self.network = _not_compiled(called)
         self.ranks: Ranks = Alone()
 
     def require_free_for_a_hook(self) -> None:
@@ -27,15 +33,22 @@ class Bare:
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now, ready for training."""
-        return self.network
+        return self.called
 
 
 class DataParallel:
-    """torch's DistributedDataParallel."""
+    """torch's DistributedDataParallel.
+
+    Attributes:
+        model: the wrapper.
+        called: what it calls: the network, or what torch.compile made of it.
+        network: the network itself.
+    """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.model = model
-        self.network: nn.Module = model.module
+        self.called: nn.Module = model.module
+        self.network = _not_compiled(self.called)
         self.process_group: dist.ProcessGroup = model.process_group
         self.ranks: Ranks = Together(self.process_group, model.device)
 
@@ -62,23 +75,36 @@ class DataParallel:
         and two reducers would average their gradients.
         """
         self.model._remove_autograd_hooks()
-        return DistributedDataParallel(self.network, **_arguments(self.model))
+        return DistributedDataParallel(self.called, **_arguments(self.model))
 
 
 def wrapping_of(model: nn.Module) -> Bare | DataParallel:
     """Recognise how a model is wrapped.
 
     Raises:
-        BackendError: several processes, but the model is not wrapped for them.
+        BackendError: several processes, but the model is not wrapped for them; a wrapper that is
+            compiled itself.
     """
     if isinstance(model, DistributedDataParallel):
         return DataParallel(model)
+    if isinstance(_not_compiled(model), DistributedDataParallel):
+        raise BackendError(
+            "attach: torch.compile around DistributedDataParallel compiles nothing here; compile "
+            "the network, then wrap it: DistributedDataParallel(torch.compile(network))"
+        )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise BackendError(
             f"attach: {dist.get_world_size()} processes train together, but the model is a bare "
             f"{type(model).__name__}; wrap it in DistributedDataParallel first"
         )
     return Bare(model)
+
+
+def _not_compiled(module: nn.Module) -> nn.Module:
+    """What torch.compile was given."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _arguments(model: DistributedDataParallel) -> dict[str, Any]:
