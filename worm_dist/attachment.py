@@ -116,15 +116,33 @@ class Attachment:
         if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
             self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
 
-    def shrink(self, cuts: Sequence[Cut]) -> None:
-        """Remove channels; optimizer, statistics and wrapper follow.  Collective."""
+    def require_alike(self, copies: Sequence[nn.Module]) -> None:
+        """Copies must have the network's parameters, by names and shapes.
+
+        Raises:
+            ConfigError: one has not.
+        """
+        shapes = {name: p.shape for name, p in self.network.named_parameters()}
+        for number, copy in enumerate(copies):
+            theirs = {name: p.shape for name, p in copy.named_parameters()}
+            if theirs != shapes:
+                odd = next(name for name, _ in sorted(theirs.items() ^ shapes.items()))
+                raise ConfigError(
+                    f"draw: copies[{number}] is not a copy of the network: parameter {odd} differs"
+                )
+
+    def shrink(self, cuts: Sequence[Cut], copies: Sequence[nn.Module]) -> None:
+        """Remove channels; optimizer, statistics, copies and wrapper follow.  Collective."""
         before = dict(self.network.named_parameters())
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
         remove_channels(self.network, cuts)
         transplant(self.optimizer, before, dict(self.network.named_parameters()), cuts)
+        for copy in copies:
+            remove_channels(copy, cuts)
         if self._observer.calls:
-            recalibrate(self.network, self._observer.calls, self.ranks)
+            for network in (self.network, *copies):
+                recalibrate(network, self._observer.calls, self.ranks)
         self._observer.forget_inputs()
         self.wrap_again()
 

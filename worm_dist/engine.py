@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ class Engine:
         self.mask, self.phase = mask, Phase.TRUNCATE
         self._verdict = self._completed(dataclasses.replace(self._verdict, phase=self.phase))
 
-    def draw(self, mask: Mask | None = None) -> None:
+    def draw(self, mask: Mask | None = None, copies: Sequence[nn.Module] = ()) -> None:
         """Remove the dropped channels for good and go on with the smaller network.  Collective.
 
         ``model`` becomes the smaller network in a wrapper with the same arguments; the optimizer
@@ -204,18 +204,22 @@ class Engine:
 
         Args:
             mask: from elsewhere; default the one that a verdict said is the ticket.
+            copies: networks like this one that must follow, such as the ``module`` of an
+                ``AveragedModel``; they are cut alike and their statistics estimated alike.
 
         Raises:
-            ConfigError: there is no ticket yet, the mask is not of these groups, or a group would
-                be left without a live channel.  Nothing has been changed then.
+            ConfigError: there is no ticket yet, the mask is not of these groups, a group would be
+                left without a live channel, or a copy is not like the network.  Nothing has been
+                changed then.
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("draw")
         mask = self._agree_on(self._ticket() if mask is None else mask, "draw")
         self._require_live_survivors(mask)
+        self._training.require_alike(copies)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._truncation.remove()
-        self._training.shrink(self._cuts)
+        self._training.shrink(self._cuts, copies)
         if self.config.truncation.compression != "none":
             self._training.reduction = register_reduction(
                 self.config.truncation, self._training.wrapping

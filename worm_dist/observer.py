@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,30 +66,48 @@ class Observer:
         after_step: Callable[[], None],
     ) -> None:
         self.step = 0
-        self.calls: deque[Call] = deque(maxlen=num_calls)
+        self._remembered = _Remembered(num_calls)
         self._before_step = before_step
         self._after_step = after_step
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._stepped()),
         ]
-        self._inputs = network.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._inputs = network.register_forward_pre_hook(self._remembered, with_kwargs=True)
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        return self._remembered.calls
 
     def _stepped(self) -> None:
         self.step += 1
         self._after_step()
 
-    def _remember(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network.training:
-            self.calls.append((args, kwargs))
-
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""
         self._inputs.remove()
-        self.calls.clear()
+        self._remembered.calls.clear()
 
     def remove(self) -> None:
         """Hear nothing from now on."""
         self.forget_inputs()
         for handle in self._steps:
             handle.remove()
+
+
+class _Remembered:
+    """A hook that keeps the newest inputs.
+
+    It belongs to the network and so goes where its copies go, to an AveragedModel or a file; a copy
+    of it remembers nothing and knows nothing of the training.
+    """
+
+    def __init__(self, num_calls: int) -> None:
+        self.calls: deque[Call] = deque(maxlen=num_calls)
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network.training:
+            self.calls.append((args, kwargs))
+
+    def __reduce__(self) -> tuple[type[_Remembered], tuple[int]]:
+        return _Remembered, (0,)
