@@ -36,7 +36,7 @@ def overhead(scale: Scale) -> Panel:
         title="Seconds a step, nothing truncated",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.words},
+        setting={"network": link.network},
         figures=_check(scale),
     )
 
@@ -49,7 +49,7 @@ def _contenders(scale: Scale) -> list[Contender]:
     engine = _engine(scale)
     loops["engine attached"] = dense(engine.model, engine.optimizer, batch)
     loops["engine and its L1 penalty"] = _penalised(_engine(scale), batch)
-    return [Contender(name, loop, lambda: 1.0) for name, loop in loops.items()]
+    return [Contender(name, loop, lambda: None) for name, loop in loops.items()]
 
 
 def _engine(scale: Scale) -> Engine:

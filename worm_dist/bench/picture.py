@@ -27,10 +27,12 @@ def picture(panels: Sequence[Panel]) -> Figure:
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6.4 * columns, 0.6 + 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    most = max(len(panel.rows) + len(panel.figures) for panel in panels)
     for axes, panel in zip(grid, panels):
         _bars(axes, panel)
-    for axes in list(grid)[len(panels) :]:
+        axes.set_ylim(most - 0.4, -0.6)  # bars as thick in each, the first on top
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _legend(figure)
     return figure
@@ -49,30 +51,30 @@ def _bars(axes: Axes, panel: Panel) -> None:
         xerr=(below, above),
         error_kw={"elinewidth": 1, "capsize": 2.5, "ecolor": "black"},
     )
-    right = 1.22 * max(1.0, *(row.ratio.high for row in panel.rows))
     for height, row in enumerate(panel.rows):
-        _beside(axes, height, row, panel.unit, right)
+        _beside(axes, height, row, panel.unit)
+    for line, (name, value) in enumerate(panel.figures.items(), len(names)):
+        axes.text(0, line + 0.4, f"{name}: {value:,.4g}", va="center", fontsize=9, color=_GREY)
     axes.axvline(1, color=_GREY, linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, right)
-    axes.invert_yaxis()
+    axes.set_xlim(0, 1.03 * max(1.0, *(row.ratio.high for row in panel.rows)))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(f"ratio to {names[0]}", color=_GREY)
 
 
-def _beside(axes: Axes, height: int, row: Row, unit: str, right: float) -> None:
-    """The ideal line across the bar, and the measured value at the right edge."""
+def _beside(axes: Axes, height: int, row: Row, unit: str) -> None:
+    """The ideal line across the bar, and the figures in a column on the right."""
     if row.sent_share is not None:
         ends = (height - 0.45, height + 0.45)
         axes.plot((row.sent_share,) * 2, ends, color=_IDEAL, linewidth=2, zorder=3)
     axes.text(
-        right,
+        1.02,
         height,
-        f"{row.ratio.median:.2f}  ({row.value.median:.3g} {unit})",
-        ha="right",
+        f"{row.ratio.median:.2f}   {row.value.median:.3g} {unit}",
+        transform=axes.get_yaxis_transform(),
         va="center",
-        fontsize=8,
+        fontsize=9,
         color=_GREY,
     )
 

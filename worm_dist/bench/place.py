@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +46,19 @@ class Link:
         name: of the interface.
         is_loopback: both ranks are on one host; what both send is counted, and what everybody
             else on this machine tells himself is counted with it.
-        words: what it is, for a heading.
+        network: how fast it is, as launch/netlab was told; else its name.
     """
 
     def __init__(self) -> None:
         self.name = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
         self.is_loopback = self.name == _LOOPBACK
-        self.words = os.environ.get("NETLAB_RATE", self.name)
+        self.network = os.environ.get("NETLAB_RATE", self.name)
         self._counter = Path("/sys/class/net") / self.name / "statistics" / "tx_bytes"
+
+    def __str__(self) -> str:
+        """For a heading."""
+        rate = re.fullmatch(r"(\d+)([kmg]?)bit", self.network)
+        return f"{rate[1]} {rate[2].upper()}bit/s" if rate else self.network
 
     def sent_bytes(self) -> int:
         """What the kernel has transmitted over the interface so far.

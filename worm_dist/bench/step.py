@@ -20,11 +20,11 @@ def step(scale: Scale) -> Panel:
     running = list(contenders(scale.build, scale.batch()))
     measured = alternate(running, scale.rounds, seconds_of)
     return Panel(
-        key=f"step {link.words}",
-        title=f"Seconds a step, over {link.words}",
+        key=f"step {link.network}",
+        title=f"Seconds a step, over {link}",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.words},
+        setting={"network": link.network},
     )
 
 

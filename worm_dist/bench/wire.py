@@ -11,7 +11,7 @@ from .scale import Scale, alternate
 
 __all__ = ["wire"]
 
-_STEPS = 4
+_STEPS = 2
 
 
 def wire(scale: Scale) -> Panel:
@@ -39,5 +39,5 @@ def wire(scale: Scale) -> Panel:
         title="Bytes on the wire, a step and rank",
         unit="MB",
         rows=rows(running, values),
-        setting={"counter": f"{how} ({link.name})", "network": link.words},
+        setting={"counter": f"{how} ({link.name})", "network": link.network},
     )

@@ -1,0 +1,161 @@
+"""The benchmarks find what they should find at all; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import Ranks
+from worm_dist.bench.overhead import overhead
+from worm_dist.bench.panel import Panel, Row, Spread
+from worm_dist.bench.report import read_panels, show, write_panels
+from worm_dist.bench.scale import Scale
+from worm_dist.bench.step import step
+from worm_dist.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+NETLAB = (ROOT / "launch" / "netlab", "--rate", "unlimited", "--")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TINY = Scale("vgg_small", "vgg_small", rounds=2)
+
+SHARES = {f"worm_dist, {percent} % live": percent / 100 for percent in (100, 75, 50, 25, 10)}
+CONTENDERS = ["DDP", "fp16 hook", "bf16 hook", "PowerSGD rank 1", "PowerSGD rank 4", *SHARES]
+
+
+def _call(command: Sequence[Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {key: os.environ[key] for key in os.environ if key not in launcher}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+def _spreads(row: Row) -> list[float]:
+    return [*dataclasses.astuple(row.value), *dataclasses.astuple(row.ratio)]
+
+
+def test_frozen_rows_are_not_on_the_wire(tmp_path: Path) -> None:
+    has_netlab = _call([*NETLAB, "true"], tmp_path).returncode == 0
+    launcher = (*NETLAB, sys.executable) if has_netlab else TORCHRUN
+    done = _call([*launcher, "-m", "worm_dist", "bench", "wire", "--quick"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert all(f"\n{name} " in done.stdout for name in CONTENDERS)
+    assert ("both ranks are on one host" in done.stdout) != has_netlab
+
+    folder = tmp_path / "runs" / "bench-quick"
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    (panel,) = read_panels(folder)
+    assert panel.key == "wire"
+    assert [row.name for row in panel.rows] == CONTENDERS
+    assert all(math.isfinite(value) and value > 0 for row in panel.rows for value in _spreads(row))
+    assert [row.sent_share for row in panel.rows[:5]] == [1, 0.5, 0.5, None, None]
+    for row in panel.rows[5:]:
+        assert row.sent_share == pytest.approx(SHARES[row.name], abs=0.01)
+        # Others may use the loopback at the same time, but nobody else is in the namespaces.
+        if has_netlab:
+            assert row.ratio.median == pytest.approx(row.sent_share, abs=0.01)
+
+
+def _step() -> Panel:
+    return step(TINY)
+
+
+def _overhead() -> Panel:
+    return overhead(TINY)
+
+
+def _panels(ranks: Ranks, measure: Callable[[], Panel]) -> list[Panel]:
+    """Of both ranks.  Ten trainings in one process take their time on a busy machine."""
+    outcomes = ranks.outcomes(2, measure, group_timeout=60, wall_limit=80)
+    assert [outcome.exitcode for outcome in outcomes] == [0, 0], "\n".join(map(str, outcomes))
+    return [outcome.value for outcome in outcomes]
+
+
+def test_every_contender_takes_its_steps(ranks: Ranks) -> None:
+    panel, other = _panels(ranks, _step)
+    assert panel.rows == other.rows
+    assert [row.name for row in panel.rows] == CONTENDERS
+    assert all(math.isfinite(value) and value > 0 for row in panel.rows for value in _spreads(row))
+    assert panel.rows[0].ratio == Spread(1, 1, 1)
+
+
+def test_a_check_is_three_collectives(ranks: Ranks) -> None:
+    panel, _ = _panels(ranks, _overhead)
+    names = ["DDP", "DDP again", "engine attached", "engine and its L1 penalty"]
+    assert [row.name for row in panel.rows] == names
+    assert panel.figures["collectives of a check"] == 3
+    assert all(math.isfinite(value) and value > 0 for value in panel.figures.values())
+
+
+def _found(key: str, seconds: float = 1.0) -> Panel:
+    row = Row("DDP", Spread(seconds, seconds, seconds), Spread(1, 1, 1), None)
+    return Panel(key, f"title of {key}", "s", (row,), {"network": "none"})
+
+
+def test_a_folder_collects_what_was_found_newest_first_told_slowest_first_shown(
+    tmp_path: Path,
+) -> None:
+    keys = ["overhead", "step unlimited", "step 1gbit", "step 100mbit", "wire", "step 500mbit"]
+    for key in keys:
+        write_panels(tmp_path, read_panels(tmp_path), _found(key))
+    write_panels(tmp_path, read_panels(tmp_path), _found("step 1gbit", seconds=2))
+    panels = read_panels(tmp_path)
+    assert [panel.key for panel in panels] == [
+        "wire",
+        "step 100mbit",
+        "step 500mbit",
+        "step 1gbit",
+        "step unlimited",
+        "overhead",
+    ]
+    assert panels[3] == _found("step 1gbit", seconds=2)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"panels": [{"key": "wire"}]}'])
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(CheckpointError, match="remove it or choose another --out"):
+        read_panels(tmp_path)
+
+
+def test_the_table_is_plain_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    show(_found("wire"), out)
+    assert "title of wire" in out.getvalue() and "network: none" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_quartiles_are_those_of_the_values() -> None:
+    assert Spread.of([5, 1, 2, 3, 4]) == Spread(3, 2, 4)
+    assert json.loads(json.dumps(_found("wire").as_json()))["rows"][0]["value"]["median"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["wire"], 6, "bench: it measures what two ranks tell one another, but there are 1;"),
+        (["wires"], 2, "invalid choice: 'wires'"),
+        (["wire", "--rounds", "3"], 2, "unrecognized arguments: --rounds 3"),
+    ],
+)
+def test_a_users_mistake_is_told(tmp_path: Path, words: list[str], code: int, says: str) -> None:
+    done = _call([sys.executable, "-W", "error", "-m", "worm_dist", "bench", *words], tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
