@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_the_link_is_as_slow_as_asked() -> None:
         "--rate",
         "10mbit",
         "--",
-        "python3",
+        sys.executable,
         "-c",
         "import os, socket, time\n"
         "address = (os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))\n"

@@ -18,7 +18,17 @@ from ..engine import Engine, attach
 from ..search.groups import Groups
 from ..search.mask import Mask
 
-__all__ = ["DDP", "WARM_UP", "Batch", "Contender", "Step", "contenders", "dense", "training"]
+__all__ = [
+    "DDP",
+    "REMARKS",
+    "WARM_UP",
+    "Batch",
+    "Contender",
+    "Step",
+    "contenders",
+    "dense",
+    "training",
+]
 
 DDP = "DDP"
 """Name of the contender that all are compared with."""
@@ -29,6 +39,12 @@ LIVE_SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 WARM_UP = 4
 """Steps before anything is measured: DDP rebuilds its buckets after the first, PowerSGD sends all
 of the first two."""
+
+REMARKS = {
+    "bf16 hook": "written anew; torch registers its own only where there is NCCL",
+    "PowerSGD": "one bucket after the other; over gloo, two at a time abort",
+}
+"""What a reader of the figures should know."""
 
 Batch = tuple[Tensor, Tensor]
 """Images and labels."""

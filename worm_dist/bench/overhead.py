@@ -20,7 +20,7 @@ from .step import seconds_of
 
 __all__ = ["overhead"]
 
-_ROUNDS_FOR_ONE = 4
+_TIMES_THE_ROUNDS = 8
 """A few percent are looked for, so there are more rounds than in the other benchmarks."""
 _CHECKS = 12
 """The third starts truncation, and has to plan it."""
@@ -30,13 +30,14 @@ def overhead(scale: Scale) -> Panel:
     """Seconds of a step with and without an engine, and of a check.  Collective."""
     link = Link()
     running = _contenders(scale)
-    measured = alternate(running, _ROUNDS_FOR_ONE * scale.rounds, seconds_of)
+    rounds = _TIMES_THE_ROUNDS * scale.rounds
+    measured = alternate(running, rounds, seconds_of)
     return Panel(
         key="overhead",
         title="Seconds a step, nothing truncated",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.network},
+        setting={"network": link.network, "rounds": rounds},
         figures=_check(scale),
     )
 

@@ -64,6 +64,14 @@ class Panel:
     setting: Mapping[str, str | int]
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def lines(self) -> list[str]:
+        """The figures, for people."""
+        return [
+            f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}"
+            for name, value in self.figures.items()
+        ]
+
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

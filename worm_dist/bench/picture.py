@@ -53,9 +53,9 @@ def _bars(axes: Axes, panel: Panel) -> None:
     )
     for height, row in enumerate(panel.rows):
         _beside(axes, height, row, panel.unit)
-    for line, (name, value) in enumerate(panel.figures.items(), len(names)):
-        axes.text(0, line + 0.4, f"{name}: {value:,.4g}", va="center", fontsize=9, color=_GREY)
-    axes.axvline(1, color=_GREY, linewidth=0.8, linestyle=":")
+    for below_bars, line in enumerate(panel.lines, len(names)):
+        axes.text(0, below_bars + 0.2, line, va="center", fontsize=9, color=_GREY)
+    axes.plot((1, 1), (-0.6, len(names) - 0.4), color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 1.03 * max(1.0, *(row.ratio.high for row in panel.rows)))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -71,7 +71,7 @@ def _beside(axes: Axes, height: int, row: Row, unit: str) -> None:
     axes.text(
         1.02,
         height,
-        f"{row.ratio.median:.2f}   {row.value.median:.3g} {unit}",
+        f"{row.ratio.median:.3f}   {row.value.median:.3g} {unit}",
         transform=axes.get_yaxis_transform(),
         va="center",
         fontsize=9,

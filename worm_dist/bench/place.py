@@ -58,7 +58,9 @@ class Link:
     def __str__(self) -> str:
         """For a heading."""
         rate = re.fullmatch(r"(\d+)([kmg]?)bit", self.network)
-        return f"{rate[1]} {rate[2].upper()}bit/s" if rate else self.network
+        if rate is None:
+            return {"unlimited": "an unlimited link"}.get(self.network, self.network)
+        return f"{rate[1]} {rate[2].upper()}bit/s"
 
     def sent_bytes(self) -> int:
         """What the kernel has transmitted over the interface so far.

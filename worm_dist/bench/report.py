@@ -70,8 +70,8 @@ def show(panel: Panel, file: TextIO | None = None) -> None:
     )
     console.print()
     console.print(_table(panel))
-    for name, value in {**panel.setting, **panel.figures}.items():
-        console.print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for line in (*panel.lines, *(f"{name}: {value}" for name, value in panel.setting.items())):
+        console.print(line)
 
 
 def _table(panel: Panel) -> Table:

@@ -46,13 +46,14 @@ def run(benchmark: str, quick: bool, folder: Path) -> None:
             print("bench: both ranks are on one host, over lo; launch/netlab gives each its own")
         panel = _BENCHMARKS[benchmark](scale)
         if rank == 0:
-            panel = replace(panel, setting={**panel.setting, **_setting(scale)})
+            panel = replace(panel, setting={**_setting(scale), **panel.setting})
             show(panel)
             write_panels(folder, earlier, panel)
             print(f"files: {folder}")
 
 
 def _setting(scale: Scale) -> dict[str, str | int]:
+    """What is the same for all of them, unless one knows better."""
     parameters = sum(p.numel() for p in scale.build().parameters())
     return {
         "network trained": f"{scale.model}, {parameters:,} parameters, 2 images a rank",

@@ -6,7 +6,7 @@ import time
 
 import torch.distributed as dist
 
-from .contenders import Step, contenders
+from .contenders import REMARKS, Step, contenders
 from .panel import Panel, rows
 from .place import Link, over_ranks
 from .scale import Scale, alternate
@@ -24,7 +24,7 @@ def step(scale: Scale) -> Panel:
         title=f"Seconds a step, over {link}",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.network},
+        setting={"network": link.network, **REMARKS},
     )
 
 

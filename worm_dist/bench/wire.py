@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from .contenders import Step, contenders
+from .contenders import REMARKS, Step, contenders
 from .panel import Panel, rows
 from .place import Link, over_ranks
 from .scale import Scale, alternate
@@ -39,5 +39,5 @@ def wire(scale: Scale) -> Panel:
         title="Bytes on the wire, a step and rank",
         unit="MB",
         rows=rows(running, values),
-        setting={"counter": f"{how} ({link.name})", "network": link.network},
+        setting={"counter": f"{how} ({link.name})", "network": link.network, **REMARKS},
     )
