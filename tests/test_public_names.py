@@ -107,9 +107,10 @@ def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path:
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert said["groups"] == [["0", 8], ["3", 12]]
     assert said["phase"] == "truncate"
-    # Frozen: 4 of 8 filters (9 weights, bias, scale, shift) and 6 of 12 (72, and 3).
-    elements = 8 * 9 + 8 + 8 + 8 + 12 * 72 + 12 + 12 + 12 + 1920 + 10
-    assert said["saved"] == pytest.approx((4 * 12 + 6 * 75) / elements)
+    # Weights, bias, scale and shift of 8 and 12 filters, and the head; 4 and 6 filters are left.
+    dense = (8 * 9 + 3 * 8) + (12 * 8 * 9 + 3 * 12) + (12 * 16 * 10 + 10)
+    ticket = (4 * 9 + 3 * 4) + (6 * 4 * 9 + 3 * 6) + (6 * 16 * 10 + 10)
+    assert said["saved"] == pytest.approx(1 - ticket / dense)
     assert said["faded"] == 0.0
     assert "no check has found the ticket yet" in said["refused"]
     assert said["widths"] == [4, 6, 96]

@@ -25,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WormError as error:
         if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
             # Every rank reads the same settings and fails alike; one voice a host is enough.  But
-            # a launcher stops all ranks when the first one ends, so that voice needs its time.
+            # a launcher stops all ranks when the first one ends, so that voice needs its time.  A
+            # rank that is still there afterwards failed alone, and speaks.
             time.sleep(_SECONDS_TO_SPEAK)
-            return error.exit_code
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -12,12 +12,19 @@ from .config import WormConfig
 from .errors import ConfigError
 from .interval import Interval
 from .observer import Observer, Traffic
+from .search.groups import Groups
 from .ticket.statistics import recalibrate
 from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import transplant
 from .truncation.ddp import PackedReduction
 
-__all__ = ["Attachment", "require_countable"]
+__all__ = ["Attachment", "require_countable", "shapes_of"]
+
+
+def shapes_of(networks: Sequence[nn.Module]) -> dict[str, bytes]:
+    """The parameters of each network by names and shapes, to be compared over the ranks."""
+    shapes = ([(n, tuple(p.shape)) for n, p in network.named_parameters()] for network in networks)
+    return {str(number): repr(each).encode() for number, each in enumerate(shapes)}
 
 
 def require_countable(config: WormConfig) -> None:
@@ -115,6 +122,21 @@ class Attachment:
         self._last_check = self.step
         if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
             self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
+
+    def require_optimized(self, groups: Groups) -> None:
+        """The optimizer must step every group: only what it steps can be held and transplanted.
+
+        Raises:
+            ConfigError: it does not; a second optimizer may.
+        """
+        stepped = {p for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = dict(self.network.named_parameters())
+        for name in (name for g in groups for m in g.members for name, _ in m.parameters):
+            if parameters[name].requires_grad and parameters[name] not in stepped:
+                raise ConfigError(
+                    f"attach: the optimizer does not have {name}, which trains; give one optimizer "
+                    "all parameters, or set requires_grad to False where nothing shall train"
+                )
 
     def require_alike(self, copies: Sequence[nn.Module]) -> None:
         """Copies must have the network's parameters, by names and shapes.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment, require_countable
+from .attachment import Attachment, require_countable, shapes_of
 from .cluster.agree import bits
 from .config import WormConfig
 from .errors import ConfigError
@@ -89,10 +89,14 @@ class Engine:
         self.mask: Mask | None = None
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
         self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
-        if config.truncation.mode == "hard":
-            self._training.wrapping.require_free_for_a_hook()
+        self._training.wrapping.require_hooks_fit(config.truncation.mode == "hard")
         self._ranks = self._training.ranks
+        settings = {"config": repr(config), "steps_per_epoch": repr(steps_per_epoch)}
+        self._ranks.require_equal(
+            {"setting": {name: text.encode() for name, text in settings.items()}}, "attach"
+        )
         self.groups: Groups = agreed_groups(self._training.network, example_inputs, self._ranks)
+        self._training.require_optimized(self.groups)
         # An infeasible floor is told here, not after the first epoch.
         search = config.search
         cut(
@@ -148,11 +152,11 @@ class Engine:
                 lambda: self._judge(mask, floored).encode(), Verdict.SIZE
             )
         )
-        self.mask, self.phase = mask, verdict.phase
         self._streaks = torch.where(mask.keep, 0, self._streaks + 1)
-        if self.phase is Phase.TRUNCATE:
+        if verdict.phase is Phase.TRUNCATE:
             newest = self.config.truncation.channels == "newest" or verdict.settled
             self._freeze(~mask.keep if newest else self._streaks >= search.window)
+        self.mask, self.phase = mask, verdict.phase
         self._verdict = self._completed(verdict)
         return self._verdict
 
@@ -200,12 +204,14 @@ class Engine:
 
         ``model`` becomes the smaller network in a wrapper with the same arguments; the optimizer
         keeps the state of every surviving element; BatchNorm statistics are estimated anew from
-        the last batches trained on (``ticket.recalibrate_batches``).
+        the last batches trained on (``ticket.recalibrate_batches``).  Gradients that wait for a
+        step are dropped.
 
         Args:
             mask: from elsewhere; default the one that a verdict said is the ticket.
             copies: networks like this one that must follow, such as the ``module`` of an
-                ``AveragedModel``; they are cut alike and their statistics estimated alike.
+                ``AveragedModel``, as many on every rank; they are cut alike and their statistics
+                estimated alike.
 
         Raises:
             ConfigError: there is no ticket yet, the mask is not of these groups, a group would be
@@ -214,7 +220,7 @@ class Engine:
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("draw")
-        mask = self._agree_on(self._ticket() if mask is None else mask, "draw")
+        mask = self._agree_on(self._ticket() if mask is None else mask, "draw", copies)
         self._require_live_survivors(mask)
         self._training.require_alike(copies)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
@@ -282,8 +288,8 @@ class Engine:
         save_ticket(Path(folder), network, self.groups, self.mask, self._cuts, model)
 
     def detach(self) -> nn.Module:
-        """Take every hook away.  Collective if truncation had begun under a wrapper: torch cannot
-        unregister a communication hook, so the network is wrapped anew.
+        """Take every hook away.  Collective if a communication hook was needed: torch cannot
+        unregister it, so the network is wrapped anew.
 
         Returns:
             The model to go on with, also in ``model``.
@@ -346,12 +352,13 @@ class Engine:
             )
         return self.mask
 
-    def _agree_on(self, mask: Mask, what: str) -> Mask:
+    def _agree_on(self, mask: Mask, what: str, copies: Sequence[nn.Module] = ()) -> Mask:
         """The mask, its groups in the engine's order.
 
         Agree before judging: a mask that one rank alone would refuse must stop them all.
         """
-        self._ranks.require_equal({"mask": bits(mask)}, f"{what} at step {self.step}")
+        parts = {"mask": bits(mask), "copies": shapes_of(copies)}
+        self._ranks.require_equal(parts, f"{what} at step {self.step}")
         odd = mask.sizes.items() ^ self.groups.sizes.items()
         if odd:
             names = ", ".join(sorted({name for name, _ in odd}))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -107,7 +108,10 @@ class _Remembered:
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if network.training:
-            self.calls.append((args, kwargs))
+            device = next(network.parameters()).device.type
+            autocast = torch.is_autocast_enabled(device)
+            precision = (device, torch.get_autocast_dtype(device), autocast)
+            self.calls.append((args, kwargs, precision))
 
     def __reduce__(self) -> tuple[type[_Remembered], tuple[int]]:
         return _Remembered, (0,)

@@ -39,7 +39,7 @@ class Verdict:
         settled: every distance in a full window is below the threshold.
         distance_mean, distance_max: of the newest mask to the older ones in the window, 0 to 1;
             None before the second mask.
-        generation: number of masks that have been in force.
+        generation: number of sets of slices that have been left out of the all-reduce.
         live_fraction: elements whose gradients are still averaged, of all that train.
     """
 

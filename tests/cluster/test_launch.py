@@ -30,6 +30,23 @@ def test_contradictory_launchers_are_named(environment: dict[str, str], says: st
         Place.from_environment(environment)
 
 
+def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two processes and one GPU the first joined nccl, the second gloo."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place = Place.from_environment(environment)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    asked: list[str] = []
+
+    def joined(backend: str, **_: object) -> None:
+        asked.append(backend)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    with pytest.raises(BackendError, match="enough"), process_group(place, "auto", 5):
+        pass
+    assert asked == ["gloo"]
+
+
 def _alone() -> tuple[str, int, str]:
     with process_group(Place(0, 1, 0), "auto", timeout_seconds=5) as device:
         return dist.get_backend(), dist.get_world_size(), device.type

@@ -354,3 +354,45 @@ def _old_wrapper_is_collected() -> bool:
 def test_the_old_wrapper_is_not_kept_alive(ranks: Ranks) -> None:
     """It holds buckets as large as the dense network."""
     assert ranks(2, _old_wrapper_is_collected) == [True, True]
+
+
+def _old_wrapper_after_a_draw() -> str:
+    engine = _attached({})
+    old = engine.model
+    engine.draw(mask_dropping(engine.groups, 0))
+    with pytest.raises(worm_dist.BackendError) as caught:
+        old(random_images(2))
+    return str(caught.value)
+
+
+def test_the_old_wrapper_refuses_to_train_on(ranks: Ranks) -> None:
+    """It ran without an error and averaged nothing: weights differed between ranks at once."""
+    for text in ranks(2, _old_wrapper_after_a_draw):
+        assert "call engine.model" in text
+
+
+def _settings_that_differ() -> None:
+    model = DistributedDataParallel(Residual())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    steps_per_epoch = 10 + dist.get_rank()
+    worm_dist.attach(
+        model, optimizer, example_inputs=random_images(1), steps_per_epoch=steps_per_epoch
+    )
+
+
+def test_settings_that_differ_between_ranks_are_named_at_attach(ranks: Ranks) -> None:
+    """Fades of different lengths ended in collectives that did not match."""
+    for outcome in ranks.outcomes(2, _settings_that_differ):
+        assert outcome.error == "DivergenceError"
+        assert "setting of group steps_per_epoch: rank 1 differs" in outcome.text
+
+
+def _copies_on_rank_zero_alone() -> None:
+    engine = _attached({})
+    copies = [copy.deepcopy(engine.model.module)] if dist.get_rank() == 0 else []
+    engine.draw(mask_dropping(engine.groups, 0), copies=copies)
+
+
+def test_copies_on_one_rank_alone_are_refused_on_all(ranks: Ranks) -> None:
+    for outcome in ranks.outcomes(2, _copies_on_rank_zero_alone):
+        assert outcome.error == "DivergenceError", str(outcome)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -124,7 +125,10 @@ class Together:
             for what, groups in parts.items()
             for group, value in groups.items()
         }
-        dist.all_gather_object(everyone, digests, group=self._group)
+        # Under nccl objects travel through the current device, which may not be this rank's.
+        on_gpu = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if on_gpu else nullcontext():
+            dist.all_gather_object(everyone, digests, group=self._group)
         lines = []
         for what, group in {key: None for digests in everyone for key in digests}:
             values = [digests.get((what, group)) for digests in everyone]

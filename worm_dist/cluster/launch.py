@@ -28,6 +28,7 @@ class Place:
         rank: 0 to world_size - 1, over all hosts.
         world_size: number of processes.
         local_rank: 0 and up, on this host; also the number of its GPU.
+        local_world_size: number of processes on this host.
 
     Raises:
         BackendError: the numbers contradict one another.
@@ -36,6 +37,7 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -61,10 +63,12 @@ class Place:
                 "them to run one process"
             )
         try:
-            return cls(*(int(environment[name]) for name in names))
+            rank, world_size, local_rank = (int(environment[name]) for name in names)
+            local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
         except ValueError:
             values = ", ".join(f"{name}={environment[name]!r}" for name in names)
             raise BackendError(f"launch: {values}: all must be whole numbers") from None
+        return cls(rank, world_size, local_rank, local_world_size)
 
 
 @contextmanager
@@ -80,7 +84,9 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
             f"distributed.backend: nccl needs a GPU for local rank {place.local_rank}, but this "
             f"host has {gpus}; start fewer processes, or choose gloo"
         )
-    on_gpu = backend != "gloo" and place.local_rank < gpus
+    # One choice for all processes of a host: were each to look for its own GPU, the first would
+    # join nccl and the others gloo, and wait for one another.
+    on_gpu = backend == "nccl" or (backend == "auto" and 0 < place.local_world_size <= gpus)
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

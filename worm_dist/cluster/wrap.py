@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import BackendError
 from .agree import Alone, Ranks, Together
 
-__all__ = ["Bare", "DataParallel", "wrapping_of"]
+__all__ = ["Bare", "DataParallel", "OwnState", "wrapping_of"]
 
 
 class Bare:
@@ -28,7 +28,7 @@ class Bare:
         self.network = _not_compiled(called)
         self.ranks: Ranks = Alone()
 
-    def require_free_for_a_hook(self) -> None:
+    def require_hooks_fit(self, needs_the_place: bool) -> None:
         """Nothing to ask: no gradients are sent."""
 
     def wrapped_again(self) -> nn.Module:
@@ -52,30 +52,45 @@ class DataParallel:
         self.process_group: dist.ProcessGroup = model.process_group
         self.ranks: Ranks = Together(self.process_group, model.device)
 
-    def require_free_for_a_hook(self) -> None:
-        """Hard truncation needs the wrapper's communication hook.
+    def require_hooks_fit(self, needs_the_place: bool) -> None:
+        """A wrapper has one place for a communication hook; the user's is never replaced.
+
+        Args:
+            needs_the_place: hard truncation does.
 
         Raises:
-            BackendError: it is taken; torch allows one, and the user's is never replaced.
+            BackendError: the place is needed but taken, or taken by a hook whose state would not
+                fit the network after a draw.
         """
-        if self.model._comm_hooks:
-            (hook, _), *_ = self.model._comm_hooks
+        for hook, state in self.model._comm_hooks:
             name = getattr(hook, "__qualname__", repr(hook))
-            raise BackendError(
-                f"attach: the model already has the communication hook {name}, and "
-                "truncation.mode 'hard' needs its place; attach to a model without one, or choose "
-                "mode 'soft' or 'off'"
-            )
+            if needs_the_place:
+                raise BackendError(
+                    f"attach: the model already has the communication hook {name}, and "
+                    "truncation.mode 'hard' needs its place; attach to a model without one (for "
+                    "rounding there is truncation.compression), or choose mode 'soft' or 'off'"
+                )
+            if not (state is None or isinstance(state, dist.ProcessGroup)):
+                raise BackendError(
+                    f"attach: the communication hook {name} keeps a state "
+                    f"({type(state).__name__}) that would not fit the network after a draw"
+                )
 
     def wrapped_again(self) -> nn.Module:
-        """The network as it is now in a new wrapper with the same arguments.
+        """The network as it is now in a new wrapper with the same arguments, and with the user's
+        communication hook if there is one.
 
         The old wrapper is dead after this.  Its hooks must go although it may live on in a
         variable of the user's: parameters that nothing was cut from are still the same objects,
         and two reducers would average their gradients.
         """
         self.model._remove_autograd_hooks()
-        return DistributedDataParallel(self.called, **_arguments(self.model))
+        self.model.register_forward_pre_hook(_refuse)
+        model = DistributedDataParallel(self.called, **_arguments(self.model))
+        for hook, state in self.model._comm_hooks:
+            if not isinstance(state, OwnState):
+                model.register_comm_hook(state, hook)
+        return model
 
 
 def wrapping_of(model: nn.Module) -> Bare | DataParallel:
@@ -98,6 +113,17 @@ def wrapping_of(model: nn.Module) -> Bare | DataParallel:
             f"{type(model).__name__}; wrap it in DistributedDataParallel first"
         )
     return Bare(model)
+
+
+class OwnState:
+    """Marks the state of a communication hook of ours; it ends with its wrapper."""
+
+
+def _refuse(model: nn.Module, args: Any) -> None:
+    raise BackendError(
+        "this wrapper belongs to the network before the draw and averages no gradients any more; "
+        "call engine.model"
+    )
 
 
 def _not_compiled(module: nn.Module) -> nn.Module:

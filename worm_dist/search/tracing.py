@@ -7,7 +7,7 @@ indices shift as soon as anything is removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
     """
     order = {module: place for place, module in enumerate(network.modules())}
     names = {module: name for name, module in network.named_modules()}
+    parameters = {name for name, _ in network.named_parameters()}
     found: list[ChannelGroup] = []
     dense: dict[str, str] = {}
     _require_runs(network, example_inputs)
@@ -47,7 +48,9 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
         layers = sorted(_layers(group), key=lambda layer: order.get(layer[0], len(order)))
         norms = [names[module] for module, *_ in layers if isinstance(module, Norm)]
         if norms:
-            reason = _why_dense(layers, names, _is_output(group))
+            reason = _why_dense(layers, names, _is_output(group)) or _why_shared(
+                layers, names, parameters
+            )
             dense |= dict.fromkeys(norms, reason) if reason else {}
             found += [] if reason else [_channel_group(layers, names)]
     _name_the_rest(network, found, dense)
@@ -111,6 +114,17 @@ def _why_dense(
             return f"{name} has no scale that trains"
         if len(places) % num_channels:
             return f"{name} does not see every channel equally often"
+    return None
+
+
+def _why_shared(
+    layers: Sequence[_Layer], names: Mapping[nn.Module, str], parameters: Set[str]
+) -> str | None:
+    """torch names a shared parameter once; under its other name it is not found."""
+    for layer in layers:
+        for name, _ in _member(layer, names[layer[0]]).parameters:
+            if name not in parameters:
+                return f"{name} is shared with another layer"
     return None
 
 

@@ -16,8 +16,8 @@ from ..cluster.agree import Ranks
 
 __all__ = ["Call", "recalibrate"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one forward pass."""
+Call = tuple[tuple[Any, ...], dict[str, Any], tuple[str, torch.dtype, bool]]
+"""One forward pass: its positional and keyword arguments, and device, dtype and use of autocast."""
 
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -34,6 +34,8 @@ def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> No
         ranks: whose statistics are pooled.
     """
     norms = [m for m in network.modules() if isinstance(m, Norm) and m.running_mean is not None]
+    if not norms:
+        return
     modes = {module: module.training for module in network.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     network.eval()
@@ -42,8 +44,9 @@ def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> No
         norm.momentum = 1.0  # running statistics are those of the newest batch
         norm.train()
     moments = torch.zeros_like(_moments(norms))
-    for positional, keywords in calls:
-        network(*positional, **keywords)
+    for positional, keywords, (device, dtype, enabled) in calls:
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            network(*positional, **keywords)
         moments += _moments(norms)
     mean, square = ranks.mean(moments / len(calls)).to(moments.device)
     sizes = [norm.num_features for norm in norms]

@@ -41,7 +41,7 @@ def agreed_groups(network: nn.Module, example_inputs: Any, ranks: Ranks) -> Grou
     """
     try:
         groups = find_drawable_groups(network, example_inputs)
-    except ConfigError as error:
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         with suppress(DivergenceError):  # the others are told; this rank knows more
             ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
         raise

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
+from ..cluster.wrap import OwnState
 from .packing import Packing
 from .plan import Block, Plan
 
@@ -19,7 +20,7 @@ __all__ = ["PackedReduction", "packed_allreduce"]
 
 
 @dataclass
-class PackedReduction:
+class PackedReduction(OwnState):
     """State of the hook.
 
     Attributes:

@@ -30,7 +30,7 @@ class Truncation:
     """Frozen channels and everything that follows from them; none before the first ``adopt``.
 
     Attributes:
-        generation: how many sets of frozen channels have been in force.
+        generation: how many sets of slices have been left out of the all-reduce.
         frozen: bool ``[num_channels]``, the channels frozen now.
         reduction: state of the communication hook, None while there is none.
     """
