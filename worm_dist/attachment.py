@@ -18,13 +18,7 @@ from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import transplant
 from .truncation.ddp import PackedReduction
 
-__all__ = ["Attachment", "require_countable", "shapes_of"]
-
-
-def shapes_of(networks: Sequence[nn.Module]) -> dict[str, bytes]:
-    """The parameters of each network by names and shapes, to be compared over the ranks."""
-    shapes = ([(n, tuple(p.shape)) for n, p in network.named_parameters()] for network in networks)
-    return {str(number): repr(each).encode() for number, each in enumerate(shapes)}
+__all__ = ["Attachment", "require_countable"]
 
 
 def require_countable(config: WormConfig) -> None:

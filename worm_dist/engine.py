@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment, require_countable, shapes_of
+from .admission import agreed_mask, require_live_survivors
+from .attachment import Attachment, require_countable
 from .cluster.agree import bits
 from .config import WormConfig
 from .errors import ConfigError
@@ -188,7 +189,7 @@ class Engine:
         self._require_attached("truncate")
         if self.config.truncation.mode == "off":
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
-        mask = self._agree_on(mask, "truncate")
+        mask = agreed_mask(self._ranks, self.groups, mask, f"truncate at step {self.step}")
         for name, back in self.groups.split(self._truncation.lost & mask.keep).items():
             if bool(back.any()):
                 raise ConfigError(
@@ -220,8 +221,9 @@ class Engine:
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("draw")
-        mask = self._agree_on(self._ticket() if mask is None else mask, "draw", copies)
-        self._require_live_survivors(mask)
+        mask = self._ticket() if mask is None else mask
+        mask = agreed_mask(self._ranks, self.groups, mask, f"draw at step {self.step}", copies)
+        require_live_survivors(self.groups, mask, self._truncation.frozen)
         self._training.require_alike(copies)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._truncation.remove()
@@ -351,25 +353,3 @@ class Engine:
                 "mask to draw: engine.draw(mask)"
             )
         return self.mask
-
-    def _agree_on(self, mask: Mask, what: str, copies: Sequence[nn.Module] = ()) -> Mask:
-        """The mask, its groups in the engine's order.
-
-        Agree before judging: a mask that one rank alone would refuse must stop them all.
-        """
-        parts = {"mask": bits(mask), "copies": shapes_of(copies)}
-        self._ranks.require_equal(parts, f"{what} at step {self.step}")
-        odd = mask.sizes.items() ^ self.groups.sizes.items()
-        if odd:
-            names = ", ".join(sorted({name for name, _ in odd}))
-            raise ConfigError(f"{what}: the mask is not of this network's groups: {names}")
-        return Mask({group.name: mask[group.name] for group in self.groups})
-
-    def _require_live_survivors(self, mask: Mask) -> None:
-        """A layer may have come to live on channels that are about to go or no longer train."""
-        for name, live in self.groups.split(mask.keep & ~self._truncation.frozen).items():
-            if not bool(live.any()):
-                raise ConfigError(
-                    f"draw: group {name}: no channel that the mask keeps is live; a network "
-                    "without this layer cannot train on. Raise search.floor or give another mask"
-                )

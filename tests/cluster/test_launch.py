@@ -14,7 +14,10 @@ def test_a_plain_process_is_a_world_of_one() -> None:
 
 def test_torchrun_says_where_a_process_is() -> None:
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    assert Place.from_environment(environment) == Place(rank=5, world_size=8, local_rank=1)
+    place = Place(rank=5, world_size=8, local_rank=1, local_world_size=2)
+    assert Place.from_environment(environment) == place
+    environment["LOCAL_WORLD_SIZE"] = "4"
+    assert Place.from_environment(environment).local_world_size == 4
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ class Place:
             )
         try:
             rank, world_size, local_rank = (int(environment[name]) for name in names)
-            local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+            # A launcher that does not say how many there are has started at least this one.
+            local_world_size = int(environment.get("LOCAL_WORLD_SIZE", local_rank + 1))
         except ValueError:
             values = ", ".join(f"{name}={environment[name]!r}" for name in names)
             raise BackendError(f"launch: {values}: all must be whole numbers") from None
