@@ -28,6 +28,7 @@ from .search.groups import Groups
 from .search.history import Finding, History
 from .search.mask import Mask
 from .search.scores import NormScale
+from .search.usage import Usage
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
 from .ticket.trial import agreed_groups
@@ -107,6 +108,8 @@ class Engine:
             search.floor,
         )
         self._scores = NormScale(self._training.network, self.groups)
+        looks = search.enabled and self._training.wrapping.finds_unused
+        self._usage = Usage(self._training.network, self._scores.scales) if looks else None
         self._history = History(config.search)
         self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._truncation = Truncation(
@@ -226,7 +229,7 @@ class Engine:
         require_live_survivors(self.groups, mask, self._truncation.frozen)
         self._training.require_alike(copies)
         self._cuts = cuts_of(self.groups, mask, self._training.network)
-        self._truncation.remove()
+        self._let_go()
         self._training.shrink(self._cuts, copies)
         if self.config.truncation.compression != "none":
             self._training.reduction = register_reduction(
@@ -238,12 +241,15 @@ class Engine:
     def penalty(self) -> Tensor:
         """``search.l1`` times the L1 norm of the scales, a scalar: add it to the loss.
 
-        Zero without a search and after the draw.
+        Zero without a search and after the draw.  Call it after the forward pass: with
+        ``find_unused_parameters`` it leaves out norms that the pass has left out, as their
+        gradients are not averaged.
         """
         if not self._searching:
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._penalised = True
-        return self.config.search.l1 * self._scores.penalty()
+        used = None if self._usage is None else self._usage.take()
+        return self.config.search.l1 * self._scores.penalty(used)
 
     # ---- what has been seen, and leaving ---------------------------------------------------------
 
@@ -297,7 +303,7 @@ class Engine:
             The model to go on with, also in ``model``.
         """
         hooked = self._training.reduction is not None
-        self._truncation.remove()
+        self._let_go()
         self._training.remove()
         if hooked:
             self._training.wrap_again()
@@ -317,6 +323,12 @@ class Engine:
         fade_steps = self._training.num_steps(truncation.fade) if truncation.motion == "fade" else 0
         self._truncation.adopt(frozen, self.step, fade_steps)
         self._training.reduction = self._truncation.reduction
+
+    def _let_go(self) -> None:
+        """Take the hooks away that the draw or the user ends."""
+        self._truncation.remove()
+        if self._usage is not None:
+            self._usage.remove()
 
     def _at_rest(self, mask: Mask) -> bool:
         """Whether the dropped channels have been still for ``ticket.settle``, if they fade."""

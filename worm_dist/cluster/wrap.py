@@ -21,7 +21,10 @@ class Bare:
     Attributes:
         called: what the user calls: the network, or what torch.compile made of it.
         network: the network itself.
+        finds_unused: a forward pass may leave parameters out, and is searched for them.
     """
+
+    finds_unused = False
 
     def __init__(self, called: nn.Module) -> None:
         self.called = called
@@ -43,12 +46,14 @@ class DataParallel:
         model: the wrapper.
         called: what it calls: the network, or what torch.compile made of it.
         network: the network itself.
+        finds_unused: a forward pass may leave parameters out, and is searched for them.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.model = model
         self.called: nn.Module = model.module
         self.network = _not_compiled(self.called)
+        self.finds_unused: bool = model.find_unused_parameters
         self.process_group: dist.ProcessGroup = model.process_group
         self.ranks: Ranks = Together(self.process_group, model.device)
 

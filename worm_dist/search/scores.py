@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ class NormScale:
     """The size of the normalisation scale, |gamma|, averaged over the coupled norms of a group.
 
     Source: Network Slimming (arXiv 1708.06519, section 3) and Early-Bird (arXiv 1909.11957).
+
+    Attributes:
+        scales: of all groups' norms.
     """
 
     # S: scales of all norms in one vector      N: channels of all groups
@@ -21,7 +26,7 @@ class NormScale:
 
     def __init__(self, network: nn.Module, groups: Groups) -> None:
         parameters = dict(network.named_parameters())
-        self._scales: list[nn.Parameter] = []
+        self.scales: list[nn.Parameter] = []
         columns: list[Tensor] = []
         start = 0
         for group in groups:
@@ -29,11 +34,11 @@ class NormScale:
             for norm in group.norms:
                 scale = parameters[norm.parameters[0][0]]
                 places.append(norm.positions + start)
-                self._scales.append(scale)
+                self.scales.append(scale)
                 start += scale.numel()
             columns.append(torch.cat(places, dim=1))
         most = max(column.shape[1] for column in columns)
-        device = self._scales[0].device
+        device = self.scales[0].device
         places_TN = torch.zeros(most, groups.num_channels, dtype=torch.int64)
         shares_TN = torch.zeros(most, groups.num_channels)
         first = 0
@@ -52,9 +57,10 @@ class NormScale:
 
         A gather and an ordered sum, no scatter-add: the same bits on every device of a kind.
         """
-        sizes_S = torch.cat([scale.detach().float() for scale in self._scales]).abs_()
+        sizes_S = torch.cat([scale.detach().float() for scale in self.scales]).abs_()
         return (sizes_S[self._places_TN] * self._shares_TN).sum(dim=0)
 
-    def penalty(self) -> Tensor:
-        """The L1 norm of all scales, a differentiable scalar."""
-        return torch.cat([scale.float() for scale in self._scales]).abs().sum()
+    def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
+        """The L1 norm of all scales, or of those in use; a differentiable scalar."""
+        scales = [scale.float() for scale in self.scales if used is None or scale in used]
+        return torch.cat(scales).abs().sum() if scales else self.scales[0].new_zeros(())

@@ -127,8 +127,9 @@ class Free(Motion):
     """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
     and the penalty does, locally: what arrives through the loss is truncated with the rest."""
 
-    def __init__(self, network: nn.Module, groups: Groups) -> None:
+    def __init__(self, optimizer: Optimizer, network: nn.Module, groups: Groups) -> None:
         super().__init__(groups.num_channels)
+        self._optimizer = optimizer
         parameters = dict(network.named_parameters())
         self._scales = {parameters[n.parameters[0][0]] for group in groups for n in group.norms}
         self._frozen: Mapping[Tensor, Tensor] = {}
@@ -138,9 +139,13 @@ class Free(Motion):
 
     @torch.no_grad()
     def before_step(self, penalty: float) -> None:
+        # A fused optimizer is handed gradients that are still scaled, and divides them itself.
+        loss_scale = getattr(self._optimizer, "grad_scale", None)
         for scale, frozen in self._frozen.items():
             if scale.grad is not None:
                 pull = scale.index_select(0, frozen).sign_().mul_(penalty)
+                if loss_scale is not None:
+                    pull.mul_(loss_scale)
                 scale.grad.index_add_(0, frozen, pull.to(scale.grad.dtype))
 
 

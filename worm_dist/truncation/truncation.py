@@ -172,4 +172,4 @@ def _motion(
         return Fade(optimizer, network, groups)
     if config.motion == "hold":
         return Hold(optimizer, groups.num_channels)
-    return Free(network, groups)
+    return Free(optimizer, network, groups)
