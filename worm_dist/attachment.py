@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from .cluster.stepping import Owners, Stepping
 from .cluster.wrap import Bare, DataParallel, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
@@ -50,6 +51,7 @@ class Attachment:
         model: wrapped; another one after ``shrink`` and ``wrap_again``.
         network: not wrapped; always the same object.
         ranks: the processes that train together.
+        stepping: what the optimizer steps.
         reduction: state of the communication hook while there is one.
         traffic: bytes of the last step, and of all.
     """
@@ -66,6 +68,7 @@ class Attachment:
         self.wrapping: Bare | DataParallel = wrapping_of(model)
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
+        self.stepping = Stepping(optimizer)
         self.reduction: PackedReduction | None = None
         self.traffic = Traffic()
         self._check_every = check_every
@@ -75,12 +78,16 @@ class Attachment:
         self._dense_bytes = self._gradient_bytes
 
     def listen(
-        self, num_calls: int, before_step: Callable[[], None], after_step: Callable[[], None]
+        self,
+        num_calls: int,
+        before_step: Callable[[], None],
+        hold: Callable[[int, Owners], None],
+        after_step: Callable[[int], None],
     ) -> None:
         """Hear of every step from now on, and remember the newest ``num_calls`` inputs."""
 
-        def stepped() -> None:
-            after_step()
+        def stepped(step: int) -> None:
+            after_step(step)
             if self.reduction is None:
                 self.traffic.add_step(self._gradient_bytes, self._dense_bytes)
             else:
@@ -90,7 +97,7 @@ class Attachment:
 
         # Inputs are seen outside of what torch.compile compiles.
         called = self.wrapping.called
-        self._observer = Observer(called, self.optimizer, num_calls, before_step, stepped)
+        self._observer = Observer(called, self.stepping, num_calls, before_step, hold, stepped)
 
     @property
     def step(self) -> int:
@@ -123,7 +130,7 @@ class Attachment:
         Raises:
             ConfigError: it does not; a second optimizer may.
         """
-        stepped = {p for group in self.optimizer.param_groups for p in group["params"]}
+        stepped = self.stepping.parameters
         parameters = dict(self.network.named_parameters())
         for name in (name for g in groups for m in g.members for name, _ in m.parameters):
             if parameters[name].requires_grad and parameters[name] not in stepped:

@@ -113,7 +113,7 @@ class Engine:
         self._history = History(config.search)
         self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._truncation = Truncation(
-            config.truncation, self._training.wrapping, optimizer, self.groups
+            config.truncation, self._training.wrapping, self._training.stepping, self.groups
         )
         self._training.reduction = self._truncation.reduction
         self._cuts: tuple[Cut, ...] = ()
@@ -122,7 +122,9 @@ class Engine:
         self._attached = True
         may_draw = config.search.enabled or config.truncation.mode != "off"
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
-        self._training.listen(num_calls, self._before_step, self._after_step)
+        self._training.listen(
+            num_calls, self._before_step, self._truncation.hold, self._truncation.after_step
+        )
 
     # ---- the algorithm -------------------------------------------------------------------------
 
@@ -348,9 +350,6 @@ class Engine:
     def _before_step(self) -> None:
         self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False
-
-    def _after_step(self) -> None:
-        self._truncation.after_step(self.step)
 
     def _require_attached(self, what: str) -> None:
         if not self._attached:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from .cluster.stepping import Owners, Stepping
 from .ticket.statistics import Call
 
 __all__ = ["Observer", "Traffic"]
@@ -48,10 +48,10 @@ class Observer:
 
     Args:
         network: not wrapped; its training inputs are remembered, by reference.
-        optimizer: its steps are counted.
+        stepping: its steps are counted.
         num_calls: how many of the newest inputs to remember.
-        before_step, after_step: called around every optimizer step; the count is already raised
-            when ``after_step`` is called.
+        before_step, hold, after_step: called around every optimizer step, with its number; ``hold``
+            as soon as weights have moved.
 
     Attributes:
         step: optimizer steps so far.
@@ -61,19 +61,18 @@ class Observer:
     def __init__(
         self,
         network: nn.Module,
-        optimizer: Optimizer,
+        stepping: Stepping,
         num_calls: int,
         before_step: Callable[[], None],
-        after_step: Callable[[], None],
+        hold: Callable[[int, Owners], None],
+        after_step: Callable[[int], None],
     ) -> None:
         self.step = 0
         self._remembered = _Remembered(num_calls)
-        self._before_step = before_step
         self._after_step = after_step
-        self._steps = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._stepped()),
-        ]
+        self._steps = stepping.listen(
+            before_step, lambda owners: hold(self.step + 1, owners), self._stepped
+        )
         self._inputs = network.register_forward_pre_hook(self._remembered, with_kwargs=True)
 
     @property
@@ -82,7 +81,7 @@ class Observer:
 
     def _stepped(self) -> None:
         self.step += 1
-        self._after_step()
+        self._after_step(self.step)
 
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""

@@ -18,6 +18,7 @@ from tests.nets import Flattening, Residual, Separable, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from worm_dist import Engine, WormConfig
+from worm_dist.cluster.stepping import Owners
 from worm_dist.truncation.motion import Fade
 from worm_dist.truncation.truncation import Truncation
 
@@ -103,16 +104,16 @@ def _heard_on_rank_one() -> tuple[list[int], list[str]]:
     engine = _engine("residual", "sgd")
     if dist.get_rank() == 1:
         # What must not happen: a channel that counts as faded is still heard, on one rank alone.
-        after_step = Fade.after_step
+        hold = Fade.hold
 
-        def loud(self: Fade, step: int) -> None:
-            after_step(self, step)
+        def loud(self: Fade, step: int, owners: Owners) -> None:
+            hold(self, step, owners)
             with torch.no_grad():
                 network = engine.model.module
                 assert isinstance(network, Residual)
                 network.bn0.bias[0] = 0.5
 
-        Fade.after_step = loud  # type: ignore[method-assign]
+        Fade.hold = loud  # type: ignore[method-assign]
     return _train(engine, FADE_STEPS + 4), warnings
 
 

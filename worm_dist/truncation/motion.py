@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from ..cluster.stepping import Owners, Shard, Stepping
 from ..search.groups import Groups
 from .plan import Block, Plan
 
@@ -38,8 +38,8 @@ class Motion:
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
 
-    def after_step(self, step: int) -> None:
-        """Just after an optimizer step, the ``step``-th."""
+    def hold(self, step: int, owners: Owners) -> None:
+        """The ``step``-th optimizer step has just moved these tensors, or all."""
 
     def silent(self, step: int) -> Tensor:
         """bool ``[num_channels]``: channels that put out exact zeros after this step."""
@@ -59,20 +59,22 @@ class Hold(Motion):
     the thaw would be several times too large.
     """
 
-    def __init__(self, optimizer: Optimizer, num_channels: int) -> None:
+    def __init__(self, stepping: Stepping, num_channels: int) -> None:
         super().__init__(num_channels)
-        self._optimizer = optimizer
+        self._stepping = stepping
         self._held: list[_HeldSlices] = []
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         self._held = [
-            _HeldSlices(parameter, block, self._optimizer.state.get(parameter, {}))
+            _HeldSlices(shard, block, self._stepping.moments(shard))
             for parameter, block in plan.blocks.items()
+            for shard in self._stepping.shards(parameter)
         ]
 
-    def after_step(self, step: int) -> None:
+    def hold(self, step: int, owners: Owners) -> None:
         for slices in self._held:
-            slices.restore(self._optimizer.state.get(slices.parameter, {}))
+            if owners is None or slices.shard.owner in owners:
+                slices.restore(self._stepping.moments(slices.shard))
 
 
 class Fade(Hold):
@@ -83,13 +85,13 @@ class Fade(Hold):
     frozen channels alone.  Only exact zero is zero.  A channel whose fade has begun is lost.
     """
 
-    def __init__(self, optimizer: Optimizer, network: nn.Module, groups: Groups) -> None:
-        super().__init__(optimizer, groups.num_channels)
+    def __init__(self, stepping: Stepping, network: nn.Module, groups: Groups) -> None:
+        super().__init__(stepping, groups.num_channels)
         self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
         self._groups = groups
         parameters = dict(network.named_parameters())
         self._fading = {
-            name: _FadingVector(parameters[name])
+            name: [_FadingVector(shard) for shard in stepping.shards(parameters[name])]
             for group in groups
             for norm in group.norms
             for name, _ in norm.parameters
@@ -105,12 +107,15 @@ class Fade(Hold):
         for group, here in zip(self._groups, self._groups.split(begins).values(), strict=True):
             for norm in group.norms:
                 for name, _ in norm.parameters:
-                    self._fading[name].begin(norm.positions[here].flatten(), step, fade_steps)
+                    for vector in self._fading[name]:
+                        vector.begin(norm.positions[here].flatten(), step, fade_steps)
 
-    def after_step(self, step: int) -> None:
-        super().after_step(step)
-        for vector in self._fading.values():
-            vector.write(step)
+    def hold(self, step: int, owners: Owners) -> None:
+        super().hold(step, owners)
+        for vectors in self._fading.values():
+            for vector in vectors:
+                if owners is None or vector.shard.owner in owners:
+                    vector.write(step)
 
     def silent(self, step: int) -> Tensor:
         return self.lost & (self._over_at <= step)
@@ -127,9 +132,9 @@ class Free(Motion):
     """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
     and the penalty does, locally: what arrives through the loss is truncated with the rest."""
 
-    def __init__(self, optimizer: Optimizer, network: nn.Module, groups: Groups) -> None:
+    def __init__(self, stepping: Stepping, network: nn.Module, groups: Groups) -> None:
         super().__init__(groups.num_channels)
-        self._optimizer = optimizer
+        self._optimizer = stepping.optimizer
         parameters = dict(network.named_parameters())
         self._scales = {parameters[n.parameters[0][0]] for group in groups for n in group.norms}
         self._frozen: Mapping[Tensor, Tensor] = {}
@@ -150,37 +155,29 @@ class Free(Motion):
 
 
 class _HeldSlices:
-    """The frozen slices of one parameter and of its optimizer state, as they were."""
+    """The frozen slices of one parameter and of its optimizer state, as they were: of the part of
+    it that this rank steps."""
 
     @torch.no_grad()
-    def __init__(self, parameter: Tensor, block: Block, state: Mapping[str, object]) -> None:
-        self.parameter = parameter
-        self._places = block.frozen
-        self._values = self._copy(parameter)
+    def __init__(self, shard: Shard, block: Block, moments: Mapping[str, Tensor]) -> None:
+        self.shard = shard
+        self._places = block.part(shard.begin, shard.value.numel()).frozen
+        self._values = self._copy(shard.value)
         self._moments = {
-            key: self._copy(value)
-            for key, value in state.items()
-            if self._follows(value) and key not in _FIRST_MOMENTS
+            key: self._copy(moment) for key, moment in moments.items() if key not in _FIRST_MOMENTS
         }
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, object]) -> None:
-        self._write(self.parameter, self._values)
-        for key, value in state.items():
-            if self._follows(value):
-                self._write(value, self._moments.get(key, {}))
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        self._write(self.shard.value, self._values)
+        for key, moment in moments.items():
+            self._write(moment, self._moments.get(key, {}))
 
-    def _follows(self, value: object) -> bool:
-        """Whether a piece of optimizer state belongs to the parameter element by element."""
-        return isinstance(value, Tensor) and value.shape == self.parameter.shape
-
-    def _copy(self, tensor: object) -> dict[int, Tensor]:
-        assert isinstance(tensor, Tensor)
+    def _copy(self, tensor: Tensor) -> dict[int, Tensor]:
         return {dim: tensor.index_select(dim, at) for dim, at in self._places.items()}
 
-    def _write(self, tensor: object, values: Mapping[int, Tensor]) -> None:
+    def _write(self, tensor: Tensor, values: Mapping[int, Tensor]) -> None:
         """Put slices back; where there are none, zeros."""
-        assert isinstance(tensor, Tensor)
         for dim, places in self._places.items():
             if dim in values:
                 tensor.index_copy_(dim, places, values[dim])
@@ -189,19 +186,21 @@ class _HeldSlices:
 
 
 class _FadingVector:
-    """One scale or shift vector ``[features]``, parts of which fade."""
+    """One scale or shift vector ``[features]``, or this rank's part of it; parts of it fade."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = parameter
-        self._start = torch.zeros_like(parameter, dtype=torch.float32)
-        self._over_at = torch.zeros_like(parameter, dtype=torch.int64)
-        self._num_steps = torch.ones_like(parameter, dtype=torch.int64)
-        self._fades = torch.zeros_like(parameter, dtype=torch.bool)
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self._start = torch.zeros_like(shard.value, dtype=torch.float32)
+        self._over_at = torch.zeros_like(shard.value, dtype=torch.int64)
+        self._num_steps = torch.ones_like(shard.value, dtype=torch.int64)
+        self._fades = torch.zeros_like(shard.value, dtype=torch.bool)
 
     @torch.no_grad()
     def begin(self, places: Tensor, step: int, num_steps: int) -> None:
-        places = places.to(self._parameter.device)
-        self._start[places] = self._parameter[places].float()
+        value, first = self.shard.value, self.shard.begin
+        places = places[(places >= first) & (places < first + value.numel())] - first
+        places = places.to(value.device)
+        self._start[places] = value[places].float()
         self._over_at[places] = step + num_steps
         self._num_steps[places] = num_steps
         self._fades[places] = True
@@ -210,5 +209,5 @@ class _FadingVector:
     def write(self, step: int) -> None:
         # Elementwise on the whole vector: no index, no synchronisation, a few thousand elements.
         left = (self._over_at - step).clamp_(min=0) / self._num_steps
-        value = (self._start * left).to(self._parameter.dtype)
-        self._parameter.copy_(torch.where(self._fades, value, self._parameter))
+        faded = (self._start * left).to(self.shard.value.dtype)
+        self.shard.value.copy_(torch.where(self._fades, faded, self.shard.value))

@@ -60,6 +60,22 @@ class Block:
         """Elements of the live part."""
         return prod(self.live_shape)
 
+    def part(self, begin: int, num_elements: int) -> Block:
+        """The block of consecutive elements of the flattened parameter; all of them are a block as
+        it is, fewer are one row each."""
+        if num_elements == self.shape.numel():
+            return self
+        device = next(iter(self.live.values())).device
+        lives = torch.ones(self.shape, dtype=torch.bool, device=device)
+        for dim, frozen in self.frozen.items():
+            lives.index_fill_(dim, frozen, False)
+        lives = lives.flatten()[begin : begin + num_elements]
+        return Block(
+            lives.shape,
+            live={0: lives.nonzero().flatten()},
+            frozen={0: (~lives).nonzero().flatten()},
+        )
+
 
 class Plan:
     """Which part of every parameter lives, for one generation of frozen channels.

@@ -7,14 +7,16 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from ..cluster.stepping import Owners, Stepping
 from ..cluster.wrap import Bare, DataParallel
 from ..config import TruncationConfig
 from ..search.groups import Groups
 from ..search.mask import Mask
+from .averaging import AllReduce, Averaging
 from .ddp import PackedReduction, packed_allreduce
 from .gradients import GradientHooks
+from .low_rank import LowRank
 from .motion import Fade, Free, Hold, Motion
 from .plan import Plan
 
@@ -39,7 +41,7 @@ class Truncation:
         self,
         config: TruncationConfig,
         wrapping: Bare | DataParallel,
-        optimizer: Optimizer,
+        stepping: Stepping,
         groups: Groups,
     ) -> None:
         self._config = config
@@ -47,7 +49,7 @@ class Truncation:
         self._network = wrapping.network
         self._ranks = wrapping.ranks
         self._groups = groups
-        self._motion = _motion(config, wrapping.network, optimizer, groups)
+        self._motion = _motion(config, wrapping.network, stepping, groups)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.reduction: PackedReduction | None = None
@@ -94,9 +96,12 @@ class Truncation:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
         self._motion.before_step(penalty)
 
+    def hold(self, step: int, owners: Owners) -> None:
+        """The ``step``-th optimizer step has just moved these tensors, or all."""
+        self._motion.hold(step, owners)
+
     def after_step(self, step: int) -> None:
         """Just after the ``step``-th optimizer step."""
-        self._motion.after_step(step)
         if self.reduction is not None and self._fades_end <= step:
             self._silence(self.reduction, step)
 
@@ -158,18 +163,23 @@ def register_reduction(
     """Hang the communication hook into a wrapper; None where gradients are not sent."""
     if isinstance(wrapping, Bare):
         return None
-    reduction = PackedReduction(wrapping.process_group, _WIRE_DTYPES.get(config.compression))
+    averaging: Averaging
+    if config.compression == "powersgd":
+        averaging = LowRank(wrapping.process_group, config.compression_rank)
+    else:
+        averaging = AllReduce(wrapping.process_group, _WIRE_DTYPES.get(config.compression))
+    reduction = PackedReduction(averaging)
     wrapping.model.register_comm_hook(reduction, packed_allreduce)
     return reduction
 
 
 def _motion(
-    config: TruncationConfig, network: nn.Module, optimizer: Optimizer, groups: Groups
+    config: TruncationConfig, network: nn.Module, stepping: Stepping, groups: Groups
 ) -> Motion:
     if config.mode != "hard":
         return Motion(groups.num_channels)
     if config.motion == "fade":
-        return Fade(optimizer, network, groups)
+        return Fade(stepping, network, groups)
     if config.motion == "hold":
-        return Hold(optimizer, groups.num_channels)
-    return Free(optimizer, network, groups)
+        return Hold(stepping, groups.num_channels)
+    return Free(stepping, network, groups)
