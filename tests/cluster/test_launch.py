@@ -1,11 +1,37 @@
 from __future__ import annotations
 
+import os
+import socket
+import sys
+
 import pytest
 import torch.distributed as dist
 
 from tests.ranks import NO_GROUP, Ranks
+from worm_dist.cluster import launchers
 from worm_dist.cluster.launch import Place, process_group
+from worm_dist.cluster.slurm import first_host
 from worm_dist.errors import BackendError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29400"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_STEP_NODELIST": "rack[07-08,11]n3,node12",
+    "SLURM_JOB_ID": "1000",
+    "SLURM_STEP_ID": "2",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+FORGOTTEN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def test_a_plain_process_is_a_world_of_one() -> None:
@@ -13,19 +39,119 @@ def test_a_plain_process_is_a_world_of_one() -> None:
 
 
 def test_torchrun_says_where_a_process_is() -> None:
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    place = Place(rank=5, world_size=8, local_rank=1, local_world_size=2)
+    place = Place(5, 8, 1, local_world_size=2, address="node7", port=29400)
+    assert Place.from_environment(TORCHRUN | MEETING) == place
+    more = {"LOCAL_WORLD_SIZE": "4"}
+    assert Place.from_environment(TORCHRUN | MEETING | more).local_world_size == 4
+
+
+def test_deepspeed_counts_the_ranks_of_a_host_by_another_name() -> None:
+    place = Place.from_environment(TORCHRUN | MEETING | {"LOCAL_SIZE": "4"})
+    assert place.local_world_size == 4
+
+
+def test_srun_says_where_a_task_is() -> None:
+    """Rank zero is on the first host of the step.  ``SLURM_LAUNCH_NODE_IPADDR`` is where srun was
+    called, which may be a login node that runs no task."""
+    environment = SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    place = Place(5, 7, 1, local_world_size=3, address="rack07n3", port=20000 + 16002 % 12000)
     assert Place.from_environment(environment) == place
-    environment["LOCAL_WORLD_SIZE"] = "4"
-    assert Place.from_environment(environment).local_world_size == 4
+    assert Place.from_environment(environment | MEETING).address == "node7"
+    assert Place.from_environment(environment | MEETING).port == 29400
+
+
+def test_steps_and_jobs_side_by_side_meet_at_different_ports() -> None:
+    neighbours = [
+        SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        for job in range(700)
+        for step in range(16)
+    ]
+    ports = {Place.from_environment(environment).port for environment in neighbours}
+    assert len(ports) == len(neighbours)
+    assert min(ports) >= 20000 and max(ports) < 32000
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("node[003-007,12]", "node003"),
+        ("a[1,3]b[08-10]-ib,c", "a1b08-ib"),
+        ("gpu-a.cluster.org,gpu-b.cluster.org", "gpu-a.cluster.org"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_the_shell_of_a_batch_script_is_no_task() -> None:
+    """sbatch and salloc describe the allocation in their shells too; only srun starts tasks."""
+    shell = {key: value for key, value in SRUN.items() if "STEP" not in key}
+    assert Place.from_environment(shell | {"SLURM_NTASKS": "7"}) == Place(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, None),
+        (SRUN, launchers.SRUN),
+        (OPEN_MPI, launchers.OPEN_MPI),
+        (HYDRA, launchers.HYDRA),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, launchers.HYDRA),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, launchers.SRUN),  # srun --mpi=pmi2
+        (SRUN | HYDRA, launchers.HYDRA),  # its helpers were started by srun
+        (SRUN | OPEN_MPI, launchers.OPEN_MPI),
+        (SRUN | OPEN_MPI | TORCHRUN, launchers.TORCHRUN),
+    ],
+)
+def test_the_innermost_launcher_counts(
+    environment: dict[str, str], launcher: launchers.Launcher | None
+) -> None:
+    assert launchers.started_by(environment) == launcher
+
+
+@pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
+def test_torchrun_and_deepspeed_may_run_below_another_launcher(around: dict[str, str]) -> None:
+    """They run once on each host, so their ranks are not those around them."""
+    for sign in ({"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_SIZE": "4", "LOCAL_SIZE": "2"}):
+        assert Place.from_environment(around | TORCHRUN | MEETING | sign).rank == 5
+
+
+@pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
+def test_one_process_of_another_launcher_may_start_ranks(around: dict[str, str]) -> None:
+    """A shell that ``srun --pty`` started, in which somebody calls launch/netlab."""
+    alone = {key: "1" if key.endswith(("SIZE", "NUM_TASKS")) else "0" for key in around}
+    assert Place.from_environment(around | alone | TORCHRUN | MEETING).rank == 5
+
+
+@pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
+def test_a_forgotten_export_is_not_believed(around: dict[str, str]) -> None:
+    """Every process would have been rank zero of a world of one, each writing the same files."""
+    with pytest.raises(BackendError, match=r"RANK=0, WORLD_SIZE=1, but .* says .*unset RANK"):
+        Place.from_environment(around | FORGOTTEN)
+
+
+def test_a_wrapper_may_say_what_srun_says() -> None:
+    agreeing = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1"}
+    assert Place.from_environment(SRUN | agreeing | MEETING).rank == 5
 
 
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"RANK": "0"}, "RANK set, but not WORLD_SIZE, LOCAL_RANK"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK 2 is not below WORLD_SIZE 2"),
-        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
+        ({"RANK": "0"}, "RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN, "LOCAL_RANK set, but not MASTER_ADDR, MASTER_PORT; start with torchrun"),
+        (TORCHRUN | MEETING | {"RANK": "8"}, "RANK 8 is not below WORLD_SIZE 8"),
+        (TORCHRUN | MEETING | {"RANK": "-1"}, "RANK -1 is not below"),
+        (TORCHRUN | MEETING | {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK 1 is not below LOCAL_WORLD"),
+        (TORCHRUN | MEETING | {"RANK": "x"}, "RANK='x': expected a whole number"),
+        (TORCHRUN | MEETING | {"MASTER_PORT": "http"}, "MASTER_PORT='http': expected a whole"),
+        (TORCHRUN | MEETING | {"MASTER_PORT": "70000"}, "MASTER_PORT 70000 is no port"),
+        ({key: SRUN[key] for key in SRUN if key != "SLURM_LOCALID"}, "without SLURM_LOCALID;"),
+        (SRUN | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x': expected a whole number"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2"}, "PER_NODE='2' does not say .* node 2 has"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "PER_NODE='many' does not say"),
     ],
 )
 def test_contradictory_launchers_are_named(environment: dict[str, str], says: str) -> None:
@@ -33,10 +159,24 @@ def test_contradictory_launchers_are_named(environment: dict[str, str], says: st
         Place.from_environment(environment)
 
 
+def test_mpirun_without_mpi4py_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for environment in (OPEN_MPI, HYDRA):
+        with pytest.raises(BackendError, match=r"install the extra worm_dist\[mpi\]"):
+            Place.from_environment(environment)
+
+
+def test_an_mpi_that_does_not_load_is_one_line() -> None:
+    environment = {**os.environ, **HYDRA, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    pytest.importorskip("mpi4py")
+    with pytest.raises(BackendError, match=r"/nowhere/libmpi.so.*; set MPI4PY_LIBMPI") as caught:
+        Place.from_environment(environment)
+    assert "\n" not in str(caught.value)
+
+
 def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two processes and one GPU the first joined nccl, the second gloo."""
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    place = Place.from_environment(environment)
+    place = Place(0, 2, 0, local_world_size=2, address="node7", port=29400)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     asked: list[str] = []
 
@@ -45,9 +185,31 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
         raise RuntimeError("enough")
 
     monkeypatch.setattr(dist, "init_process_group", joined)
-    with pytest.raises(BackendError, match="enough"), process_group(place, "auto", 5):
+    says = "rank 0 of 2 could not join the others at node7:29400: enough; see"
+    with pytest.raises(BackendError, match=says), process_group(place, "auto", 5):
         pass
     assert asked == ["gloo"]
+
+
+def test_a_port_in_use_is_named_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        place = Place(0, 2, 0, address="127.0.0.1", port=port)
+        says = rf"127\.0\.0\.1:{port}, the port is in use; set MASTER_PORT"
+        with pytest.raises(BackendError, match=says), process_group(place, "gloo", 5):
+            pass
+
+
+def _told_by_the_group() -> dict[str, str]:
+    with process_group(Place(0, 1, 0), "auto", timeout_seconds=5):
+        told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    assert "RANK" not in os.environ
+    return told
+
+
+def test_in_a_group_the_environment_speaks_as_torchrun_does(ranks: Ranks) -> None:
+    """DeepSpeed reads LOCAL_RANK there, whoever started the process."""
+    assert ranks(NO_GROUP, _told_by_the_group) == [FORGOTTEN]
 
 
 def _alone() -> tuple[str, int, str]:
@@ -62,6 +224,6 @@ def test_one_process_meets_itself_without_a_port(ranks: Ranks) -> None:
 def test_nccl_without_a_gpu_is_refused() -> None:
     with (
         pytest.raises(BackendError, match="nccl needs a GPU for local rank 99"),
-        process_group(Place(0, 1, 99), "nccl", timeout_seconds=5),
+        process_group(Place(99, 100, 99, 100), "nccl", timeout_seconds=5),
     ):
         pass
