@@ -129,9 +129,12 @@ class TruncationConfig(Settings):
     """A frozen channel fades to exact zero, is held bit for bit, or still moves by the optimizer's
     momentum and decay and by the penalty."""
     fade: IntervalField = Interval(1, "ep")
-    compression: Literal["none", "bf16", "fp16"] = "none"
-    """Hard mode: what live gradients are rounded to for the all-reduce, from ``attach`` on.  torch
-    allows one communication hook, so its own compression hooks cannot stand beside the packing."""
+    compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    """Hard mode, from ``attach`` on: round live gradients for the all-reduce, or send PowerSGD's
+    approximation of them (arXiv 1905.13727).  torch allows one communication hook, so its own
+    compression hooks cannot stand beside the packing."""
+    compression_rank: int = Field(default=1, ge=1)
+    """PowerSGD: columns of the thin matrices that are sent for every matrix of gradients."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +145,7 @@ class TruncationConfig(Settings):
         return values
 
     @model_validator(mode="after")
-    def _only_hard_freezes(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         wrong = [
             f"{key} {value!r} contradicts mode {self.mode!r}, which freezes nothing"
             for key, value, only in (
@@ -155,6 +158,11 @@ class TruncationConfig(Settings):
             wrong.append(
                 f"compression {self.compression!r} contradicts mode {self.mode!r}; register "
                 "torch's own communication hook instead"
+            )
+        if self.compression != "powersgd" and self.compression_rank != 1:
+            wrong.append(
+                f"compression_rank {self.compression_rank} contradicts compression "
+                f"{self.compression!r}, which has no rank; choose compression 'powersgd'"
             )
         if wrong:
             raise ValueError("; ".join(wrong))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Block, Plan
+from .plan import Block
 
 __all__ = ["Packing"]
 
@@ -20,47 +20,66 @@ class Packing:
     """How one bucket is packed for one generation.
 
     Args:
-        parameters: the bucket's parameters, in its order.
-        plan: which part of them lives.
+        blocks: which part of each of the bucket's gradients lives, in its order; None for all.
+        shapes: of the gradients.
         dtype, device: of the gradients.
 
     Attributes:
-        buffer: ``[live elements]``; what the all-reduce sends.
+        buffer: ``[live elements]``; what is sent.
+        parts: the live part of every gradient, views of the buffer.
     """
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
-        plan: Plan,
+        blocks: Sequence[Block | None],
+        shapes: Sequence[torch.Size],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._blocks = [plan.blocks.get(parameter) for parameter in parameters]
-        shapes = [
-            block.live_shape if block else tuple(parameter.shape)
-            for block, parameter in zip(self._blocks, parameters)
+        self._blocks = blocks
+        self._shapes = [
+            torch.Size(block.live_shape) if block is not None else shape
+            for block, shape in zip(blocks, shapes, strict=True)
         ]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        self.buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
-        self._parts = [
-            part.view(shape) for part, shape in zip(self.buffer.split(sizes), shapes, strict=True)
-        ]
+        num_live = sum(shape.numel() for shape in self._shapes)
+        self.buffer = torch.empty(num_live, dtype=dtype, device=device)
+        self.parts = self.parts_of(self.buffer)
 
-    def pack(self, gradients: Sequence[Tensor]) -> None:
-        """Copy the live part of every gradient into the buffer."""
-        for gradient, block, part in zip(gradients, self._blocks, self._parts, strict=True):
+    def parts_of(self, buffer: Tensor) -> list[Tensor]:
+        """The same views of another buffer ``[live elements]``."""
+        sizes = [shape.numel() for shape in self._shapes]
+        parts = zip(buffer.split(sizes), self._shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
+
+    def pack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
+        """Copy the live part of every gradient into the buffer, or into these parts of another."""
+        parts = self.parts if parts is None else parts
+        for gradient, block, part in zip(gradients, self._blocks, parts, strict=True):
             if block is None:
                 part.copy_(gradient)
             else:
                 _take(gradient, block, part)
 
-    def unpack(self, gradients: Sequence[Tensor]) -> None:
-        """Write the buffer back to the live parts, and exact zeros to the frozen parts."""
-        for gradient, block, part in zip(gradients, self._blocks, self._parts, strict=True):
+    def unpack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
+        """Write the buffer, or these parts of another, back to the live parts of the gradients, and
+        exact zeros to the frozen parts."""
+        parts = self.parts if parts is None else parts
+        for gradient, block, part in zip(gradients, self._blocks, parts, strict=True):
             if block is None:
                 gradient.copy_(part)
             else:
                 _put(gradient, block, part)
+                for dim, frozen in block.frozen.items():
+                    gradient.index_fill_(dim, frozen, 0)
+
+    def update(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Write these parts of another buffer to the live parts of the values, and leave the frozen
+        parts as they are."""
+        for value, block, part in zip(values, self._blocks, parts, strict=True):
+            if block is None:
+                value.copy_(part)
+            else:
+                _put(value, block, part)
 
 
 def _take(gradient: Tensor, block: Block, out: Tensor) -> None:
@@ -77,10 +96,9 @@ def _take(gradient: Tensor, block: Block, out: Tensor) -> None:
 
 def _put(gradient: Tensor, block: Block, part: Tensor) -> None:
     if len(block.live) == 2:
-        rows = part.new_zeros(part.shape[0], *block.shape[1:])
+        rows = gradient.index_select(0, block.live[0])
         part = rows.index_copy_(1, block.live[1], part)
         dim = 0
     else:
         (dim,) = block.live
     gradient.index_copy_(dim, block.live[dim], part)
-    gradient.index_fill_(dim, block.frozen[dim], 0)
