@@ -1,0 +1,72 @@
+"""Reduction: what every way to send gradients knows of the generation in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .plan import Block, Plan
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """Sends what lives, counts it, and can listen to what is about to leave.
+
+    Attributes:
+        plan: which slices live in the generation in force; None sends everything.
+        heard: float ``[1]`` on the gradients' device, above zero once a slice that was listened to
+            had a gradient; None while nothing is listened to.
+        num_buckets_heard: buckets listened to so far.
+        sent_bytes, dense_bytes: bytes handed to collectives, and bytes that would have been if
+            everything lived and nothing were compressed, since ``take_bytes``.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.heard: Tensor | None = None
+        self.num_buckets_heard = 0
+        self.sent_bytes = 0
+        self.dense_bytes = 0
+        self._listened: Mapping[Tensor, Block] = {}
+
+    def adopt(self, plan: Plan) -> None:
+        """Send by another plan from the next backward pass on; the ranks have agreed on it."""
+        self.plan = plan
+        self.heard = None
+
+    def listen(self, plan: Plan, device: torch.device) -> None:
+        """Note in the next backward passes whether a slice that this plan freezes has a gradient
+        on this rank."""
+        self._listened = plan.blocks
+        self.heard = torch.zeros(1, device=device)
+        self.num_buckets_heard = 0
+
+    def silence(self, plan: Plan) -> None:
+        """Leave out also what was listened to and not heard."""
+        self.adopt(plan)
+
+    def note(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Listen to one bucket, parameters with their gradients, before it is averaged.
+        Synchronises nothing."""
+        if self.heard is None:
+            return
+        self.num_buckets_heard += 1
+        for parameter, gradient in gradients:
+            block = self._listened.get(parameter)
+            for dim, frozen in block.frozen.items() if block is not None else ():
+                # NaN is not zero either.
+                self.heard += (gradient.index_select(dim, frozen) != 0).any()
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes sent, and bytes of a dense step, since the last call."""
+        taken = self.sent_bytes, self.dense_bytes
+        self.sent_bytes = self.dense_bytes = 0
+        return taken
+
+    def remove(self) -> None:
+        """Send everything from now on."""
+        self.plan = None
+        self.heard = None
