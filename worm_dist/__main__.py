@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .cluster.launchers import started_by
 from .errors import ConfigError, WormError
 from .training.config_file import read_run_config
 
@@ -23,12 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, replaced = _parse(arguments)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except WormError as error:
-        if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        launcher = started_by(os.environ)
+        local_rank = os.environ.get(launcher.local_rank, "0") if launcher else "0"
+        if isinstance(error, ConfigError) and local_rank != "0":
             # Every rank reads the same settings and fails alike; one voice a host is enough.  But
             # a launcher stops all ranks when the first one ends, so that voice needs its time.  A
             # rank that is still there afterwards failed alone, and speaks.
             time.sleep(_SECONDS_TO_SPEAK)
-        where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        rank = os.environ.get(launcher.rank) if launcher else None
+        where = f" (rank {rank})" if rank else ""
         print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -41,6 +45,9 @@ def _parse(
         description="Train a network on many GPUs and come out with a smaller one.",
         allow_abbrev=False,
     )
+    # deepspeed, and torch.distributed.launch before torchrun, put it in front of our own words.
+    # They also set LOCAL_RANK, which is what counts.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train",
@@ -52,6 +59,9 @@ def _parse(
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--seed", help="of weights, shuffling and augmentation")
+    train.add_argument(
+        "--check", action="store_true", help="only check the settings; 0 if they are right, else 2"
+    )
     bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP, on two ranks",
@@ -93,6 +103,9 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
+    if options.check:
+        print(f"{options.config}: the settings are right")
+        return 0
     # Data sets, TensorBoard and drawing take seconds to import; a typo is told before.
     from .training.run import run
 
