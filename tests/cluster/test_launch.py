@@ -166,9 +166,22 @@ def test_mpirun_without_mpi4py_says_what_to_install(monkeypatch: pytest.MonkeyPa
             Place.from_environment(environment)
 
 
-def test_an_mpi_that_does_not_load_is_one_line() -> None:
-    environment = {**os.environ, **HYDRA, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+def test_the_mpi_of_another_mpirun_is_named() -> None:
+    """MPICH would have aborted the process; Open MPI would have made each rank a world of one."""
     pytest.importorskip("mpi4py")
+    said = []
+    for mpirun in (OPEN_MPI, HYDRA):
+        with pytest.raises(BackendError, match="set MPI4PY_LIBMPI") as caught:
+            Place.from_environment({**os.environ, **mpirun})
+        said.append(str(caught.value))
+    # One of them is foreign to the library; the other one is not really there.
+    assert sum("mpi4py has loaded" in text for text in said) == 1
+    assert not any("\n" in text for text in said)
+
+
+def test_an_mpi_that_does_not_load_is_one_line() -> None:
+    pytest.importorskip("mpi4py")
+    environment = {**os.environ, **HYDRA, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
     with pytest.raises(BackendError, match=r"/nowhere/libmpi.so.*; set MPI4PY_LIBMPI") as caught:
         Place.from_environment(environment)
     assert "\n" not in str(caught.value)
