@@ -72,6 +72,11 @@ def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
         ({"search": {"enabled": "yes"}}, "search.enabled"),
         ({"truncation": {"mode": "harder"}}, "truncation.mode"),
         ({"truncation": {"ratio": 2.0}}, "truncation.ratio"),
+        ({"truncation": {"compression": "powerSGD"}}, "truncation.compression"),
+        (
+            {"truncation": {"compression": "powersgd", "compression_rank": 0}},
+            "truncation.compression_rank",
+        ),
         ({"ticket": {"recalibrate_batches": -1}}, "ticket.recalibrate_batches"),
         ({"search": 5}, "search"),
     ],
@@ -93,6 +98,17 @@ def test_modes_that_freeze_nothing_have_one_scope_and_one_motion(mode: str) -> N
     (line,) = _mistakes(truncation={"mode": mode, "scope": "producer", "motion": "hold"})
     assert line.startswith("truncation: scope 'producer' contradicts")
     assert "motion 'hold' contradicts" in line
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16", "fp16"])
+def test_only_powersgd_has_a_rank(compression: str) -> None:
+    assert WormConfig(truncation={"compression": "powersgd"}).truncation.compression_rank == 1
+    WormConfig(truncation={"compression": "powersgd", "compression_rank": 4})
+    (line,) = _mistakes(truncation={"compression": compression, "compression_rank": 4})
+    assert line == (
+        f"truncation: compression_rank 4 contradicts compression '{compression}', which has no "
+        "rank; choose compression 'powersgd'"
+    )
 
 
 def test_presets_are_valid_and_take_changes() -> None:

@@ -1,7 +1,9 @@
-"""Packing composes with rounding: live elements, two bytes each, before and after the draw."""
+"""Packing composes with rounding: live elements, two bytes each, before and after the draw.  A
+collective that failed is told, however gradients are compressed."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -95,5 +97,29 @@ def test_live_elements_cost_two_bytes_and_are_rounded_once(ranks: Ranks, compres
 
 @pytest.mark.parametrize("mode", ["soft", "off"])
 def test_compression_without_packing_is_torchs_own(mode: Any) -> None:
-    with pytest.raises(ConfigError, match="register torch's own communication hook instead"):
-        WormConfig(truncation={"mode": mode, "compression": "bf16"})
+    for compression in ("bf16", "powersgd"):
+        with pytest.raises(ConfigError, match="register torch's own communication hook instead"):
+            WormConfig(truncation={"mode": mode, "compression": compression})
+
+
+def _other_rank_leaves(compression: str) -> None:
+    network = Residual()
+    # Without this the forward pass would notice first.
+    model = DistributedDataParallel(network, forward_sync_buffers=False)
+    config = WormConfig(truncation={"motion": "hold", "compression": compression})
+    optimizer = SGD(model.parameters(), lr=0.05)
+    engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
+    engine.truncate(mask_dropping(engine.groups, 0, 3, 9))
+    for step in range(4):
+        if step == 3 and dist.get_rank() == 1:
+            os._exit(0)
+        _gradients(engine.model, step)
+
+
+@pytest.mark.parametrize("compression", ["none", *DTYPES, "powersgd"])
+def test_a_failed_all_reduce_is_told(ranks: Ranks, compression: str) -> None:
+    """What was packed was unpacked in a callback that never asked whether the all-reduce had gone
+    well: with the other rank gone, training went on with gradients of its own."""
+    here, _ = ranks.outcomes(2, _other_rank_leaves, compression)
+    assert here.error in ("RuntimeError", "DistNetworkError"), here
+    assert "Connection closed by peer" in here.text or "reset by peer" in here.text

@@ -3,13 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 from tests.nets import Flattening, Residual, Separable, Upsampling, random_images
-from tests.oracles import live_flags
+from tests.oracles import live_flags, mask_dropping, zero_frozen
+from tests.ranks import Ranks
+from worm_dist import WormConfig, attach
 from worm_dist.search.tracing import find_groups
 from worm_dist.truncation.packing import Packing
 from worm_dist.truncation.plan import Block, Plan
 
+CPU = torch.device("cpu")
 SHAPES = [(4, 3, 3, 3), (6,), (5, 7), (1,), (1, 4), (4, 1), (1, 1, 1, 1), (8, 2, 3)]
 
 
@@ -32,9 +37,8 @@ def _live_flags(shape: tuple[int, ...], live: dict[int, list[bool]]) -> Tensor:
     return flags
 
 
-class _Plan:
-    def __init__(self, blocks: dict[Tensor, Block]) -> None:
-        self.blocks = blocks
+def _packing(blocks: list[Block | None], parameters: list[nn.Parameter]) -> Packing:
+    return Packing(blocks, [p.shape for p in parameters], torch.float32, torch.device("cpu"))
 
 
 def _patterns(size: int) -> list[list[bool]]:
@@ -65,9 +69,8 @@ def test_live_elements_survive_the_round_trip_and_frozen_ones_become_zero(togeth
         parameter = nn.Parameter(torch.empty(shape))
         others = [nn.Parameter(torch.empty(3, 2)), nn.Parameter(torch.empty(5))]
         parameters = [others[0], parameter, others[1]] if together else [parameter]
-        packing = Packing(
-            parameters, _Plan({parameter: _block(shape, live)}), torch.float32, torch.device("cpu")
-        )
+        block = _block(shape, live)
+        packing = _packing([block if p is parameter else None for p in parameters], parameters)
         flags = _live_flags(shape, live)
         whole = sum(other.numel() for other in others) if together else 0
         assert packing.buffer.shape == (int(flags.sum()) + whole,), (shape, live)
@@ -93,8 +96,7 @@ def test_live_elements_survive_the_round_trip_and_frozen_ones_become_zero(togeth
 
 def test_a_buffer_is_made_once_and_used_again() -> None:
     parameter = nn.Parameter(torch.empty(4, 3))
-    plan = _Plan({parameter: _block((4, 3), {0: [True, False, True, True]})})
-    packing = Packing([parameter], plan, torch.float32, torch.device("cpu"))
+    packing = _packing([_block((4, 3), {0: [True, False, True, True]})], [parameter])
     place = packing.buffer.data_ptr()
     for _ in range(3):
         packing.pack([torch.randn(4, 3)])
@@ -106,9 +108,7 @@ def test_strided_gradients_are_packed_by_their_indices() -> None:
     shape = (4, 6, 3, 3)
     parameter = nn.Parameter(torch.empty(shape))
     live = {0: [True, False, True, True], 1: [True, True, False, True, False, True]}
-    packing = Packing(
-        [parameter], _Plan({parameter: _block(shape, live)}), torch.float32, torch.device("cpu")
-    )
+    packing = _packing([_block(shape, live)], [parameter])
     gradient = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     flags = _live_flags(shape, live)
     expected = gradient.masked_fill(~flags, 0)
@@ -116,6 +116,20 @@ def test_strided_gradients_are_packed_by_their_indices() -> None:
     assert torch.equal(packing.buffer, gradient[flags])
     packing.unpack([gradient])
     assert torch.equal(gradient, expected)
+
+
+def test_another_buffer_lies_as_the_own_one_does() -> None:
+    """What is remembered of live elements is packed and unpacked as they are."""
+    shape = torch.Size([4, 3])
+    live = {0: [True, False, True, True], 1: [False, True, True]}
+    packing = Packing([None, _block(shape, live)], [torch.Size([2]), shape], torch.float32, CPU)
+    gradients = [torch.randn(2), torch.randn(shape)]
+    own, other = packing.buffer.zero_(), torch.empty_like(packing.buffer)
+    packing.pack(gradients, packing.parts_of(other))
+    assert torch.equal(other, torch.cat([gradients[0], gradients[1][_live_flags(shape, live)]]))
+    assert not own.any()
+    packing.unpack(gradients, packing.parts_of(own))
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("scope", ["norm", "producer", "coupled"])
@@ -145,3 +159,47 @@ def test_parameters_that_do_not_train_are_in_no_plan() -> None:
     plan = Plan(network, groups, torch.ones(groups.num_channels, dtype=torch.bool), "coupled")
     assert network.conv1.weight not in plan.blocks
     assert plan.num_elements == sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def _in_channels_last(view: bool) -> tuple[list[str], int, int]:
+    """Gradients that differ from a bare network's; bytes sent after a fade, and the ticket's."""
+    networks = [Residual(), Residual()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for network in networks:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = random_images(4).to(memory_format=torch.channels_last)
+    model = DistributedDataParallel(networks[0], gradient_as_bucket_view=view)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    config = WormConfig(truncation={"scope": "coupled", "motion": "hold"})
+    engine = attach(model, optimizer, config, example_inputs=images[:1])
+    mask = mask_dropping(engine.groups, 0, 3, 9)
+    engine.truncate(mask)
+    for called in (model, networks[1]):
+        called(images).square().mean().backward()
+    zero_frozen(networks[1], live_flags(networks[1], engine.groups, ~mask.keep, "coupled"))
+    differ = [
+        name
+        for name, p in networks[0].named_parameters()
+        if not torch.equal(p.grad, networks[1].get_parameter(name).grad)
+    ]
+
+    config = WormConfig(truncation={"fade": "1ba"})
+    engine = attach(engine.detach(), optimizer, config, example_inputs=images[:1])
+    engine.truncate(mask)
+    for _ in range(4):
+        optimizer.zero_grad()
+        engine.model(images).square().mean().backward()
+        optimizer.step()
+    sent = engine.traffic.sent_bytes
+    engine.draw(mask)
+    return differ, sent, 4 * sum(p.numel() for p in engine.model.parameters())
+
+
+@pytest.mark.parametrize("view", [False, True], ids=["", "bucket-view"])
+def test_columns_of_weights_in_channels_last_are_their_own(ranks: Ranks, view: bool) -> None:
+    """A bucket hands every gradient out in rows, but it lies there as the parameter does: where
+    weights were in channels_last, other elements were sent than those that live, and faded columns
+    were heard that were silent."""
+    for differ, sent, ticket in ranks(1, _in_channels_last, view):
+        assert not differ
+        assert sent == ticket
