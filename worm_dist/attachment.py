@@ -8,16 +8,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .cluster.stepping import Owners, Stepping
-from .cluster.wrap import Bare, DataParallel, wrapping_of
+from .cluster.wrap import Wrapping, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
 from .interval import Interval
 from .observer import Observer, Traffic
 from .search.groups import Groups
+from .ticket.carry import Cargo
 from .ticket.statistics import recalibrate
 from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import transplant
-from .truncation.ddp import PackedReduction
+from .truncation.reduction import Reduction
 
 __all__ = ["Attachment", "require_countable"]
 
@@ -43,7 +44,7 @@ class Attachment:
 
     Args:
         model: wrapped, or bare on a single process.
-        optimizer: of its parameters.
+        optimizer: of its parameters; a DeepSpeed engine has its own.
         check_every: how often the engine checks.
         steps_per_epoch: None if it has to be counted between checks.
 
@@ -52,30 +53,29 @@ class Attachment:
         network: not wrapped; always the same object.
         ranks: the processes that train together.
         stepping: what the optimizer steps.
-        reduction: state of the communication hook while there is one.
+        reduction: how gradients are sent, where it is not left to the wrapper.
         traffic: bytes of the last step, and of all.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         check_every: Interval,
         steps_per_epoch: int | None,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
-        self.wrapping: Bare | DataParallel = wrapping_of(model)
+        self.wrapping: Wrapping = wrapping_of(model)
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
-        self.stepping = Stepping(optimizer)
-        self.reduction: PackedReduction | None = None
+        self.stepping: Stepping = self.wrapping.stepping_of(optimizer)
+        self.reduction: Reduction | None = None
         self.traffic = Traffic()
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
         self._last_check = 0
-        self._gradient_bytes = self._count_gradient_bytes()
-        self._dense_bytes = self._gradient_bytes
+        self._step_bytes = self.wrapping.step_bytes
+        self._dense_bytes = self._step_bytes
 
     def listen(
         self,
@@ -89,15 +89,20 @@ class Attachment:
         def stepped(step: int) -> None:
             after_step(step)
             if self.reduction is None:
-                self.traffic.add_step(self._gradient_bytes, self._dense_bytes)
+                self.traffic.add_step(self._step_bytes, self._dense_bytes)
             else:
                 sent_bytes, whole_bytes = self.reduction.take_bytes()
-                dense_bytes = whole_bytes * self._dense_bytes // max(1, self._gradient_bytes)
+                dense_bytes = whole_bytes * self._dense_bytes // max(1, self._step_bytes)
                 self.traffic.add_step(sent_bytes, dense_bytes)
 
         # Inputs are seen outside of what torch.compile compiles.
         called = self.wrapping.called
         self._observer = Observer(called, self.stepping, num_calls, before_step, hold, stepped)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What the user steps; under DeepSpeed its wrapper of the torch optimizer."""
+        return self.wrapping.optimizer_of(self.stepping)
 
     @property
     def step(self) -> int:
@@ -159,8 +164,14 @@ class Attachment:
         before = dict(self.network.named_parameters())
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
+        cargo = Cargo(self.stepping, before, cuts, self.ranks) if self.stepping.copies else None
+        self.wrapping.release()
         remove_channels(self.network, cuts)
-        transplant(self.optimizer, before, dict(self.network.named_parameters()), cuts)
+        after = dict(self.network.named_parameters())
+        if cargo is None:
+            transplant(self.stepping.optimizer, before, after, cuts)
+        else:
+            cargo.replace_parameters(after)
         for copy in copies:
             remove_channels(copy, cuts)
         if self._observer.calls:
@@ -168,21 +179,18 @@ class Attachment:
                 recalibrate(network, self._observer.calls, self.ranks)
         self._observer.forget_inputs()
         self.wrap_again()
+        if cargo is not None:
+            cargo.unload(self.stepping, after)
+        self._observer.listen(self.stepping)
 
     def wrap_again(self) -> None:
         """Put the network into a new wrapper with the old one's arguments and no hooks."""
         self.model = self.wrapping.wrapped_again()
         self.wrapping = wrapping_of(self.model)
+        self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
         self.reduction = None
-        self._gradient_bytes = self._count_gradient_bytes()
+        self._step_bytes = self.wrapping.step_bytes
 
     def remove(self) -> None:
         """Hear nothing of the training from now on."""
         self._observer.remove()
-
-    def _count_gradient_bytes(self) -> int:
-        """What a step hands to the all-reduce if all of it lives; nothing without a wrapper."""
-        if isinstance(self.wrapping, Bare):
-            return 0
-        trained = (p for p in self.network.parameters() if p.requires_grad)
-        return sum(p.numel() * p.element_size() for p in trained)

@@ -32,7 +32,7 @@ from .search.usage import Usage
 from .ticket.file import save_ticket
 from .ticket.surgery import Cut, cuts_of
 from .ticket.trial import agreed_groups
-from .truncation.truncation import Truncation, register_reduction
+from .truncation.truncation import Truncation, first_reduction
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
@@ -40,7 +40,7 @@ __all__ = ["Engine", "attach"]
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None = None,
     config: WormConfig | None = None,
     *,
     example_inputs: Any,
@@ -49,8 +49,10 @@ def attach(
     """Attach an engine to a training.  Collective: every rank calls it.
 
     Args:
-        model: ``DistributedDataParallel``, or a bare module on a single process.
-        optimizer: of the model's parameters.
+        model: ``DistributedDataParallel``, DeepSpeed's engine (ZeRO stages 0 to 2), or a bare
+            module on a single process.
+        optimizer: of the model's parameters.  A DeepSpeed engine has its own: leave it out, or give
+            what ``deepspeed.initialize`` returned.
         config: default ``WormConfig()``.
         example_inputs: a small input, a tuple of inputs or a dict of keyword inputs, on the
             model's device; the network is traced with it.
@@ -82,7 +84,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         config: WormConfig,
         example_inputs: Any,
         steps_per_epoch: int | None,
@@ -91,7 +93,7 @@ class Engine:
         self.mask: Mask | None = None
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
         self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
-        self._training.wrapping.require_hooks_fit(config.truncation.mode == "hard")
+        self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
         settings = {"config": repr(config), "steps_per_epoch": repr(steps_per_epoch)}
         self._ranks.require_equal(
@@ -233,10 +235,7 @@ class Engine:
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._let_go()
         self._training.shrink(self._cuts, copies)
-        if self.config.truncation.compression != "none":
-            self._training.reduction = register_reduction(
-                self.config.truncation, self._training.wrapping
-            )
+        self._training.reduction = first_reduction(self.config.truncation, self._training.wrapping)
         self.mask, self.phase = mask, Phase.TICKET
         self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
 
@@ -262,7 +261,8 @@ class Engine:
 
     @property
     def optimizer(self) -> Optimizer:
-        """Step this; it stays the same object."""
+        """Step this.  It stays the same object; under DeepSpeed it is new after a draw, around the
+        same torch optimizer, and ``model.backward`` and ``model.step`` are what to call."""
         return self._training.optimizer
 
     @property
@@ -304,9 +304,9 @@ class Engine:
         Returns:
             The model to go on with, also in ``model``.
         """
-        hooked = self._training.reduction is not None
-        self._let_go()
+        hooked = self._training.reduction is not None and self._training.wrapping.keeps_hooks
         self._training.remove()
+        self._let_go()
         if hooked:
             self._training.wrap_again()
         self._attached = False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cluster.stepping import Owners, Stepping
+from .cluster.stepping import Handle, Owners, Stepping
 from .ticket.statistics import Call
 
 __all__ = ["Observer", "Traffic"]
@@ -69,15 +69,24 @@ class Observer:
     ) -> None:
         self.step = 0
         self._remembered = _Remembered(num_calls)
+        self._before_step = before_step
+        self._hold = hold
         self._after_step = after_step
-        self._steps = stepping.listen(
-            before_step, lambda owners: hold(self.step + 1, owners), self._stepped
-        )
+        self._steps: list[Handle] = []
+        self.listen(stepping)
         self._inputs = network.register_forward_pre_hook(self._remembered, with_kwargs=True)
 
     @property
     def calls(self) -> Sequence[Call]:
         return self._remembered.calls
+
+    def listen(self, stepping: Stepping) -> None:
+        """Count the steps of another optimizer from now on, where it has been built anew."""
+        for handle in self._steps:
+            handle.remove()
+        self._steps = stepping.listen(
+            self._before_step, lambda owners: self._hold(self.step + 1, owners), self._stepped
+        )
 
     def _stepped(self) -> None:
         self.step += 1

@@ -41,6 +41,10 @@ class Ranks(Protocol):
     def mean(self, values: Tensor) -> Tensor:
         """The average of a tensor over the ranks, the same bits on each."""
 
+    def joined(self, parts: Tensor) -> Tensor:
+        """A float32 tensor of which every rank has some elements and zeros elsewhere, whole and bit
+        for bit on each."""
+
     def any(self, flag: Tensor) -> bool:
         """Whether a number ``[1]`` is above zero on any rank."""
 
@@ -68,6 +72,9 @@ class Alone:
 
     def mean(self, values: Tensor) -> Tensor:
         return values
+
+    def joined(self, parts: Tensor) -> Tensor:
+        return parts
 
     def any(self, flag: Tensor) -> bool:
         return bool(flag > 0)
@@ -99,6 +106,13 @@ class Together:
         self._count(mean)
         dist.all_reduce(mean, group=self._group)
         return mean
+
+    def joined(self, parts: Tensor) -> Tensor:
+        # As whole numbers: a float's -0 would come out of the sum as 0.
+        bits = parts.view(torch.int32).to(self._device, copy=True)
+        self._count(bits)
+        dist.all_reduce(bits, group=self._group)
+        return bits.view(torch.float32)
 
     def any(self, flag: Tensor) -> bool:
         largest = flag.to(self._device, copy=True)

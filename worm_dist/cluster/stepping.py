@@ -60,18 +60,29 @@ class Stepping:
 
     Attributes:
         optimizer: its state is where the moments are.
-        shared: whether each rank steps only its part of the parameters.
+        copies: whether it steps copies of the parameters.
+        shared: whether each rank steps only its part of them.
     """
 
+    copies = False
     shared = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     @property
+    def groups(self) -> Sequence[Sequence[Tensor]]:
+        """The network's parameters in each of the optimizer's groups."""
+        return [group["params"] for group in self.optimizer.param_groups]
+
+    @property
     def parameters(self) -> set[Tensor]:
-        """Those stepped by any rank."""
-        return {p for group in self.optimizer.param_groups for p in group["params"]}
+        """All that are stepped, by this rank or another."""
+        return {parameter for group in self.groups for parameter in group}
+
+    def owner(self, parameter: Tensor) -> Tensor:
+        """The tensor whose state in the optimizer is, or holds, this parameter's."""
+        return parameter
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
         """The parts of a parameter that this rank steps."""

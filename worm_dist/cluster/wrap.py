@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from ..errors import BackendError
+from ..config import TruncationConfig
+from ..errors import BackendError, ConfigError
 from .agree import Alone, Ranks, Together
+from .stepping import Stepping
+from .zero import Zero, is_zero
 
-__all__ = ["Bare", "DataParallel", "OwnState", "wrapping_of"]
+__all__ = ["Bare", "DataParallel", "OwnState", "Wrapping", "wrapping_of"]
 
 
 class Bare:
@@ -31,8 +35,22 @@ class Bare:
         self.network = _not_compiled(called)
         self.ranks: Ranks = Alone()
 
-    def require_hooks_fit(self, needs_the_place: bool) -> None:
+    step_bytes = 0
+    keeps_hooks = False
+
+    def require_fit(self, truncation: TruncationConfig) -> None:
         """Nothing to ask: no gradients are sent."""
+
+    def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
+        """How this optimizer steps."""
+        return _stepping_of(optimizer)
+
+    def optimizer_of(self, stepping: Stepping) -> Optimizer:
+        """What the user steps."""
+        return stepping.optimizer
+
+    def release(self) -> None:
+        """Nothing holds the network."""
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now, ready for training."""
@@ -57,19 +75,40 @@ class DataParallel:
         self.process_group: dist.ProcessGroup = model.process_group
         self.ranks: Ranks = Together(self.process_group, model.device)
 
-    def require_hooks_fit(self, needs_the_place: bool) -> None:
-        """A wrapper has one place for a communication hook; the user's is never replaced.
+    keeps_hooks = True
+    """torch cannot unregister a communication hook; only a new wrapper is rid of it."""
 
-        Args:
-            needs_the_place: hard truncation does.
+    @property
+    def step_bytes(self) -> int:
+        """What a dense step hands to the all-reduce."""
+        trained = (p for p in self.network.parameters() if p.requires_grad)
+        return sum(p.numel() * p.element_size() for p in trained)
+
+    def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
+        """How this optimizer steps.
 
         Raises:
-            BackendError: the place is needed but taken, or taken by a hook whose state would not
-                fit the network after a draw.
+            ConfigError: there is none.
+        """
+        return _stepping_of(optimizer)
+
+    def optimizer_of(self, stepping: Stepping) -> Optimizer:
+        """What the user steps."""
+        return stepping.optimizer
+
+    def release(self) -> None:
+        """What the wrapper holds goes with it."""
+
+    def require_fit(self, truncation: TruncationConfig) -> None:
+        """A wrapper has one place for a communication hook; the user's is never replaced.
+
+        Raises:
+            BackendError: hard truncation needs the place but it is taken, or taken by a hook whose
+                state would not fit the network after a draw.
         """
         for hook, state in self.model._comm_hooks:
             name = getattr(hook, "__qualname__", repr(hook))
-            if needs_the_place:
+            if truncation.mode == "hard":
                 raise BackendError(
                     f"attach: the model already has the communication hook {name}, and "
                     "truncation.mode 'hard' needs its place; attach to a model without one (for "
@@ -98,13 +137,18 @@ class DataParallel:
         return model
 
 
-def wrapping_of(model: nn.Module) -> Bare | DataParallel:
+Wrapping: TypeAlias = Bare | DataParallel | Zero
+
+
+def wrapping_of(model: nn.Module) -> Wrapping:
     """Recognise how a model is wrapped.
 
     Raises:
         BackendError: several processes, but the model is not wrapped for them; a wrapper that is
-            compiled itself.
+            compiled itself; a DeepSpeed engine that is not one we know.
     """
+    if is_zero(model):
+        return Zero(model)
     if isinstance(model, DistributedDataParallel):
         return DataParallel(model)
     if isinstance(_not_compiled(model), DistributedDataParallel):
@@ -115,9 +159,16 @@ def wrapping_of(model: nn.Module) -> Bare | DataParallel:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise BackendError(
             f"attach: {dist.get_world_size()} processes train together, but the model is a bare "
-            f"{type(model).__name__}; wrap it in DistributedDataParallel first"
+            f"{type(model).__name__}; wrap it in DistributedDataParallel, or give it to "
+            "deepspeed.initialize, first"
         )
     return Bare(model)
+
+
+def _stepping_of(optimizer: Optimizer | None) -> Stepping:
+    if optimizer is None:
+        raise ConfigError("attach: give the optimizer; only a DeepSpeed engine has its own")
+    return Stepping(optimizer)
 
 
 class OwnState:

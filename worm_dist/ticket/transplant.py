@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .surgery import Cut
 
-__all__ = ["transplant"]
+__all__ = ["kept_places", "select", "transplant"]
 
 
 @torch.no_grad()
@@ -33,22 +33,28 @@ def transplant(
         cuts: what was cut.
     """
     survivors = {before[name]: parameter for name, parameter in after.items()}
-    kept: dict[nn.Parameter, dict[int, Tensor]] = {}
-    for cut in cuts:
-        for name, dim in cut.parameters:
-            kept.setdefault(before[name], {})[dim] = cut.kept.nonzero().flatten()
+    kept = {before[name]: places for name, places in kept_places(cuts).items()}
     for group in optimizer.param_groups:
         group["params"] = [survivors.get(p, p) for p in group["params"]]
     for old, new in survivors.items():
-        assert torch.equal(_select(old, kept.get(old, {})), new), "surgery and cuts disagree"
+        assert torch.equal(select(old, kept.get(old, {})), new), "surgery and cuts disagree"
         if new is not old and old in optimizer.state:
             state = optimizer.state.pop(old)
             optimizer.state[new] = {
-                key: _select(value, _along(value, old, kept.get(old, {})))
+                key: select(value, _along(value, old, kept.get(old, {})))
                 if isinstance(value, Tensor)
                 else value
                 for key, value in state.items()
             }
+
+
+def kept_places(cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
+    """For every parameter that is cut, by name, the places that are kept along each dimension."""
+    kept: dict[str, dict[int, Tensor]] = {}
+    for cut in cuts:
+        for name, dim in cut.parameters:
+            kept.setdefault(name, {})[dim] = cut.kept.nonzero().flatten()
+    return kept
 
 
 def _along(
@@ -64,7 +70,8 @@ def _along(
     return {dim: at for dim, at in kept.items() if value.shape[dim] == parameter.shape[dim]}
 
 
-def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """What is left of a tensor that is cut along these dimensions."""
     for dim, places in kept.items():
         tensor = tensor.index_select(dim, places.to(tensor.device))
     return tensor

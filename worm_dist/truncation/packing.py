@@ -7,6 +7,7 @@ buffer is made once for a generation: allocating it anew each step costs several
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ class Packing:
         dtype, device: of the gradients.
 
     Attributes:
-        buffer: ``[live elements]``; what is sent.
-        parts: the live part of every gradient, views of the buffer.
+        num_live: elements that live.
     """
 
     def __init__(
@@ -41,9 +41,19 @@ class Packing:
             torch.Size(block.live_shape) if block is not None else shape
             for block, shape in zip(blocks, shapes, strict=True)
         ]
-        num_live = sum(shape.numel() for shape in self._shapes)
-        self.buffer = torch.empty(num_live, dtype=dtype, device=device)
-        self.parts = self.parts_of(self.buffer)
+        self.num_live = sum(shape.numel() for shape in self._shapes)
+        self._dtype = dtype
+        self._device = device
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """``[live elements]``; what is sent.  Made when it is first asked for."""
+        return torch.empty(self.num_live, dtype=self._dtype, device=self._device)
+
+    @cached_property
+    def parts(self) -> list[Tensor]:
+        """The live part of every gradient, views of the buffer."""
+        return self.parts_of(self.buffer)
 
     def parts_of(self, buffer: Tensor) -> list[Tensor]:
         """The same views of another buffer ``[live elements]``."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster.stepping import Owners, Stepping
-from ..cluster.wrap import Bare, DataParallel
+from ..cluster.wrap import Bare, DataParallel, Wrapping
+from ..cluster.zero import Zero
 from ..config import TruncationConfig
 from ..search.groups import Groups
 from ..search.mask import Mask
@@ -19,8 +20,10 @@ from .gradients import GradientHooks
 from .low_rank import LowRank
 from .motion import Fade, Free, Hold, Motion
 from .plan import Plan
+from .reduction import Reduction
+from .zero import ZeroReduction
 
-__all__ = ["Truncation", "register_reduction"]
+__all__ = ["Truncation", "first_reduction"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +37,25 @@ class Truncation:
     Attributes:
         generation: how many sets of slices have been left out of the all-reduce.
         frozen: bool ``[num_channels]``, the channels frozen now.
-        reduction: state of the communication hook, None while there is none.
+        reduction: how gradients are sent, None while that is left to the wrapper.
     """
 
     def __init__(
         self,
         config: TruncationConfig,
-        wrapping: Bare | DataParallel,
+        wrapping: Wrapping,
         stepping: Stepping,
         groups: Groups,
     ) -> None:
         self._config = config
-        self._wrapping: Bare | DataParallel = wrapping
+        self._wrapping: Wrapping = wrapping
         self._network = wrapping.network
         self._ranks = wrapping.ranks
         self._groups = groups
         self._motion = _motion(config, wrapping.network, stepping, groups)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.reduction: PackedReduction | None = None
-        if config.compression != "none":
-            self.reduction = register_reduction(config, wrapping)
+        self.reduction = first_reduction(config, wrapping)
         self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
         self._live_fraction = 1.0
         self._fades_end = math.inf
@@ -105,7 +106,7 @@ class Truncation:
         if self.reduction is not None and self._fades_end <= step:
             self._silence(self.reduction, step)
 
-    def _silence(self, reduction: PackedReduction, step: int) -> None:
+    def _silence(self, reduction: Reduction, step: int) -> None:
         """Leave out what a faded channel's consumers would send, once it is seen to be nothing.
 
         The step after a fade's end all ranks listen to these columns; then they agree on what was
@@ -130,7 +131,7 @@ class Truncation:
                 plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
                 self.generation += 1
                 self._live_fraction = plan.live_fraction
-                reduction.adopt(plan)
+                reduction.silence(plan)
 
     def still_since(self, mask: Mask) -> float:
         """The step since which no channel that the mask drops has moved: -inf if dropped channels
@@ -152,17 +153,23 @@ class Truncation:
             return
         if self.reduction is None:
             # Not before it is needed: while nothing is frozen, DDP averages by itself.
-            self.reduction = register_reduction(self._config, self._wrapping)
-        if self.reduction is not None:
-            self.reduction.adopt(plan)
+            self.reduction = _register_reduction(self._config, self._wrapping)
+        self.reduction.adopt(plan)
 
 
-def register_reduction(
-    config: TruncationConfig, wrapping: Bare | DataParallel
-) -> PackedReduction | None:
-    """Hang the communication hook into a wrapper; None where gradients are not sent."""
-    if isinstance(wrapping, Bare):
+def first_reduction(config: TruncationConfig, wrapping: Wrapping) -> Reduction | None:
+    """How gradients are sent while nothing is frozen; None where that is left to the wrapper."""
+    if isinstance(wrapping, Bare) or config.mode != "hard":
         return None
+    if isinstance(wrapping, DataParallel) and config.compression == "none":
+        return None
+    return _register_reduction(config, wrapping)
+
+
+def _register_reduction(config: TruncationConfig, wrapping: DataParallel | Zero) -> Reduction:
+    """Take the place, or the places, where gradients are averaged."""
+    if isinstance(wrapping, Zero):
+        return ZeroReduction(wrapping)
     averaging: Averaging
     if config.compression == "powersgd":
         averaging = LowRank(wrapping.process_group, config.compression_rank)

@@ -1,0 +1,120 @@
+"""Gather: ZeRO's parameter all-gather, without what has not changed.
+
+After a step in stages 1 and 2 every rank has moved its partition and is told the others'.  A slice
+that is held has the same bits on all ranks before and after, so it need not be told.  Scales and
+shifts are told whole: while they fade they move, and together they are next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..cluster.override import Override
+from ..cluster.zero_stepping import partition_shards
+from .packing import Packing
+from .plan import Plan
+from .reduction import Reduction
+
+__all__ = ["PackedGather"]
+
+
+class PackedGather:
+    """Gathers the live part of one optimizer's partitions.
+
+    Args:
+        wrapper: a ``DeepSpeedZeroOptimizer``.
+        counter: counts the bytes that this rank hands over.
+    """
+
+    def __init__(self, wrapper: Any, counter: Reduction) -> None:
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        self._wrapper = wrapper
+        self._counter = counter
+        self._groups: list[_Group] = []
+        # DeepSpeed calls a function of its module, the same one for every engine of the process.
+        # It is taken while this optimizer steps and at no other time.
+        self._module = stage_1_and_2
+        self._step = Override(wrapper, "step", self._with_gather)
+        sizes = zip(wrapper.partition_size, wrapper.bit16_groups_flat)
+        alone = dist.get_world_size(wrapper.dp_process_group) == 1
+        self._dense_bytes = 0 if alone else sum(size * f.element_size() for size, f in sizes)
+
+    def adopt(self, plan: Plan) -> None:
+        """Gather by another plan from the next step on."""
+        numbers = range(len(self._wrapper.bit16_groups_flat))
+        self._groups = [_Group(self._wrapper, number, plan) for number in numbers]
+
+    def remove(self) -> None:
+        """Leave the gathering to DeepSpeed."""
+        self._groups = []
+        self._step.remove()
+
+    def _with_gather(self, *arguments: Any, **keywords: Any) -> Any:
+        taken = Override(self._module, "all_gather_dp_groups", lambda **k: self._gather(taken, k))
+        try:
+            return self._step.original(*arguments, **keywords)
+        finally:
+            taken.remove()
+
+    def _gather(self, taken: Override, keywords: dict[str, Any]) -> None:
+        self._counter.dense_bytes += self._dense_bytes
+        if not self._groups:
+            self._counter.sent_bytes += self._dense_bytes
+            taken.original(**keywords)
+        for group in self._groups:
+            group.gather()
+            self._counter.sent_bytes += group.sent_bytes
+
+
+class _Group:
+    """One parameter group: the live part of each rank's partition, padded to the longest."""
+
+    def __init__(self, wrapper: Any, number: int, plan: Plan) -> None:
+        self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
+        self._rank = dist.get_rank(self._process_group)
+        partitions: Sequence[Tensor] = wrapper.parallel_partitioned_bit16_groups[number]
+        self._values: list[list[Tensor]] = []
+        self._packings: list[Packing] = []
+        for rank, partition in enumerate(partitions):
+            shards = partition_shards(wrapper, number, rank, partition)
+            values = [shard.value for shard in shards.values()]
+            blocks = [
+                plan.blocks[p].part(shard.begin, shard.value.numel())
+                if p in plan.blocks and p.dim() > 1
+                else None
+                for p, shard in shards.items()
+            ]
+            shapes = [value.shape for value in values]
+            packing = Packing(blocks, shapes, partition.dtype, partition.device)
+            self._packings.append(packing)
+            self._values.append(values)
+        most = max(packing.num_live for packing in self._packings)
+        first = partitions[0]
+        # Kept for the generation, as buckets' buffers are.
+        self._mine = torch.zeros(most, dtype=first.dtype, device=first.device)
+        self._all = torch.zeros(len(partitions) * most, dtype=first.dtype, device=first.device)
+        rows = self._all.view(len(partitions), most)
+        self._parts = [
+            packing.parts_of(row[: packing.num_live])
+            for packing, row in zip(self._packings, rows, strict=True)
+        ]
+        self._my_parts = self._packings[self._rank].parts_of(
+            self._mine[: self._packings[self._rank].num_live]
+        )
+        self.sent_bytes = most * first.element_size() if len(partitions) > 1 else 0
+
+    def gather(self) -> None:
+        """Collective; the layouts follow from the plan, so all ranks have the same."""
+        if self.sent_bytes == 0:
+            return
+        self._packings[self._rank].pack(self._values[self._rank], self._my_parts)
+        dist.all_gather_into_tensor(self._all, self._mine, group=self._process_group)
+        for rank, packing in enumerate(self._packings):
+            if rank != self._rank:
+                packing.update(self._values[rank], self._parts[rank])
