@@ -54,15 +54,16 @@ def _reference(network: nn.Module, step: int, dtype: torch.dtype) -> list[Tensor
 
 
 def _run(compression: str) -> list[tuple[bool, int, int, int]]:
-    """For the search, the truncation and the ticket: bits equal; bytes sent, expected, dense."""
+    """For the search, two truncations and the ticket: bits equal; bytes sent, expected, dense."""
     engine = _engine(compression)
     network = engine.model.module
     assert isinstance(network, nn.Module)
     frozen = torch.zeros(engine.groups.num_channels, dtype=torch.bool)
     stages = []
-    for stage in ("search", "truncate", "ticket"):
-        if stage == "truncate":
-            mask = mask_dropping(engine.groups, 0, 3, 9)
+    dropped = {"truncate": (0, 3, 9), "truncate more": (0, 3, 4, 9)}
+    for stage in ("search", *dropped, "ticket"):
+        if stage in dropped:
+            mask = mask_dropping(engine.groups, *dropped[stage])
             frozen = ~mask.keep
             engine.truncate(mask)
         elif stage == "ticket":
@@ -70,7 +71,7 @@ def _run(compression: str) -> list[tuple[bool, int, int, int]]:
         # BatchNorm's running statistics do not matter to gradients in training mode.
         expected = _reference(network, engine.step, DTYPES[compression])
         live = sum(p.numel() for p in network.parameters())
-        if stage == "truncate":
+        if stage in dropped:
             plan = Plan(network, engine.groups, frozen, "producer")
             live = plan.num_live
             for parameter, gradient in zip(network.parameters(), expected):

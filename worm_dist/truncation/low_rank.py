@@ -99,8 +99,8 @@ class LowRank:
             self._forget_matrices(number)
 
     def _forget_matrices(self, number: int) -> None:
-        self._state.p_memory_dict.pop(number)
-        self._state.q_memory_dict.pop(number)
+        self._state.p_memory_dict.pop(number, None)
+        self._state.q_memory_dict.pop(number, None)
 
     def _rekindle(self, number: int) -> None:
         """A matrix whose gradient was all zeros in one pass has got a thin matrix of zeros, and
