@@ -3,6 +3,7 @@
 # No postponed annotations here: torch reads the hook's, and wants classes, not strings.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from ..config import TruncationConfig, WormConfig
-from ..engine import Engine, attach
+from ..engine import attach
+from ..interval import Interval
 from ..search.groups import Groups
 from ..search.mask import Mask
+from ..truncation.plan import Plan
 
 __all__ = [
     "DDP",
@@ -36,13 +39,18 @@ DDP = "DDP"
 LIVE_SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 """Shares of the channels, the same in every group, that worm_dist lets live."""
 
+HALF = 0.5
+"""Of the channels, where they fade and where PowerSGD sends what lives."""
+
 WARM_UP = 4
 """Steps before anything is measured: DDP rebuilds its buckets after the first, PowerSGD sends all
-of the first two."""
+of the first two; a fade of one step is over after the first, and the columns that read faded
+channels leave after the second."""
 
 REMARKS = {
     "bf16 hook": "written anew; torch registers its own only where there is NCCL",
     "PowerSGD": "one bucket after the other; over gloo, two at a time abort",
+    "worm, faded": "the columns that read faded channels are left out too, as after a draw",
 }
 """What a reader of the figures should know."""
 
@@ -60,13 +68,16 @@ class Contender:
     Attributes:
         name: for the table.
         step: take it.
-        sent_share: after a step, the share of the gradients' bytes that was handed to the
-            all-reduce; None where it is not known.
+        sent_share: after a step, the share of the gradients' bytes that was handed to
+            collectives; None where it is not known.
+        ideal: the share that cannot be avoided: that of what lives, half of it if it is rounded to
+            two bytes; None where something else is sent.
     """
 
     name: str
     step: Step
     sent_share: Callable[[], float | None]
+    ideal: float | None
 
 
 def training(build: Callable[[], nn.Module]) -> tuple[DistributedDataParallel, Optimizer]:
@@ -91,35 +102,65 @@ def dense(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Step:
 def contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Contender]:
     """All of them, plain DDP first."""
     model, optimizer = training(build)
-    yield Contender(DDP, dense(model, optimizer, batch), lambda: 1.0)
+    yield Contender(DDP, dense(model, optimizer, batch), lambda: 1.0, 1.0)
 
     model, optimizer = training(build)
     model.register_comm_hook(None, fp16_compress_hook)
-    yield Contender("fp16 hook", dense(model, optimizer, batch), lambda: 0.5)
+    yield Contender("fp16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     model, optimizer = training(build)
     model.register_comm_hook(None, _bf16_hook)
-    yield Contender("bf16 hook", dense(model, optimizer, batch), lambda: 0.5)
+    yield Contender("bf16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     for rank in (1, 4):
         model, optimizer = training(build)
         state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
         model.register_comm_hook(state, _power_sgd_in_turn)
         name = f"PowerSGD rank {rank}"
-        yield Contender(name, dense(model, optimizer, batch), lambda: None)
+        yield Contender(name, dense(model, optimizer, batch), lambda: None, None)
 
     for share in LIVE_SHARES:
         yield _worm(build, batch, share)
+        yield _worm(build, batch, share, compression="bf16")
+    yield _worm(build, batch, HALF, fades=True)
+    yield _worm(build, batch, HALF, fades=True, compression="bf16")
+    yield _worm(build, batch, HALF, compression="powersgd")
 
 
-def _worm(build: Callable[[], nn.Module], batch: Batch, share: float) -> Contender:
-    """Our engine, with the given share of every group's channels live and the others held."""
+def _worm(
+    build: Callable[[], nn.Module],
+    batch: Batch,
+    share: float,
+    *,
+    fades: bool = False,
+    compression: Literal["none", "bf16", "powersgd"] = "none",
+) -> Contender:
+    """Our engine, with the given share of every group's channels live; the others are held, or have
+    faded."""
     model, optimizer = training(build)
-    config = WormConfig(truncation=TruncationConfig(motion="hold"))
-    engine = attach(model, optimizer, config, example_inputs=batch[0][:1], steps_per_epoch=1)
-    engine.truncate(_keeping(engine.groups, share))
-    name = f"worm_dist, {share:.0%} live".replace("%", " %")
-    return Contender(name, dense(engine.model, engine.optimizer, batch), lambda: _sent(engine))
+    truncation = TruncationConfig(
+        motion="fade" if fades else "hold", fade=Interval(1, "ba"), compression=compression
+    )
+    engine = attach(
+        model,
+        optimizer,
+        WormConfig(truncation=truncation),
+        example_inputs=batch[0][:1],
+        steps_per_epoch=1,
+    )
+    mask = _keeping(engine.groups, share)
+    engine.truncate(mask)
+    # A faded channel's columns in the layers behind it need not be sent either.
+    scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
+    plan = Plan(model.module, engine.groups, ~mask.keep, scope)
+    ideal = {"none": plan.live_fraction, "bf16": plan.live_fraction / 2}.get(compression)
+    suffix = {"none": "", "bf16": " bf16", "powersgd": " PowerSGD"}[compression]
+    return Contender(
+        f"worm {100 * share:.0f} %{' faded' if fades else ''}{suffix}",
+        dense(engine.model, engine.optimizer, batch),
+        lambda: engine.traffic.sent_bytes / engine.traffic.dense_bytes,
+        ideal,
+    )
 
 
 def _keeping(groups: Groups, share: float) -> Mask:
@@ -130,10 +171,6 @@ def _keeping(groups: Groups, share: float) -> Mask:
             for group in groups
         }
     )
-
-
-def _sent(engine: Engine) -> float:
-    return engine.traffic.sent_bytes / engine.traffic.dense_bytes
 
 
 def _bf16_hook(

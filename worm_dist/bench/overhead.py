@@ -30,14 +30,13 @@ def overhead(scale: Scale) -> Panel:
     """Seconds of a step with and without an engine, and of a check.  Collective."""
     link = Link()
     running = _contenders(scale)
-    rounds = _TIMES_THE_ROUNDS * scale.rounds
-    measured = alternate(running, rounds, seconds_of)
+    measured = alternate(running, _TIMES_THE_ROUNDS * scale.rounds, seconds_of)
     return Panel(
         key="overhead",
         title="Seconds a step, nothing truncated",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.network, "rounds": rounds},
+        setting={"network": link.network, "rounds": len(measured[0])},
         figures=_check(scale),
     )
 
@@ -50,7 +49,7 @@ def _contenders(scale: Scale) -> list[Contender]:
     engine = _engine(scale)
     loops["engine attached"] = dense(engine.model, engine.optimizer, batch)
     loops["engine and its L1 penalty"] = _penalised(_engine(scale), batch)
-    return [Contender(name, loop, lambda: None) for name, loop in loops.items()]
+    return [Contender(name, loop, lambda: None, None) for name, loop in loops.items()]
 
 
 def _engine(scale: Scale) -> Engine:

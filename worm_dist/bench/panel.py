@@ -35,13 +35,15 @@ class Row:
         name: of the contender.
         value: in the panel's unit.
         ratio: to the first contender in the same round.
-        sent_share: of the gradients' bytes, handed to the all-reduce; None if not known.
+        sent_share: of the gradients' bytes, handed to collectives; None if not known.
+        ideal: share of these bytes that cannot be avoided; None if not defined.
     """
 
     name: str
     value: Spread
     ratio: Spread
     sent_share: float | None
+    ideal: float | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Panel:
             KeyError, TypeError: it is something else.
         """
         rows = tuple(
-            Row(row["name"], Spread(**row["value"]), Spread(**row["ratio"]), row["sent_share"])
+            Row(**{**row, "value": Spread(**row["value"]), "ratio": Spread(**row["ratio"])})
             for row in content["rows"]
         )
         return cls(**{**content, "rows": rows})
@@ -98,6 +100,7 @@ def rows(contenders: Sequence[Contender], values: Sequence[Sequence[float]]) -> 
             # Within a round: what slowed one contender down has slowed down its neighbours too.
             Spread.of([value / first for value, first in zip(mine, values[0], strict=True)]),
             contender.sent_share(),
+            contender.ideal,
         )
         for contender, mine in zip(contenders, values, strict=True)
     )

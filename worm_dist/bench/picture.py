@@ -1,4 +1,4 @@
-"""Picture: every benchmark's contenders as bars, beside the share that they hand over."""
+"""Picture: every benchmark's contenders as bars, beside the share of bytes that is ideal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from .panel import Panel, Row
 __all__ = ["picture"]
 
 # Of the palette of Okabe and Ito, which the colour-blind tell apart.
-_OURS, _OTHERS, _IDEAL, _GREY = "#0072B2", "#B8B8B8", "#D55E00", "#666666"
-_OUR_NAMES = ("worm_dist", "engine")
+_OURS, _OURS_COMPRESSED, _IDEAL = "#0072B2", "#56B4E9", "#D55E00"
+_OTHERS, _GREY = "#B8B8B8", "#666666"
 _BAR = 0.62
+_LINE = 0.24
+"""Inches from one bar to the next."""
 
 
 def picture(panels: Sequence[Panel]) -> Figure:
     """One set of bars for each panel: ratios to the first contender, whiskers at the quartiles."""
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(6.4 * columns, 0.6 + 3.6 * lines), layout="constrained")
+    most = max(len(panel.rows) + len(panel.figures) for panel in panels)
+    size = (6.4 * columns, 0.6 + lines * (0.9 + _LINE * most))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    most = max(len(panel.rows) + len(panel.figures) for panel in panels)
     for axes, panel in zip(grid, panels):
         _bars(axes, panel)
         axes.set_ylim(most - 0.4, -0.6)  # bars as thick in each, the first on top
@@ -47,7 +50,7 @@ def _bars(axes: Axes, panel: Panel) -> None:
         names,
         medians,
         height=_BAR,
-        color=[_OURS if name.startswith(_OUR_NAMES) else _OTHERS for name in names],
+        color=[_colour(name) for name in names],
         xerr=(below, above),
         error_kw={"elinewidth": 1, "capsize": 2.5, "ecolor": "black"},
     )
@@ -63,11 +66,17 @@ def _bars(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(f"ratio to {names[0]}", color=_GREY)
 
 
+def _colour(name: str) -> str:
+    if not name.startswith(("worm", "engine")):
+        return _OTHERS
+    return _OURS_COMPRESSED if name.endswith(("bf16", "PowerSGD")) else _OURS
+
+
 def _beside(axes: Axes, height: int, row: Row, unit: str) -> None:
     """The ideal line across the bar, and the figures in a column on the right."""
-    if row.sent_share is not None:
+    if row.ideal is not None:
         ends = (height - 0.45, height + 0.45)
-        axes.plot((row.sent_share,) * 2, ends, color=_IDEAL, linewidth=2, zorder=3)
+        axes.plot((row.ideal,) * 2, ends, color=_IDEAL, linewidth=2, zorder=3)
     axes.text(
         1.02,
         height,
@@ -83,11 +92,12 @@ def _legend(figure: Figure) -> None:
     figure.legend(
         handles=[
             Patch(color=_OURS, label="worm_dist"),
+            Patch(color=_OURS_COMPRESSED, label="worm_dist, compressed"),
             Patch(color=_OTHERS, label="others"),
             Line2D([], [], color="black", linewidth=1, label="quartiles over the rounds"),
-            Line2D([], [], color=_IDEAL, linewidth=2, label="share of the bytes handed over"),
+            Line2D([], [], color=_IDEAL, linewidth=2, label="ideal: bytes of what lives"),
         ],
         loc="outside lower center",
-        ncols=4,
+        ncols=5,
         frameon=False,
     )

@@ -83,11 +83,12 @@ def _table(panel: Panel) -> Table:
         f"to {panel.rows[0].name}",
         "quartiles",
         "handed over",
+        "ideal",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in panel.rows:
-        share = "-" if row.sent_share is None else f"{row.sent_share:.3f}"
-        table.add_row(row.name, *_cells(row.value), *_cells(row.ratio), share)
+        shares = ("-" if s is None else f"{s:.3f}" for s in (row.sent_share, row.ideal))
+        table.add_row(row.name, *_cells(row.value), *_cells(row.ratio), *shares)
     return table
 
 

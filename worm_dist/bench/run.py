@@ -53,10 +53,9 @@ def run(benchmark: str, quick: bool, folder: Path) -> None:
 
 
 def _setting(scale: Scale) -> dict[str, str | int]:
-    """What is the same for all of them, unless one knows better."""
+    """What is the same for all of them."""
     parameters = sum(p.numel() for p in scale.build().parameters())
     return {
         "network trained": f"{scale.model}, {parameters:,} parameters, 2 images a rank",
-        "rounds": scale.rounds,
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }

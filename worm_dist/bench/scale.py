@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,13 @@ from torch import nn
 
 from ..models import build_model
 from .contenders import WARM_UP, Batch, Contender, Step
+from .place import over_ranks
 
 __all__ = ["FULL", "QUICK", "Scale", "alternate"]
+
+_PATIENCE = 240.0
+"""Seconds for all rounds: over a slow network there are fewer."""
+_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Scale:
     Attributes:
         model: whose gradients are sent, in CIFAR form.
         model_of_checks: whose channels are scored.
-        rounds: how often every contender is measured.
+        rounds: how often every contender is measured, if the network is fast enough.
     """
 
     model: str
@@ -47,15 +54,22 @@ def alternate(
     contenders: Sequence[Contender], rounds: int, measure: Callable[[Step], float]
 ) -> list[list[float]]:
     """Measure every contender once in every round, so that a busy minute strikes them all.
+    Collective.
 
     Returns:
-        For every contender what was measured in each round.
+        For every contender what was measured in each round; the same number of rounds on all ranks.
     """
     for contender in contenders:
         for _ in range(WARM_UP):
             contender.step()
-    values: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
+        if contender.ideal is not None:
+            # What has faded has left by now, and nothing is rounded less than it should be.
+            share = contender.sent_share()
+            assert share is not None and math.isclose(share, contender.ideal), contender
+    begin = time.perf_counter()
+    values = [[measure(contender.step)] for contender in contenders]
+    ((seconds,),) = over_ranks([[time.perf_counter() - begin]], dist.ReduceOp.MAX)
+    for _ in range(1, min(rounds, max(_FEWEST, int(_PATIENCE / seconds)))):
         for mine, contender in zip(values, contenders, strict=True):
             mine.append(measure(contender.step))
     return values

@@ -24,7 +24,7 @@ def step(scale: Scale) -> Panel:
         title=f"Seconds a step, over {link}",
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
-        setting={"network": link.network, **REMARKS},
+        setting={"network": link.network, "rounds": len(measured[0]), **REMARKS},
     )
 
 

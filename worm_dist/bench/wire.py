@@ -39,5 +39,10 @@ def wire(scale: Scale) -> Panel:
         title="Bytes on the wire, a step and rank",
         unit="MB",
         rows=rows(running, values),
-        setting={"counter": f"{how} ({link.name})", "network": link.network, **REMARKS},
+        setting={
+            "counter": f"{how} ({link.name})",
+            "network": link.network,
+            "rounds": len(measured[0]),
+            **REMARKS,
+        },
     )
