@@ -58,6 +58,7 @@ def _parse(
     train.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
+    train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
     train.add_argument("--seed", help="of weights, shuffling and augmentation")
     train.add_argument(
         "--check", action="store_true", help="only check the settings; 0 if they are right, else 2"
@@ -76,9 +77,10 @@ def _parse(
             bench.error(f"unrecognized arguments: {' '.join(rest)}")
         return options, []
     replaced = _pairs(rest)
-    for name in ("preset", "seed"):
+    shorthands = {"preset": "preset", "seed": "seed", "backend": "distributed.backend"}
+    for name, key in shorthands.items():
         if getattr(options, name) is not None:
-            replaced.append((name, getattr(options, name)))
+            replaced.append((key, getattr(options, name)))
     return options, replaced
 
 

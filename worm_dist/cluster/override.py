@@ -26,7 +26,12 @@ class Override:
         self._name = name
         self._own = vars(target).get(name)
         self._replacement: Callable[..., Any] | None = replacement
-        self._placed = lambda *a, **k: (self._replacement or self.original)(*a, **k)
+
+        def placed(*arguments: Any, **keywords: Any) -> Any:
+            function = self.original if self._replacement is None else self._replacement
+            return function(*arguments, **keywords)
+
+        self._placed = placed
         setattr(target, name, self._placed)
 
     def remove(self) -> None:

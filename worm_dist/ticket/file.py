@@ -5,6 +5,7 @@ Nothing in either is executed when they are read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -82,7 +83,8 @@ def save_ticket(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "ticket.safetensors"
-    save_model(network, str(weights))
+    # A copy: under ZeRO the parameters are views of one flat tensor, which safetensors refuses.
+    save_model(copy.deepcopy(network), str(weights))
     ticket = _Ticket(
         format_version=_FORMAT_VERSION,
         model=None if model is None else _ModelPart(**model),

@@ -31,12 +31,12 @@ def evaluate(network: nn.Module, loader: DataLoader[Any], device: torch.device) 
     """
     for buffer in network.buffers():
         dist.broadcast(buffer, src=0)
-    training = network.training
+    training, dtype = network.training, next(network.parameters()).dtype
     network.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for inputs, targets in loader:
         targets = targets.to(device, non_blocking=True)
-        logits = network(inputs.to(device, non_blocking=True))
+        logits = network(inputs.to(device, dtype, non_blocking=True)).float()
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(dim=1) == targets).sum()
         totals += torch.stack([correct, loss, torch.tensor(len(targets), device=device)])

@@ -24,7 +24,8 @@ def run(config: RunConfig, out: Path) -> None:
     """
     place = Place.from_environment()
     settings = config.distributed
-    with process_group(place, settings.backend, settings.timeout_seconds) as device:
+    carrier = "auto" if settings.backend == "deepspeed" else settings.backend
+    with process_group(place, carrier, settings.timeout_seconds) as device:
         if place.rank == 0:
             _put_aside(out)
             out.mkdir(parents=True)

@@ -83,11 +83,24 @@ class ScheduleConfig(Settings):
 
 
 class DistributedConfig(Settings):
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """``auto``: nccl where every rank has a GPU, else gloo."""
+    backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
+    """``auto``: DistributedDataParallel over nccl where every rank has a GPU, else over gloo.
+    ``deepspeed``: DeepSpeed's engine, over the same."""
+    deepspeed: str | None = None
+    """DeepSpeed's own settings, a JSON file; without one ZeRO stage 1."""
     timeout_seconds: int = Field(default=300, ge=1)
     """How long a collective waits for a rank that does not come."""
     bucket_cap_mb: float = Field(default=25, gt=0)
+    """Of DistributedDataParallel."""
+
+    @model_validator(mode="after")
+    def _settings_belong_to_deepspeed(self) -> Self:
+        if self.deepspeed is not None and self.backend != "deepspeed":
+            raise ValueError(
+                f"deepspeed {self.deepspeed!r} contradicts backend {self.backend!r}; choose "
+                "backend 'deepspeed'"
+            )
+        return self
 
 
 class RunConfig(WormParts):

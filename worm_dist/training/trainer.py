@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import worm_dist
 
@@ -21,6 +20,7 @@ from .optimization import build_optimizer, build_schedule
 from .report import Report
 from .result import Result
 from .run_config import RunConfig
+from .wrapped import backend_name, backward_and_step, num_passes, wrapped
 
 __all__ = ["Trainer"]
 
@@ -49,7 +49,6 @@ class Trainer:
         shares = (config.data, place.rank, place.world_size)
         self._train = train_loader(data, *shares, config.seed, device)
         self._test = test_loader(data, *shares, device)
-        self._sample = torch.zeros(1, *data.sample_shape, device=device)
         self.model_arguments: dict[str, Any] = {
             "name": config.model.name,
             "num_classes": data.num_classes,
@@ -57,12 +56,10 @@ class Trainer:
             "arguments": config.model.arguments,
         }
         self._network = build_model(**self.model_arguments).to(device)
-        model = DistributedDataParallel(
-            self._network,
-            device_ids=[device] if device.type == "cuda" else None,
-            bucket_cap_mb=config.distributed.bucket_cap_mb,
-        )
         optimizer = build_optimizer(config.optimizer, self._network)
+        model = wrapped(self._network, optimizer, config, place.world_size, device)
+        self._dtype = next(self._network.parameters()).dtype  # DeepSpeed may have changed it
+        self._sample = torch.zeros(1, *data.sample_shape, device=device, dtype=self._dtype)
         steps_per_epoch = len(self._train)
         self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
         self._check_every = config.search.every.steps(steps_per_epoch)
@@ -77,7 +74,7 @@ class Trainer:
             preset=config.preset,
             seed=config.seed,
             world_size=place.world_size,
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend=backend_name(model, device),
             data=data.description,
         )
         self.result.parameters.dense = count_parameters(self._network)
@@ -129,16 +126,18 @@ class Trainer:
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One optimizer step; returns the data loss of this rank, detached."""
-        inputs = inputs.to(self._device, non_blocking=True)
+        inputs = inputs.to(self._device, self._dtype, non_blocking=True)
         targets = targets.to(self._device, non_blocking=True)
-        bf16 = self._config.precision == "bf16"
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = nn.functional.cross_entropy(self.engine.model(inputs), targets)
-        (loss + self.engine.penalty()).backward()
-        self.engine.optimizer.step()
-        self.engine.optimizer.zero_grad()
+        bf16 = self._config.precision == "bf16" and self._dtype == torch.float32
+        passes = num_passes(self.engine)
+        total = torch.zeros((), device=self._device)
+        for part, wanted in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+                loss = nn.functional.cross_entropy(self.engine.model(part), wanted)
+            backward_and_step(self.engine, loss + self.engine.penalty())
+            total += loss.detach() / passes
         self._schedule.step()
-        return loss.detach()
+        return total
 
     def _check(self) -> None:
         before = self.engine.phase

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -73,7 +72,7 @@ class PackedGather:
 
 
 class _Group:
-    """One parameter group: the live part of each rank's partition, padded to the longest."""
+    """One parameter group: the live part of each rank's partition."""
 
     def __init__(self, wrapper: Any, number: int, plan: Plan) -> None:
         self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
@@ -91,30 +90,30 @@ class _Group:
                 for p, shard in shards.items()
             ]
             shapes = [value.shape for value in values]
-            packing = Packing(blocks, shapes, partition.dtype, partition.device)
-            self._packings.append(packing)
+            self._packings.append(Packing(blocks, shapes, partition.dtype, partition.device))
             self._values.append(values)
-        most = max(packing.num_live for packing in self._packings)
-        first = partitions[0]
-        # Kept for the generation, as buckets' buffers are.
-        self._mine = torch.zeros(most, dtype=first.dtype, device=first.device)
-        self._all = torch.zeros(len(partitions) * most, dtype=first.dtype, device=first.device)
-        rows = self._all.view(len(partitions), most)
-        self._parts = [
-            packing.parts_of(row[: packing.num_live])
-            for packing, row in zip(self._packings, rows, strict=True)
-        ]
-        self._my_parts = self._packings[self._rank].parts_of(
-            self._mine[: self._packings[self._rank].num_live]
-        )
-        self.sent_bytes = most * first.element_size() if len(partitions) > 1 else 0
+        # A rank's share of what all of them tell, as a partition is of the whole.
+        told = sum(packing.num_live for packing in self._packings) * partitions[0].element_size()
+        self.sent_bytes = told // len(partitions) if len(partitions) > 1 else 0
 
     def gather(self) -> None:
-        """Collective; the layouts follow from the plan, so all ranks have the same."""
-        if self.sent_bytes == 0:
+        """Collective; the layouts follow from the plan, so all ranks have the same.
+
+        Each rank broadcasts what lives of its partition.  An all-gather wants parts of one size,
+        and the longest may well be a layer of which nothing is frozen; padded to that, most of
+        what was saved would be sent after all.
+        """
+        if len(self._packings) == 1:
             return
-        self._packings[self._rank].pack(self._values[self._rank], self._my_parts)
-        dist.all_gather_into_tensor(self._all, self._mine, group=self._process_group)
+        self._packings[self._rank].pack(self._values[self._rank])
+        works = [
+            dist.broadcast(packing.buffer, group=self._process_group, group_src=rank, async_op=True)
+            for rank, packing in enumerate(self._packings)
+            if packing.num_live
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()  # on a GPU, the stream that writes the parts back waits, not the host
         for rank, packing in enumerate(self._packings):
             if rank != self._rank:
-                packing.update(self._values[rank], self._parts[rank])
+                packing.update(self._values[rank], packing.parts)

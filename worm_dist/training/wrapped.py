@@ -1,0 +1,92 @@
+"""Wrapped: the network in DistributedDataParallel or DeepSpeed's engine, and a step of either."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..engine import Engine
+from ..errors import BackendError
+from .deepspeed_settings import deepspeed_settings
+from .run_config import RunConfig
+
+__all__ = ["backend_name", "backward_and_step", "num_passes", "wrapped"]
+
+
+def wrapped(
+    network: nn.Module,
+    optimizer: Optimizer,
+    config: RunConfig,
+    world_size: int,
+    device: torch.device,
+) -> nn.Module:
+    """The network as its ranks train it together.  Collective.
+
+    Raises:
+        ConfigError: DeepSpeed's settings do not fit the run.
+        BackendError: DeepSpeed is asked for but not installed.
+    """
+    if config.distributed.backend == "deepspeed":
+        settings = deepspeed_settings(config, world_size)
+        model, *_ = _deepspeed(device).initialize(
+            model=network, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        engine: nn.Module = model
+        return engine
+    return DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        bucket_cap_mb=config.distributed.bucket_cap_mb,
+    )
+
+
+def backend_name(model: nn.Module, device: torch.device) -> str:
+    """What the ranks train together with, for people."""
+    carrier = "nccl" if device.type == "cuda" else "gloo"
+    stage = getattr(model, "zero_optimization_stage", None)
+    return carrier if stage is None else f"deepspeed zero-{int(stage())}, {carrier}"
+
+
+def num_passes(engine: Engine) -> int:
+    """Forward and backward passes in an optimizer step."""
+    passes = getattr(engine.model, "gradient_accumulation_steps", None)
+    return 1 if passes is None else int(passes())
+
+
+def backward_and_step(engine: Engine, loss: Tensor) -> None:
+    """The end of a pass, and of a step if it is the step's last one."""
+    if isinstance(engine.model, DistributedDataParallel):
+        loss.backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+    else:
+        model: Any = engine.model
+        model.backward(loss)
+        model.step()
+
+
+def _deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing better
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BackendError(
+            "distributed.backend: deepspeed is not installed here; pip install worm_dist[deepspeed]"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # of its own choices, at every draw
+    # torch 2.14 renamed a function that DeepSpeed calls.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    if device.type == "cpu":
+        # Half a minute of compiling at the first start, for an all-reduce that training never
+        # calls.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
