@@ -155,10 +155,10 @@ class TruncationConfig(Settings):
             if self.mode != "hard" and value != only
         ]
         if self.mode != "hard" and self.compression != "none":
-            wrong.append(
-                f"compression {self.compression!r} contradicts mode {self.mode!r}; register "
-                "torch's own communication hook instead"
-            )
+            # torch's own PowerSGD hook has a state that would not fit the network after a draw.
+            powersgd = self.compression == "powersgd"
+            way = "choose mode 'hard'" if powersgd else "register torch's own communication hook"
+            wrong.append(f"compression {self.compression!r} contradicts mode {self.mode!r}; {way}")
         if self.compression != "powersgd" and self.compression_rank != 1:
             wrong.append(
                 f"compression_rank {self.compression_rank} contradicts compression "
