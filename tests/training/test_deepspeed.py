@@ -56,7 +56,7 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
 
 @pytest.mark.timeout(300)
 def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
-    short = [("epochs", "8")]
+    short = [("epochs", "7")]
     runs = {
         f"zero{stage}": [
             *short,
@@ -92,10 +92,11 @@ def test_passes_and_bf16(ranks: Ranks, tmp_path: Path) -> None:
     """Two passes a step are one step of twice the batch; bf16 trains on fp32 copies."""
     settings = tmp_path / "passes.json"
     settings.write_text(json.dumps({"gradient_accumulation_steps": 2}))
-    short = [("epochs", "2"), DEEPSPEED]
+    small = ("model.arguments", "{widths: [8, M, 16]}")
+    short = [("epochs", "2"), DEEPSPEED, small]
     runs = {
         "passes": [*short, ("distributed.deepspeed", str(settings))],
-        "bf16": [("epochs", "1"), DEEPSPEED, ("precision", "bf16")],
+        "bf16": [("epochs", "2"), DEEPSPEED, ("precision", "bf16"), small],
     }
     outcomes = ranks.outcomes(2, _train, runs, wall_limit=180, group_timeout=100)
     for outcome in outcomes:
@@ -103,7 +104,7 @@ def test_passes_and_bf16(ranks: Ranks, tmp_path: Path) -> None:
     first, second = (outcome.value for outcome in outcomes)
     for name in runs:
         assert first[name][:2] == second[name][:2]
-        assert first[name][2]["accuracy"]["final"] > 0.3
+        assert first[name][2]["accuracy"]["final"] > 0.15
     assert first["passes"][2]["backend"] == "deepspeed zero-1, gloo"
 
 
