@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the
 import pytest
 import torch
 
+from tests.matrix.table import Table
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -15,6 +16,15 @@ torch.set_num_threads(1)
 
 def pytest_report_header() -> str:
     return f"torch {torch.__version__}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    table = Table(terminalreporter.stats)
+    if table:
+        terminalreporter.section("truncation's invariants under everything that people train with")
+        terminalreporter.write_line(table.text())
+    if table.is_whole:
+        table.write(terminalreporter.config.rootpath / "runs" / "report" / "matrix.md")
 
 
 @pytest.fixture(autouse=True)

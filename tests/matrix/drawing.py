@@ -1,0 +1,103 @@
+"""Drawing: the draw at the end of a run, and the steps after it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from tests.matrix.pair import Norm, Pair
+from tests.matrix.trainee import images_like
+from tests.oracles import live_flags
+
+__all__ = ["draw_and_train_on"]
+
+_STEPS_AFTER_DRAW = 2
+
+# Of the outputs: the drawn network's sums have fewer terms, and so another rounding.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
+
+
+def draw_and_train_on(pair: Pair) -> None:
+    """Draw the mask in force; compare with the masked network; train two steps more."""
+    _draw(pair)
+    for _ in range(_STEPS_AFTER_DRAW):
+        _step(pair)
+
+
+def _draw(pair: Pair) -> None:
+    engine, trainee, findings = pair.engine, pair.trainee, pair.findings
+    network, mask = trainee.network, engine.mask
+    assert mask is not None
+    kept = live_flags(network, engine.groups, ~mask.keep, "coupled")
+    masked = copy.deepcopy(network)
+    _silence(masked, live_flags(masked, engine.groups, ~mask.keep, "norm"))
+    weights, state = trainee.values, trainee.state
+
+    engine.draw(mask, copies=[] if trainee.schedule is None else [trainee.schedule.average.module])
+    trainee.model = engine.model
+
+    for name, parameter in network.named_parameters():
+        survived = weights[name][kept[name]].view_as(parameter)
+        findings.same("draw", parameter, survived, f"{pair.where}, draw: {name}")
+        for key, value in trainee.state_of(name).items():
+            survived = state.pop(f"{name} {key}")[kept[name]].view_as(value)
+            findings.same("draw", value, survived, f"{pair.where}, draw: {key} of {name}")
+    findings.expect("draw", not state, f"{pair.where}, draw: state lost: {list(state)}")
+    _take_statistics(masked, network, kept)
+    images = images_like(network, 6, seed=9)
+    outputs = _outputs(network, images), _outputs(masked, images)
+    what = f"{pair.where}, draw: outputs"
+    findings.same("draw", *outputs, what, _TOLERANCE[images.dtype])
+
+
+def _step(pair: Pair) -> None:
+    engine, trainee, findings = pair.engine, pair.trainee, pair.findings
+    before = trainee.values
+    trainee.backward(pair.step)
+    trainee.finish()
+    findings.weights.append(trainee.digest)
+    trained = {n: p for n, p in trainee.network.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        sound = bool(parameter.isfinite().all()) and not torch.equal(parameter, before[name])
+        findings.expect("draw", sound, f"{pair.where}, drawn: {name} does not train")
+    if pair.combination.why_not("bytes") is None:
+        sent = engine.traffic.sent_bytes
+        expected = sum(p.numel() * pair.reference.bytes_of(p) for p in trained.values())
+        what = f"{pair.where}, drawn: {sent} sent, not {expected}"
+        findings.expect("bytes", sent == expected, what)
+    if trainee.schedule is not None and pair.reference.schedule is not None:
+        pair.reference.schedule.scheduler.step()
+        rates = trainee.schedule.rates, pair.reference.schedule.rates
+        findings.expect("schedule", rates[0] == rates[1], f"{pair.where}, drawn: rates {rates}")
+        averages = dict(trainee.schedule.average.module.named_parameters())
+        for name, parameter in trainee.network.named_parameters():
+            average = averages.pop(name)
+            fits = average.shape == parameter.shape and bool(average.isfinite().all())
+            findings.expect("schedule", fits, f"{pair.where}, drawn: average of {name}")
+    pair.step += 1
+
+
+@torch.no_grad()
+def _silence(network: nn.Module, flags: dict[str, Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        parameter[~flags[name]] = 0
+
+
+@torch.no_grad()
+def _take_statistics(masked: nn.Module, drawn: nn.Module, kept: dict[str, Tensor]) -> None:
+    """The draw has estimated them anew; they are not what is compared here."""
+    for name, norm in drawn.named_modules():
+        if isinstance(norm, Norm):
+            whole, places = masked.get_submodule(name), kept[f"{name}.weight"]
+            whole.running_mean[places] = norm.running_mean
+            whole.running_var[places] = norm.running_var
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, images: Tensor) -> Tensor:
+    network.eval()
+    outputs: Tensor = network(images)
+    network.train()
+    return outputs

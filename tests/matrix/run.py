@@ -1,0 +1,53 @@
+"""Run: what every rank does for one combination, with an engine and by hand at the same time."""
+
+from __future__ import annotations
+
+from tests.matrix.combination import INVARIANTS, Combination
+from tests.matrix.combinations import COMBINATIONS
+from tests.matrix.drawing import draw_and_train_on
+from tests.matrix.findings import Findings
+from tests.matrix.frozen import FADE_STEPS
+from tests.matrix.pair import Pair
+
+__all__ = ["run"]
+
+# Between two checks.  The last fade needs time to end, a step to be listened to, one to send less.
+_STEPS = 2
+_LAST_STEPS = {"hold": 2, "free": 2, "fade": FADE_STEPS + 3}
+
+
+def run(name: str) -> Findings:
+    """All that is seen of a combination on this rank."""
+    combination = COMBINATIONS[name]
+    findings = Findings()
+    for motion in combination.motions:
+        with findings.of(*(invariant for invariant in INVARIANTS if invariant != "off")):
+            _search_truncate_draw(combination, motion, findings)
+    if combination.why_not("off") is None:
+        with findings.of("off"):
+            _without_truncation(combination, findings)
+    return findings
+
+
+def _search_truncate_draw(combination: Combination, motion: str, findings: Findings) -> None:
+    truncation = {"motion": motion, **combination.truncation}
+    if motion == "fade":
+        truncation["fade"] = f"{FADE_STEPS}ba"
+    pair = Pair(combination, truncation, findings, f"{motion}, ")
+    pair.train(combination.search_steps)
+    *first, last = combination.generations(motion)
+    for dropped in first:
+        pair.freeze(dropped)
+        pair.train(_STEPS)
+    pair.freeze(last)
+    pair.train(_LAST_STEPS[motion])
+    with findings.of("draw"):
+        draw_and_train_on(pair)
+
+
+def _without_truncation(combination: Combination, findings: Findings) -> None:
+    """The engine searches, and that is all."""
+    pair = Pair(combination, {"mode": "off"}, findings, "off, ")
+    for _ in range(3):
+        pair.train(1)
+        pair.engine.check()
