@@ -68,7 +68,7 @@ def _parse(
         help="measure side by side with plain DDP, on two ranks",
         allow_abbrev=False,
     )
-    bench.add_argument("benchmark", choices=("wire", "step", "overhead"))
+    bench.add_argument("benchmark", choices=("wire", "step", "overhead", "zero"))
     bench.add_argument("--quick", action="store_true", help="a small network and few rounds")
     bench.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     options, rest = parser.parse_known_args(arguments)

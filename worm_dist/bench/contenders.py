@@ -23,6 +23,7 @@ from ..truncation.plan import Plan
 
 __all__ = [
     "DDP",
+    "HALF",
     "REMARKS",
     "WARM_UP",
     "Batch",
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "contenders",
     "dense",
+    "keeping",
     "training",
 ]
 
@@ -148,7 +150,7 @@ def _worm(
         example_inputs=batch[0][:1],
         steps_per_epoch=1,
     )
-    mask = _keeping(engine.groups, share)
+    mask = keeping(engine.groups, share)
     engine.truncate(mask)
     # A faded channel's columns in the layers behind it need not be sent either.
     scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
@@ -163,7 +165,7 @@ def _worm(
     )
 
 
-def _keeping(groups: Groups, share: float) -> Mask:
+def keeping(groups: Groups, share: float) -> Mask:
     """The mask that keeps the first channels of every group, at least one."""
     return Mask(
         {

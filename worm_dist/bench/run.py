@@ -16,6 +16,7 @@ from .report import read_panels, show, write_panels
 from .scale import FULL, QUICK, Scale
 from .step import step
 from .wire import wire
+from .zero import zero
 
 __all__ = ["run"]
 
@@ -23,6 +24,7 @@ _BENCHMARKS: Mapping[str, Callable[[Scale], Panel]] = {
     "wire": wire,
     "step": step,
     "overhead": overhead,
+    "zero": zero,
 }
 
 
@@ -30,7 +32,7 @@ def run(benchmark: str, quick: bool, folder: Path) -> None:
     """Measure, and report on rank zero.  Both ranks call it.
 
     Args:
-        benchmark: ``wire``, ``step`` or ``overhead``.
+        benchmark: ``wire``, ``step``, ``overhead`` or ``zero``.
         quick: a small network and few rounds.
         folder: for ``bench.json`` and ``bench.png``; what other benchmarks left there stays.
 

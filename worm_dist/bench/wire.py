@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
-from .contenders import REMARKS, Step, contenders
-from .panel import Panel, rows
+from .contenders import REMARKS, Contender, Step, contenders
+from .panel import Panel, Row, rows
 from .place import Link, over_ranks
 from .scale import Scale, alternate
 
-__all__ = ["wire"]
+__all__ = ["bytes_sent", "wire"]
 
 _STEPS = 2
 
 
 def wire(scale: Scale) -> Panel:
-    """Megabytes that a rank sends in a step: gradients, BatchNorm's buffers, acknowledgements and
-    the headers that the kernel counts.  Collective."""
-    link = Link()
+    """Megabytes that a rank sends in a step.  Collective."""
     running = list(contenders(scale.build, scale.batch()))
+    sent, setting = bytes_sent(running, scale.rounds)
+    return Panel(
+        key="wire",
+        title="Bytes on the wire, a step and rank",
+        unit="MB",
+        rows=sent,
+        setting={**setting, **REMARKS},
+    )
+
+
+def bytes_sent(
+    running: Sequence[Contender], rounds: int
+) -> tuple[tuple[Row, ...], dict[str, str | int]]:
+    """What a rank sends in a step, in megabytes: gradients, BatchNorm's buffers, acknowledgements
+    and the headers that the kernel counts.  Collective.
+
+    Returns:
+        A row for each contender, and how they were measured.
+    """
+    link = Link()
 
     def megabytes(step: Step) -> float:
         dist.barrier()
@@ -29,20 +49,14 @@ def wire(scale: Scale) -> Panel:
         dist.barrier()
         return (link.sent_bytes() - before) / _STEPS / 1e6
 
-    measured = over_ranks(alternate(running, scale.rounds, megabytes), dist.ReduceOp.SUM)
+    measured = over_ranks(alternate(running, rounds, megabytes), dist.ReduceOp.SUM)
     # Each host counts what it sends; the loopback counts both ranks' bytes, and each of them reads.
     readers = 4 if link.is_loopback else 2
     values = [[both / readers for both in mine] for mine in measured]
     how = "tx_bytes of both ranks, lo counts them together" if link.is_loopback else "tx_bytes"
-    return Panel(
-        key="wire",
-        title="Bytes on the wire, a step and rank",
-        unit="MB",
-        rows=rows(running, values),
-        setting={
-            "counter": f"{how} ({link.name})",
-            "network": link.network,
-            "rounds": len(measured[0]),
-            **REMARKS,
-        },
-    )
+    setting: dict[str, str | int] = {
+        "counter": f"{how} ({link.name})",
+        "network": link.network,
+        "rounds": len(measured[0]),
+    }
+    return rows(running, values), setting

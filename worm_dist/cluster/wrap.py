@@ -111,8 +111,8 @@ class DataParallel:
             if truncation.mode == "hard":
                 raise BackendError(
                     f"attach: the model already has the communication hook {name}, and "
-                    "truncation.mode 'hard' needs its place; attach to a model without one (for "
-                    "rounding there is truncation.compression), or choose mode 'soft' or 'off'"
+                    "truncation.mode 'hard' needs its place; attach to a model without one "
+                    "(truncation.compression has bf16, fp16 and powersgd)"
                 )
             if not (state is None or isinstance(state, dist.ProcessGroup)):
                 raise BackendError(

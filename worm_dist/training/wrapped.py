@@ -18,7 +18,13 @@ from ..errors import BackendError
 from .deepspeed_settings import deepspeed_settings
 from .run_config import RunConfig
 
-__all__ = ["backend_name", "backward_and_step", "num_passes", "wrapped"]
+__all__ = [
+    "backend_name",
+    "backward_and_step",
+    "deepspeed_module",
+    "num_passes",
+    "wrapped",
+]
 
 
 def wrapped(
@@ -36,7 +42,7 @@ def wrapped(
     """
     if config.distributed.backend == "deepspeed":
         settings = deepspeed_settings(config, world_size)
-        model, *_ = _deepspeed(device).initialize(
+        model, *_ = deepspeed_module(device).initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
         engine: nn.Module = model
@@ -73,7 +79,12 @@ def backward_and_step(engine: Engine, loss: Tensor) -> None:
         model.step()
 
 
-def _deepspeed(device: torch.device) -> Any:
+def deepspeed_module(device: torch.device) -> Any:
+    """DeepSpeed, imported and silenced.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing better
     try:

@@ -1,0 +1,87 @@
+"""Zero: bytes that a step under DeepSpeed puts on the network, dense and with half of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from ..config import TruncationConfig, WormConfig
+from ..engine import Engine, attach
+from ..training.wrapped import deepspeed_module
+from .contenders import HALF, Batch, Contender, Step, keeping
+from .panel import Panel
+from .scale import Scale
+from .wire import bytes_sent
+
+__all__ = ["zero"]
+
+_STAGES = (0, 1, 2)
+
+
+def zero(scale: Scale) -> Panel:
+    """Megabytes that a rank sends in a step of each stage of ZeRO: gradients, and in stages 1 and 2
+    the weights that ranks tell one another.  Collective."""
+    rows, setting = bytes_sent(list(_contenders(scale.build, scale.batch())), scale.rounds)
+    value = {row.name: row.value.median for row in rows}
+    return Panel(
+        key="zero",
+        title="Bytes on the wire under DeepSpeed, a step and rank",
+        unit="MB",
+        rows=rows,
+        setting=setting,
+        figures={
+            f"ZeRO-{stage}, half of the rows / dense": value[_name(stage, HALF)]
+            / value[_name(stage, None)]
+            for stage in _STAGES
+        },
+    )
+
+
+def _name(stage: int, share: float | None) -> str:
+    return f"ZeRO-{stage}" if share is None else f"worm {100 * share:.0f} %, ZeRO-{stage}"
+
+
+def _contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Contender]:
+    for stage in _STAGES:
+        model = _engine(build, stage, batch)
+        yield Contender(_name(stage, None), _step(model, batch), lambda: None, None)
+        model = _engine(build, stage, batch)
+        config = WormConfig(truncation=TruncationConfig(motion="hold"))
+        engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
+        engine.truncate(keeping(engine.groups, HALF))
+        yield Contender(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
+
+
+def _engine(build: Callable[[], nn.Module], stage: int, batch: Batch) -> Any:
+    torch.manual_seed(0)
+    network = build()
+    optimizer = SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    settings = {
+        "train_micro_batch_size_per_gpu": len(batch[0]),
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed_module(batch[0].device).initialize(
+        model=network, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def _step(model: Any, batch: Batch) -> Step:
+    images, labels = batch
+
+    def step() -> None:
+        model.backward(nn.functional.cross_entropy(model(images), labels))
+        model.step()
+
+    return step
+
+
+def _sent_share(engine: Engine) -> Callable[[], float | None]:
+    return lambda: engine.traffic.sent_bytes / engine.traffic.dense_bytes
