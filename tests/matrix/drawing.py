@@ -16,7 +16,7 @@ __all__ = ["draw_and_train_on"]
 _STEPS_AFTER_DRAW = 2
 
 # Of the outputs: the drawn network's sums have fewer terms, and so another rounding.
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 0.01}
 
 
 def draw_and_train_on(pair: Pair) -> None:

@@ -14,7 +14,7 @@ from worm_dist.search.groups import Groups
 __all__ = ["FADE_STEPS", "FIRST_MOMENTS", "Frozen"]
 
 FADE_STEPS = 3
-FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg")
 
 
 class Frozen:

@@ -74,7 +74,7 @@ class Table:
 
     def _cell(self, name: str, invariant: str) -> str:
         row = COMBINATIONS[name]
-        reason = row.why_not(invariant) or row.wrong.get(invariant)
+        reason = row.remark(invariant)
         mark = self._marks.get((name, invariant), "" if row.why_not(invariant) is None else "-")
         if reason is None or mark in ("", "F"):
             return mark
