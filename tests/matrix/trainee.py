@@ -153,7 +153,7 @@ class Schedule:
 def images_like(network: nn.Module, batch: int, seed: int = 0) -> Tensor:
     """Images in a network's precision and memory format."""
     convolution = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-    images = random_images(batch, seed=seed).to(convolution.weight.dtype)
+    images = random_images(batch, side=5, seed=seed).to(convolution.weight.dtype)
     if not convolution.weight.is_contiguous():
         images = images.to(memory_format=torch.channels_last)
     return images
