@@ -48,6 +48,7 @@ class Recipe:
         clip: what is done to the averaged gradients before the step.
         loss_scale: initial scale of a ``GradScaler``; None for none.
         overflow_at: the step in which rank 1's loss is infinite.
+        listens_again: steps more until faded channels' columns leave, since it was heard.
         detours: whether ``forward`` takes the argument ``detour``.
         without_detour: for some steps, the ranks whose forward pass leaves a layer out.
     """
@@ -57,6 +58,7 @@ class Recipe:
     clip: Callable[[Iterable[nn.Parameter]], object] | None = None
     loss_scale: float | None = None
     overflow_at: int | None = None
+    listens_again: int = 0
     detours: bool = False
     without_detour: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 

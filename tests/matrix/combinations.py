@@ -66,9 +66,6 @@ _BY_CHECKS: Mapping[str, Any] = {"hold": (None, None, None, None), "fade": (None
 _STATELESS = {"state": "plain SGD has no state"}
 _NOTHING = "nothing is frozen"
 _NONE_FROZEN = {"held": _NOTHING, "state": _NOTHING}
-_ONE_PRECISION = "fades are reckoned in float32 whatever the weights are"
-_NOISE = "an overflow in the very step in which faded channels are listened to keeps the columns"
-_SHARED = "a weight that two layers share is cut for one of them, under its first name"
 
 OPTIMIZERS = (
     Combination(
@@ -108,16 +105,14 @@ PRECISION = (
     Combination(
         "fp64",
         dtype=torch.float64,
-        wrong={"live": _ONE_PRECISION, "held": _ONE_PRECISION},
     ),
     Combination("GradScaler, overflow", recipe=_OVERFLOW),
     Combination("GradScaler, overflow, fused SGD", optimizer=_FUSED_SGD, recipe=_OVERFLOW),
     Combination("GradScaler, overflow, fused AdamW", optimizer=_FUSED, recipe=_OVERFLOW),
     Combination(
         "GradScaler, overflow, listening",
-        recipe=Recipe(loss_scale=2.0**8, overflow_at=7),
+        recipe=Recipe(loss_scale=2.0**8, overflow_at=7, listens_again=1),
         motions=("fade",),
-        wrong={"bytes": _NOISE},
     ),
     Combination(
         "GradScaler, overflow, clip",
@@ -164,9 +159,7 @@ WRAPPERS = (
     Combination("a frozen norm", network=frozen_norm),
     Combination("a frozen shift", network=frozen_shift),
     Combination("a frozen convolution", network=frozen_convolution),
-    Combination(
-        "a weight in two layers", network=Shared, wrong={"bytes": _SHARED, "draw": _SHARED}
-    ),
+    Combination("a weight in two layers", network=Shared),
 )
 
 _SOFT = {"mode": "soft", "ratio": 2.0**-8, "scope": "norm"}  # a power of two is exact anywhere

@@ -49,7 +49,9 @@ class Frozen:
                     start = self._values[name]
                     self._fades.append((name, begins, start, self._trainee.num_steps))
             if bool((frozen & ~self.lost).any()):
-                self.sent_whole_until = self._trainee.num_steps + FADE_STEPS + 1
+                self.sent_whole_until = (
+                    self._trainee.num_steps + FADE_STEPS + 1 + self._trainee.recipe.listens_again
+                )
             self.lost = self.lost | frozen
 
     @property

@@ -117,7 +117,6 @@ OTHERS: dict[str, Callable[[int], nn.Module]] = {
     "InstanceNorm2d": lambda channels: nn.InstanceNorm2d(channels, affine=True),
     "LayerNorm": lambda channels: nn.LayerNorm([channels, 8, 8]),
 }
-NOT_NAMED = "tracing names only the BatchNorms that stay dense"
 
 
 @pytest.mark.parametrize("norm", OTHERS)
@@ -126,7 +125,6 @@ def test_a_network_without_any_batch_norm_is_refused(norm: str) -> None:
     assert "no channel group with a BatchNorm scale" in _refusal(network, _images(8, 8))
 
 
-@pytest.mark.xfail(reason=NOT_NAMED, strict=True)
 @pytest.mark.parametrize("norm", OTHERS)
 def test_the_refusal_names_the_norms_that_were_found_instead(norm: str) -> None:
     network = _network(nn.Conv2d, OTHERS[norm], nn.AdaptiveAvgPool2d)
@@ -158,7 +156,6 @@ def test_in_a_mixed_network_other_norms_stay_dense_and_the_rest_is_drawn(norm: s
     assert network[3][1].weight.shape[0] == 6
 
 
-@pytest.mark.xfail(reason=NOT_NAMED, strict=True)
 @pytest.mark.parametrize("norm", OTHERS)
 def test_dense_says_why_another_norm_is_in_no_group(norm: str) -> None:
     engine = _attached(_mixed(OTHERS[norm]), _images(8, 8))

@@ -168,6 +168,11 @@ def wrapping_of(model: nn.Module) -> Wrapping:
 def _stepping_of(optimizer: Optimizer | None) -> Stepping:
     if optimizer is None:
         raise ConfigError("attach: give the optimizer; only a DeepSpeed engine has its own")
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise BackendError(
+            "attach: ZeroRedundancyOptimizer keeps parameters in places of its own, where the draw "
+            "does not find them; use DeepSpeed's ZeRO stage 1, or a torch optimizer"
+        )
     return Stepping(optimizer)
 
 

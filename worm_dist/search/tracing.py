@@ -22,6 +22,7 @@ __all__ = ["find_groups"]
 
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
+_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 _Layer = tuple[nn.Module, bool, list[int], list[int]]
 """module, whether its outputs are meant, places in the module, the channel of each place"""
@@ -40,7 +41,7 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
     """
     order = {module: place for place, module in enumerate(network.modules())}
     names = {module: name for name, module in network.named_modules()}
-    parameters = {name for name, _ in network.named_parameters()}
+    shared = _shared(network)
     found: list[ChannelGroup] = []
     dense: dict[str, str] = {}
     _require_runs(network, example_inputs)
@@ -49,7 +50,7 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
         norms = [names[module] for module, *_ in layers if isinstance(module, Norm)]
         if norms:
             reason = _why_dense(layers, names, _is_output(group)) or _why_shared(
-                layers, names, parameters
+                layers, names, shared
             )
             dense |= dict.fromkeys(norms, reason) if reason else {}
             found += [] if reason else [_channel_group(layers, names)]
@@ -118,14 +119,22 @@ def _why_dense(
 
 
 def _why_shared(
-    layers: Sequence[_Layer], names: Mapping[nn.Module, str], parameters: Set[str]
+    layers: Sequence[_Layer], names: Mapping[nn.Module, str], shared: Set[str]
 ) -> str | None:
-    """torch names a shared parameter once; under its other name it is not found."""
+    """Cut for one layer, a parameter would no longer be the other's."""
     for layer in layers:
         for name, _ in _member(layer, names[layer[0]]).parameters:
-            if name not in parameters:
+            if name in shared:
                 return f"{name} is shared with another layer"
     return None
+
+
+def _shared(network: nn.Module) -> set[str]:
+    """All names of the parameters that have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 def _name_the_rest(
@@ -136,6 +145,8 @@ def _name_the_rest(
     for name, module in network.named_modules():
         if isinstance(module, Norm) and name not in grouped:
             dense.setdefault(name, "no layer that could be cut makes its channels")
+        elif isinstance(module, _OTHER_NORMS):
+            dense.setdefault(name, f"{type(module).__name__}: only BatchNorm scales are ranked")
 
 
 def _is_depthwise(module: nn.Module) -> bool:

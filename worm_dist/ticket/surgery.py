@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..search.groups import Groups
 from ..search.mask import Mask
 
-__all__ = ["Cut", "cuts_of", "remove_channels", "side_size"]
+__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "side_size"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,23 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
     graph = torch_pruning.DependencyGraph()
     for cut in cuts:
         module = network.get_submodule(cut.module)
-        trains = {name: p.requires_grad for name, p in module.named_parameters(recurse=False)}
+        whole = dict(module.named_parameters(recurse=False))
         pruner = graph.get_pruner_of_module(module)
         remove = pruner.prune_out_channels if cut.side == "out" else pruner.prune_in_channels
         remove(module, (~cut.kept).nonzero().flatten().tolist())
         for name, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(trains[name])
+            parameter.requires_grad_(whole[name].requires_grad)
+            parameter.data = laid_like(parameter.data, whole[name])
+
+
+def laid_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A part of a tensor in the memory format of the whole: channels_last stays channels_last."""
+    if whole.is_contiguous():
+        return tensor
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if whole.dim() == dims and whole.is_contiguous(memory_format=memory_format):
+            return tensor.contiguous(memory_format=memory_format)
+    return tensor
 
 
 _SIZES: Mapping[str, Mapping[type[nn.Module], str]] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .surgery import Cut
+from .surgery import Cut, laid_like
 
 __all__ = ["kept_places", "select", "transplant"]
 
@@ -72,6 +72,7 @@ def _along(
 
 def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """What is left of a tensor that is cut along these dimensions."""
+    left = tensor
     for dim, places in kept.items():
-        tensor = tensor.index_select(dim, places.to(tensor.device))
-    return tensor
+        left = left.index_select(dim, places.to(tensor.device))
+    return laid_like(left, tensor)

@@ -190,7 +190,8 @@ class _FadingVector:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self._start = torch.zeros_like(shard.value, dtype=torch.float32)
+        reckoned = torch.promote_types(shard.value.dtype, torch.float32)
+        self._start = torch.zeros_like(shard.value, dtype=reckoned)
         self._over_at = torch.zeros_like(shard.value, dtype=torch.int64)
         self._num_steps = torch.ones_like(shard.value, dtype=torch.int64)
         self._fades = torch.zeros_like(shard.value, dtype=torch.bool)
@@ -200,7 +201,7 @@ class _FadingVector:
         value, first = self.shard.value, self.shard.begin
         places = places[(places >= first) & (places < first + value.numel())] - first
         places = places.to(value.device)
-        self._start[places] = value[places].float()
+        self._start[places] = value[places].to(self._start.dtype)
         self._over_at[places] = step + num_steps
         self._num_steps[places] = num_steps
         self._fades[places] = True
@@ -208,6 +209,6 @@ class _FadingVector:
     @torch.no_grad()
     def write(self, step: int) -> None:
         # Elementwise on the whole vector: no index, no synchronisation, a few thousand elements.
-        left = (self._over_at - step).clamp_(min=0) / self._num_steps
+        left = (self._over_at - step).clamp_(min=0).to(self._start.dtype) / self._num_steps
         faded = (self._start * left).to(self.shard.value.dtype)
         self.shard.value.copy_(torch.where(self._fades, faded, self.shard.value))

@@ -28,6 +28,9 @@ __all__ = ["Truncation", "first_reduction"]
 logger = logging.getLogger(__name__)
 
 
+_TIMES_LISTENED = 3
+"""How often what should be silent is heard before it is believed."""
+
 _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,6 +62,7 @@ class Truncation:
         self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
         self._live_fraction = 1.0
         self._fades_end = math.inf
+        self._times_heard = 0
 
     @property
     def lost(self) -> Tensor:
@@ -92,6 +96,7 @@ class Truncation:
         self._motion.freeze(frozen, plan, step, fade_steps)
         # Columns that had left come back for a moment if others begin to fade.
         self._fades_end = step + fade_steps if self._config.motion == "fade" else math.inf
+        self._times_heard = 0
 
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
@@ -116,22 +121,29 @@ class Truncation:
         """
         silent = self._motion.silent(step)
         if reduction.heard is None:
-            nothing = torch.zeros_like(silent)
-            columns = Plan(self._network, self._groups, nothing, self._config.scope, silent)
-            reduction.listen(columns, next(self._network.parameters()).device)
-        elif reduction.num_buckets_heard:
+            self._listen(reduction, silent)
+        elif reduction.num_buckets_heard and not self._ranks.any(reduction.heard):
             self._fades_end = math.inf
-            if self._ranks.any(reduction.heard):
+            plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
+            self.generation += 1
+            self._live_fraction = plan.live_fraction
+            reduction.silence(plan)
+        elif reduction.num_buckets_heard:
+            # Once may be an overflow, for which a loss scaler skips a step.
+            self._times_heard += 1
+            self._listen(reduction, silent)
+            if self._times_heard == _TIMES_LISTENED:
+                self._fades_end = math.inf
                 logger.warning(
                     "step %d: faded channels still reach the layers behind them, whose columns "
                     "stay in the gradient all-reduce",
                     step,
                 )
-            else:
-                plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
-                self.generation += 1
-                self._live_fraction = plan.live_fraction
-                reduction.silence(plan)
+
+    def _listen(self, reduction: Reduction, silent: Tensor) -> None:
+        nothing = torch.zeros_like(silent)
+        columns = Plan(self._network, self._groups, nothing, self._config.scope, silent)
+        reduction.listen(columns, next(self._network.parameters()).device)
 
     def still_since(self, mask: Mask) -> float:
         """The step since which no channel that the mask drops has moved: -inf if dropped channels
