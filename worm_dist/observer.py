@@ -23,7 +23,9 @@ class Traffic:
     Truncated steps are counted; for others one averaging backward pass a step is taken for granted.
 
     Attributes:
-        sent_bytes: gradients of the last optimizer step.
+        sent_bytes: in the last optimizer step, with all passes since the one before; those of a
+            step that a loss scaler skipped are among them.  Under ZeRO also the weights that ranks
+            tell one another: a rank's share of what all tell.
         dense_bytes: what a step of the dense network would have sent, after the draw too.
         total_sent_bytes: gradients of all steps so far.
         total_dense_bytes: what dense steps would have sent.
