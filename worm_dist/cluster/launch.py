@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from ..errors import BackendError
 from . import mpi, slurm
+from .attempt import part_of_this_attempt
 from .launchers import SRUN, TORCHRUN, require_agreement, started_by, whole_number
 
 __all__ = ["Place", "process_group"]
@@ -135,13 +136,11 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    # One process needs no address and no port to meet itself.
-    store = HashStore() if place.world_size == 1 else None
     with _environment(place.in_words_of_torchrun):
         try:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=store,
+                store=_store(place, timeout_seconds),
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=timedelta(seconds=timeout_seconds),
@@ -153,6 +152,17 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
             yield device
         finally:
             dist.destroy_process_group()
+
+
+def _store(place: Place, timeout_seconds: float) -> Store | None:
+    """Where the ranks learn of one another; None for torch's own choice."""
+    if place.world_size == 1:
+        return HashStore()  # One process needs no address and no port to meet itself.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    timeout = timedelta(seconds=timeout_seconds)
+    agents = TCPStore(place.address, place.port, is_master=False, timeout=timeout)
+    return part_of_this_attempt(agents, place.rank, place.world_size, timeout_seconds)
 
 
 @contextmanager
