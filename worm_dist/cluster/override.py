@@ -9,7 +9,7 @@ __all__ = ["Override"]
 
 
 class Override:
-    """Puts a function in the place of an object's own, until ``remove``.
+    """Stands in the place of an object's function, until ``remove``.
 
     Args:
         target: an object or a module.
@@ -26,20 +26,20 @@ class Override:
         self._name = name
         self._own = vars(target).get(name)
         self._replacement: Callable[..., Any] | None = replacement
+        setattr(target, name, self)
 
-        def placed(*arguments: Any, **keywords: Any) -> Any:
-            function = self.original if self._replacement is None else self._replacement
-            return function(*arguments, **keywords)
-
-        self._placed = placed
-        setattr(target, name, self._placed)
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        function = self.original if self._replacement is None else self._replacement
+        return function(*arguments, **keywords)
 
     def remove(self) -> None:
-        """Put back what was there; if another one stands on top by now, let calls through."""
+        """Put back what was there; below another override, once that one has gone too."""
         self._replacement = None
-        if vars(self._target).get(self._name) is not self._placed:
-            return
-        if self._own is None:
+        there = vars(self._target)
+        top = there.get(self._name)
+        while isinstance(top, Override) and top._replacement is None:
+            top = top._own
+        if top is not None:
+            setattr(self._target, self._name, top)
+        elif self._name in there:
             delattr(self._target, self._name)  # its class has the original
-        else:
-            setattr(self._target, self._name, self._own)
