@@ -18,20 +18,49 @@ from .stepping import Handle, Owners, Shard, Stepping
 __all__ = ["CopyStepping", "PartitionStepping", "partition_shards"]
 
 
-class CopyStepping(Stepping):
-    """DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
+class _WrappedStepping(Stepping):
+    """The torch optimizer in a wrapper of DeepSpeed's, which may skip a step, or step once for
+    each of its groups, or step to see whether it can."""
 
     copies = True
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper.optimizer)
+        self._wrapper = wrapper
+
+    def listen(
+        self,
+        before: Callable[[], None],
+        hold: Callable[[Owners], None],
+        after: Callable[[], None],
+    ) -> list[Handle]:
+        def step(*arguments: Any, **keywords: Any) -> Any:
+            before()
+            result = override.original(*arguments, **keywords)
+            if not self._wrapper.overflow:
+                after()
+            return result
+
+        override = Override(self._wrapper, "step", step)
+        moved = self.optimizer.register_step_post_hook(lambda *_: hold(self._moved()))
+        return [override, moved]
+
+    def _moved(self) -> Owners:
+        """What the torch optimizer has just stepped."""
+        return None
+
+
+class CopyStepping(_WrappedStepping):
+    """DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        self._groups: Sequence[Sequence[Tensor]] = wrapper.fp16_groups
         self._copies: Mapping[Tensor, Tensor] = {
             parameter: copy
             for parameters, copies in zip(wrapper.fp16_groups, wrapper.fp32_groups)
             for parameter, copy in zip(parameters, copies, strict=True)
         }
-
-        self._groups: Sequence[Sequence[Tensor]] = wrapper.fp16_groups
 
     @property
     def groups(self) -> Sequence[Sequence[Tensor]]:
@@ -41,25 +70,25 @@ class CopyStepping(Stepping):
         return self._copies[parameter]
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
-        copy = self._copies[parameter]
-        return (Shard(copy, 0, copy, 0),)
+        stepped = self._copies.get(parameter, parameter)
+        return (Shard(stepped, 0, stepped, 0),)
 
 
-class PartitionStepping(Stepping):
+class PartitionStepping(_WrappedStepping):
     """DeepSpeed's ``DeepSpeedZeroOptimizer``: every rank steps its partition of every group."""
 
-    copies = True
     shared = True
 
     def __init__(self, wrapper: Any) -> None:
-        super().__init__(wrapper.optimizer)
-        self._wrapper = wrapper
+        super().__init__(wrapper)
         self._shards: dict[Tensor, Shard] = {}
         self._owners: dict[Tensor, Tensor] = {}
         for number, owner in enumerate(wrapper.single_partition_of_fp32_groups):
             rank = dist.get_rank(wrapper.real_dp_process_group[number])
             self._shards |= partition_shards(wrapper, number, rank, owner)
             self._owners |= dict.fromkeys(wrapper.bit16_groups[number], owner)
+        # Nobody steps these, but a shift that does not train fades with its scale all the same.
+        self._still = {p for p in wrapper.param_names if p not in self._owners}
 
     @property
     def groups(self) -> Sequence[Sequence[Tensor]]:
@@ -70,6 +99,8 @@ class PartitionStepping(Stepping):
         return self._owners[parameter]
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
+        if parameter in self._still:
+            return (Shard(parameter, 0, parameter, 0),)
         return (self._shards[parameter],) if parameter in self._shards else ()
 
     def listen(
@@ -78,21 +109,14 @@ class PartitionStepping(Stepping):
         hold: Callable[[Owners], None],
         after: Callable[[], None],
     ) -> list[Handle]:
-        """The torch optimizer is called once for every group, and the group is copied back before
-        the next one's turn."""
+        if all(self.optimizer.state.get(flat) for flat in self._owners.values()):
+            # Moments may have been carried over; DeepSpeed would not find them before a step.
+            self._wrapper._lazy_init_hp_params_optimizer_state()
+        return super().listen(before, hold, after)
 
-        def step(*arguments: Any, **keywords: Any) -> Any:
-            before()
-            result = override.original(*arguments, **keywords)
-            if not self._wrapper.overflow:
-                after()
-            return result
-
-        def stepped(*_: object) -> None:
-            hold({p for group in self.optimizer.param_groups for p in group["params"]})
-
-        override = Override(self._wrapper, "step", step)
-        return [override, self.optimizer.register_step_post_hook(stepped)]
+    def _moved(self) -> Owners:
+        """One group's partition, which is copied back before the next group's turn."""
+        return self._still.union(*(group["params"] for group in self.optimizer.param_groups))
 
 
 def partition_shards(wrapper: Any, number: int, rank: int, owner: Tensor) -> dict[Tensor, Shard]:
