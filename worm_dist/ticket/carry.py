@@ -60,19 +60,21 @@ class Cargo:
         stepped = [p for group in stepping.groups for p in group]
         states = {p: stepping.optimizer.state.get(stepping.owner(p), {}) for p in stepped}
         keys = {
-            key for p in stepped for key, value in states[p].items() if _is_of(value, stepping, p)
+            p: [key for key, value in states[p].items() if _is_of(value, stepping, p)]
+            for p in stepped
         }
-        wholes = {key: _whole(stepping, stepped, key, ranks) for key in (_VALUE, *sorted(keys))}
         kept = kept_places(cuts)
+        survivors: dict[Tensor, dict[str, Tensor]] = {p: {} for p in stepped}
+        # Groups may differ in what they keep: without momentum there is none.
+        for key in (_VALUE, *sorted({key for p in stepped for key in keys[p]})):
+            having = [p for p in stepped if key in (_VALUE, *keys[p])]
+            for p, whole in zip(having, _whole(stepping, having, key, ranks), strict=True):
+                survivors[p][key] = select(whole, kept.get(names[p], {}))
         self._goods = {
             names[p]: _Goods(
-                {
-                    key: select(whole[number], kept.get(names[p], {}))
-                    for key, whole in wholes.items()
-                },
-                {k: value for k, value in states[p].items() if not _is_of(value, stepping, p)},
+                survivors[p], {key: value for key, value in states[p].items() if key not in keys[p]}
             )
-            for number, p in enumerate(stepped)
+            for p in stepped
         }
 
     def replace_parameters(self, after: Mapping[str, nn.Parameter]) -> None:
