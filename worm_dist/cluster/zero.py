@@ -39,6 +39,7 @@ _CARRIED = (
     "lr_scheduler",
     "monitor",
     "training_dataloader",
+    "tput_timer",
 )
 """What of an engine goes on in the one that is built anew."""
 
@@ -107,6 +108,8 @@ class Zero:
         partitions of the weights."""
         sent = self.model.communication_data_type.itemsize
         gradients = sum(p.numel() * sent for p in self.network.parameters() if p.requires_grad)
+        if self.stage == 2:  # reduces in every pass
+            gradients *= self.model.gradient_accumulation_steps()
         if not self._stepping.shared or self.ranks.size == 1:
             return int(gradients)
         flats = zip(self.wrapper.partition_size, self.wrapper.bit16_groups_flat)
@@ -246,6 +249,16 @@ def _optimizer_refusals(engine: Any, stage: int) -> Iterator[str]:
     known = {0: "FP16_UnfusedOptimizer", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer"}
     if ".onebit." in type(basic).__module__:
         yield f"{type(basic).__name__} compresses and averages by itself; choose another optimizer"
+    elif stage in (1, 2) and isinstance(basic, torch.optim.Adagrad):
+        yield (
+            "DeepSpeed puts an Adagrad of its own in the place of the one that it is given; choose "
+            "another optimizer, or stage 0"
+        )
+    elif stage in (1, 2) and "muon" in type(basic).__name__.lower():
+        yield (
+            f"{type(basic).__name__} makes one step of a whole matrix, whose parts cannot be "
+            "frozen or cut apart; choose another optimizer"
+        )
     elif kind == "BF16_Optimizer":
         yield (
             "BF16_Optimizer (bf16 with gradients accumulated in fp32, stage 1) has other reduction "
