@@ -1,0 +1,64 @@
+"""Building: DeepSpeed's engine around a network, in a rank of a test, on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["engine_around", "import_deepspeed", "settings_of"]
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told where it runs; quiet, and without compiling anything."""
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(dist.get_rank()),
+        LOCAL_RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        MASTER_ADDR="localhost",
+        MASTER_PORT="0",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    # Shared memory for inference: half a minute of compiling for nothing.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    logging.getLogger("DeepSpeed").setLevel("ERROR")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+    return deepspeed
+
+
+def settings_of(stage: int, **settings: Any) -> dict[str, Any]:
+    """DeepSpeed's settings; ``zero_optimization`` and the rest are merged into these."""
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        **settings,
+        "zero_optimization": {"stage": stage, **settings.get("zero_optimization", {})},
+    }
+
+
+def engine_around(
+    network: nn.Module,
+    optimizer: Optimizer | None,
+    settings: Mapping[str, Any],
+    **arguments: Any,
+) -> Any:
+    """What ``deepspeed.initialize`` returns first."""
+    engine, *_ = import_deepspeed().initialize(
+        model=network,
+        optimizer=optimizer,
+        config=dict(settings),
+        dist_init_required=False,
+        **arguments,
+    )
+    return engine

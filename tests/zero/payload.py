@@ -1,0 +1,122 @@
+"""Payload: how many bytes a step may send, counted from flags; and what was really handed over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.zero.layout import layout
+from tests.zero.row import Row
+
+__all__ = ["Overheard", "Payload", "dense_payload_of", "payload_of"]
+
+Groups = Sequence[Sequence[str]]
+Flags = Mapping[str, Tensor]
+
+
+class Payload(NamedTuple):
+    """Bytes.
+
+    Attributes:
+        gradients: that all ranks reduce.
+        share: this rank's share of what all ranks tell of their weights.
+        told: what this rank tells of its own.
+    """
+
+    gradients: int
+    share: int
+    told: int
+
+
+def dense_payload_of(row: Row, groups: Groups, network: nn.Module) -> Payload:
+    """Of a step that sends everything: gradients, and a partition with its padding."""
+    named = network.named_parameters()
+    whole = {name: torch.ones_like(p, dtype=torch.bool) for name, p in named}
+    gathered = sum(_laid_out(row, [whole[name] for name in group]).numel() for group in groups)
+    weights = gathered // row.world_size * row.dtype.itemsize if _gathers(row) else 0
+    return Payload(_gradients(row, groups, whole), weights, weights)
+
+
+def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Payload:
+    """Gradients of live elements, and in stages 1 and 2 the live weights of a partition.
+
+    Args:
+        groups: names of the parameters in the optimizer's groups.
+        reduced: for every parameter, which of its elements' gradients are sent.
+        gathered: for every parameter, which of its elements are sent after the step.
+    """
+    gradients = _gradients(row, groups, reduced)
+    if not _gathers(row):
+        return Payload(gradients, 0, 0)
+    rows = [_laid_out(row, [gathered[name] for name in group]) for group in groups]
+    lives = [[int(part.sum()) for part in flags.chunk(row.world_size)] for flags in rows]
+    size = row.dtype.itemsize
+    share = sum(sum(here) * size // row.world_size for here in lives)
+    return Payload(gradients, share, sum(here[dist.get_rank()] * size for here in lives))
+
+
+def _gathers(row: Row) -> bool:
+    return row.stage > 0 and row.world_size > 1
+
+
+def _gradients(row: Row, groups: Groups, reduced: Flags) -> int:
+    elements = sum(int(reduced[name].sum()) for group in groups for name in group)
+    return row.num_reductions * elements * row.sent_dtype.itemsize
+
+
+def _laid_out(row: Row, flags: Sequence[Tensor]) -> Tensor:
+    """A group's flags as DeepSpeed lays out its parameters, with padding between and behind."""
+    in_turns = bool(row.zero.get("round_robin_gradients"))
+    unit = 16 // row.dtype.itemsize if row.zero.get("parameter_alignment") else 1
+    places, length = layout([flag.numel() for flag in flags], row.world_size, in_turns, unit)
+    laid_out = torch.zeros(length, dtype=torch.bool)
+    for flag, place in zip(flags, places):
+        laid_out[place : place + flag.numel()] = flag.flatten()
+    return laid_out
+
+
+class Overheard:
+    """Counts the bytes that are handed to torch.distributed.  Made before DeepSpeed is told of the
+    processes.  Sums of a single number are left out: norms and overflows are agreed on by those."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        for name, place in (
+            ("all_reduce", 0),
+            ("reduce", 0),
+            ("all_gather", 1),
+            ("all_gather_into_tensor", 1),
+            ("all_gather_single", 1),
+            ("reduce_scatter_tensor", 1),
+            ("broadcast", 0),
+        ):
+            function = getattr(dist, name, None)
+            if function is not None:
+                setattr(dist, name, self._counted(function, place))
+
+    def take(self) -> int:
+        """Bytes since the last call."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+    def _counted(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            for name in ("input_tensor", "tensor", "input"):
+                if name in keywords:
+                    sent = keywords[name]
+                    break
+            else:
+                sent = arguments[place]
+            elsewhere = keywords.get("group_src", dist.get_rank()) != dist.get_rank()
+            agreed_on = function.__name__ == "all_reduce" and sent.numel() == 1
+            if not agreed_on and not elsewhere:
+                self._bytes += sent.numel() * sent.element_size()
+            return function(*arguments, **keywords)
+
+        return counted

@@ -1,0 +1,110 @@
+"""Reference: plain DeepSpeed, and by hand, element by element, what truncation should do to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.oracles import live_flags
+from tests.zero.inside import FIRST_MOMENTS
+from tests.zero.row import Row
+from tests.zero.trainee import Trainee
+from worm_dist import Mask
+from worm_dist.search.groups import Groups
+
+__all__ = ["FADE_STEPS", "Expected", "Reference"]
+
+FADE_STEPS = 3
+
+
+class Expected:
+    """What frozen elements must be, from what they were when they froze.
+
+    Attributes:
+        flags: for every parameter a bool tensor of its shape, False where it is frozen.
+        lost: bool ``[num_channels]``, channels whose fade has begun.
+        over_at: the step with which the last fade ends, 0 if there was none.
+    """
+
+    def __init__(self, trainee: Trainee, groups: Groups, scope: str, fades: bool) -> None:
+        self._trainee = trainee
+        self._groups = groups
+        self._scope = scope
+        self._does_fade = fades
+        self._fades: list[tuple[str, Tensor, Tensor, int]] = []
+        self._values: dict[str, Tensor] = {}
+        self.lost = torch.zeros(groups.num_channels, dtype=torch.bool)
+        self.flags = live_flags(trainee.network, groups, self.lost, scope)
+        self.over_at = 0
+
+    def freeze(self, mask: Mask) -> None:
+        """From the next step on, what the mask drops is frozen and the rest is live."""
+        trainee, groups, frozen = self._trainee, self._groups, ~mask.keep
+        before = self.flags
+        self.flags = live_flags(trainee.network, groups, frozen, self._scope)
+        self._values = trainee.inside.everything()
+        if not self._does_fade:
+            return
+        for name in (name for g in groups for norm in g.norms for name, _ in norm.parameters):
+            begins = before[name] & ~self.flags[name]
+            if bool(begins.any()):
+                self._fades.append((name, begins, self._values[name], trainee.num_steps))
+        if bool((frozen & ~self.lost).any()):
+            self.over_at = trainee.num_steps + FADE_STEPS
+        self.lost = self.lost | frozen
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters of which something is frozen."""
+        return [name for name, flag in self.flags.items() if not bool(flag.all())]
+
+    def now(self, key: str, like: Tensor) -> Tensor:
+        """What a master or a moment, by name and key, must be where it is frozen.
+
+        A master is as it was; of N steps of a fade, step a leaves (N - a) / N.  There is no
+        momentum, and the second moment is as it was.
+        """
+        if key.split()[-1] in FIRST_MOMENTS or key not in self._values:
+            return torch.zeros_like(like)
+        value = self._values[key].clone()
+        for faded, begins, start, since in self._fades:
+            if faded == key:
+                left = max(0, FADE_STEPS - (self._trainee.num_steps - since)) / FADE_STEPS
+                value[begins] = (start * torch.tensor(left))[begins]
+        return value
+
+
+class Reference(Trainee):
+    """Knows nothing of the engine but the groups and the masks in force."""
+
+    def __init__(self, row: Row, groups: Groups, scope: str, fades: bool) -> None:
+        super().__init__(row)
+        self.expected = Expected(self, groups, scope, fades)
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(_Zeroing(self.expected, name))
+
+    def step(self, number: int) -> None:
+        num_steps = self.num_steps
+        super().step(number)
+        if self.num_steps > num_steps and self.expected.frozen:
+            self._write_back()
+
+    def _write_back(self) -> None:
+        inside, expected = self.inside, self.expected
+        values = inside.everything()
+        for key, value in values.items():
+            flag = expected.flags[key.split()[0]]
+            values[key] = torch.where(flag, value, expected.now(key, value))
+        inside.write(values)
+
+
+class _Zeroing:
+    """A hook that puts zeros where a parameter is frozen now."""
+
+    def __init__(self, expected: Expected, name: str) -> None:
+        self._expected = expected
+        self._name = name
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return torch.where(self._expected.flags[self._name], gradient, 0)

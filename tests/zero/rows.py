@@ -1,0 +1,257 @@
+"""The rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from tests.matrix.nets import frozen_convolution, frozen_norm, frozen_shift
+from tests.nets import Concatenating, Flattening, Residual, Separable
+from tests.zero.row import Row
+
+__all__ = ["ROWS"]
+
+
+def _flattening() -> nn.Module:
+    """Without dropout, which is another one in a smaller network."""
+    network = Flattening()
+    network.dropout.p = 0.0
+    return network
+
+
+def _of(kind: Any, **settings: Any) -> Any:
+    return lambda network: kind(network.parameters(), **settings)
+
+
+def _groups(kind: Any, **settings: Any) -> Any:
+    """Vectors are not decayed and learn at another rate."""
+
+    def optimizer(network: nn.Module) -> Optimizer:
+        parameters = list(network.parameters())
+        made: Optimizer = kind(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
+                {"params": [p for p in parameters if p.dim() <= 1], "lr": 0.02},
+            ],
+            **settings,
+        )
+        return made
+
+    return optimizer
+
+
+def _momentum_for_matrices(network: nn.Module) -> Optimizer:
+    parameters = list(network.parameters())
+    return SGD(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "momentum": 0.9},
+            {"params": [p for p in parameters if p.dim() <= 1], "momentum": 0.0},
+        ],
+        lr=0.05,
+    )
+
+
+class Tempered(Residual):
+    """A single number is learnt too; in a group of its own it leaves a rank with padding alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.temperature
+
+
+def _temperature_apart(kind: Any, **settings: Any) -> Any:
+    def optimizer(network: nn.Module) -> Optimizer:
+        others = [p for name, p in network.named_parameters() if name != "temperature"]
+        alone = [network.get_parameter("temperature")]
+        made: Optimizer = kind([{"params": others}, {"params": alone}], **settings)
+        return made
+
+    return optimizer
+
+
+_HOLD = ("hold",)
+_FADE = ("fade",)
+_ADAMW = _of(AdamW, lr=0.01, weight_decay=0.1)
+_CLIP = {"gradient_clipping": 0.05}
+_TINY: Mapping[str, Any] = {"reduce_bucket_size": 100}  # some layers are larger
+_ONE_BY_ONE: Mapping[str, Any] = {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False}
+_WHOLE: Mapping[str, Any] = {"reduce_scatter": False}
+_OVERLAP: Mapping[str, Any] = {"overlap_comm": True}
+_IN_FP32: Mapping[str, Any] = {"data_types": {"buffer_dtype": "bf16", "grad_accum_dtype": "fp32"}}
+
+STAGE_0 = (
+    Row("0: SGD", 0, like_ddp=True),
+    Row(
+        "0: groups, AdamW, 2 passes", 0, optimizer=_groups(AdamW, lr=0.01), passes=2, like_ddp=True
+    ),
+    Row("0: clipped", 0, motions=_HOLD, settings=_CLIP),
+    Row(
+        "0: prescaled",
+        0,
+        motions=_HOLD,
+        settings={"prescale_gradients": True, "gradient_predivide_factor": 1},
+    ),
+    Row("0: sent as bf16", 0, motions=_HOLD, settings={"communication_data_type": "bf16"}),
+    Row("0: bf16, SGD, 2 passes, clipped", 0, "bf16", settings=_CLIP, passes=2),
+    Row(
+        "0: bf16, AdamW, sent as fp32",
+        0,
+        "bf16",
+        motions=_FADE,
+        optimizer=_ADAMW,
+        settings={"communication_data_type": "fp32"},
+    ),
+    Row("0: bf16, a number, AdamW", 0, "bf16", motions=_FADE, network=Tempered, optimizer=_ADAMW),
+    Row("0: bf16, a frozen shift", 0, "bf16", motions=_FADE, network=frozen_shift),
+    Row("0: bf16, overflow", 0, "bf16", motions=_FADE, overflow_at=4),
+    Row("0: 1 rank", 0, motions=_FADE, world_size=1, settings=_CLIP),
+)
+
+STAGE_1 = (
+    Row("1: SGD", 1, like_ddp=True),
+    Row("1: whole, AdamW, 2 passes", 1, zero=_WHOLE, optimizer=_ADAMW, passes=2, like_ddp=True),
+    Row(
+        "1: one by one, tiny buckets",
+        1,
+        motions=_HOLD,
+        zero={**_ONE_BY_ONE, **_TINY},
+        like_ddp=True,
+    ),
+    Row(
+        "1: overlap, tiny buckets, groups",
+        1,
+        motions=_FADE,
+        zero={**_OVERLAP, **_TINY},
+        optimizer=_groups(SGD, lr=0.05, momentum=0.9),
+        like_ddp=True,
+    ),
+    Row("1: overlap, 2 passes", 1, motions=_HOLD, zero=_OVERLAP, passes=2, like_ddp=True),
+    Row(
+        "1: a number apart, AdamW",
+        1,
+        network=Tempered,
+        optimizer=_temperature_apart(AdamW, lr=0.01),
+        like_ddp=True,
+    ),
+    Row(
+        "1: momentum for matrices",
+        1,
+        motions=_HOLD,
+        optimizer=_momentum_for_matrices,
+        like_ddp=True,
+    ),
+    Row("1: a frozen norm", 1, motions=_HOLD, network=frozen_norm, like_ddp=True),
+    Row("1: a frozen shift", 1, motions=_FADE, network=frozen_shift, like_ddp=True),
+    Row("1: bf16, a frozen shift", 1, "bf16", motions=_FADE, network=frozen_shift),
+    Row("1: a frozen convolution", 1, motions=_FADE, network=frozen_convolution, like_ddp=True),
+    Row(
+        "1: amsgrad, DeepSpeed's own optimizer",
+        1,
+        motions=_HOLD,
+        optimizer=None,
+        settings={
+            "optimizer": {
+                "type": "Adam",
+                "params": {"lr": 0.01, "torch_adam": True, "amsgrad": True, "weight_decay": 0.1},
+            }
+        },
+    ),
+    Row(
+        "1: bf16, AdamW, clipped, aligned",
+        1,
+        "bf16",
+        zero={"parameter_alignment": True},
+        optimizer=_ADAMW,
+        settings=_CLIP,
+    ),
+    Row(
+        "1: bf16, round robin, 2 passes",
+        1,
+        "bf16",
+        motions=_FADE,
+        zero={"round_robin_gradients": True},
+        passes=2,
+    ),
+    Row(
+        "1: bf16, overflow",
+        1,
+        "bf16",
+        overflow_at=4,
+        settings={"bf16": {"check_grad_overflow": True}},
+    ),
+    Row("1: 3 ranks", 1, motions=_FADE, world_size=3, tolerance=1e-4),
+)
+
+STAGE_2 = (
+    Row("2: SGD", 2, like_ddp=True),
+    Row("2: whole, tiny buckets", 2, motions=_FADE, zero={**_WHOLE, **_TINY}, like_ddp=True),
+    Row(
+        "2: one by one, tiny buckets, AdamW",
+        2,
+        motions=_HOLD,
+        zero={**_ONE_BY_ONE, **_TINY},
+        optimizer=_ADAMW,
+        like_ddp=True,
+    ),
+    Row("2: overlap, tiny buckets, 2 passes", 2, zero={**_OVERLAP, **_TINY}, passes=2),
+    Row(
+        "2: round robin, tiny buckets, groups",
+        2,
+        zero={"round_robin_gradients": True, **_TINY},
+        optimizer=_groups(AdamW, lr=0.01),
+        like_ddp=True,
+    ),
+    Row(
+        "2: scope coupled, loss.backward",
+        2,
+        truncation={"scope": "coupled"},
+        style="torch",
+        passes=2,
+    ),
+    Row("2: scope norm", 2, motions=_FADE, truncation={"scope": "norm"}, like_ddp=True),
+    Row("2: coalesced passes", 2, motions=_HOLD, style="coalesced", passes=2),
+    Row("2: unmanaged passes", 2, motions=_FADE, style="unmanaged", passes=2),
+    Row("2: bf16, AdamW, 2 passes, clipped", 2, "bf16", optimizer=_ADAMW, passes=2, settings=_CLIP),
+    Row("2: bf16, accumulated in fp32", 2, "bf16", motions=_HOLD, settings=_IN_FP32, passes=2),
+    Row(
+        "2: bf16, accumulated in fp32, whole",
+        2,
+        "bf16",
+        motions=_FADE,
+        zero=_WHOLE,
+        settings={**_IN_FP32, "communication_data_type": "fp32"},
+        optimizer=_ADAMW,
+    ),
+    Row(
+        "2: bf16, accumulated in fp32, one by one",
+        2,
+        "bf16",
+        motions=_HOLD,
+        zero={**_ONE_BY_ONE, **_TINY},
+        settings=_IN_FP32,
+        passes=2,
+    ),
+    Row("2: flattening", 2, motions=_FADE, network=_flattening),
+    Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP),
+    Row("2: concatenating", 2, motions=_FADE, network=Concatenating, zero=_TINY, like_ddp=True),
+    Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
+    Row("2: 4 ranks", 2, motions=_HOLD, world_size=4, tolerance=1e-4, zero=_TINY),
+)
+
+
+def _by_name(rows: Iterable[Row]) -> dict[str, Row]:
+    named: dict[str, Row] = {}
+    for row in rows:
+        assert row.name not in named, row.name
+        named[row.name] = row
+    return named
+
+
+ROWS: Mapping[str, Row] = _by_name((*STAGE_0, *STAGE_1, *STAGE_2))

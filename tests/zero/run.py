@@ -1,0 +1,297 @@
+"""Run: what every rank does for one row: with an engine, by hand, and under DDP, side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import worm_dist
+from tests.matrix.findings import Findings
+from tests.nets import random_images
+from tests.oracles import live_flags, mask_dropping
+from tests.zero.payload import Overheard, Payload, dense_payload_of, payload_of
+from tests.zero.reference import FADE_STEPS, Expected, Reference
+from tests.zero.row import COLUMNS, Row
+from tests.zero.rows import ROWS
+from tests.zero.trainee import Parallel, Trainee, network_of
+from worm_dist import Mask, WormConfig
+
+__all__ = ["run"]
+
+_SEARCH_STEPS = 2
+_GENERATIONS = {
+    "hold": (((0, 3, 9), 3), ((3, 4, 10, 12), 3)),  # channels 0 and 9 thaw again
+    "fade": (((0, 3, 9), 2), ((0, 3, 4, 9, 12), FADE_STEPS + 3)),
+}
+"""Channels to freeze, counted over all groups, and steps to train then.  The last fade needs time
+to end, a step to be listened to, and one to send less."""
+_STEPS_AFTER_DRAW = 3
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+# Of sums with fewer terms, hence another rounding, and of what follows from it in a few steps.
+_OUTPUTS = {"fp32": 1e-5, "bf16": 0.05}
+_TRAINED_ON = {"fp32": 1e-4, "bf16": 0.02}
+
+_Norm = nn.modules.batchnorm._BatchNorm
+
+
+def run(names: tuple[str, ...]) -> dict[str, Findings]:
+    """All that is seen of these rows on this rank."""
+    overheard = Overheard()
+    found = {}
+    for name in names:
+        found[name] = findings = Findings()
+        for motion in ROWS[name].motions:
+            with findings.of(*COLUMNS):
+                _Course(ROWS[name], motion, overheard, findings).run()
+    return found
+
+
+class _Course:
+    """One training, from the search to the ticket and beyond."""
+
+    def __init__(self, row: Row, motion: str, overheard: Overheard, findings: Findings) -> None:
+        self._row = row
+        self._motion = motion
+        self._overheard = overheard
+        self._findings = findings
+        self._number = 0
+        self.trainee = Trainee(row)
+        truncation = {"motion": motion, "fade": f"{FADE_STEPS}ba", **row.truncation}
+        self._config = WormConfig(truncation=truncation)
+        self.engine = self._attached(self.trainee)
+        scope = self._config.truncation.scope
+        fades = motion == "fade"
+        self.reference = Reference(row, self.engine.groups, scope, fades)
+        self._expected = Expected(self.trainee, self.engine.groups, scope, fades)
+        self.parallel: Parallel | None = None
+        if row.like_ddp:
+            self.parallel = Parallel(row)
+            self._parallel_engine = self._attached(self.parallel)
+        self._trained = {name for group in self.trainee.groups for name in group}
+        self._gradients = self._dense_gradients = 0
+        self._dense = dense_payload_of(row, self.trainee.groups, self.trainee.network)
+
+    def run(self) -> None:
+        for _ in range(_SEARCH_STEPS):
+            self._step()
+        for dropped, num_steps in _GENERATIONS[self._motion]:
+            groups = self.engine.groups
+            here = [channel for channel in dropped if channel < groups.num_channels]
+            self._freeze(mask_dropping(groups, *here))
+            for _ in range(num_steps):
+                self._step()
+            self._compare_insides()
+        self._draw()
+        for _ in range(_STEPS_AFTER_DRAW):
+            self._step_after_draw()
+        self._compare_after_draw()
+        self.engine.detach()
+
+    def _attached(self, trainee: Trainee) -> worm_dist.Engine:
+        return worm_dist.attach(
+            trainee.model,
+            trainee.optimizer if isinstance(trainee, Parallel) else None,
+            self._config,
+            example_inputs=random_images(1).to(self._row.dtype),
+            steps_per_epoch=10,
+        )
+
+    # ---- while it truncates ----------------------------------------------------------------------
+
+    def _freeze(self, mask: Mask) -> None:
+        self.engine.truncate(mask)
+        self.reference.expected.freeze(mask)
+        self._expected.freeze(mask)
+        if self.parallel is not None:
+            self._parallel_engine.truncate(mask)
+
+    def _step(self) -> None:
+        findings, where = self._findings, self._where
+        self._overheard.take()
+        self.trainee.step(self._number)
+        handed_over = self._overheard.take()
+        self.reference.step(self._number)
+        findings.weights.append(self.trainee.digest)
+        if self._row.stage == 0:
+            findings.weights.append(_digest(self.trainee.inside.everything()))
+        findings.all_same(
+            "exact", self.trainee.values, self.reference.values, where, self._row.tolerance
+        )
+        for name in self._expected.frozen:
+            here = ~self._expected.flags[name]
+            weight = self.trainee.network.get_parameter(name)
+            expected = self._expected.now(name, weight).to(weight.dtype)
+            findings.same("held", weight[here], expected[here], f"{where}: {name}")
+        if self.trainee.num_steps == self._expected.over_at:
+            for name in (
+                name for g in self.engine.groups for n in g.norms for name, _ in n.parameters
+            ):
+                values = self.trainee.network.get_parameter(name)
+                here = ~self._expected.flags[name]
+                findings.expect("held", not bool(values[here].any()), f"{where}: {name} is not 0")
+        self._expect_bytes(handed_over, self._count())
+        if self.parallel is not None:
+            self.parallel.step(self._number)
+            findings.all_same("ddp", self.trainee.weights, self.parallel.weights, where)
+        self._number += 1
+
+    def _compare_insides(self) -> None:
+        """Masters and moments; what is frozen also against what it was on this side."""
+        findings, where = self._findings, self._where
+        mine, theirs = self.trainee.inside.everything(), self.reference.inside.everything()
+        findings.all_same("exact", mine, theirs, f"{where}, inside", self._row.tolerance)
+        told = self.trainee.inside.told()
+        findings.all_same("exact", told, {key: mine[key] for key in told}, f"{where}, told")
+        for key, value in mine.items():
+            name = key.split()[0]
+            here, expected = ~self._expected.flags[name], self._expected.now(key, value)
+            expected = expected.to(self._row.dtype) if name not in self._trained else expected
+            findings.same("held", value[here], expected[here], f"{where}, inside: {key}")
+
+    def _count(self) -> Payload:
+        """Bytes that the last step should have sent."""
+        if not self._expected.frozen:
+            return self._dense
+        flags = self._expected.flags
+        reduced = {name: flag.clone() for name, flag in flags.items()}
+        if 0 < self._expected.over_at < self.trainee.num_steps - 1:
+            self._take_out_columns(reduced)
+        # Vectors are told whole.
+        gathered = {n: flag if flag.dim() > 1 else flag | True for n, flag in flags.items()}
+        return payload_of(self._row, self.trainee.groups, reduced, gathered)
+
+    def _take_out_columns(self, flags: dict[str, Tensor]) -> None:
+        """Nobody hears faded channels, so nothing comes back to the columns that read them."""
+        groups = self.engine.groups
+        for group, lost in zip(groups, groups.split(self._expected.lost).values()):
+            for consumer in group.consumers:
+                for name, dim in consumer.parameters:
+                    for place in consumer.positions[lost].flatten().tolist():
+                        flags[name].select(dim, place).fill_(False)
+
+    def _expect_bytes(self, handed_over: int, expected: Payload) -> None:
+        """What a skipped step has sent is said of the next one."""
+        traffic, dense, where = self.engine.traffic, self._dense, self._where
+        self._gradients += expected.gradients
+        self._dense_gradients += dense.gradients
+        stepped = self.trainee.model.was_step_applied()
+        told = expected.gradients + expected.told * stepped
+        compared = [("handed over", handed_over, told)]
+        if stepped:
+            said, whole = self._gradients + expected.share, self._dense_gradients + dense.share
+            compared.append(("said to be sent", traffic.sent_bytes, said))
+            if self.engine.phase != "ticket" or self._row.style != "unmanaged":
+                compared.append(("said to be dense", traffic.dense_bytes, whole))
+            self._gradients = self._dense_gradients = 0
+        for what, actual, right in compared:
+            what = f"{where}: {actual} bytes {what}, not {right}"
+            self._findings.expect("bytes", actual == right, what)
+
+    # ---- the draw, and after ---------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        engine, trainee, row = self.engine, self.trainee, self._row
+        network, mask = trainee.network, engine.mask
+        assert mask is not None
+        with self._findings.of("draw"):
+            self._kept = live_flags(network, engine.groups, ~mask.keep, "coupled")
+            inside, weights = trainee.inside.everything(), trainee.values
+            counters = {name: getattr(trainee.model, name) for name in _COUNTERS}
+            silenced = live_flags(network, engine.groups, ~mask.keep, "norm")
+            num_steps, total = engine.step, engine.traffic.total_sent_bytes
+
+            engine.draw(mask)
+            trainee.model = engine.model
+            if self.parallel is not None:
+                self._parallel_engine.draw(mask)
+                self.parallel.model = self._parallel_engine.model
+                pair = self.trainee.weights, self.parallel.weights
+                self._findings.all_same("ddp", *pair, f"{self._where}, drawn")
+
+            expect, where = self._findings.expect, f"{self._where}, draw"
+            now = {name: getattr(trainee.model, name) for name in _COUNTERS}
+            expect("draw", now == counters, f"{where}: counters {counters} became {now}")
+            expect("draw", engine.step == num_steps, f"{where}: {engine.step} steps")
+            sent = engine.traffic.total_sent_bytes
+            expect("draw", sent == total, f"{where}: {total} bytes in all became {sent}")
+            self._drawn, told = trainee.inside.everything(), trainee.inside.told()
+            self._findings.all_same("draw", {key: self._drawn[key] for key in told}, told, where)
+            self._survivors(self._drawn, inside, where)
+            for name, parameter in network.named_parameters():
+                survived = weights[name][self._kept[name]].view_as(parameter)
+                self._findings.same("draw", parameter, survived, f"{where}: {name}")
+            masked = network_of(row).to(row.dtype)
+            masked.load_state_dict(weights)
+            with torch.no_grad():
+                for name, parameter in masked.named_parameters():
+                    parameter[~silenced[name]] = 0
+            self._take_statistics(masked, network)
+            images = random_images(6, seed=9).to(row.dtype)
+            outputs = _outputs(network, images), _outputs(masked, images)
+            self._findings.same("draw", *outputs, f"{where}: outputs", _OUTPUTS[row.precision])
+            self._take_statistics(self.reference.network, network)
+
+    def _survivors(self, after: dict[str, Tensor], before: dict[str, Tensor], where: str) -> None:
+        survived = {
+            key: value[self._kept[key.split()[0]]].view_as(after[key])
+            for key, value in before.items()
+            if key in after
+        }
+        lost = before.keys() - after.keys()
+        self._findings.expect("draw", not lost, f"{where}: lost: {lost}")
+        self._findings.all_same("draw", after, survived, where)
+
+    def _step_after_draw(self) -> None:
+        where = f"{self._where}, drawn"
+        self._overheard.take()
+        self.trainee.step(self._number)
+        handed_over = self._overheard.take()
+        self.reference.step(self._number)
+        self._findings.weights.append(self.trainee.digest)
+        row, groups = self._row, self.trainee.groups
+        self._expect_bytes(handed_over, dense_payload_of(row, groups, self.trainee.network))
+        if self.parallel is not None:
+            self.parallel.step(self._number)
+            pair = self.trainee.weights, self.parallel.weights
+            self._findings.all_same("ddp", *pair, where)
+        self._number += 1
+
+    def _compare_after_draw(self) -> None:
+        """If the dropped channels were zero, the masked network trains like the drawn one."""
+        where, tolerance = f"{self._where}, trained on", _TRAINED_ON[self._row.precision]
+        mine, theirs = self.trainee.inside.everything(), self.reference.inside.everything()
+        for name, parameter in self.trainee.network.named_parameters():
+            sound = bool(mine[name].isfinite().all())
+            moved = not parameter.requires_grad or not torch.equal(mine[name], self._drawn[name])
+            self._findings.expect("draw", sound and moved, f"{where}: {name} does not train")
+        if self._motion != "fade":
+            return
+        for key, value in mine.items():
+            survived = theirs[key][self._kept[key.split()[0]]].view_as(value)
+            self._findings.same("draw", value, survived, f"{where}: {key}", tolerance)
+
+    @torch.no_grad()
+    def _take_statistics(self, masked: nn.Module, drawn: nn.Module) -> None:
+        """The draw has estimated them anew; they are not what is compared here."""
+        for name, norm in drawn.named_modules():
+            if isinstance(norm, _Norm):
+                whole, places = masked.get_submodule(name), self._kept[f"{name}.weight"]
+                whole.running_mean[places] = norm.running_mean
+                whole.running_var[places] = norm.running_var
+
+    @property
+    def _where(self) -> str:
+        return f"{self._motion}, step {self._number}"
+
+
+def _digest(values: dict[str, Tensor]) -> str:
+    return str([(key, value.double().sum().item()) for key, value in values.items()])
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, images: Tensor) -> Tensor:
+    network.eval()
+    outputs: Tensor = network(images).float()
+    network.train()
+    return outputs
