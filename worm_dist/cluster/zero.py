@@ -60,6 +60,13 @@ _REDUCTION_POINTS = {
         "divide",
         "process_group",
     ],
+    "stage_1_and_2.all_gather_dp_groups": [
+        "groups_flat",
+        "partitioned_param_groups",
+        "dp_process_group",
+        "start_alignment_factor",
+        "allgather_bucket_size",
+    ],
 }
 
 
@@ -112,8 +119,8 @@ class Zero:
             gradients *= self.model.gradient_accumulation_steps()
         if not self._stepping.shared or self.ranks.size == 1:
             return int(gradients)
-        flats = zip(self.wrapper.partition_size, self.wrapper.bit16_groups_flat)
-        return int(gradients + sum(size * flat.element_size() for size, flat in flats))
+        weights = sum(flat.nbytes // self.ranks.size for flat in self.wrapper.bit16_groups_flat)
+        return int(gradients + weights)
 
     def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
         """How the engine's optimizer steps.
@@ -275,15 +282,17 @@ def _optimizer_refusals(engine: Any, stage: int) -> Iterator[str]:
 
 
 def _changed_points() -> Iterator[str]:
-    """A method that we replace must be the one we know, whatever the version says."""
+    """A function that we replace must be the one we know, whatever the version says."""
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero import stage_1_and_2
 
-    owners = {kind.__name__: kind for kind in (DeepSpeedEngine, DeepSpeedZeroOptimizer)}
+    optimizer = stage_1_and_2.DeepSpeedZeroOptimizer
+    owners = {"stage_1_and_2": stage_1_and_2}
+    owners |= {kind.__name__: kind for kind in (DeepSpeedEngine, optimizer)}
     for point, known in _REDUCTION_POINTS.items():
         owner, name = point.split(".")
-        method = getattr(owners[owner], name, None)
-        if method is None or list(inspect.signature(method).parameters) != known:
+        function = getattr(owners[owner], name, None)
+        if function is None or list(inspect.signature(function).parameters) != known:
             yield f"{point} is not the one we know; install deepspeed>=0.19,<0.20"
 
 

@@ -128,15 +128,13 @@ def partition_shards(wrapper: Any, number: int, rank: int, owner: Tensor) -> dic
         rank: whose partition.
         owner: ``[elements of a partition]``, that the shards are parts of.
     """
-    begin = rank * wrapper.partition_size[number]
-    end = begin + owner.numel()
+    begin, end = rank * owner.numel(), (rank + 1) * owner.numel()
     flat = wrapper.bit16_groups_flat[number]
     shards = {}
-    # DeepSpeed's own offsets: there may be padding between parameters.
-    parameters = wrapper.round_robin_bit16_groups[number]
-    offsets = wrapper.round_robin_bit16_offsets[number]
-    for parameter, offset in zip(parameters, offsets, strict=True):
-        assert parameter.data_ptr() == flat.data_ptr() + offset * flat.element_size()
+    for parameter in wrapper.round_robin_bit16_groups[number]:
+        # Parameters are views of the row; there may be padding between them.
+        offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+        assert 0 <= offset <= flat.numel() - parameter.numel()
         first, last = max(offset, begin), min(offset + parameter.numel(), end)
         if first < last:
             value = owner.detach()[first - begin : last - begin]

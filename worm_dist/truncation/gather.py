@@ -40,9 +40,9 @@ class PackedGather:
         # It is taken while this optimizer steps and at no other time.
         self._module = stage_1_and_2
         self._step = Override(wrapper, "step", self._with_gather)
-        sizes = zip(wrapper.partition_size, wrapper.bit16_groups_flat)
-        alone = dist.get_world_size(wrapper.dp_process_group) == 1
-        self._dense_bytes = 0 if alone else sum(size * f.element_size() for size, f in sizes)
+        size = dist.get_world_size(wrapper.dp_process_group)
+        weights = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
+        self._dense_bytes = weights // size if size > 1 else 0
 
     def adopt(self, plan: Plan) -> None:
         """Gather by another plan from the next step on."""
