@@ -20,11 +20,12 @@ __all__ = ["run"]
 
 _SEARCH_STEPS = 2
 _GENERATIONS = {
-    "hold": (((0, 3, 9), 3), ((3, 4, 10, 12), 3)),  # channels 0 and 9 thaw again
-    "fade": (((0, 3, 9), 2), ((0, 3, 4, 9, 12), FADE_STEPS + 3)),
+    "hold": (((0, 3, 9, 13), 3), ((3, 4, 10, 13), 3)),  # channels 0 and 9 thaw again
+    "fade": (((0, 3, 13), 2), ((0, 3, 4, 9, 13), FADE_STEPS + 3)),
 }
-"""Channels to freeze, counted over all groups, and steps to train then.  The last fade needs time
-to end, a step to be listened to, and one to send less."""
+"""Channels to freeze, counted over all groups, and steps to train then.  Two partitions of the
+residual network meet within channel 13.  The last fade needs time to end, a step to be listened to,
+and one to send less."""
 _STEPS_AFTER_DRAW = 3
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
