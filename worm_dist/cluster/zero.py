@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 _KNOWN_VERSIONS = ("0.19.",)
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+_BATCH_SIZES = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
 _CARRIED = (
     "global_steps",
     "global_samples",
@@ -167,19 +172,28 @@ class Zero:
             )
 
     def release(self) -> None:
-        """Take the engine apart before its network is cut; it is dead after this."""
-        engine = self.model
+        """Take the engine apart before its network is cut; it is dead after this.
+
+        Variables of the user's may keep it and its optimizer for as long as they train; the dense
+        network and its master weights must not stay in memory with them.
+        """
+        engine, optimizer = self.model, self._stepping.optimizer
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
         engine.destroy()
-        engine.optimizer = None  # lets go of flat buffers as large as the dense network
+        engine.optimizer = None
+        engine.param_names = {}
         engine.register_forward_pre_hook(_refuse)
+        if self.wrapper is not optimizer:
+            vars(self.wrapper).clear()
+            self.wrapper.optimizer = optimizer  # learning rates can still be read
+            self.wrapper.step = self.wrapper.zero_grad = _refuse
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now in a new engine with the same settings and torch optimizer.
 
-        Counters, schedule, monitor and loader are those of the old engine.  The learning rates are
-        put back, since a schedule that the settings name would begin anew.
+        Counters, schedule, monitor and loader are those of the old engine; so nothing is made again
+        of what the settings say of them.
         """
         import deepspeed
 
@@ -187,14 +201,13 @@ class Zero:
         settings = copy.deepcopy(_settings(old))
         for section in ("scheduler", *_MONITORS):
             settings.pop(section, None)
-        rates = [group["lr"] for group in optimizer.param_groups]
+        for name in _BATCH_SIZES:  # may have been changed since
+            settings[name] = getattr(old, name)()
         model, *_ = deepspeed.initialize(
             model=self.called, optimizer=optimizer, config=settings, dist_init_required=False
         )
         for name in _CARRIED:
             setattr(model, name, getattr(old, name))
-        for group, rate in zip(model.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         gc.collect()  # engines hold themselves in circles, with all their buffers
         again: nn.Module = model
         return again
@@ -234,6 +247,8 @@ def _refusals(engine: Any) -> Iterator[str]:
         yield "experts (MoE) are reduced in groups of their own; train without them"
     if engine.mpu is not None or engine.autotp_size() > 1:
         yield "tensor parallelism spreads a channel over ranks; train with data parallelism alone"
+    if engine.sequence_parallel_size > 1:
+        yield "sequence parallelism reduces in a precision of its own; train without it"
     if engine.fp16_enabled():
         yield "fp16 with its loss scale has not been proved exact; choose bf16 or fp32"
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
@@ -301,8 +316,8 @@ def _settings(engine: Any) -> dict[str, Any]:
     return settings
 
 
-def _refuse(model: nn.Module, args: Any) -> None:
+def _refuse(*arguments: Any, **keywords: Any) -> None:
     raise BackendError(
-        "this engine belongs to the network before the draw and averages no gradients any more; "
-        "call engine.model"
+        "this engine or optimizer belongs to the network before the draw; go on with engine.model "
+        "and engine.optimizer"
     )
