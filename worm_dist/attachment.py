@@ -192,5 +192,7 @@ class Attachment:
         self._step_bytes = self.wrapping.step_bytes
 
     def remove(self) -> None:
-        """Hear nothing of the training from now on."""
+        """Hear nothing of the training, and leave its gradients alone, from now on."""
         self._observer.remove()
+        if self.reduction is not None:
+            self.reduction.remove()  # after a draw it is another than truncation's
