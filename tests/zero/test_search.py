@@ -1,0 +1,137 @@
+"""The same search, truncation and ticket under DistributedDataParallel and ZeRO 0, 1 and 2.
+
+A loop as a user writes it, with checks and the penalty.  In fp32, without clipping and with one
+pass a step all four do the same sums, so everything is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+import worm_dist
+from tests.nets import Residual, random_images, randomise
+from tests.ranks import Ranks
+from tests.zero.building import engine_around, settings_of
+from worm_dist import WormConfig
+
+_WAYS = ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2")
+_PRESETS = ("worm", "worm-paper", "early-bird", "dense")
+_STEPS = 14
+
+
+class _Loop:
+    """Two steps, then a check; a ticket is drawn when there is one."""
+
+    def __init__(self, way: str, preset: str) -> None:
+        torch.manual_seed(0)
+        self._network = Residual()
+        randomise(self._network, seed=3)
+        self._optimizer = SGD(self._network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+        self._is_ddp = way == "DDP"
+        model: Any = (
+            DistributedDataParallel(self._network)
+            if self._is_ddp
+            else engine_around(self._network, self._optimizer, settings_of(int(way[-1])))
+        )
+        search = {"prune_ratio": 0.4, "every": "2ba", "window": 3, "settled": 0.3, "l1": 0.01}
+        changes: dict[str, Any] = {"search": search, "ticket": {"settle": "1ba"}}
+        if preset == "worm":
+            changes["truncation"] = {"fade": "2ba"}
+        if preset == "worm-paper":
+            search |= {"window": 4, "elbow": {"min_masks": 3}}
+        if preset == "dense":
+            changes = {}
+        self.engine = worm_dist.attach(
+            model,
+            self._optimizer,
+            WormConfig.preset(preset, **changes),
+            example_inputs=random_images(1),
+            steps_per_epoch=2,
+        )
+
+    def run(self) -> list[tuple[str, ...]]:
+        """For every step digests of weights and mask, the phase and the penalty."""
+        seen = []
+        engine = self.engine
+        for number in range(_STEPS):
+            images = random_images(4, seed=10 * number + dist.get_rank())
+            logits = engine.model(images)
+            penalty = engine.penalty()
+            loss = nn.functional.cross_entropy(logits, torch.arange(4)) + penalty
+            if self._is_ddp:
+                loss.backward()
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
+            else:
+                engine.model.backward(loss)
+                engine.model.step()
+            if number % 2:
+                verdict = engine.check()
+                if verdict.ticket:
+                    engine.draw()
+            mask = "" if engine.mask is None else engine.mask.digest
+            weights = _digest(self._network)
+            seen.append((weights, mask, str(engine.phase.value), f"{penalty.item():.9g}"))
+        return seen
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _all_ways() -> dict[tuple[str, str], list[tuple[str, ...]]]:
+    return {(way, preset): _Loop(way, preset).run() for preset in _PRESETS for way in _WAYS}
+
+
+Seen = list[dict[tuple[str, str], list[tuple[str, ...]]]]
+
+
+@pytest.fixture(scope="module")
+def everyone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    outcomes = Ranks(tmp_path_factory.mktemp("search")).outcomes(
+        2, _all_ways, group_timeout=60, wall_limit=100
+    )
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+    return [outcome.value for outcome in outcomes]
+
+
+@pytest.mark.parametrize("way", _WAYS[1:])
+@pytest.mark.parametrize("preset", _PRESETS)
+def test_zero_finds_and_trains_the_same_as_ddp(everyone: Seen, preset: str, way: str) -> None:
+    for seen in everyone:
+        assert seen[way, preset] == seen["DDP", preset]
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("preset", _PRESETS)
+def test_ranks_agree(everyone: Seen, preset: str, way: str) -> None:
+    first, second = everyone
+    assert first[way, preset] == second[way, preset]
+
+
+_PHASES = {
+    "worm": ["search", "truncate", "ticket"],
+    "worm-paper": ["search", "truncate", "ticket"],
+    "early-bird": ["search", "ticket"],
+    "dense": ["dense"],
+}
+
+
+@pytest.mark.parametrize("preset", _PRESETS)
+def test_the_runs_come_through_all_phases(everyone: Seen, preset: str) -> None:
+    """Or the comparisons would say little."""
+    steps = everyone[0]["ZeRO 2", preset]
+    assert list(dict.fromkeys(phase for _, _, phase, _ in steps)) == _PHASES[preset]
+    assert (float(steps[0][-1]) > 0) == (preset != "dense"), "the penalty"
