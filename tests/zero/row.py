@@ -48,6 +48,8 @@ class Row:
         truncation: the engine's settings; ``motion`` is not among them.
         motions: each is one run, from the search to the ticket; one of them where the row is about
             how gradients get there.
+        frozen: channels to freeze, counted over all groups, one generation after the other, where
+            it matters which.
         overflow_at: the step in which the last rank's loss is infinite.
         world_size: number of ranks.
         tolerance: relative; 0 where the sums are exact.
@@ -65,6 +67,7 @@ class Row:
     style: Literal["engine", "torch", "coalesced", "unmanaged"] = "engine"
     truncation: Mapping[str, Any] = field(default_factory=dict)
     motions: tuple[str, ...] = ("hold", "fade")
+    frozen: tuple[tuple[int, ...], ...] = ()
     overflow_at: int | None = None
     world_size: int = 2
     tolerance: float = 0.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from tests.matrix.nets import frozen_convolution, frozen_norm, frozen_shift
-from tests.nets import Concatenating, Flattening, Residual, Separable
+from tests.nets import Concatenating, Flattening, Plain, Residual, Separable
 from tests.zero.row import Row
 
 __all__ = ["ROWS"]
@@ -20,6 +20,13 @@ def _flattening() -> nn.Module:
     """Without dropout, which is another one in a smaller network."""
     network = Flattening()
     network.dropout.p = 0.0
+    return network
+
+
+def _plain() -> nn.Module:
+    """Without a bias before a norm, of which only noise is learnt."""
+    network = Plain(8, 8)
+    network.conv1.bias = None
     return network
 
 
@@ -76,6 +83,7 @@ def _temperature_apart(kind: Any, **settings: Any) -> Any:
     return optimizer
 
 
+_INNER_GROUP = tuple(range(8, 14))
 _HOLD = ("hold",)
 _FADE = ("fade",)
 _ADAMW = _of(AdamW, lr=0.01, weight_decay=0.1)
@@ -125,8 +133,10 @@ STAGE_1 = (
         like_ddp=True,
     ),
     Row(
-        "1: overlap, tiny buckets, groups",
+        "1: overlap, tiny buckets, a cut scale",
         1,
+        network=_plain,  # partitions meet within the second norm's scale
+        frozen=((0, 3, 13), (0, 3, 4, 13, 15)),  # behind it too
         motions=_FADE,
         zero={**_OVERLAP, **_TINY},
         optimizer=_groups(SGD, lr=0.05, momentum=0.9),
@@ -227,7 +237,7 @@ STAGE_2 = (
         motions=_FADE,
         zero=_WHOLE,
         settings={**_IN_FP32, "communication_data_type": "fp32"},
-        optimizer=_ADAMW,
+        optimizer=_of(AdamW, lr=0.01, weight_decay=0.1, fused=True),
     ),
     Row(
         "2: bf16, accumulated in fp32, one by one",
@@ -242,7 +252,16 @@ STAGE_2 = (
     Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP),
     Row("2: concatenating", 2, motions=_FADE, network=Concatenating, zero=_TINY, like_ddp=True),
     Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
-    Row("2: 4 ranks", 2, motions=_HOLD, world_size=4, tolerance=1e-4, zero=_TINY),
+    Row(
+        "2: 4 ranks, a partition without life",
+        2,
+        motions=_HOLD,
+        zero=_TINY,
+        truncation={"scope": "coupled"},
+        frozen=(_INNER_GROUP, (0, 3, 9)),
+        world_size=4,
+        tolerance=1e-4,
+    ),
 )
 
 

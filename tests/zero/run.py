@@ -19,13 +19,15 @@ from worm_dist import Mask, WormConfig
 __all__ = ["run"]
 
 _SEARCH_STEPS = 2
-_GENERATIONS = {
-    "hold": (((0, 3, 9, 13), 3), ((3, 4, 10, 13), 3)),  # channels 0 and 9 thaw again
-    "fade": (((0, 3, 13), 2), ((0, 3, 4, 9, 13), FADE_STEPS + 3)),
+_FROZEN = {
+    "hold": ((0, 3, 9, 13), (3, 4, 10, 13)),  # channels 0 and 9 thaw again
+    "fade": ((0, 3, 13), (0, 3, 4, 9, 13)),
 }
-"""Channels to freeze, counted over all groups, and steps to train then.  Two partitions of the
-residual network meet within channel 13.  The last fade needs time to end, a step to be listened to,
-and one to send less."""
+"""Channels to freeze, counted over all groups, one generation after the other.  Two partitions of
+the residual network meet within channel 13."""
+_STEPS = {"hold": (3, 3), "fade": (2, FADE_STEPS + 3)}
+"""In each generation.  The last fade needs time to end, a step to be listened to, and one to send
+less."""
 _STEPS_AFTER_DRAW = 3
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -76,7 +78,8 @@ class _Course:
     def run(self) -> None:
         for _ in range(_SEARCH_STEPS):
             self._step()
-        for dropped, num_steps in _GENERATIONS[self._motion]:
+        frozen = self._row.frozen or _FROZEN[self._motion]
+        for dropped, num_steps in zip(frozen, _STEPS[self._motion], strict=True):
             groups = self.engine.groups
             here = [channel for channel in dropped if channel < groups.num_channels]
             self._freeze(mask_dropping(groups, *here))

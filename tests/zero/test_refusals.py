@@ -277,6 +277,17 @@ def test_what_is_refused_has_a_name_and_a_way_out(sayings: dict[str, str], name:
     assert "\n" not in said
 
 
+def _sequence_parallel() -> str:
+    settings = {"sequence_parallel_size": 2, "data_parallel_size": 1}
+    return _attach(_build(Case("", 1, settings)))
+
+
+def test_sequence_parallelism_is_refused(ranks: Ranks) -> None:
+    for outcome in ranks.outcomes(2, _sequence_parallel, group_timeout=60, wall_limit=60):
+        assert outcome.exitcode == 0, str(outcome)
+        assert "sequence parallelism reduces in a precision of its own" in outcome.value
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_deepspeed_or_optimizer_is_not_taken(sayings: dict[str, str], name: str) -> None:
     assert sayings[name] == OTHERS[name]
