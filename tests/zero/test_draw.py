@@ -18,11 +18,13 @@ from torch.optim.swa_utils import AveragedModel
 import worm_dist
 from tests.nets import Residual, random_images
 from tests.oracles import mask_dropping
-from tests.ranks import Ranks
+from tests.ranks import Outcome, Ranks
 from tests.zero.building import engine_around, settings_of
 from worm_dist import BackendError, WormConfig
 
-_STAGES = ((0, "bf16"), (1, "bf16"), (2, "fp32"))
+Stage = tuple[int, str]
+
+_STAGES: tuple[Stage, ...] = ((0, "bf16"), (1, "bf16"), (2, "fp32"))
 _SCHEDULERS: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_max_lr": 0.1, "warmup_num_steps": 20, "warmup_type": "linear"},
     "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1, "cycle_first_step_size": 5},
@@ -196,31 +198,35 @@ def _dead(stage: int, precision: str) -> list[str]:
     return said
 
 
-def _everything(stage: int, precision: str, folder: str) -> dict[str, Any]:
+def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
     return {
-        "schedules": _schedules(stage, precision),
-        "checkpoints": _checkpoints(stage, precision, f"{folder}/checkpoints"),
-        "average": _average(stage, precision),
-        "events": _events(stage, precision, f"{folder}/events"),
-        "between passes": _between_passes(stage, precision),
-        "changed batch": _changed_batch(stage, precision),
-        "dead": _dead(stage, precision),
+        (stage, precision): {
+            "schedules": _schedules(stage, precision),
+            "checkpoints": _checkpoints(stage, precision, f"{folder}/{stage}/checkpoints"),
+            "average": _average(stage, precision),
+            "events": _events(stage, precision, f"{folder}/{stage}/events"),
+            "between passes": _between_passes(stage, precision),
+            "changed batch": _changed_batch(stage, precision),
+            "dead": _dead(stage, precision),
+        }
+        for stage, precision in _STAGES
     }
 
 
-@pytest.fixture(scope="module", params=_STAGES, ids=lambda stage: f"{stage[0]} {stage[1]}")
-def everyone(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """What each of two ranks has seen."""
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """One call of two ranks: importing DeepSpeed takes longer than all they do."""
     folder = tmp_path_factory.mktemp("draw")
-    stage, precision = request.param
-    outcomes = Ranks(folder).outcomes(
-        2, _everything, stage, precision, str(folder), group_timeout=60, wall_limit=100
-    )
+    ranks = Ranks(folder)
+    return ranks.outcomes(2, _everything, str(folder), group_timeout=60, wall_limit=100)
+
+
+@pytest.fixture(params=_STAGES, ids=lambda stage: f"{stage[0]} {stage[1]}")
+def everyone(request: pytest.FixtureRequest, outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """What each rank has seen."""
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
-    return [outcome.value for outcome in outcomes]
+    return [outcome.value[request.param] for outcome in outcomes]
 
 
 @pytest.mark.parametrize("name", [*_SCHEDULERS, "client's"])

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 import worm_dist
 from tests.nets import Plain, random_images
 from tests.oracles import mask_dropping
-from tests.ranks import Ranks
+from tests.ranks import Outcome, Ranks
 from tests.zero.building import engine_around, import_deepspeed, settings_of
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
@@ -173,21 +173,28 @@ def _what_is_left(stage: int, reduce_scatter: bool) -> Left:
     return found
 
 
-@pytest.fixture(scope="module", params=[(0, True), (1, True), (2, False)], ids=str)
-def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Left:
-    outcomes = Ranks(tmp_path_factory.mktemp("left")).outcomes(
-        2, _what_is_left, *request.param, group_timeout=60, wall_limit=60
-    )
-    for outcome in outcomes:
-        assert outcome.exitcode == 0, str(outcome)
-    found: Left = outcomes[0].value
-    return found
+_LEFT = ((0, True), (1, True), (2, False))
+
+
+def _what_all_leave() -> dict[tuple[int, bool], Left]:
+    return {way: _what_is_left(*way) for way in _LEFT}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    ranks = Ranks(tmp_path_factory.mktemp("left"))
+    return ranks.outcomes(2, _what_all_leave, group_timeout=60, wall_limit=60)
 
 
 @pytest.mark.parametrize("when", ["detached", "drawn and detached", "shared"])
-def test_no_function_of_ours_is_left(left: Left, when: str) -> None:
-    before, after = left[when]
-    assert after == before
+@pytest.mark.parametrize("way", _LEFT, ids=str)
+def test_no_function_of_ours_is_left(
+    outcomes: list[Outcome], way: tuple[int, bool], when: str
+) -> None:
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+        before, after = outcome.value[way][when]
+        assert after == before
 
 
 def _two_engines(stage: int) -> tuple[list[Tensor], list[Tensor], list[int]]:

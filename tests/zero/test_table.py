@@ -17,7 +17,7 @@ from tests.zero.row import COLUMNS
 from tests.zero.rows import ROWS
 from tests.zero.run import run
 
-_ROWS_A_CALL = 7
+_ROWS_A_CALL = 10
 
 
 def _calls() -> Iterator[tuple[str, ...]]:
