@@ -103,6 +103,12 @@ class Row:
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return names[self.settings.get("communication_data_type", self.precision)]
 
+    def remark(self, column: str) -> str | None:
+        """What has to be said of a cell besides whether it holds."""
+        if column == "exact" and self.tolerance:
+            return f"to a relative {self.tolerance:.0e}: a longer ring adds in another order"
+        return self.why_not(column)
+
     def why_not(self, column: str) -> str | None:
         """Why a column has no meaning here; None if it has."""
         if column == "ddp" and not self.like_ddp:
