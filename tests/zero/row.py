@@ -20,8 +20,8 @@ COLUMNS: Mapping[str, str] = {
     "frozen gradients are zeroed before they are reduced",
     "held": "frozen slices stay bit for bit, masters too; faded ones are start × (N−a)/N, then 0",
     "agree": "all ranks hold the same bits after every step",
-    "bytes": "what is handed to torch.distributed is the live elements and the longest live "
-    "partition, to the element, and is what the engine says",
+    "bytes": "what is handed to torch.distributed is the live elements and what lives of this "
+    "rank's partition, to the element, and is what the engine says",
     "draw": "the drawn network computes what the masked one did, masters, moments and counters are "
     "carried over, and it trains on as the masked one would",
     "ddp": "the same weights, bit for bit, as under DistributedDataParallel",
@@ -112,7 +112,7 @@ class Row:
     def why_not(self, column: str) -> str | None:
         """Why a column has no meaning here; None if it has."""
         if column == "ddp" and not self.like_ddp:
-            return "DDP sums in another order or precision"
+            return "DDP would add in another order, precision or scale"
         if column == "agree" and self.world_size == 1:
             return "one process has nobody to agree with"
         return None

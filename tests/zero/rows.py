@@ -142,6 +142,13 @@ STAGE_1 = (
         optimizer=_groups(SGD, lr=0.05, momentum=0.9),
         like_ddp=True,
     ),
+    Row(
+        "1: sent as bf16, one by one",
+        1,
+        motions=_HOLD,
+        zero=_ONE_BY_ONE,
+        settings={"communication_data_type": "bf16"},
+    ),
     Row("1: overlap, 2 passes", 1, motions=_HOLD, zero=_OVERLAP, passes=2, like_ddp=True),
     Row(
         "1: a number apart, AdamW",
@@ -248,8 +255,8 @@ STAGE_2 = (
         settings=_IN_FP32,
         passes=2,
     ),
-    Row("2: flattening", 2, motions=_FADE, network=_flattening),
-    Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP),
+    Row("2: flattening", 2, motions=_FADE, network=_flattening, like_ddp=True),
+    Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP, like_ddp=True),
     Row("2: concatenating", 2, motions=_FADE, network=Concatenating, zero=_TINY, like_ddp=True),
     Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
     Row(
