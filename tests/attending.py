@@ -140,7 +140,9 @@ KINDS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], _Inputs]]] = {
 
 def built(kind: str) -> nn.Module:
     """In double precision, and no two of its parameters are alike."""
-    network = KINDS[kind][0]().double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = KINDS[kind][0]().double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -171,6 +173,9 @@ def without_heads(
                 places.setdefault(name, {})[dim] = positions[keep].flatten().sort().values
         weight = weight_of(network, attention.reader)
         places[weight] = {1: attention.columns[keep].flatten()}
+        if weight.endswith("original"):
+            gate = f"{attention.reader}.parametrizations.weight.0.scale"
+            places[gate] = {0: keep.nonzero().flatten()}
     for name, left in places.items():
         parent, _, attribute = name.rpartition(".")
         tensor = cut.get_parameter(name)

@@ -105,10 +105,13 @@ class FewerHeads(nn.MultiheadAttention):
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
-        output = self.out_proj(heads.transpose(1, 2).flatten(2))
+        targets_first = batched and not self.batch_first
+        side_by_side = heads.permute((2, 0, 1, 3) if targets_first else (0, 2, 1, 3)).flatten(2)
+        # Which kernel multiplies what is not contiguous depends on whether gradients are wanted.
+        output = self.out_proj(side_by_side.contiguous())
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output if self.batch_first else output.transpose(0, 1), weights
+        return output, weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of all heads, laid out as the inputs are."""
