@@ -15,6 +15,7 @@ from .errors import (
     NonFiniteError,
     WormError,
 )
+from .gates import add_gates
 from .search.groups import ChannelGroup
 from .search.mask import Mask
 from .ticket.file import load_ticket
@@ -33,6 +34,7 @@ __all__ = [
     "Verdict",
     "WormConfig",
     "WormError",
+    "add_gates",
     "attach",
     "load_ticket",
 ]

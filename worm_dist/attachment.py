@@ -11,13 +11,14 @@ from .cluster.stepping import Owners, Stepping
 from .cluster.wrap import Wrapping, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
+from .gates import fold_gates, gates_of
 from .interval import Interval
 from .observer import Observer, Traffic
 from .search.groups import Groups
 from .ticket.carry import Cargo
 from .ticket.statistics import recalibrate
 from .ticket.surgery import Cut, remove_channels
-from .ticket.transplant import transplant
+from .ticket.transplant import forget, transplant
 from .truncation.reduction import Reduction
 
 __all__ = ["Attachment", "require_countable"]
@@ -170,10 +171,16 @@ class Attachment:
         after = dict(self.network.named_parameters())
         if cargo is None:
             transplant(self.stepping.optimizer, before, after, cuts)
+            forget(self.stepping.optimizer, {gate.scale for _, gate in gates_of(self.network)})
         else:
+            cargo.fold_gates(self.network)
+        fold_gates(self.network)
+        after = dict(self.network.named_parameters())
+        if cargo is not None:
             cargo.replace_parameters(after)
         for copy in copies:
             remove_channels(copy, cuts)
+            fold_gates(copy)
         if self._observer.calls:
             for network in (self.network, *copies):
                 recalibrate(network, self._observer.calls, self.ranks)

@@ -45,8 +45,9 @@ IntervalField = Annotated[
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
     "worm-paper": {
-        "search": {"elbow": {"min_masks": 5}},
+        "search": {"elbow": {"min_masks": 5}, "grouping": "layer"},
         "truncation": {"mode": "soft", "ratio": 0.003, "channels": "newest"},
+        "ticket": {"round_to": 1},
     },
     "early-bird": {"truncation": {"mode": "off"}},
     "dense": {"search": {"enabled": False}, "truncation": {"mode": "off"}},
@@ -90,8 +91,25 @@ class SearchConfig(Settings):
     """Which channels matter, and when that is known."""
 
     enabled: bool = True
+    score: Literal["scale", "norm_scale", "gate", "weight_norm"] = "scale"
+    """What ranks channels: the scales that there are, of norms and gates; only those of norms; only
+    gates; or the weights that make a channel, which needs neither.  ``attach`` takes a score of
+    your own."""
+    grouping: Literal["group", "layer"] = "group"
+    """Rank channels, coupled layers together, or the scales of each norm by itself as Early-Bird
+    does: then a coupled channel is dropped only where all its norms drop it."""
+    coupling: Literal["mean", "max", "skip"] = "mean"
+    """What counts of the scores of layers that a sum ties together; ``skip`` leaves the residual
+    stream dense, as EB Train does."""
     prune_ratio: float = Field(default=0.5, ge=0, lt=1)
-    """Share p of all channels that the mask drops, exact to the channel."""
+    """Share p of all channels that the mask drops."""
+    threshold: Literal["global", "layer"] = "global"
+    """Whether p is of all channels together or of each group's."""
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
+    """Shares of single groups, by patterns of their names such as ``layer4.*``; the first pattern
+    that matches counts."""
+    dense: list[str] = Field(default=[])
+    """Patterns of the names of modules whose channels all stay."""
     floor: float = Field(default=0.1, ge=0, lt=1)
     """Share of its channels that every group keeps; at least one."""
     every: IntervalField = Interval(1, "ep")
@@ -110,6 +128,10 @@ class SearchConfig(Settings):
             raise ValueError(
                 f"prune_ratio {self.prune_ratio:g} and floor {self.floor:g} contradict: "
                 "together they exceed 1"
+            )
+        if self.grouping == "layer" and self.score == "weight_norm":
+            raise ValueError(
+                "grouping 'layer' contradicts score 'weight_norm': only scales are those of a layer"
             )
         return self
 
@@ -177,6 +199,10 @@ class TicketConfig(Settings):
     recalibrate_batches: int = Field(default=8, ge=0)
     """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew after
     the draw; the engine keeps references to them while it searches.  0 turns it off."""
+    round_to: int = Field(default=8, ge=1)
+    """Groups of more than four times as many channels keep a multiple of this many, which hardware
+    likes; the search's masks are rounded so, up or down, as near to p as that allows.  1 turns it
+    off."""
 
 
 class WormParts(Settings):

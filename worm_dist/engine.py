@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,20 @@ from .cluster.agree import bits
 from .config import WormConfig
 from .errors import ConfigError
 from .observer import Traffic
-from .search.cut import cut
-from .search.groups import Groups
+from .search.groups import ChannelGroup, Groups
 from .search.history import Finding, History
 from .search.mask import Mask
-from .search.scores import NormScale
+from .search.ranking import Ranking
 from .search.usage import Usage
 from .ticket.file import save_ticket
-from .ticket.surgery import Cut, cuts_of
+from .ticket.surgery import Cut, cuts_of, ungated
 from .ticket.trial import agreed_groups
 from .truncation.truncation import Truncation, first_reduction
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
+
+OwnScore = Callable[[nn.Module, ChannelGroup], Tensor]
 
 
 def attach(
@@ -45,6 +46,7 @@ def attach(
     *,
     example_inputs: Any,
     steps_per_epoch: int | None = None,
+    score: OwnScore | None = None,
 ) -> Engine:
     """Attach an engine to a training.  Collective: every rank calls it.
 
@@ -58,17 +60,20 @@ def attach(
             model's device; the network is traced with it.
         steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
             epochs: then it is counted between two checks.
+        score: of your own, instead of ``search.score``: called with the network and a group, it
+            gives floats ``[num_channels]``, higher for what is to be kept.  It may look at this
+            rank's data; the ranks average it.
 
     Raises:
-        ConfigError: the network cannot be traced or has no scales to rank channels by; an
-            epoch's length is needed but not known.
+        ConfigError: the network cannot be traced or has nothing to rank channels by; an epoch's
+            length is needed but not known.
         BackendError: several processes but a bare module; a communication hook already registered.
         DivergenceError: the ranks trace different networks.
     """
     config = config or WormConfig()
     if steps_per_epoch is None:
         require_countable(config)
-    return Engine(model, optimizer, config, example_inputs, steps_per_epoch)
+    return Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
 
 
 class Engine:
@@ -88,6 +93,7 @@ class Engine:
         config: WormConfig,
         example_inputs: Any,
         steps_per_epoch: int | None,
+        score: OwnScore | None,
     ) -> None:
         self.config = config
         self.mask: Mask | None = None
@@ -95,23 +101,22 @@ class Engine:
         self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
         self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
-        settings = {"config": repr(config), "steps_per_epoch": repr(steps_per_epoch)}
+        settings = {
+            "config": repr(config),
+            "steps_per_epoch": repr(steps_per_epoch),
+            "score": getattr(score, "__qualname__", type(score).__name__),
+        }
         self._ranks.require_equal(
             {"setting": {name: text.encode() for name, text in settings.items()}}, "attach"
         )
-        self.groups: Groups = agreed_groups(self._training.network, example_inputs, self._ranks)
-        self._training.require_optimized(self.groups)
-        # An infeasible floor is told here, not after the first epoch.
-        search = config.search
-        cut(
-            torch.zeros(self.groups.num_channels),
-            self.groups.sizes,
-            search.prune_ratio,
-            search.floor,
+        network, search = self._training.network, config.search
+        self.groups: Groups = agreed_groups(
+            network, example_inputs, self._ranks, search, any_group=score is not None
         )
-        self._scores = NormScale(self._training.network, self.groups)
+        self._training.require_optimized(self.groups)
+        self._ranking = Ranking(config, network, self.groups, score)
         looks = search.enabled and self._training.wrapping.finds_unused
-        self._usage = Usage(self._training.network, self._scores.scales) if looks else None
+        self._usage = Usage(network, self._ranking.scales) if looks else None
         self._history = History(config.search)
         self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._truncation = Truncation(
@@ -144,34 +149,31 @@ class Engine:
         if not self._searching:
             return self._verdict
         self._training.measure_epoch()
-        search = self.config.search
-        scores = self._scores()
+        scores = self._ranking.scores()
         average = self._ranks.mean(scores)
-        mask, floored = cut(
-            average, self.groups.sizes, search.prune_ratio, search.floor, self._truncation.lost
-        )
+        candidates, mask, floored = self._ranking.cut(average, self._truncation.lost)
         in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
         self._ranks.require_equal(
-            {"scale": bits(self.groups.split(scores)), "mask": bits(mask), **in_force},
+            {"scale": bits(self._ranking.replicated(scores)), "mask": bits(mask), **in_force},
             f"check at step {self.step}",
         )
         verdict = Verdict.decode(
             self._ranks.decided_by_rank_zero(
-                lambda: self._judge(mask, floored).encode(), Verdict.SIZE
+                lambda: self._judge(candidates, mask, floored).encode(), Verdict.SIZE
             )
         )
         self._streaks = torch.where(mask.keep, 0, self._streaks + 1)
         if verdict.phase is Phase.TRUNCATE:
             newest = self.config.truncation.channels == "newest" or verdict.settled
-            self._freeze(~mask.keep if newest else self._streaks >= search.window)
+            self._freeze(~mask.keep if newest else self._streaks >= self.config.search.window)
         self.mask, self.phase = mask, verdict.phase
         self._verdict = self._completed(verdict)
         return self._verdict
 
-    def _judge(self, mask: Mask, floored: tuple[str, ...]) -> Verdict:
+    def _judge(self, candidates: Mask, mask: Mask, floored: tuple[str, ...]) -> Verdict:
         """Rank zero's decision: truncation starts at the elbow, the ticket is drawn when the masks
         have settled and the network has lived without its faded channels for a while."""
-        finding = self._history.record(self.step, mask, floored)
+        finding = self._history.record(self.step, candidates, floored)
         truncates = self.config.truncation.mode != "off"
         starts = truncates and finding.elbow and self.phase is Phase.SEARCH
         return Verdict(
@@ -235,6 +237,7 @@ class Engine:
         self._cuts = cuts_of(self.groups, mask, self._training.network)
         self._let_go()
         self._training.shrink(self._cuts, copies)
+        self._cuts = ungated(self._cuts)
         self._training.reduction = first_reduction(self.config.truncation, self._training.wrapping)
         self.mask, self.phase = mask, Phase.TICKET
         self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -250,7 +253,7 @@ class Engine:
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._penalised = True
         used = None if self._usage is None else self._usage.take()
-        return self.config.search.l1 * self._scores.penalty(used)
+        return self.config.search.l1 * self._ranking.penalty(used)
 
     # ---- what has been seen, and leaving ---------------------------------------------------------
 

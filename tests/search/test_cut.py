@@ -3,6 +3,7 @@ from __future__ import annotations
 from fractions import Fraction
 from math import ceil
 from math import floor as floor_of
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from worm_dist import ConfigError, NonFiniteError
 from worm_dist.search.cut import cut
+from worm_dist.search.pools import Pool
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(
     lambda sizes: {f"group{number}": size for number, size in enumerate(sizes)}
@@ -28,6 +30,46 @@ def _cases(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, float, float]:
     return sizes, torch.tensor(levels).float(), draw(RATIOS), draw(st.sampled_from([0, 0.1, 0.3]))
 
 
+@st.composite
+def _pooled(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, list[Pool], float]:
+    """The same, the groups dealt out to pools of their own ratios."""
+    sizes, scores, _, floor = draw(_cases())
+    dealt: dict[int, list[str]] = {}
+    for name in draw(st.permutations(list(sizes))):
+        dealt.setdefault(draw(st.integers(0, 2)), []).append(name)
+    return sizes, scores, [Pool(draw(RATIOS), tuple(names)) for names in dealt.values()], floor
+
+
+def _flags(draw: st.DrawFn, num_channels: int) -> list[bool]:
+    return draw(st.lists(st.booleans(), min_size=num_channels, max_size=num_channels))
+
+
+def _slowly(
+    sizes: dict[str, int], scores: list[float], pools: list[Pool], floor: float, lost: list[bool]
+) -> tuple[list[bool], tuple[str, ...]]:
+    """The cut in plain Python: pool by pool walk up the sorted channels, the lost ones first, and
+    skip what the floor protects."""
+    names = list(sizes)
+    channels = [(group, c) for group, size in enumerate(sizes.values()) for c in range(size)]
+    ranked = sorted((not gone, *entry) for gone, *entry in zip(lost, scores, channels))
+    dropped, spared = set(), set()
+    for pool in pools:
+        here = [(alive, c) for alive, _, c in ranked if names[c[0]] in pool.groups]
+        protected = set()
+        for name in pool.groups:
+            of_group = [(alive, c) for alive, c in here if names[c[0]] == name]
+            best = of_group[-_num_protected(floor, sizes[name]) :]
+            protected |= {c for alive, c in best if alive}
+        num_dropped = max(_num_dropped(pool.ratio, len(here)), sum(not alive for alive, _ in here))
+        free = [c for _, c in here if c not in protected]
+        if len(free) < num_dropped:
+            raise ConfigError("too few")
+        dropped |= set(free[:num_dropped])
+        spared |= {c for _, c in here[:num_dropped] if c in protected}
+    floored = tuple(names[group] for group in sorted({group for group, _ in spared}))
+    return [channel not in dropped for channel in channels], floored
+
+
 def _num_dropped(ratio: float, num_channels: int) -> int:
     """Rounded down as in decimals, not as in binary fractions."""
     return floor_of(Fraction(str(ratio)) * num_channels)
@@ -42,37 +84,16 @@ def _feasible(sizes: dict[str, int], ratio: float, floor: float) -> bool:
     return _num_dropped(ratio, sum(sizes.values())) <= sum(sizes.values()) - protected
 
 
-@given(_cases())
-def test_count_is_exact_and_floor_is_respected(case: tuple) -> None:
-    sizes, scores, ratio, floor = case
-    assume(_feasible(sizes, ratio, floor))
-    mask, _ = cut(scores, sizes, ratio, floor)
-    assert scores.numel() - mask.num_kept == _num_dropped(ratio, scores.numel())
-    for name, size in sizes.items():
-        assert int(mask[name].sum()) >= _num_protected(floor, size)
-
-
+@settings(max_examples=50)
 @given(_cases())
 def test_order_is_total_by_score_then_group_then_channel(case: tuple) -> None:
-    """An oracle in plain Python: walk up the sorted channels, skip what the floor protects."""
+    """A number in the place of pools is the ratio of one pool of all groups."""
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
-    channels = [(group, c) for group, size in enumerate(sizes.values()) for c in range(size)]
-    ranked = sorted(zip(scores.tolist(), channels))
-    protected = set()
-    for group, size in enumerate(sizes.values()):
-        here = [channel for _, channel in ranked if channel[0] == group]
-        protected |= set(here[-_num_protected(floor, size) :])
-    num_dropped = _num_dropped(ratio, len(channels))
-    free = [channel for _, channel in ranked if channel not in protected]
-    dropped = set(free[:num_dropped])
-
     mask, floored = cut(scores, sizes, ratio, floor)
-    assert mask.keep.tolist() == [channel not in dropped for channel in channels]
-
-    without_floor = {channel for _, channel in ranked[:num_dropped]}
-    names = list(sizes)
-    assert floored == tuple(names[g] for g in sorted({g for g, _ in without_floor - dropped}))
+    everything = [Pool(ratio, tuple(sizes))]
+    expected = _slowly(sizes, scores.tolist(), everything, floor, [False] * scores.numel())
+    assert (mask.keep.tolist(), floored) == expected
 
 
 @given(st.integers(0, 2**32), RATIOS)
@@ -95,6 +116,7 @@ def test_is_the_published_rule_where_scores_differ_and_no_floor_binds(
     assert floored == ()
 
 
+@settings(max_examples=50)
 @given(_cases(), st.data())
 def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.DataObject) -> None:
     sizes, scores, ratio, floor = case
@@ -111,6 +133,73 @@ def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.Da
     assert num_dropped == max(_num_dropped(ratio, scores.numel()), int(lost.sum()))
 
 
+@settings(max_examples=150)
+@given(_pooled(), st.data())
+def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject) -> None:
+    """Ratios, floors, ties and lost channels at once; what cannot be done is refused."""
+    sizes, scores, pools, floor = case
+    lost = data.draw(st.composite(_flags)(scores.numel()), label="lost")
+    try:
+        expected = _slowly(sizes, scores.tolist(), pools, floor, lost)
+    except ConfigError:
+        with pytest.raises(ConfigError, match=r"^search\.floor: "):
+            cut(scores, sizes, pools, floor, torch.tensor(lost))
+        return
+    mask, floored = cut(scores, sizes, pools, floor, torch.tensor(lost))
+    assert (mask.keep.tolist(), floored) == expected
+
+
+@given(_pooled())
+def test_each_pool_loses_its_own_count_exactly_and_each_group_keeps_its_floor(case: tuple) -> None:
+    sizes, scores, pools, floor = case
+    for pool in pools:
+        assume(_feasible({name: sizes[name] for name in pool.groups}, pool.ratio, floor))
+    mask, _ = cut(scores, sizes, pools, floor)
+    for pool in pools:
+        channels = sum(sizes[name] for name in pool.groups)
+        kept = sum(int(mask[name].sum()) for name in pool.groups)
+        assert channels - kept == _num_dropped(pool.ratio, channels)
+    for name, size in sizes.items():
+        assert int(mask[name].sum()) >= _num_protected(floor, size)
+
+
+@settings(max_examples=50)
+@given(_pooled(), st.randoms(use_true_random=False))
+def test_the_order_of_pools_and_of_groups_in_them_means_nothing(case: tuple, random: Any) -> None:
+    sizes, scores, pools, floor = case
+    shuffled = [Pool(p.ratio, tuple(random.sample(p.groups, len(p.groups)))) for p in pools]
+    random.shuffle(shuffled)
+    try:
+        expected = cut(scores, sizes, pools, floor)
+    except ConfigError:
+        with pytest.raises(ConfigError):
+            cut(scores, sizes, shuffled, floor)
+        return
+    assert cut(scores, sizes, shuffled, floor) == expected
+
+
+@settings(max_examples=50)
+@given(SIZES, st.randoms(use_true_random=False), RATIOS)
+def test_where_scores_differ_the_order_of_groups_and_channels_means_nothing(
+    sizes: dict[str, int], random: Any, ratio: float
+) -> None:
+    assume(_feasible(sizes, ratio, 0.1))
+    names = random.sample(list(sizes), len(sizes))
+    numbers = iter(random.sample(range(sum(sizes.values())), sum(sizes.values())))
+    scores = {name: [float(next(numbers)) for _ in range(size)] for name, size in sizes.items()}
+    order = {name: random.sample(range(size), size) for name, size in sizes.items()}
+    mask, _ = cut(torch.tensor([s for n in sizes for s in scores[n]]), sizes, ratio, 0.1)
+    shuffled, _ = cut(
+        torch.tensor([scores[name][channel] for name in names for channel in order[name]]),
+        {name: sizes[name] for name in names},
+        ratio,
+        0.1,
+    )
+    for name in sizes:
+        assert torch.equal(shuffled[name], mask[name][order[name]])
+
+
+@settings(max_examples=30)
 @given(_cases())
 def test_scores_of_any_scale_give_the_same_mask(case: tuple) -> None:
     sizes, scores, ratio, floor = case
@@ -135,6 +224,27 @@ def test_floors_that_leave_too_little_to_drop_are_refused() -> None:
     sizes = {f"group{number}": 1 for number in range(10)}
     with pytest.raises(ConfigError, match=r"^search\.floor: .*only 0 of 10 .* asks for 5"):
         cut(torch.rand(10), sizes, 0.5, 0.1)
+
+
+def test_the_pool_that_cannot_lose_its_share_is_named() -> None:
+    """The other pool has channels enough, but they are not this one's to give."""
+    pools = [Pool(0.1, ("large",)), Pool(0.75, ("small", "tiny"))]
+    message = (
+        "search.floor: 0.5 protects so many channels of groups small and 1 more that only 3 of 6 "
+        "may be dropped, but the ratio 0.75 asks for 4; lower one of them"
+    )
+    with pytest.raises(ConfigError) as error:
+        cut(torch.rand(46), {"large": 40, "small": 4, "tiny": 2}, pools, 0.5)
+    assert str(error.value) == message
+
+
+def test_what_the_floor_spares_is_taken_from_the_same_pool() -> None:
+    """Group c has the lowest channel that is left, but is cut by itself."""
+    sizes = {"a": 2, "b": 2, "c": 2}
+    scores = torch.tensor([1.0, 2.0, 8.0, 9.0, 3.0, 4.0])
+    mask, floored = cut(scores, sizes, [Pool(0.5, ("a", "b")), Pool(0, ("c",))], 0.5)
+    assert mask.keep.tolist() == [False, True, False, True, True, True]
+    assert floored == ("a",)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

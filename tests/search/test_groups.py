@@ -137,16 +137,16 @@ class _LeftDense(nn.Module):
 
 def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
     groups = _groups(_LeftDense())
-    assert [group.name for group in groups] == ["conv4"]
+    assert [group.name for group in groups] == ["conv2", "conv4"]
     assert groups.dense == {
         "bn1": "coupled with prelu (PReLU), which is not understood",
-        "bn2": "coupled with grouped, a grouped convolution",
         "bn3": "bn3 has no scale that trains",
+        "grouped": "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without",
     }
 
 
 def test_a_network_without_scales_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^model: .*no channel group"):
+    with pytest.raises(ConfigError, match=r"^model: it has no channel group with a B"):
         _groups(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.nets import Concatenating, Plain, Residual, random_images, randomise
-from worm_dist.search.scores import NormScale
-from worm_dist.search.tracing import find_groups
+from worm_dist.search.scores import ChannelScales
+from worm_dist.ticket.trial import find_drawable_groups as find_groups
 
 
-def _scored(network: torch.nn.Module) -> NormScale:
-    return NormScale(network, find_groups(network, random_images(1)))
+def _scored(network: torch.nn.Module) -> ChannelScales:
+    return ChannelScales(network, find_groups(network, random_images(1)))
 
 
 def test_score_is_the_size_of_the_scale_in_the_order_of_the_groups() -> None:

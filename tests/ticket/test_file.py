@@ -16,7 +16,7 @@ from tests.nets import Concatenating, Flattening, Residual, Separable, random_im
 from worm_dist import CheckpointError, ConfigError, Engine, WormConfig, load_ticket
 from worm_dist.models import build_model
 from worm_dist.search.cut import cut
-from worm_dist.search.scores import NormScale
+from worm_dist.search.scores import ChannelScales
 
 NAMED = {"name": "vgg_small", "num_classes": 10, "in_channels": 3, "arguments": {"widths": [8, 12]}}
 
@@ -26,7 +26,7 @@ def _drawn(network: nn.Module) -> Engine:
     config = WormConfig(truncation={"mode": "off"})
     optimizer = SGD(network.parameters(), lr=0.05)
     engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
-    scores = NormScale(network, engine.groups)()
+    scores = ChannelScales(network, engine.groups)()
     engine.draw(cut(scores, engine.groups.sizes, 0.5, 0.1)[0])
     return engine
 
@@ -140,8 +140,8 @@ def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
 
 
 def test_a_later_format_is_refused(ticket: Path) -> None:
-    _change(ticket, lambda content: content.update(format_version=2))
-    with pytest.raises(CheckpointError, match="format 2"):
+    _change(ticket, lambda content: content.update(format_version=3))
+    with pytest.raises(CheckpointError, match="format 3"):
         load_ticket(ticket, Residual)
 
 

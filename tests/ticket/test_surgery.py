@@ -27,9 +27,9 @@ from worm_dist import ConfigError, Mask, WormConfig
 from worm_dist.models import build_model
 from worm_dist.search.cut import cut
 from worm_dist.search.groups import Groups
-from worm_dist.search.scores import NormScale
-from worm_dist.search.tracing import find_groups
+from worm_dist.search.scores import ChannelScales
 from worm_dist.ticket.surgery import cuts_of, remove_channels
+from worm_dist.ticket.trial import find_drawable_groups as find_groups
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg_small": lambda: build_model("vgg_small", 10, 3, {"widths": [16, "M", 24, 32]}),
@@ -65,7 +65,7 @@ def _masked(network: nn.Module, groups: Groups, mask: Mask) -> nn.Module:
 
 
 def _search_mask(network: nn.Module, groups: Groups, ratio: float) -> Mask:
-    return cut(NormScale(network, groups)(), groups.sizes, ratio, 0.1)[0]
+    return cut(ChannelScales(network, groups)(), groups.sizes, ratio, 0.1)[0]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

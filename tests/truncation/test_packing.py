@@ -10,7 +10,7 @@ from tests.nets import Flattening, Residual, Separable, Upsampling, random_image
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from worm_dist import WormConfig, attach
-from worm_dist.search.tracing import find_groups
+from worm_dist.ticket.trial import find_drawable_groups as find_groups
 from worm_dist.truncation.packing import Packing
 from worm_dist.truncation.plan import Block, Plan
 

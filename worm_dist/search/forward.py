@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["run", "undisturbed"]
+__all__ = ["floats", "run", "undisturbed"]
 
 
 def run(network: nn.Module, example_inputs: Any) -> Any:
@@ -19,6 +19,19 @@ def run(network: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, (tuple, list)):
         return network(*example_inputs)
     return network(example_inputs)
+
+
+def floats(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors in what a network takes or puts out, however nested."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from floats(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from floats(part)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ For a network ``conv -> norm -> relu -> next`` the group of the conv is
 
     channel c = filter c of conv, scale c and shift c of norm, input column(s) c of next
 
-and residual sums tie the filters of several convs into one group.  All indices are those of the
-whole, unpruned network.
+and residual sums tie the filters of several convs into one group.  A head of an attention is a
+channel too: its rows of query, key and value, its gate, and the columns that read it.  All indices
+are those of the whole, unpruned network.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 __all__ = ["ChannelGroup", "Groups", "Member"]
@@ -26,16 +28,21 @@ class Member:
 
     Attributes:
         module: its name in the unwrapped network.
-        role: ``producer`` (its outputs are the channels), ``norm``, or ``consumer`` (its inputs).
-        positions: int64 ``[channels, k]``: the places along that side of the module that each
-            channel takes; k > 1 behind a flatten.
+        role: ``producer`` (its outputs are the channels), ``norm``, ``gate`` (a factor for each
+            channel), or ``consumer`` (its inputs).
+        positions: int64 ``[channels, k]``: the places along that dimension of the parameters that
+            each channel takes; k > 1 behind a flatten, in heads and in grouped convolutions.
         parameters: the sliced parameters, each with the dimension it is sliced along.
     """
 
     module: str
-    role: Literal["producer", "norm", "consumer"]
+    role: Literal["producer", "norm", "gate", "consumer"]
     positions: Tensor
     parameters: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        assert self.positions.dim() == 2 and self.positions.dtype == torch.int64, self.module
+        assert self.positions.unique().numel() == self.positions.numel(), self.module
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,32 +53,46 @@ class ChannelGroup:
         name: of the first module that produces the channels.
         num_channels: how many channels.
         members: every module that holds slices, in the network's order.
+        tied: whether a sum ties the outputs of several layers to one another.
     """
 
     name: str
     num_channels: int
     members: tuple[Member, ...]
+    tied: bool = False
 
     def __post_init__(self) -> None:
-        roles = {member.role for member in self.members}
-        assert {"producer", "norm"} <= roles, self.name
+        assert {"producer", "consumer"} <= {member.role for member in self.members}, self.name
         for member in self.members:
             assert member.positions.shape[0] == self.num_channels, (self.name, member.module)
 
     @property
     def norms(self) -> tuple[Member, ...]:
-        return tuple(member for member in self.members if member.role == "norm")
+        return self._having("norm")
+
+    @property
+    def gates(self) -> tuple[Member, ...]:
+        return self._having("gate")
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        return tuple(member for member in self.members if member.role == "consumer")
+        return self._having("consumer")
+
+    @property
+    def silencers(self) -> tuple[Member, ...]:
+        """The members whose zeros make a channel zero: its norms' scales and shifts, or its gate;
+        where there is neither, the layers that produce it."""
+        return self.norms or self.gates or self._having("producer")
+
+    def _having(self, role: str) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.role == role)
 
 
 class Groups(Sequence[ChannelGroup]):
     """All channel groups of a network, in the network's order.
 
     Attributes:
-        dense: for each norm that is in no group, why it is left dense.
+        dense: for each module that is in no group but could be, why it is left dense.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], dense: Mapping[str, str]) -> None:
@@ -84,6 +105,11 @@ class Groups(Sequence[ChannelGroup]):
         return {group.name: group.num_channels for group in self._groups}
 
     @property
+    def widths(self) -> dict[str, int]:
+        """How many places in a norm or a layer each channel of a group takes."""
+        return {group.name: group.silencers[0].positions.shape[1] for group in self._groups}
+
+    @property
     def num_channels(self) -> int:
         return sum(self.sizes.values())
 
@@ -94,21 +120,21 @@ class Groups(Sequence[ChannelGroup]):
 
     def without(self, reasons: Mapping[str, str]) -> Groups:
         """The same, but the groups named are left dense for these reasons."""
-        norms = {
-            norm.module: reasons[group.name]
+        left = {
+            member.module: reasons[group.name]
             for group in self._groups
             if group.name in reasons
-            for norm in group.norms
+            for member in group.silencers
         }
         rest = [group for group in self._groups if group.name not in reasons]
-        return Groups(rest, self.dense | norms)
+        return Groups(rest, self.dense | left)
 
     @property
     def digests(self) -> dict[str, bytes]:
         """The structure of each group: equal if and only if ranks mean the same slices."""
         digests = {}
         for group in self._groups:
-            structure = hashlib.blake2b(digest_size=16)
+            structure = hashlib.blake2b(repr(group.tied).encode(), digest_size=16)
             for member in group.members:
                 structure.update(repr((member.module, member.role, member.parameters)).encode())
                 structure.update(member.positions.numpy().tobytes())

@@ -1,66 +1,222 @@
-"""Scores: how much each channel matters, one float a channel."""
+"""Scores: how much each channel matters, one float a candidate.
+
+Usually the candidates are the channels of the groups.  Ranked layer by layer, as Early-Bird does,
+they are the scales of every norm by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .groups import Groups
+from ..config import SearchConfig
+from ..errors import ConfigError, WormError
+from .groups import ChannelGroup, Groups
+from .index import ScaleIndex
+from .mask import Mask
 
-__all__ = ["NormScale"]
+__all__ = ["ChannelScales", "LayerScales", "OwnScore", "Score", "WeightNorm", "score_of"]
+
+Coupling = Literal["mean", "max"]
 
 
-class NormScale:
-    """The size of the normalisation scale, |gamma|, averaged over the coupled norms of a group.
-
-    Source: Network Slimming (arXiv 1708.06519, section 3) and Early-Bird (arXiv 1909.11957).
+class Score(ABC):
+    """Ranks candidates.
 
     Attributes:
-        scales: of all groups' norms.
+        sizes: candidates of each group, or of each norm.
+        replicated: whether every rank must find the same bits: scores are of weights, not of data.
+        failure: why this rank could not score, None if it could.
     """
 
-    # S: scales of all norms in one vector      N: channels of all groups
-    # T: most scales that any one channel has; a channel that has fewer is padded with share 0
+    replicated = True
 
-    def __init__(self, network: nn.Module, groups: Groups) -> None:
-        parameters = dict(network.named_parameters())
-        self.scales: list[nn.Parameter] = []
-        columns: list[Tensor] = []
-        start = 0
-        for group in groups:
-            places = []
-            for norm in group.norms:
-                scale = parameters[norm.parameters[0][0]]
-                places.append(norm.positions + start)
-                self.scales.append(scale)
-                start += scale.numel()
-            columns.append(torch.cat(places, dim=1))
-        most = max(column.shape[1] for column in columns)
-        device = self.scales[0].device
-        places_TN = torch.zeros(most, groups.num_channels, dtype=torch.int64)
-        shares_TN = torch.zeros(most, groups.num_channels)
-        first = 0
-        for column in columns:
-            num_channels, num_scales = column.shape
-            span = slice(first, first + num_channels)
-            places_TN[:num_scales, span] = column.t()
-            shares_TN[:num_scales, span] = 1 / num_scales
-            first += num_channels
-        self._places_TN = places_TN.to(device)
-        self._shares_TN = shares_TN.to(device)
+    def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
+        self.sizes = dict(sizes)
+        self.failure: WormError | None = None
+        self._device = device
 
-    @torch.no_grad()
+    @abstractmethod
     def __call__(self) -> Tensor:
-        """float32 ``[num_channels]`` on the network's device, in the order of the groups.
+        """float32 ``[candidates]`` on the network's device."""
 
-        A gather and an ordered sum, no scatter-add: the same bits on every device of a kind.
-        """
-        sizes_S = torch.cat([scale.detach().float() for scale in self.scales]).abs_()
-        return (sizes_S[self._places_TN] * self._shares_TN).sum(dim=0)
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The parameters that the penalty shrinks."""
+        return []
 
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
         """The L1 norm of all scales, or of those in use; a differentiable scalar."""
         scales = [scale.float() for scale in self.scales if used is None or scale in used]
-        return torch.cat(scales).abs().sum() if scales else self.scales[0].new_zeros(())
+        if not scales:
+            return torch.zeros((), device=self._device)
+        return torch.cat(scales).abs().sum()
+
+    def candidates(self, channels: Tensor) -> Tensor:
+        """Of flags for all channels, bool ``[num_channels]``, those of the candidates."""
+        return channels
+
+    def channels(self, candidates: Mask) -> Mask:
+        """The mask over the groups' channels that a mask over candidates means."""
+        return candidates
+
+    def of_channels(self, scores: Tensor) -> Tensor:
+        """The scores of candidates as scores of channels, float ``[num_channels]``."""
+        return scores
+
+
+class ChannelScales(Score):
+    """The size of what scales a channel: |gamma| of its norms, or its gate; of coupled ones the
+    mean or the largest.
+
+    Source: Network Slimming (arXiv 1708.06519, section 3), Early-Bird (arXiv 1909.11957) and, for
+    gates, EarlyBERT (arXiv 2101.00063).
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
+        self._index = ScaleIndex(network, groups)
+        super().__init__(groups.sizes, self._index.device)
+        self._largest = coupling == "max"
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        # A gather and an ordered sum, no scatter-add: the same bits on every device of a kind.
+        sizes_TN = self._index.sizes()[self._index.places_TN]
+        if self._largest:
+            return sizes_TN.masked_fill(~self._index.present_TN, 0).amax(dim=0)
+        return (sizes_TN * self._index.shares_TN).sum(dim=0)
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return self._index.scales
+
+
+class LayerScales(Score):
+    """|gamma| of every norm by itself; a coupled channel goes only where all its norms drop it.
+
+    Source: Early-Bird (arXiv 1909.11957), whose masks are those of the single layers.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups) -> None:
+        self._index = ScaleIndex(network, groups)
+        super().__init__(self._index.counts, self._index.device)
+        self._groups = groups
+        self._places_TN = self._index.places_TN.cpu()
+        self._present_TN = self._index.present_TN.cpu()
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return self._index.sizes()
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return self._index.scales
+
+    def candidates(self, channels: Tensor) -> Tensor:
+        flags = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
+        flags[self._places_TN[self._present_TN & channels]] = True
+        return flags
+
+    def channels(self, candidates: Mask) -> Mask:
+        keep = (candidates.keep[self._places_TN] & self._present_TN).any(dim=0)
+        return Mask.from_vector(self._groups.sizes, keep)
+
+    def of_channels(self, scores: Tensor) -> Tensor:
+        return scores.cpu()[self._places_TN].masked_fill(~self._present_TN, 0).amax(dim=0)
+
+
+class WeightNorm(Score):
+    """The L2 norm of the weights that make a channel, as a share of its group's mean; of coupled
+    layers the mean or the largest.
+
+    Source: Pruning Filters (arXiv 1608.08710), there with L1; without the division layers of
+    different widths could not be compared.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
+        parameters = dict(network.named_parameters())
+        super().__init__(groups.sizes, next(iter(parameters.values())).device)
+        self._largest = coupling == "max"
+        self._sources = [
+            [
+                (parameters[member.parameters[0][0]], member.parameters[0][1], member.positions)
+                for member in group.members
+                if member.role == "producer"
+            ]
+            for group in groups
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return torch.cat([self._of_group(sources) for sources in self._sources])
+
+    def _of_group(self, sources: list[tuple[nn.Parameter, int, Tensor]]) -> Tensor:
+        norms = []
+        for weight, dim, positions in sources:
+            squares = weight.float().transpose(0, dim).flatten(1).square().sum(dim=1)
+            norm = squares[positions.to(weight.device)].sum(dim=1).sqrt()
+            norms.append(norm / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny))
+        stacked = torch.stack(norms)
+        return stacked.amax(dim=0) if self._largest else stacked.mean(dim=0)
+
+
+class OwnScore(Score):
+    """A score of the user's own; it may look at this rank's data, the ranks average it."""
+
+    replicated = False
+
+    def __init__(
+        self,
+        score: Callable[[nn.Module, ChannelGroup], Tensor],
+        network: nn.Module,
+        groups: Groups,
+    ) -> None:
+        super().__init__(groups.sizes, next(network.parameters()).device)
+        self._score = score
+        self._network = network
+        self._groups = groups
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        self.failure = None
+        try:
+            return torch.cat([self._of_group(group) for group in self._groups])
+        except Exception as error:  # whatever foreign code may raise
+            # The others must not wait for this rank: what is not a number stops them all.
+            where = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            self.failure = ConfigError(f"attach: score failed: {where}{error}")
+            return torch.full((sum(self.sizes.values()),), torch.nan, device=self._device)
+
+    def _of_group(self, group: ChannelGroup) -> Tensor:
+        scores = self._score(self._network, group)
+        if not isinstance(scores, Tensor) or scores.shape != (group.num_channels,):
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"group {group.name} needs a tensor [{group.num_channels}], got {given}"
+            )
+        return scores.detach().to(self._device, torch.float32)
+
+
+def score_of(
+    search: SearchConfig,
+    network: nn.Module,
+    groups: Groups,
+    own: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+) -> Score:
+    """The score that the settings name, or the user's own.
+
+    Args:
+        groups: only such as the score can rank.
+    """
+    coupling: Coupling = "max" if search.coupling == "max" else "mean"
+    if own is not None:
+        return OwnScore(own, network, groups)
+    if search.score == "weight_norm":
+        return WeightNorm(network, groups, coupling)
+    if search.grouping == "layer":
+        return LayerScales(network, groups)
+    return ChannelScales(network, groups, coupling)

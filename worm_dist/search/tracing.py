@@ -1,22 +1,19 @@
-"""Tracing: from a network to its channel groups.
-
-Which layers are coupled, and by which indices, is read from torch-pruning's dependency graph (Fang
-et al., CVPR 2023), always from the graph of the whole, unpruned network: behind a concatenation
-indices shift as soon as anything is removed.
-"""
+"""Tracing: from a network to its channel groups."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch_pruning
 from torch import nn
 
 from ..errors import ConfigError
+from .attention import Attention, find_attentions, weight_of
+from .coupling import Coupled, Layer, coupled_layers
 from .forward import run, undisturbed
 from .groups import ChannelGroup, Groups, Member
+from .interleaving import interleaved
 
 __all__ = ["find_groups"]
 
@@ -24,12 +21,10 @@ Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
-_Layer = tuple[nn.Module, bool, list[int], list[int]]
-"""module, whether its outputs are meant, places in the module, the channel of each place"""
-
 
 def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
-    """The channel groups of a network that have a BatchNorm with a trainable scale; maybe none.
+    """The channel groups of a network: channels of convolutions, neurons of linear layers, heads
+    of attentions; maybe none.
 
     Args:
         network: not wrapped.
@@ -37,26 +32,24 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
             network's device.  They are run through the network, in eval mode.
 
     Raises:
-        ConfigError: the network cannot be run or traced with these inputs.
+        ConfigError: the network cannot be run with these inputs.
     """
-    order = {module: place for place, module in enumerate(network.modules())}
-    names = {module: name for name, module in network.named_modules()}
-    shared = _shared(network)
-    found: list[ChannelGroup] = []
-    dense: dict[str, str] = {}
     _require_runs(network, example_inputs)
-    for group in _coupled_layers(network, example_inputs):
-        layers = sorted(_layers(group), key=lambda layer: order.get(layer[0], len(order)))
-        norms = [names[module] for module, *_ in layers if isinstance(module, Norm)]
-        if norms:
-            reason = _why_dense(layers, names, _is_output(group)) or _why_shared(
-                layers, names, shared
-            )
-            dense |= dict.fromkeys(norms, reason) if reason else {}
-            found += [] if reason else [_channel_group(layers, names)]
+    attentions, dense = find_attentions(network)
+    opaque = [network.get_submodule(attention.module) for attention in attentions]
+    sets, untraced = coupled_layers(network, example_inputs, opaque)
+    reading = _Reading(network)
+    dense |= {reading.names[module]: f"not traced: {why}" for module, why in untraced.items()}
+    found = [_head_group(attention, network) for attention in attentions]
+    for coupled in sets:
+        group = reading.group_of(coupled)
+        if isinstance(group, ChannelGroup):
+            found.append(group)
+        else:
+            dense |= group
     _name_the_rest(network, found, dense)
-    found.sort(key=lambda group: order[network.get_submodule(group.name)])
-    return Groups(found, dense)
+    order = {name: place for place, (name, _) in enumerate(network.named_modules())}
+    return Groups(sorted(found, key=lambda group: order[group.name]), dense)
 
 
 def _require_runs(network: nn.Module, example_inputs: Any) -> None:
@@ -69,64 +62,130 @@ def _require_runs(network: nn.Module, example_inputs: Any) -> None:
         ) from error
 
 
-def _coupled_layers(network: nn.Module, example_inputs: Any) -> Iterator[Any]:
-    graph = torch_pruning.DependencyGraph()
-    with undisturbed(network), torch.enable_grad():
-        # The graph follows autograd, which does not see what does not train.
-        network.requires_grad_(True)
-        try:
-            graph.build_dependency(network, example_inputs, verbose=False)
-        except Exception as error:  # whatever a foreign tracer may raise
-            raise ConfigError(
-                f"model: its structure could not be traced: {type(error).__name__}: {error}"
-            ) from error
-    yield from graph.get_all_groups()
+class _Reading:
+    """Makes groups of the coupled layers of one network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._order = {module: place for place, module in enumerate(network.modules())}
+        self.names: dict[Any, str] = {module: name for name, module in network.named_modules()}
+        self._shared = _shared(network)
+        self._weights = _weights(network)
+
+    def group_of(self, coupled: Coupled) -> ChannelGroup | dict[str, str]:
+        """The group, or by module why it is left dense."""
+        layers = sorted(
+            coupled.layers,
+            key=lambda layer: self._order.get(layer.module, len(self._order)),  # type: ignore[arg-type]
+        )
+        reason = self._why_dense(coupled, layers)
+        if reason is None:
+            members = [self._member(layer) for layer in layers]
+            grouped = {
+                self.names[layer.module]: layer.module
+                for layer in layers
+                if isinstance(layer.module, Conv) and _is_grouped(layer.module)
+            }
+            joined = interleaved(members, grouped) if grouped else members
+            if not isinstance(joined, str):
+                return self._group(joined)
+            reason = joined
+        # What has no norm is spoken of only where something stands in the way: heads have none.
+        norms = [self.names[module] for module, *_ in layers if isinstance(module, Norm)]
+        return dict.fromkeys(norms, reason)
+
+    def _group(self, members: Sequence[Member]) -> ChannelGroup:
+        gates = [
+            gate
+            for member in members
+            if member.role == "consumer"
+            for gate in _gate_of(self._network, member.module)
+        ]
+        producers = [member for member in members if member.role == "producer"]
+        depthwise = sum(_is_depthwise(self._network.get_submodule(p.module)) for p in producers)
+        norms = sum(member.role == "norm" for member in members)
+        # A product with a squeeze-and-excitation's factors is no sum of what two norms put out.
+        tied = len(producers) - depthwise > 1 and (norms - depthwise > 1 or not norms)
+        first = producers[0]
+        return ChannelGroup(first.module, len(first.positions), (*members, *gates), tied)
+
+    def _why_dense(self, coupled: Coupled, layers: Sequence[Layer]) -> str | None:
+        num_channels = len({channel for layer in layers for channel in layer.channels})
+        if coupled.leaves and not coupled.whole:
+            return "its channels go where the network could not be traced"
+        if coupled.leaves or not any(_role(layer) == "consumer" for layer in layers):
+            return "its channels are what the network puts out"
+        for layer in layers:
+            module: Any = layer.module
+            name = self.names.get(module, "a bare parameter")
+            if name not in self._weights and not _is_bare_norm(module):
+                return f"coupled with {name} ({type(module).__name__}), which is not understood"
+            # Tracing made every parameter train for a moment; by now that is undone.
+            if isinstance(module, Norm) and (
+                module.weight is None or not module.weight.requires_grad
+            ):
+                return f"{name} has no scale that trains"
+            if len(layer.places) % num_channels:
+                return f"{name} does not see every channel equally often"
+        # Cut for one layer, a parameter would no longer be the other's.
+        for parameter in (p for layer in layers for p, _ in self._member(layer).parameters):
+            if parameter in self._shared:
+                return f"{parameter} is shared with another layer"
+        return None
+
+    def _member(self, layer: Layer) -> Member:
+        module: Any = layer.module
+        name, role = self.names[module], _role(layer)
+        # torch-pruning lists places in its own order; a stable sort by channel makes rows of k.
+        by_channel = torch.argsort(torch.tensor(layer.channels), stable=True)
+        positions = torch.tensor(layer.places)[by_channel].view(len(set(layer.channels)), -1)
+        # A transposed convolution has its inputs first; a depthwise one a row for each channel.
+        turned = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
+        parameters = [(self._weights[name], int(turned != (role == "consumer")))]
+        if role != "consumer" and getattr(module, "bias", None) is not None:
+            parameters.append((f"{name}.bias" if name else "bias", 0))
+        return Member(name, role, positions, tuple(parameters))
 
 
-def _layers(group: Any) -> Iterator[_Layer]:
-    """The members of torch-pruning's group that hold parameters, or are normalisations."""
-    for item in group:
-        module = item.dep.target.module
-        holds = isinstance(module, (nn.Parameter, Norm)) or any(True for _ in module.parameters())
-        if holds:
-            to_outputs = group._DG.is_out_channel_pruning_fn(item.dep.handler)
-            yield module, to_outputs, item.idxs, item.root_idxs
+def _head_group(attention: Attention, network: nn.Module) -> ChannelGroup:
+    members = [
+        Member(attention.module, "producer", makers.positions, makers.parameters)
+        for makers in attention.makers
+    ]
+    weight = (weight_of(network, attention.reader), 1)
+    members.append(Member(attention.reader, "consumer", attention.columns, (weight,)))
+    members += _gate_of(network, attention.reader)
+    return ChannelGroup(attention.module, attention.num_heads, tuple(members))
 
 
-def _is_output(group: Any) -> bool:
-    """Whether the channels are what the network puts out."""
-    return any(type(item.dep.target.module).__name__ == "_OutputOp" for item in group)
+def _gate_of(network: nn.Module, reader: str) -> list[Member]:
+    """The gate in front of a layer, if it has one."""
+    prefix = f"{reader}.parametrizations.weight.0"
+    return [
+        Member(prefix, "gate", torch.arange(gate.numel())[:, None], ((name, 0),))
+        for name, gate in network.named_parameters()
+        if name == f"{prefix}.scale"
+    ]
 
 
-def _why_dense(
-    layers: Sequence[_Layer], names: Mapping[nn.Module, str], is_output: bool
-) -> str | None:
-    num_channels = len({channel for *_, channels in layers for channel in channels})
-    if is_output or not any(_role(layer) == "consumer" for layer in layers):
-        return "its channels are what the network puts out"
-    for module, _, places, _ in layers:
-        name = names.get(module, "a bare parameter")
-        if not isinstance(module, (Norm, Conv, nn.Linear)):
-            return f"coupled with {name} ({type(module).__name__}), which is not understood"
-        if isinstance(module, Conv) and module.groups > 1 and not _is_depthwise(module):
-            return f"coupled with {name}, a grouped convolution"
-        # Tracing made every parameter train for a moment; by now that is undone.
-        if isinstance(module, Norm) and (module.weight is None or not module.weight.requires_grad):
-            return f"{name} has no scale that trains"
-        if len(places) % num_channels:
-            return f"{name} does not see every channel equally often"
-    return None
+def _weights(network: nn.Module) -> dict[str, str]:
+    """The weight of every layer that can be cut: a parameter, or one that our gates scale; what
+    other parametrizations compute is not understood."""
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    weights = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (Norm, Conv, nn.Linear)):
+            plain = f"{name}.weight" if name else "weight"
+            gated = f"{name}.parametrizations.weight.original"
+            if plain in parameters:
+                weights[name] = plain
+            elif gated in parameters and _gate_of(network, name):
+                weights[name] = gated
+    return weights
 
 
-def _why_shared(
-    layers: Sequence[_Layer], names: Mapping[nn.Module, str], shared: Set[str]
-) -> str | None:
-    """Cut for one layer, a parameter would no longer be the other's."""
-    for layer in layers:
-        for name, _ in _member(layer, names[layer[0]]).parameters:
-            if name in shared:
-                return f"{name} is shared with another layer"
-    return None
+def _is_bare_norm(module: Any) -> bool:
+    return isinstance(module, Norm) and module.weight is None
 
 
 def _shared(network: nn.Module) -> set[str]:
@@ -155,33 +214,12 @@ def _is_depthwise(module: nn.Module) -> bool:
     return module.groups == module.in_channels == module.out_channels > 1
 
 
-def _role(layer: _Layer) -> Literal["producer", "norm", "consumer"]:
-    module, to_outputs, *_ = layer
-    if isinstance(module, Norm):
+def _is_grouped(module: Conv) -> bool:
+    return module.groups > 1 and not _is_depthwise(module)
+
+
+def _role(layer: Layer) -> Literal["producer", "norm", "consumer"]:
+    if isinstance(layer.module, Norm):
         return "norm"
-    return "producer" if to_outputs or _is_depthwise(module) else "consumer"
-
-
-def _channel_group(layers: Sequence[_Layer], names: Mapping[nn.Module, str]) -> ChannelGroup:
-    members = tuple(_member(layer, names[layer[0]]) for layer in layers)
-    producer = next(member for member in members if member.role == "producer")
-    return ChannelGroup(producer.module, len(producer.positions), members)
-
-
-def _member(layer: _Layer, name: str) -> Member:
-    module, _, places, channels = layer
-    # torch-pruning lists places in its own order; a stable sort by channel makes rows of k.
-    by_channel = torch.argsort(torch.tensor(channels), stable=True)
-    positions = torch.tensor(places)[by_channel].view(len(set(channels)), -1)
-    role = _role(layer)
-    # A transposed convolution has its inputs first; a depthwise one has a row for each channel.
-    turned = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
-    sliced = {"weight": int(turned != (role == "consumer"))}
-    if role != "consumer":
-        sliced["bias"] = 0
-    parameters = tuple(
-        (f"{name}.{parameter}" if name else parameter, dim)
-        for parameter, dim in sliced.items()
-        if getattr(module, parameter) is not None
-    )
-    return Member(name, role, positions, parameters)
+    depthwise = isinstance(layer.module, nn.Module) and _is_depthwise(layer.module)
+    return "producer" if layer.to_outputs or depthwise else "consumer"

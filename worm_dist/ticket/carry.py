@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..cluster.agree import Ranks
 from ..cluster.stepping import Stepping
+from ..gates import gates_of
+from ..search.attention import weight_of
 from .surgery import Cut
 from .transplant import kept_places, select
 
@@ -76,6 +79,27 @@ class Cargo:
             )
             for p in stepped
         }
+
+    @torch.no_grad()
+    def fold_gates(self, network: nn.Module) -> None:
+        """Multiply the gates into the weights that they scale, and forget them.
+
+        Args:
+            network: the smaller one, its gates not yet folded.
+        """
+        for reader, gate in gates_of(network):
+            scale = self._goods.pop(f"{reader}.parametrizations.weight.0.scale").tensors[_VALUE]
+            gated = self._goods.pop(weight_of(network, reader))
+            weight = functional_call(gate, {"scale": scale}, (gated.tensors[_VALUE],))
+            plain = f"{reader}.weight"
+            self._goods[plain] = _Goods({**gated.tensors, _VALUE: weight}, gated.loose)
+        renamed = {
+            weight_of(network, reader): f"{reader}.weight" for reader, _ in gates_of(network)
+        }
+        self._groups = [
+            [renamed.get(name, name) for name in names if renamed.get(name, name) in self._goods]
+            for names in self._groups
+        ]
 
     def replace_parameters(self, after: Mapping[str, nn.Parameter]) -> None:
         """Hand the smaller network's parameters to the torch optimizer, for the new engine."""

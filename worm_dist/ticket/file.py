@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch_pruning
@@ -20,14 +20,15 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json
+from ..gates import remove_gates
 from ..models import build_model
 from ..search.groups import Groups
 from ..search.mask import Mask
-from .surgery import Cut, remove_channels, side_size
+from .surgery import Cut, remove_channels
 
 __all__ = ["load_ticket", "save_ticket"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -49,7 +50,8 @@ class _GroupPart(_Part):
 
 class _CutPart(_Part):
     module: str
-    side: Literal["out", "in"]
+    parameter: str
+    dim: int
     size: int
     kept: list[int]
 
@@ -94,8 +96,14 @@ def save_ticket(
             for g in groups
         ],
         cuts=[
-            _CutPart(module=c.module, side=c.side, size=c.kept.numel(), kept=_indices(c.kept))
-            for c in cuts
+            _CutPart(
+                module=cut.module,
+                parameter=cut.parameter,
+                dim=cut.dim,
+                size=cut.kept.numel(),
+                kept=_indices(cut.kept),
+            )
+            for cut in cuts
         ],
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
@@ -122,6 +130,7 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
     folder = Path(path)
     ticket = _read(folder)
     network = build() if build is not None else _build(ticket.model, folder)
+    remove_gates(network)  # a ticket has none; its weights hold what they were
     cuts = [_cut(part, network, folder) for part in ticket.cuts]
     remove_channels(network, cuts)
     try:
@@ -168,16 +177,18 @@ def _build(model: _ModelPart | None, folder: Path) -> nn.Module:
 
 
 def _cut(part: _CutPart, network: nn.Module, folder: Path) -> Cut:
-    module = dict(network.named_modules()).get(part.module)
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+    shape = parameters[part.parameter].shape if part.parameter in parameters else ()
     in_range = bool(part.kept) and all(0 <= place < part.size for place in part.kept)
-    if module is None or side_size(module, part.side) != part.size or not in_range:
+    fits = part.module in modules and 0 <= part.dim < len(shape) and shape[part.dim] == part.size
+    if not fits or not in_range:
         raise CheckpointError(
-            f"{folder / 'ticket.json'}: its cut of {part.module!r} does not fit the network; does "
-            "build return the network that the ticket was drawn from?"
+            f"{folder / 'ticket.json'}: its cut of {part.parameter!r} does not fit the network; "
+            "does build return the network that the ticket was drawn from?"
         )
     kept = torch.zeros(part.size, dtype=torch.bool)
     kept[part.kept] = True
-    return Cut(part.module, part.side, kept, ())
+    return Cut(part.module, part.parameter, part.dim, kept)
 
 
 def _indices(flags: torch.Tensor) -> list[int]:

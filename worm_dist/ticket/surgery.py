@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..search.attention import find_attentions
 from ..search.groups import Groups
 from ..search.mask import Mask
+from .heads import keep_heads
 
-__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "side_size"]
+__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "ungated"]
+
+_Conv = nn.modules.conv._ConvNd
+_Norm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What is left of one side of one module.
+    """What is left of one parameter along one of its dimensions.
 
     Attributes:
-        module: its name in the unwrapped network.
-        side: ``out`` or ``in``; norms and depthwise convolutions are cut by their ``out``.
-        kept: bool, one for every output (input) of the module.
-        parameters: the parameters cut along with it, each with its dimension.
+        module: the module, by its name in the unwrapped network, whose channels or heads these are.
+        parameter: its name there.
+        dim: the dimension that is cut.
+        kept: bool, one for every place along that dimension.
     """
 
     module: str
-    side: Literal["out", "in"]
+    parameter: str
+    dim: int
     kept: Tensor
-    parameters: tuple[tuple[str, int], ...]
 
     def __post_init__(self) -> None:
-        assert self.kept.dtype == torch.bool and bool(self.kept.any()), self.module
+        assert self.kept.dtype == torch.bool and bool(self.kept.any()), self.parameter
 
 
 def cuts_of(groups: Groups, mask: Mask, network: nn.Module) -> tuple[Cut, ...]:
@@ -43,7 +47,8 @@ def cuts_of(groups: Groups, mask: Mask, network: nn.Module) -> tuple[Cut, ...]:
     Raises:
         ConfigError: a group would lose all its channels.
     """
-    kept: dict[tuple[str, Literal["out", "in"]], Cut] = {}
+    parameters = dict(network.named_parameters())
+    cuts: dict[tuple[str, int], Cut] = {}
     for group in groups:
         if not bool(mask[group.name].any()):
             raise ConfigError(
@@ -51,29 +56,43 @@ def cuts_of(groups: Groups, mask: Mask, network: nn.Module) -> tuple[Cut, ...]:
                 "and the network would be cut in two; raise search.floor"
             )
         for member in group.members:
-            side: Literal["out", "in"] = "in" if member.role == "consumer" else "out"
-            key = (member.module, side)
-            if key not in kept:
-                size = side_size(network.get_submodule(member.module), side)
-                assert size is not None
-                everything = torch.ones(size, dtype=torch.bool)
-                kept[key] = Cut(member.module, side, everything, member.parameters)
-            kept[key].kept[member.positions[~mask[group.name]].flatten()] = False
-    return tuple(cut for cut in kept.values() if not bool(cut.kept.all()))
+            dropped = member.positions[~mask[group.name]].flatten()
+            for name, dim in member.parameters:
+                if (name, dim) not in cuts:
+                    everything = torch.ones(parameters[name].shape[dim], dtype=torch.bool)
+                    cuts[name, dim] = Cut(member.module, name, dim, everything)
+                cuts[name, dim].kept[dropped] = False
+    return tuple(cut for cut in cuts.values() if not bool(cut.kept.all()))
 
 
+def ungated(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
+    """The same cuts of a network whose gates have been folded into its weights."""
+    plain = {
+        cut: cut.parameter.replace(".parametrizations.weight.original", ".weight")
+        for cut in cuts
+        if not cut.parameter.endswith(".parametrizations.weight.0.scale")
+    }
+    return tuple(dataclasses.replace(cut, parameter=name) for cut, name in plain.items())
+
+
+@torch.no_grad()
 def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
     """Cut the network in place; its modules stay, their parameters are replaced by smaller ones."""
-    graph = torch_pruning.DependencyGraph()
+    heads = _heads_left(network, cuts)
     for cut in cuts:
-        module = network.get_submodule(cut.module)
-        whole = dict(module.named_parameters(recurse=False))
-        pruner = graph.get_pruner_of_module(module)
-        remove = pruner.prune_out_channels if cut.side == "out" else pruner.prune_in_channels
-        remove(module, (~cut.kept).nonzero().flatten().tolist())
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(whole[name].requires_grad)
-            parameter.data = laid_like(parameter.data, whole[name])
+        owner_name, _, attribute = cut.parameter.rpartition(".")
+        owner = network.get_submodule(owner_name)
+        places = cut.kept.nonzero().flatten()
+        whole = getattr(owner, attribute)
+        left = laid_like(whole.index_select(cut.dim, places.to(whole.device)), whole)
+        setattr(owner, attribute, nn.Parameter(left, whole.requires_grad))
+        if isinstance(owner, _Norm) and attribute == "weight":
+            _cut_statistics(owner, places)
+    for cut in cuts:
+        _refit(network.get_submodule(cut.module))
+        _refit(network.get_submodule(cut.parameter.rpartition(".")[0]))
+    for module, num_heads in heads.items():
+        keep_heads(network, module, num_heads)
 
 
 def laid_like(tensor: Tensor, whole: Tensor) -> Tensor:
@@ -86,21 +105,34 @@ def laid_like(tensor: Tensor, whole: Tensor) -> Tensor:
     return tensor
 
 
-_SIZES: Mapping[str, Mapping[type[nn.Module], str]] = {
-    "out": {
-        nn.modules.conv._ConvNd: "out_channels",
-        nn.modules.batchnorm._BatchNorm: "num_features",
-        nn.Linear: "out_features",
-    },
-    "in": {nn.modules.conv._ConvNd: "in_channels", nn.Linear: "in_features"},
-}
+def _refit(module: nn.Module) -> None:
+    """What a module says of its own width follows its parameters."""
+    if isinstance(module, _Conv):
+        rows, columns = module.weight.shape[:2]
+        if module.groups == module.in_channels == module.out_channels:
+            module.groups = rows if module.groups > 1 else 1  # depthwise: a row for each channel
+        inner = columns * module.groups
+        module.in_channels, module.out_channels = (
+            (rows, inner) if module.transposed else (inner, rows)
+        )
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _Norm):
+        module.num_features = module.weight.numel()
 
 
-def side_size(module: nn.Module, side: Literal["out", "in"]) -> int | None:
-    """Outputs or inputs of a module; None where that side cannot be cut."""
-    for kind, attribute in _SIZES[side].items():
-        if isinstance(module, kind):
-            size = getattr(module, attribute)
-            assert isinstance(size, int)
-            return size
-    return None
+def _cut_statistics(norm: _Norm, places: Tensor) -> None:
+    for name in ("running_mean", "running_var"):
+        statistic = getattr(norm, name)
+        if statistic is not None:
+            setattr(norm, name, statistic.index_select(0, places.to(statistic.device)))
+
+
+def _heads_left(network: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
+    """How many heads each attention will have that loses some."""
+    attentions = {attention.module: attention for attention in find_attentions(network)[0]}
+    return {
+        cut.module: attentions[cut.module].num_heads * int(cut.kept.sum()) // cut.kept.numel()
+        for cut in cuts
+        if cut.module in attentions
+    }

@@ -6,7 +6,7 @@ The optimizer stays the same object, so schedulers that hold it go on too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .surgery import Cut, laid_like
 
-__all__ = ["kept_places", "select", "transplant"]
+__all__ = ["forget", "kept_places", "select", "transplant"]
 
 
 @torch.no_grad()
@@ -48,12 +48,19 @@ def transplant(
             }
 
 
+def forget(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+    """Take parameters that are no more out of an optimizer, with their state."""
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in parameters]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
 def kept_places(cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
     """For every parameter that is cut, by name, the places that are kept along each dimension."""
     kept: dict[str, dict[int, Tensor]] = {}
     for cut in cuts:
-        for name, dim in cut.parameters:
-            kept.setdefault(name, {})[dim] = cut.kept.nonzero().flatten()
+        kept.setdefault(cut.parameter, {})[cut.dim] = cut.kept.nonzero().flatten()
     return kept
 
 

@@ -9,7 +9,7 @@ and the outputs are compared with those of the whole network with the same chann
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster.agree import Ranks
+from ..config import SearchConfig
 from ..errors import ConfigError, DivergenceError
-from ..search.forward import run, undisturbed
+from ..search.choice import chosen
+from ..search.forward import floats, run, undisturbed
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
@@ -32,7 +34,13 @@ _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
 _COARSE_TOLERANCE = 1e-2
 
 
-def agreed_groups(network: nn.Module, example_inputs: Any, ranks: Ranks) -> Groups:
+def agreed_groups(
+    network: nn.Module,
+    example_inputs: Any,
+    ranks: Ranks,
+    search: SearchConfig,
+    any_group: bool = False,
+) -> Groups:
     """``find_drawable_groups`` on every rank, with the same result.  Collective.
 
     Raises:
@@ -40,7 +48,7 @@ def agreed_groups(network: nn.Module, example_inputs: Any, ranks: Ranks) -> Grou
         DivergenceError: the ranks trace different networks, or another rank alone cannot.
     """
     try:
-        groups = find_drawable_groups(network, example_inputs)
+        groups = find_drawable_groups(network, example_inputs, search, any_group)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         with suppress(DivergenceError):  # the others are told; this rank knows more
             ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
@@ -49,8 +57,13 @@ def agreed_groups(network: nn.Module, example_inputs: Any, ranks: Ranks) -> Grou
     return groups
 
 
-def find_drawable_groups(network: nn.Module, example_inputs: Any) -> Groups:
-    """The channel groups of a network, all of which can be drawn exactly.
+def find_drawable_groups(
+    network: nn.Module,
+    example_inputs: Any,
+    search: SearchConfig | None = None,
+    any_group: bool = False,
+) -> Groups:
+    """The channel groups of a network that are searched, all of which can be drawn exactly.
 
     Costs a few copies of the network in double precision, and a few forward passes.
 
@@ -58,11 +71,14 @@ def find_drawable_groups(network: nn.Module, example_inputs: Any) -> Groups:
         network: not wrapped.
         example_inputs: one input, a tuple of inputs, or a dict of keyword inputs, on the
             network's device.
+        search: says which groups are searched; default ``SearchConfig()``.
+        any_group: whether a score of the user's own ranks them, which needs no norm and no gate.
 
     Raises:
-        ConfigError: the network cannot be run or traced with these inputs, or has no such group.
+        ConfigError: the network cannot be run with these inputs, or has no such group.
     """
-    groups = find_groups(network, example_inputs)
+    search = search or SearchConfig()
+    groups = chosen(find_groups(network, example_inputs), search, any_group)
     with undisturbed(network), torch.no_grad():
         trial = _Trial(network, groups, example_inputs)
         inexact: dict[str, str] = {}
@@ -71,10 +87,17 @@ def find_drawable_groups(network: nn.Module, example_inputs: Any) -> Groups:
             inexact |= trial.inexact(rest, half)
     groups = groups.without(inexact)
     if not groups:
-        because = "".join(f"\n  {norm}: {reason}" for norm, reason in groups.dense.items())
+        because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
+        ranked_by = {
+            "scale": " with a BatchNorm or a gate to rank its channels by",
+            "norm_scale": " with a BatchNorm to rank its channels by",
+            "gate": " with a gate to rank its channels by",
+            "weight_norm": "",
+        }[search.score]
         raise ConfigError(
-            "model: it has no channel group with a BatchNorm scale to rank its channels by"
-            + because
+            f"model: it has no channel group{ranked_by}. worm_dist.add_gates(network), before it "
+            "is wrapped, gives a transformer gates; search.score 'weight_norm' needs neither"
+            f"{because}"
         )
     return groups
 
@@ -113,10 +136,10 @@ class _Trial:
         mask = _every_other(self._groups, tried, half)
         network = copy.deepcopy(self._network)
         _silence(network, tried, mask)
-        expected = list(_tensors(run(network, self._inputs)))
+        expected = list(floats(run(network, self._inputs)))
         remove_channels(network, cuts_of(self._groups, mask, network))
         try:
-            outputs = list(_tensors(run(network, self._inputs)))
+            outputs = list(floats(run(network, self._inputs)))
         except Exception as error:  # whatever a foreign forward may raise
             return f"without some of its channels the network fails: {error}"
         for whole, drawn in zip(expected, outputs):
@@ -152,10 +175,10 @@ def _unsettle(network: nn.Module) -> None:
 def _silence(network: nn.Module, tried: Sequence[ChannelGroup], mask: Mask) -> None:
     parameters = dict(network.named_parameters())
     for group in tried:
-        for norm in group.norms:
-            places = norm.positions[~mask[group.name]].flatten()
-            for name, _ in norm.parameters:
-                parameters[name][places.to(parameters[name].device)] = 0
+        for member in group.silencers:
+            places = member.positions[~mask[group.name]].flatten()
+            for name, dim in member.parameters:
+                parameters[name].index_fill_(dim, places.to(parameters[name].device), 0)
 
 
 def _double(inputs: Any) -> Any:
@@ -167,16 +190,3 @@ def _double(inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return tuple(_double(part) for part in inputs)
     return inputs
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating point tensors in what a network puts out."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from _tensors(part)
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from _tensors(part)

@@ -78,7 +78,7 @@ class Hold(Motion):
 
 
 class Fade(Hold):
-    """Scale and shift go to exact zero in N equal steps; everything else is held.
+    """What scales a channel goes to exact zero in N equal steps; everything else is held.
 
     Step a of N leaves (N - a) / N of the value at the start.  Geometric fades are unsafe: the norm
     amplifies a channel again however small its scale is, and a layer may come to live on its
@@ -87,15 +87,10 @@ class Fade(Hold):
 
     def __init__(self, stepping: Stepping, network: nn.Module, groups: Groups) -> None:
         super().__init__(stepping, groups.num_channels)
-        self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
+        self._network = network
         self._groups = groups
-        parameters = dict(network.named_parameters())
-        self._fading = {
-            name: [_FadingVector(shard) for shard in stepping.shards(parameters[name])]
-            for group in groups
-            for norm in group.norms
-            for name, _ in norm.parameters
-        }
+        self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
+        self._fading: list[_FadingSlices] = []
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         super().freeze(frozen, plan, step, fade_steps)
@@ -104,18 +99,17 @@ class Fade(Hold):
             return
         self._over_at[begins] = step + fade_steps
         self.lost = self.lost | begins
-        for group, here in zip(self._groups, self._groups.split(begins).values(), strict=True):
-            for norm in group.norms:
-                for name, _ in norm.parameters:
-                    for vector in self._fading[name]:
-                        vector.begin(norm.positions[here].flatten(), step, fade_steps)
+        self._fading += [
+            _FadingSlices(shard, block, step + fade_steps, fade_steps)
+            for parameter, block in Plan(self._network, self._groups, begins, "norm").blocks.items()
+            for shard in self._stepping.shards(parameter)
+        ]
 
     def hold(self, step: int, owners: Owners) -> None:
         super().hold(step, owners)
-        for vectors in self._fading.values():
-            for vector in vectors:
-                if owners is None or vector.shard.owner in owners:
-                    vector.write(step)
+        for slices in self._fading:
+            if owners is None or slices.shard.owner in owners:
+                slices.write(step)
 
     def silent(self, step: int) -> Tensor:
         return self.lost & (self._over_at <= step)
@@ -136,7 +130,11 @@ class Free(Motion):
         super().__init__(groups.num_channels)
         self._optimizer = stepping.optimizer
         parameters = dict(network.named_parameters())
-        self._scales = {parameters[n.parameters[0][0]] for group in groups for n in group.norms}
+        self._scales = {
+            parameters[member.parameters[0][0]]
+            for group in groups
+            for member in group.norms + group.gates
+        }
         self._frozen: Mapping[Tensor, Tensor] = {}
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
@@ -185,30 +183,24 @@ class _HeldSlices:
                 tensor.index_fill_(dim, places, 0)
 
 
-class _FadingVector:
-    """One scale or shift vector ``[features]``, or this rank's part of it; parts of it fade."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        reckoned = torch.promote_types(shard.value.dtype, torch.float32)
-        self._start = torch.zeros_like(shard.value, dtype=reckoned)
-        self._over_at = torch.zeros_like(shard.value, dtype=torch.int64)
-        self._num_steps = torch.ones_like(shard.value, dtype=torch.int64)
-        self._fades = torch.zeros_like(shard.value, dtype=torch.bool)
+class _FadingSlices:
+    """The slices of one parameter that began to fade at one step: of the part of it that this rank
+    steps."""
 
     @torch.no_grad()
-    def begin(self, places: Tensor, step: int, num_steps: int) -> None:
-        value, first = self.shard.value, self.shard.begin
-        places = places[(places >= first) & (places < first + value.numel())] - first
-        places = places.to(value.device)
-        self._start[places] = value[places].to(self._start.dtype)
-        self._over_at[places] = step + num_steps
-        self._num_steps[places] = num_steps
-        self._fades[places] = True
+    def __init__(self, shard: Shard, block: Block, over_at: int, num_steps: int) -> None:
+        self.shard = shard
+        self._over_at = over_at
+        self._num_steps = num_steps
+        self._places = block.part(shard.begin, shard.value.numel()).frozen
+        reckoned = torch.promote_types(shard.value.dtype, torch.float32)
+        self._start = {
+            dim: shard.value.index_select(dim, at).to(reckoned) for dim, at in self._places.items()
+        }
 
     @torch.no_grad()
     def write(self, step: int) -> None:
-        # Elementwise on the whole vector: no index, no synchronisation, a few thousand elements.
-        left = (self._over_at - step).clamp_(min=0).to(self._start.dtype) / self._num_steps
-        faded = (self._start * left).to(self.shard.value.dtype)
-        self.shard.value.copy_(torch.where(self._fades, faded, self.shard.value))
+        left = max(0, self._over_at - step) / self._num_steps
+        for dim, at in self._places.items():
+            faded = (self._start[dim] * left).to(self.shard.value.dtype)
+            self.shard.value.index_copy_(dim, at, faded)

@@ -1,6 +1,6 @@
 """Plan: from the frozen channels to the live and the frozen part of every parameter.
 
-A frozen channel freezes whole rows of its producers and norms and, in scope ``coupled``, whole
+A frozen channel freezes its scales, whole rows of its producers and, in scope ``coupled``, whole
 columns of its consumers.  So the live part of a parameter is always a block: some of its rows, and
 of those some columns.
 """
@@ -15,16 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..search.groups import Groups
+from ..search.groups import ChannelGroup, Groups, Member
 
 __all__ = ["Block", "Plan", "Scope"]
 
 Scope = Literal["norm", "producer", "coupled"]
-_ROLES: Mapping[Scope, frozenset[str]] = {
-    "norm": frozenset({"norm"}),
-    "producer": frozenset({"norm", "producer"}),
-    "coupled": frozenset({"norm", "producer", "consumer"}),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +103,7 @@ class Plan:
         here = zip(groups, groups.split(frozen).values(), groups.split(silent).values())
         for group, frozen_here, silent_here in here:
             for member in group.members:
-                freezes = member.role in _ROLES[scope]
+                freezes = _freezes(group, member, scope)
                 channels = frozen_here if freezes else silent_here & (member.role == "consumer")
                 if bool(channels.any()):
                     places = member.positions[channels].flatten()
@@ -130,6 +125,14 @@ class Plan:
     @property
     def live_fraction(self) -> float:
         return self.num_live / self.num_elements
+
+
+def _freezes(group: ChannelGroup, member: Member, scope: Scope) -> bool:
+    """Whether a frozen channel's slices in a member freeze; ``norm`` means whatever scales it."""
+    if member in group.silencers or scope == "coupled":
+        return True
+    # A gate is a factor of the columns that read its channel: they freeze together.
+    return scope == "producer" and (member.role == "producer" or bool(group.gates))
 
 
 def _block(parameter: nn.Parameter, along: Mapping[int, Tensor]) -> Block:
