@@ -133,7 +133,6 @@ def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.Da
     assert num_dropped == max(_num_dropped(ratio, scores.numel()), int(lost.sum()))
 
 
-@settings(max_examples=150)
 @given(_pooled(), st.data())
 def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject) -> None:
     """Ratios, floors, ties and lost channels at once; what cannot be done is refused."""
