@@ -118,8 +118,8 @@ def _largest_remainders(
 
 
 def _resized(kept: Tensor, scores: Tensor, count: int) -> Tensor:
-    """bool ``[channels]``: what is kept loses its lowest scores, or gains the highest of the others;
-    of equal ones the earlier channels go first, as in the cut."""
+    """bool ``[channels]``: what is kept loses its lowest, or gains the highest of the others; of
+    equal scores the earlier channels go first, as in the cut."""
     ascending = scores.argsort(stable=True)
     ascending = ascending[kept[ascending].int().argsort(stable=True)]
     resized = torch.zeros_like(kept)
