@@ -37,16 +37,23 @@ def floats(output: Any) -> Iterator[Tensor]:
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
     """Within, the network is in eval mode; afterwards its modes, what trains, its hooks and the
-    random state are what they were, also after an error."""
+    random state are what they were, also after an error.
+
+    torch's fast path for transformers is off within: where inputs are padded it puts out zeros, the
+    plain path does not, and a network that has lost heads takes the plain one.
+    """
     modes = {module: module.training for module in network.modules()}
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
     hooks = {module: list(module._forward_hooks) for module in network.modules()}
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
     network.eval()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
         for parameter, trained in trains.items():
