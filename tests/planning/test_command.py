@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from worm_dist import ConfigError, WormError
+from worm_dist.planning.command import add_parser, run
+
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+
+
+def _plan(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return run(parser.parse_args(["plan", *words]))
+
+
+def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert _plan(*words, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert isinstance(content, dict)
+    return content
+
+
+def test_settings_are_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _plan(DIGITS) == 0
+    assert "Drops 224 of 448 channels: 50 % of every group." in capsys.readouterr().out
+    assert not dist.is_initialized()
+
+
+def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (DIGITS, "--ratio", "0.25", "--world", "2", "--bandwidth", "1Gbit/s", "--batch", "2")
+    plan = _json(capsys, *words)
+    assert plan["model"] == {
+        "name": "vgg_small",
+        "arguments": {},
+        "sample_shape": [1, 8, 8],
+        "num_classes": 10,
+    }
+    assert plan["dropped"]["by"] == "equal shares" and plan["dropped"]["prune_ratio"] == 0.25
+    first = plan["groups"][0]
+    assert (first["name"], first["num_channels"], first["num_kept"]) == ("features.0", 32, 24)
+    assert (first["producers"], first["scored_by"]) == (["features.0"], ["features.1"])
+    assert first["consumers"] == ["features.3"]
+    for stage, total in plan["total"].items():
+        for key, value in total.items():
+            parts = [group["costs"][stage][key] for group in plan["groups"]]
+            assert sum(parts) + plan["others"]["costs"][stage][key] == value
+    assert plan["others"]["modules"] == ["head"] and plan["dense"] == {}
+    assert plan["estimate"]["samples_per_rank"] == 2
+    assert plan["estimate"]["bandwidth_bits_per_second"] == 1e9
+    steps = plan["estimate"]["steps"]
+    assert steps["dense"]["all_reduce_seconds"] == 1_152_680 * 8 / 1e9
+
+
+def test_a_name_is_planned_for_with_its_input(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _json(capsys, "resnet20", "--input", "1x16x16", "--classes", "7", "--ratio", "0.3")
+    assert plan["model"]["sample_shape"] == [1, 16, 16] and plan["model"]["num_classes"] == 7
+    assert plan["estimate"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nosuch",), "model.name"),
+        (("nosuch.yaml",), "No such file"),
+        (("vgg_small", "--input", "3x224"), "--input: '3x224'"),
+        (("vgg_small", "--input", "3x0x8"), "--input: '3x0x8'"),
+        (("vgg_small", "--classes", "0"), "--classes: 0"),
+        (("vgg_small", "--ratio", "1.5"), "search.prune_ratio"),
+        (("vgg_small", "--ratio", "nan"), "search.prune_ratio"),
+        ((DIGITS, "--ratio", "1.5"), "search.prune_ratio"),
+        (("vgg_small", "--world", "8"), "needs both"),
+        (("vgg_small", "--bandwidth", "1Gbit/s"), "needs both"),
+        (("vgg_small", "--batch", "8"), "--batch"),
+        (("vgg_small", "--ticket", "x", "--ratio", "0.5"), "--ratio"),
+        (("vgg_small", "--ticket", "nowhere"), "is it a ticket"),
+        ((DIGITS, "--world", "3", "--bandwidth", "1Gbit/s"), "not divisible by 3"),
+        (("vgg_small", "--input", "3x2x2"), "does not run"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(WormError, match=message):
+        _plan(*words)
+
+
+def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
+    """BatchNorm has no variance of a single value: one sample, shrunk to one pixel."""
+    words = ("vgg_small", "--input", "3x4x4", "--world", "2", "--bandwidth", "1Gbit/s")
+    with pytest.raises(ConfigError, match="--batch: the network does not train on batches of 1"):
+        _plan(*words, "--batch", "1")

@@ -1,0 +1,97 @@
+"""``python -m worm_dist plan MODEL``: what a run would come to; no training, no process group."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .subject import Shape
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add ``plan`` to the commands of the command line, argparse's ``add_subparsers()``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="what a run would drop, compute and send, and how long a step would take",
+        description="The channel groups of a network, what a run would drop of them, and what "
+        "that saves in parameters, operations and bytes, counted on a copy that is drawn. With "
+        "--world and --bandwidth also an estimate of a step's time, from passes measured here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a YAML file of a run, or a model's name, such as resnet18"
+    )
+    parser.add_argument("--input", metavar="CxHxW", help="shape of one image, such as 3x224x224")
+    parser.add_argument("--classes", type=int, help="how many there are")
+    parser.add_argument("--ratio", type=float, help="share of all channels to drop")
+    parser.add_argument("--ticket", type=Path, metavar="DIR", help="drop what this ticket dropped")
+    parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
+    parser.add_argument("--bandwidth", help="of a rank's connection: 10Gbit/s, 1.25GB/s")
+    parser.add_argument("--batch", type=int, help="samples in one rank's share of a step")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a plan; returns the exit code, 0.
+
+    Raises:
+        ConfigError: an option, the settings or the model cannot be used.
+        CheckpointError: the ticket cannot be read.
+    """
+    _check(options)
+    # torchvision and torch-pruning take seconds to import; a typo is told before.
+    from .estimate import Link
+    from .forecast import forecast
+    from .subject import subject_of, subject_of_config
+    from .table import show
+
+    link = None
+    if options.world is not None:
+        link = Link.parse(options.world, options.bandwidth)
+    given = (_shape(options.input), options.classes, options.ratio)
+    path = Path(options.model)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        subject = subject_of_config(path, *given)
+    else:
+        subject = subject_of(options.model, *given)
+    found = forecast(subject, options.ticket, link, options.batch)
+    if options.json:
+        json.dump(found.as_dict(), sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        show(found)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.world is None) != (options.bandwidth is None):
+        raise ConfigError(
+            "plan: the time of a step needs both --world and --bandwidth, such as --world 8 "
+            "--bandwidth 10Gbit/s"
+        )
+    if options.batch is not None and options.world is None:
+        raise ConfigError("--batch: only the time of a step needs it; give --world and --bandwidth")
+    if options.ratio is not None and options.ticket is not None:
+        raise ConfigError("--ratio: the ticket says what is dropped; leave out one of them")
+    for name in ("classes", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: {getattr(options, name)} is too few; give at least 1")
+
+
+def _shape(text: str | None) -> Shape | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise ConfigError(f"--input: {text!r} is no shape of an image; write 3x224x224")
+    return int(found[1]), int(found[2]), int(found[3])

@@ -1,0 +1,59 @@
+"""Words: numbers and names in few characters, plain ones, as a job's log may be read anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["fair", "listed", "seconds", "short", "shortened"]
+
+
+def short(value: int) -> str:
+    """Three digits and a power of a thousand: ``11.7M``."""
+    if value < 1000:
+        return str(value)
+    number, units = float(value), ["", "k", "M", "G", "T", "P", "E"]
+    while number >= 999.5:
+        number, units = number / 1000, units[1:]
+    return f"{number:#.3g}".rstrip(".") + units[0]
+
+
+def seconds(value: float) -> str:
+    """With its unit: ``1.78 s``, ``62.6 ms``, ``15 us``."""
+    if value >= 1:
+        return f"{value:,.2f} s"
+    return f"{1e3 * value:.1f} ms" if value >= 1e-3 or value == 0 else f"{1e6 * value:.0f} us"
+
+
+def shortened(name: str, width: int) -> str:
+    """A module's name in so many characters: ``f.d4.denselayer16.conv1``.
+
+    Its outer parts shrink first, to a letter and their number, so that names that differ still do.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        stem = part.rstrip("0123456789")
+        parts[place] = stem[:1] + part[len(stem) :]
+    short_name = ".".join(parts)
+    if len(short_name) <= width:
+        return short_name
+    return ".." + short_name[len(short_name) - max(1, width - 2) :]
+
+
+def listed(names: Sequence[str], width: int) -> str:
+    """The first name and how many there are besides: ``conv1 +2``; ``-`` for none."""
+    if not names:
+        return "-"
+    more = f" +{len(names) - 1}" if names[1:] else ""
+    return shortened(names[0], width - len(more)) + more
+
+
+def fair(needed: Sequence[int], room: int) -> list[int]:
+    """Widths of columns: what each needs, or an equal share of what modest ones leave."""
+    widths = [0] * len(needed)
+    modest_first = sorted(range(len(needed)), key=lambda column: needed[column])
+    for num_done, column in enumerate(modest_first):
+        widths[column] = min(needed[column], room // (len(needed) - num_done))
+        room -= widths[column]
+    return widths
