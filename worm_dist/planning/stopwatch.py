@@ -15,9 +15,9 @@ from .subject import Shape
 
 __all__ = ["Measured", "measure"]
 
-_MOST_ROUNDS = 9
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 _SECONDS = 10.0
-"""After these no further round begins."""
+"""After these no further round begins, once there are a few."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def measure(
             network.to(device).train()
             _seconds(network, inputs, precision)  # the first pass allocates and chooses kernels
         began = time.perf_counter()
-        while not rounds or (len(rounds) < _MOST_ROUNDS and time.perf_counter() - began < _SECONDS):
+        while len(rounds) < _FEWEST_ROUNDS or (
+            len(rounds) < _MOST_ROUNDS and time.perf_counter() - began < _SECONDS
+        ):
             rounds.append([_seconds(network, inputs, precision) for network in networks])
     except (RuntimeError, ValueError) as error:  # such as BatchNorm on a single value
         raise ConfigError(
