@@ -1,0 +1,95 @@
+"""A save is ended at every call to the file system: what is found afterwards is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.ending import Ending, ends_at
+from tests.checkpoint.states import about, difference, save, small_state
+from worm_dist.checkpoint.folder import is_leftover
+from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.files import write_json
+
+REPORT = Path("runs") / "report" / "crash_sweep.json"
+_found: dict[str, int] = {}
+
+
+def _first(shelf: Shelf) -> None:
+    """Into a folder that is not there yet."""
+
+
+def _next(shelf: Shelf) -> None:
+    """After it three are kept, the last two and the best, and two are removed."""
+    for step, value in {1: 0.5, 2: 0.9, 3: None, 4: 0.7}.items():
+        save(shelf, step, value)
+
+
+def _again(shelf: Shelf) -> None:
+    """The step is there already, from before the run was resumed."""
+    save(shelf, 4)
+    shelf.save(about(5), {"run": small_state(50)})
+
+
+SITUATIONS: dict[str, tuple[Callable[[Shelf], None], set[int | None]]] = {
+    "of the first": (_first, {None}),
+    "of one more, and the oldest go": (_next, {4}),
+    "of a step that is there": (_again, {50}),
+}
+"""What is on the shelf before, and which states may be found if the save is not."""
+NEW = 5
+
+
+def _state_found(folder: Path) -> int | None:
+    """The seed of the state that a run would go on from."""
+    newest = Shelf(folder).newest()
+    if newest is None:
+        return None
+    state = newest.read("run")
+    assert newest.step == (NEW if state["step"] == 50 else state["step"])
+    assert not difference(state, small_state(state["step"]))
+    return int(state["step"])
+
+
+@pytest.mark.parametrize("ending", Ending)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_what_is_found_is_the_checkpoint_before_or_this_one(
+    tmp_path: Path,
+    situation: str,
+    ending: Ending,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> None:
+    prepare, before = SITUATIONS[situation]
+    template = tmp_path / "template"
+    prepare(Shelf(template, keep_last=4))
+    point, over, found = 0, False, before
+    while not over:
+        folder = tmp_path / f"{point}"
+        if template.exists():
+            shutil.copytree(template, folder)
+        over = ends_at(point, ending, lambda folder=folder: save(Shelf(folder), NEW))
+        state = _state_found(folder)
+        assert state in found, (point, state)
+        if state == NEW:
+            found = {NEW}  # once it is there it stays there
+        Shelf(folder).sweep()
+        assert not folder.exists() or not any(is_leftover(p.name) for p in folder.iterdir())
+        assert _state_found(folder) == state, point
+        save(Shelf(folder), NEW)
+        assert _state_found(folder) == NEW, point
+        shutil.rmtree(folder)
+        found, point = found | {NEW}, point + 1
+    assert found == {NEW}
+    assert not caplog.records, "nothing damaged was ever in sight"
+    assert point > 20
+    _found[f"{situation}, {ending.value}"] = point
+    record_property("crash_sweep", (f"{situation}, {ending.value}", point))
+    if len(_found) == len(SITUATIONS) * len(Ending):
+        path = request.config.rootpath / REPORT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"points at which a save was ended": _found})

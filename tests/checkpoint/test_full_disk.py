@@ -1,0 +1,128 @@
+"""A disk that is full, or cannot be written: nothing is left behind, and what was there stays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.ending import in_a_fork
+from tests.checkpoint.states import about, difference, save, small_state
+from worm_dist import CheckpointError
+from worm_dist.checkpoint.shelf import Shelf
+
+_NEW_NAMES = 0x00020000
+"""unshare(2): mounts of one's own."""
+_NEW_USERS = 0x10000000
+_READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 1 << 14, 1 << 18
+_NOT_PERMITTED = 77
+
+
+def _refused(shelf: Shelf, text: str) -> None:
+    """Save what does not fit; whoever runs this sees how it ends."""
+    large = {"run": {"weights": torch.zeros(500_000)}}
+    with pytest.raises(CheckpointError, match=text):
+        shelf.save(about(2), large)
+
+
+def _is_as_before(folder: Path) -> None:
+    assert os.listdir(folder) == ["step-1"]
+    newest = Shelf(folder).newest()
+    assert newest is not None
+    assert not difference(newest.read("run"), small_state(1))
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    save(Shelf(tmp_path), 1)
+
+    def limited() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        _refused(Shelf(tmp_path), r"step-2\.tmp-\w+/run\.safetensors: disk full \(File too large\)")
+
+    assert in_a_fork(limited) == 0
+    _is_as_before(tmp_path)
+
+
+def _on_a_small_disk(folder: Path, test: Callable[[Callable[[int], None]], None]) -> None:
+    """Run a test where the folder is a file system of 1 MB; it may mount it anew with flags."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def mount(kind: str, flags: int, options: str = "") -> None:
+        target = "/" if kind == "none" else str(folder)
+        words = [word.encode() for word in (kind, target, kind, options)]
+        if libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]):
+            os._exit(_NOT_PERMITTED)
+
+    def inside() -> None:
+        if libc.unshare(_NEW_NAMES | (0 if os.geteuid() == 0 else _NEW_USERS)):
+            os._exit(_NOT_PERMITTED)
+        mount("none", _RECURSIVE | _PRIVATE)
+        mount("tmpfs", 0, "size=1m")
+        test(lambda flags: mount("tmpfs", flags | _REMOUNT, "size=1m"))
+
+    exitcode = in_a_fork(inside)
+    if exitcode == _NOT_PERMITTED:
+        pytest.skip("mounts are not permitted here")
+    assert exitcode == 0
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    def full(remount: Callable[[int], None]) -> None:
+        shelf = Shelf(tmp_path)
+        save(shelf, 1)
+        _refused(shelf, r"run\.safetensors: disk full \(No space left on device\)")
+        _is_as_before(tmp_path)
+        shelf.save(about(3), {"run": {"weights": torch.zeros(50_000)}})
+
+    _on_a_small_disk(tmp_path, full)
+
+
+def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
+    def full(remount: Callable[[int], None]) -> None:
+        shelf = Shelf(tmp_path)
+        save(shelf, 1)
+        staged = shelf.stage(2)
+        staged.write("rank-0", {"weights": torch.zeros(50_000)})
+        with pytest.raises(CheckpointError, match=r"rank-1\.safetensors: disk full"):
+            staged.write("rank-1", {"weights": torch.zeros(500_000)})
+        assert sorted(os.listdir(staged.path)) == ["rank-0.json", "rank-0.safetensors"]
+        staged.abandon()
+        _is_as_before(tmp_path)
+
+    _on_a_small_disk(tmp_path, full)
+
+
+def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+    def read_only(remount: Callable[[int], None]) -> None:
+        shelf = Shelf(tmp_path)
+        save(shelf, 1)
+        remount(_READ_ONLY)
+        with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
+            save(shelf, 2)
+        with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
+            shelf.rewind(0)
+        shelf.sweep()
+        _is_as_before(tmp_path)
+
+    _on_a_small_disk(tmp_path, read_only)
+
+
+def test_the_disk_is_full_when_it_is_told_to_keep_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems find room for it only then."""
+    save(Shelf(tmp_path), 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        _refused(Shelf(tmp_path), "disk full")
+    _is_as_before(tmp_path)

@@ -1,0 +1,175 @@
+"""Files that were changed at random: a CheckpointError comes out, or a state, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoint.states import difference, save, small_state
+from worm_dist import CheckpointError
+from worm_dist.checkpoint.shelf import Shelf
+
+_SECONDS_FOR_ONE = 5
+_PLAIN: list[Any] = [
+    *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, ""),
+    *("x", "..", "/", "F32", "F64", "BOOL", "float32", "bool", "weights", "7ff8000000000000"),
+    *([], {}, [[]], {"dict": []}, {"tuple": []}, {"float": "fff0000000000000"}),
+]
+_RAW = [b"NaN", b"1e999", b"[" * 3000, b'{"dict":' * 2000, b"9" * 5000, b"\xff", b'"\\ud800"']
+
+fuzzed = settings(
+    deadline=1000 * _SECONDS_FOR_ONE,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def _places(node: Any) -> list[tuple[Any, Any]]:
+    """Every container with a key in it."""
+    keys = (
+        list(node) if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0)
+    )
+    return [place for key in keys for place in ((node, key), *_places(node[key]))]
+
+
+@st.composite
+def _other_json(draw: st.DrawFn, content: bytes) -> bytes:
+    """Values, keys and raw text replaced, removed and doubled."""
+    tree = [json.loads(content)]
+    raw = None
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = draw(st.sampled_from(_places(tree)))
+        how = draw(st.sampled_from(["replace", "take", "remove", "double", "raw", "key", "count"]))
+        if how == "replace":
+            parent[key] = draw(st.sampled_from(_PLAIN))
+        elif how == "take":
+            other, from_key = draw(st.sampled_from(_places(tree)))
+            parent[key] = json.loads(json.dumps(other[from_key]))
+        elif how == "remove" and parent is not tree:
+            del parent[key]
+        elif how == "double" and isinstance(parent, list) and parent is not tree:
+            parent.insert(key, json.loads(json.dumps(parent[key])))
+        elif how == "raw":
+            raw = draw(st.sampled_from(_RAW))
+            parent[key] = "RAW"
+        elif how == "key" and isinstance(parent, dict):
+            parent[draw(st.sampled_from(["", "dict", "../run.json", "run.json"]))] = parent[key]
+        elif type(parent[key]) is int:
+            parent[key] += draw(st.integers(-9, 9))
+    text = json.dumps(tree[0]).encode()
+    return text if raw is None else text.replace(b'"RAW"', raw)
+
+
+@st.composite
+def _other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bits flipped; bytes replaced, put in and taken out."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        begin = draw(st.integers(0, max(len(changed) - 1, 0)))
+        how = draw(st.sampled_from(["flip", "replace", "put in", "take out"]))
+        if how == "flip" and changed:
+            changed[begin] ^= 1 << draw(st.integers(0, 7))
+        elif how == "take out":
+            del changed[begin : begin + draw(st.integers(1, 40))]
+        else:
+            some = draw(st.binary(max_size=20))
+            changed[begin : begin + (len(some) if how == "replace" else 0)] = some
+    return bytes(changed)
+
+
+@st.composite
+def _other_tensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """The header as JSON, its length, or the data."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    if draw(st.booleans()):
+        header = draw(_other_json(header))
+    said = draw(st.sampled_from([len(header)] * 4 + [0, 1, len(header) + 8, 2**63, 2**64 - 1]))
+    if draw(st.booleans()):
+        data = draw(_other_bytes(data))
+    return said.to_bytes(8, "little") + header + data
+
+
+class _Checkpoint:
+    def __init__(self, folder: Path) -> None:
+        self.path = save(Shelf(folder), 1)
+        self.files = {path.name: path.read_bytes() for path in self.path.iterdir()}
+        self._there = dict(self.files)
+
+    def read(self, name: str, content: bytes, signed: bool) -> Any:
+        """The state with one file changed; None if it is refused."""
+        files = {**self.files, name: content}
+        if signed:
+            said = json.loads(files["manifest.json"])
+            digest = hashlib.sha256(content).hexdigest()
+            said["files"][name] = {"size": len(content), "sha256": digest}
+            files["manifest.json"] = json.dumps(said).encode()
+        for path in files:
+            if files[path] != self._there[path]:
+                (self.path / path).unlink()  # file systems wait for the disk if one is overwritten
+                (self.path / path).write_bytes(files[path])
+        self._there = files
+        try:
+            return Shelf.open(self.path).read("run")
+        except CheckpointError as error:
+            text = str(error)
+        assert str(self.path) in text
+        assert len(text) < 1000
+        return None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> _Checkpoint:
+    return _Checkpoint(tmp_path_factory.mktemp("fuzz"))
+
+
+@settings(fuzzed, max_examples=400)
+@given(data=st.data())
+def test_other_manifests(checkpoint: _Checkpoint, data: st.DataObject) -> None:
+    content = checkpoint.files["manifest.json"]
+    other = data.draw(_other_json(content) | _other_bytes(content))
+    state = checkpoint.read("manifest.json", other, signed=False)
+    # What it says of the step may change, but not the state.
+    assert state is None or not difference(state, small_state(1))
+
+
+@settings(fuzzed, max_examples=400)
+@given(data=st.data())
+def test_other_skeletons(checkpoint: _Checkpoint, data: st.DataObject) -> None:
+    content = checkpoint.files["run.json"]
+    other = data.draw(_other_json(content) | _other_bytes(content))
+    checkpoint.read("run.json", other, signed=True)
+    assert other == content or checkpoint.read("run.json", other, signed=False) is None
+
+
+@settings(fuzzed, max_examples=400)
+@given(data=st.data())
+def test_other_tensors(checkpoint: _Checkpoint, data: st.DataObject) -> None:
+    content = checkpoint.files["run.safetensors"]
+    other = data.draw(_other_tensors(content) | _other_bytes(content))
+    checkpoint.read("run.safetensors", other, signed=True)
+    assert other == content or checkpoint.read("run.safetensors", other, signed=False) is None
+
+
+@settings(fuzzed, max_examples=100)
+@given(data=st.data())
+def test_other_shelves(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever happened to newer ones, an older one is found."""
+    folder = tmp_path_factory.mktemp("shelf")
+    template = save(Shelf(folder), 1)
+    for step in (2, 3):
+        path = folder / f"step-{step}"
+        shutil.copytree(template, path)
+        name = data.draw(st.sampled_from(["manifest.json", "run.json", "run.safetensors"]))
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(data.draw(_other_bytes(content)))
+    newest = Shelf(folder).newest()
+    assert newest is not None
+    assert not difference(newest.read("run"), small_state(1))
