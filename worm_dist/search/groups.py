@@ -92,7 +92,7 @@ class Groups(Sequence[ChannelGroup]):
     """All channel groups of a network, in the network's order.
 
     Attributes:
-        dense: for each module that is in no group but could be, why it is left dense.
+        dense: for each norm, or module without one, that is in no group, why it is left dense.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], dense: Mapping[str, str]) -> None:
@@ -121,10 +121,10 @@ class Groups(Sequence[ChannelGroup]):
     def without(self, reasons: Mapping[str, str]) -> Groups:
         """The same, but the groups named are left dense for these reasons."""
         left = {
-            member.module: reasons[group.name]
+            name: reasons[group.name]
             for group in self._groups
             if group.name in reasons
-            for member in group.silencers
+            for name in [norm.module for norm in group.norms] or [group.name]
         }
         rest = [group for group in self._groups if group.name not in reasons]
         return Groups(rest, self.dense | left)
