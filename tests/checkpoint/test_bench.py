@@ -1,0 +1,26 @@
+"""The benchmark of saves finds what it should find at all; how fast they are, no test says."""
+
+from __future__ import annotations
+
+from tests.ranks import Ranks
+from worm_dist.bench.checkpoint import checkpoint
+from worm_dist.bench.panel import Panel
+from worm_dist.bench.scale import Scale
+
+
+def _panel() -> Panel:
+    return checkpoint(Scale("vgg_small", "vgg_small", rounds=2))
+
+
+def test_saves_are_compared_with_none(ranks: Ranks) -> None:
+    panel, _ = ranks(2, _panel)
+    assert [row.name for row in panel.rows] == [
+        "no save",
+        "saved in between",
+        "saved in the background",
+    ]
+    assert panel.rows[0].ratio.median == 1
+    assert panel.figures["checkpoint (MB)"] > 2
+    assert panel.figures["training waits, saved in between (ms)"] > 1
+    assert panel.figures["training waits, no save (ms)"] < 1
+    assert Panel.from_json(panel.as_json()) == panel
