@@ -241,18 +241,21 @@ def test_a_file_of_which_nobody_told_is_found_before_it_is_missed(shelf: Shelf) 
         shelf.commit(staged, about(1), files)
 
 
-def test_a_file_that_is_on_another_hosts_disk_is_missed(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_file_that_is_on_another_hosts_disk_is_missed(
+    shelf: Shelf, folder: Path, tmp_path: Path
+) -> None:
     staged = shelf.stage(1)
     files = staged.write("rank-0", {})
     elsewhere = Staged(tmp_path / "elsewhere")
     elsewhere.path.mkdir()
     files |= elsewhere.write("rank-1", {})
     with pytest.raises(CheckpointError, match="do all ranks write to one disk"):
-        shelf.commit(staged, about(1), files)
+        staged.commit(about(1), files)
     (staged.path / "rank-1.json").touch()
     (staged.path / "rank-1.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"rank-1.* wanted \d+ bytes, found 0"):
         shelf.commit(staged, about(1), files)
+    assert not _names(folder)
 
 
 def test_a_rank_that_has_no_such_folder_says_so(tmp_path: Path) -> None:

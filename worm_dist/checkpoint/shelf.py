@@ -60,10 +60,10 @@ class Shelf:
                 for part, state in states.items()
                 for name, seal in staged.write(part, state).items()
             }
-            return self.commit(staged, about, files)
         except BaseException:
             staged.abandon()
             raise
+        return self.commit(staged, about, files)
 
     def stage(self, step: int) -> Staged:
         """A new folder for ranks to write to: ``Staged.write``, then ``commit`` or ``abandon``."""
@@ -78,9 +78,13 @@ class Shelf:
             files: what ``Staged.write`` returned, of all ranks together.
 
         Raises:
-            CheckpointError: a file is not there, or it cannot be written.
+            CheckpointError: a file is not there, or it cannot be written; nothing of it is left.
         """
-        path = staged.commit(about, files)
+        try:
+            path = staged.commit(about, files)
+        except BaseException:
+            staged.abandon()
+            raise
         self._damaged.discard(path)
         self.retain(about.step)
         return path
