@@ -41,8 +41,8 @@ class Pool:
             )
 
     def num_dropped(self, num_channels: int) -> int:
-        """How many of the pool's channels go: rounded down as in decimals, where 0.29 * 100 is 29 and
-        not 28.999999999999996."""
+        """How many of the pool's channels go: rounded down as in decimals, where 0.29 * 100 is 29
+        and not 28.999999999999996."""
         return int(round(self.ratio * num_channels, 9))
 
     def __str__(self) -> str:
