@@ -285,6 +285,16 @@ def test_strides_must_stay_within_the_tensor(
         _load(path)
 
 
+def test_sizes_must_be_ones_that_torch_can_count(path: Path) -> None:
+    shape = (0, 2**62, 2**62)
+    (path / "run.json").write_bytes(_tensor(shape=shape))
+    _sign(path, "run.json")
+    (path / "run.safetensors").write_bytes(_tensors({"weights": _entry(0, 0, shape=shape)}))
+    _sign(path, "run.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'weights': wanted"):
+        _load(path)
+
+
 def test_one_tensor_has_one_form(path: Path) -> None:
     note = json.loads(_tensor())["dict"][0][1]
     (path / "run.json").write_text(json.dumps([note, {**note, "shape": [12]}]))
