@@ -24,6 +24,7 @@ def _num_parameters(model: nn.Module) -> int:
         ("resnet20", 3, 269_722 + 2_752),
         ("resnet56", 3, 853_018 + 2_752),
         ("torchvision/resnet18", 3, 11_181_642),
+        ("vit_small", 1, 114_778),
     ],
 )
 def test_sizes_are_the_published_ones(name: str, in_channels: int, num_parameters: int) -> None:
@@ -40,6 +41,8 @@ def test_sizes_are_the_published_ones(name: str, in_channels: int, num_parameter
         ("resnet20", 3, 32),
         ("resnet56", 1, 28),
         ("mobilenet_v3_small", 3, 32),
+        ("vit_small", 1, 8),
+        ("vit_small", 3, 8),
     ],
 )
 def test_images_become_logits(name: str, in_channels: int, side: int) -> None:
@@ -86,6 +89,13 @@ def test_widths_are_an_argument_of_vgg_small() -> None:
     assert [convolution.out_channels for convolution in convolutions] == [4, 8]
 
 
+def test_sides_of_images_and_patches_are_arguments_of_vit_small() -> None:
+    model = build_model("vit_small", 10, 1, {"image_size": 28, "patch_size": 4})
+    tokens = model.get_parameter("encoder.pos_embedding")
+    assert tokens.shape == (1, 7 * 7 + 1, 48)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_prefix_reaches_the_torchvision_network_of_the_same_name() -> None:
     assert type(build_model("torchvision/resnet18", 10, 3)).__module__.startswith("torchvision")
     assert type(build_model("resnet18", 10, 3)).__module__.startswith("worm_dist")
@@ -120,3 +130,26 @@ def test_mistakes_are_named(
 def test_widths_that_describe_no_network_are_refused(widths: Any) -> None:
     with pytest.raises(ConfigError, match=r"^model\.arguments\.widths: "):
         build_model("vgg_small", 10, 1, {"widths": widths})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"num_layers": 0},
+            r"^model\.arguments\.num_layers: must be a whole number above 0, got 0",
+        ),
+        (
+            {"mlp_dim": 1.5},
+            r"^model\.arguments\.mlp_dim: must be a whole number above 0, got 1",
+        ),
+        ({"patch_size": 3}, r"^model\.arguments\.image_size: must be a multiple of patch_size 3"),
+        ({"num_heads": 5}, r"^model\.arguments\.hidden_dim: must be a multiple of num_heads 5"),
+        ({"dropout": 2}, r"^model\.arguments: 'vit_small' does not take .*dropout"),
+    ],
+)
+def test_arguments_that_describe_no_transformer_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model("vit_small", 10, 1, arguments)

@@ -1,8 +1,8 @@
 """The networks that can be trained by name.
 
-Our own are those for small images: ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20`` and
-``resnet56``.  Every classification model of torchvision is there too, untrained; one whose name is
-also ours is reached as ``torchvision/<name>``.
+Our own are those for small images: ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``,
+``resnet56`` and ``vit_small``.  Every classification model of torchvision is there too, untrained;
+one whose name is also ours is reached as ``torchvision/<name>``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ConfigError
 from .resnet import resnet18, resnet20, resnet56
 from .vgg import vgg11_bn, vgg_small
+from .vit import vit_small
 
 __all__ = ["build_model"]
 
@@ -27,6 +28,7 @@ OWN: Mapping[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet56": resnet56,
+    "vit_small": vit_small,
 }
 
 
