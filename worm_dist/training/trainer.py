@@ -15,6 +15,7 @@ from ..errors import NonFiniteError
 from ..models import build_model
 from ..verdict import Phase
 from .data import load_data, test_loader, train_loader
+from .gating import gated
 from .measure import count_flops, count_parameters, evaluate, total_over_ranks
 from .optimization import build_optimizer, build_schedule
 from .report import Report
@@ -55,7 +56,8 @@ class Trainer:
             "in_channels": data.sample_shape[0],
             "arguments": config.model.arguments,
         }
-        self._network = build_model(**self.model_arguments).to(device)
+        network = build_model(**self.model_arguments)
+        self._network = gated(network, config.search).to(device)
         optimizer = build_optimizer(config.optimizer, self._network)
         model = wrapped(self._network, optimizer, config, place.world_size, device)
         self._dtype = next(self._network.parameters()).dtype  # DeepSpeed may have changed it
