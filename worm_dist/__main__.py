@@ -1,4 +1,5 @@
-"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]`` and ``bench``."""
+"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
+``bench``."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from typing import NoReturn
 
 from .cluster.launchers import started_by
 from .errors import ConfigError, WormError
+from .planning.command import add_parser
+from .planning.command import run as plan
 from .training.config_file import read_run_config
 
 _SECONDS_TO_SPEAK = 5
@@ -22,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 0 or that of the error."""
     try:
         options, replaced = _parse(arguments)
+        if options.command == "plan":
+            return plan(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except WormError as error:
         launcher = started_by(os.environ)
@@ -63,6 +68,7 @@ def _parse(
     train.add_argument(
         "--check", action="store_true", help="only check the settings; 0 if they are right, else 2"
     )
+    planner = add_parser(commands)
     bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP, on two ranks",
@@ -72,9 +78,10 @@ def _parse(
     bench.add_argument("--quick", action="store_true", help="a small network and few rounds")
     bench.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "bench":
+    strict = {"bench": bench, "plan": planner}
+    if options.command in strict:
         if rest:
-            bench.error(f"unrecognized arguments: {' '.join(rest)}")
+            strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
         return options, []
     replaced = _pairs(rest)
     shorthands = {"preset": "preset", "seed": "seed", "backend": "distributed.backend"}

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from worm_dist import ConfigError, WormError
+from worm_dist.__main__ import main
 from worm_dist.planning.command import add_parser, run
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
@@ -95,3 +99,31 @@ def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
     words = ("vgg_small", "--input", "3x4x4", "--world", "2", "--bandwidth", "1Gbit/s")
     with pytest.raises(ConfigError, match="--batch: the network does not train on batches of 1"):
         _plan(*words, "--batch", "1")
+
+
+@pytest.mark.timeout(110)
+def test_it_is_a_command_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "worm_dist", "plan", "vgg_small", "--ratio", "0.25"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("vgg_small\nInput 3x32x32, 10 classes.\nDrops 112 of 448")
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_it_does_not_know_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "vgg_small", "--search.prune_ratio", "0.3"])
+    assert "unrecognized arguments: --search.prune_ratio 0.3" in capsys.readouterr().err
+
+
+def test_a_mistake_on_the_command_line_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "vgg_smal"]) == 2
+    assert "did you mean vgg_small?" in capsys.readouterr().err
