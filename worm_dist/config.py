@@ -106,8 +106,8 @@ class SearchConfig(Settings):
     threshold: Literal["global", "layer"] = "global"
     """Whether p is of all channels together or of each group's."""
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
-    """Shares of single groups, by patterns of their names such as ``layer4.*``; the first pattern
-    that matches counts."""
+    """Shares of single groups, by patterns of their names (layer by layer: of the norms' names) such
+    as ``layer4.*``; the first pattern that matches counts."""
     dense: list[str] = Field(default=[])
     """Patterns of the names of modules whose channels all stay."""
     floor: float = Field(default=0.1, ge=0, lt=1)
@@ -129,6 +129,12 @@ class SearchConfig(Settings):
                 f"prune_ratio {self.prune_ratio:g} and floor {self.floor:g} contradict: "
                 "together they exceed 1"
             )
+        for pattern, ratio in self.ratios.items():
+            if ratio + self.floor > 1:
+                raise ValueError(
+                    f"ratios: {pattern!r} {ratio:g} and floor {self.floor:g} contradict: together "
+                    "they exceed 1"
+                )
         if self.grouping == "layer" and self.score == "weight_norm":
             raise ValueError(
                 "grouping 'layer' contradicts score 'weight_norm': only scales are those of a layer"

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import worm_dist
-import worm_dist.engine
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Outcome, Ranks
 from worm_dist import DivergenceError, Engine, Mask, WormConfig
+from worm_dist.search.ranking import Ranking
 
 _COLLECTIVES = (
     "all_gather",
@@ -102,19 +102,19 @@ def test_without_a_majority_rank_zero_is_the_reference(ranks: Ranks) -> None:
 def _check_with_another_cut(rank: int, more: bool) -> None:
     """Between the cut and the agreement this rank gets another mask, as if a tie fell otherwise."""
     engine = _attached()
-    cut = worm_dist.engine.cut
+    cut = Ranking.cut
 
-    def another(*args: Any, **kwargs: Any) -> tuple[Mask, tuple[str, ...]]:
-        mask, floored = cut(*args, **kwargs)
+    def another(*args: Any, **kwargs: Any) -> tuple[Mask, Mask, tuple[str, ...]]:
+        candidates, mask, floored = cut(*args, **kwargs)
         keep = mask.keep.clone()
         kept, dropped = keep.nonzero().flatten(), (~keep).nonzero().flatten()
         keep[dropped[0]] = True
         if not more:
             keep[kept[0]] = False
-        return Mask.from_vector(mask.sizes, keep), floored
+        return candidates, Mask.from_vector(mask.sizes, keep), floored
 
     if dist.get_rank() == rank:
-        worm_dist.engine.cut = another
+        Ranking.cut = another  # type: ignore[method-assign]
     engine.check()
 
 

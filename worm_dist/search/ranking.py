@@ -94,13 +94,20 @@ class Ranking:
             )
         except NonFiniteError as error:
             raise score.failure or error from None
-        mask = score.channels(candidates)
-        mask = rounded(
+        return candidates, self._rounded(score.channels(candidates), scores, lost), floored
+
+    def _rounded(self, mask: Mask, scores: Tensor, lost: Tensor) -> Mask:
+        round_to = self._config.ticket.round_to
+        surplus = int(lost.sum()) - (mask.num_channels - mask.num_kept)
+        if bool(lost.any()) and 2 * abs(surplus) <= round_to:
+            # What rounding spared when these began to fade would be dropped now, a few channels at
+            # each check, and the search would not come to rest.
+            return Mask.from_vector(mask.sizes, ~lost)
+        return rounded(
             mask,
-            score.of_channels(scores),
-            self._config.ticket.round_to,
-            search.floor,
+            self._score.of_channels(scores),
+            round_to,
+            self._config.search.floor,
             lost,
             self._groups.widths,
         )
-        return candidates, mask, floored

@@ -82,6 +82,7 @@ class Plan:
         scope: which slices of a frozen channel freeze.
         silent: bool ``[num_channels]``, frozen channels that put out exact zeros: the gradients of
             their consumers' columns are exact zeros too, so these need not be sent in any scope.
+        untrained: whether parameters that do not train have blocks too: they fade with the others.
 
     Attributes:
         blocks: a block for every parameter with a frozen part, by parameter.
@@ -96,6 +97,7 @@ class Plan:
         frozen: Tensor,
         scope: Scope,
         silent: Tensor | None = None,
+        untrained: bool = False,
     ) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
@@ -114,7 +116,7 @@ class Plan:
         self.blocks: dict[Tensor, Block] = {
             parameters[name]: _block(parameters[name], along)
             for name, along in frozen_along.items()
-            if parameters[name].requires_grad
+            if parameters[name].requires_grad or untrained
         }
         trained = [p for p in parameters.values() if p.requires_grad]
         self.num_elements = sum(p.numel() for p in trained)
