@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the ranks
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ from tests.matrix.table import Table
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+# How long an example takes says something of the machine's other work, not of the code.
+hypothesis.settings.register_profile("worm_dist", deadline=None)
+hypothesis.settings.load_profile("worm_dist")
 
 
 def pytest_report_header() -> str:
