@@ -13,7 +13,9 @@ def _panel() -> Panel:
 
 
 def test_saves_are_compared_with_none(ranks: Ranks) -> None:
-    panel, _ = ranks(2, _panel)
+    first, _ = ranks.outcomes(2, _panel, wall_limit=90.0)  # it waits for the disk
+    assert first.exitcode == 0, first
+    panel = first.value
     assert [row.name for row in panel.rows] == [
         "no save",
         "saved in between",
