@@ -53,6 +53,11 @@ class Ranking:
         self.cut(torch.zeros(num_candidates), nothing_lost)
 
     @property
+    def sizes(self) -> Mapping[str, int]:
+        """Candidates of each group, or of each norm, in the order of the scores."""
+        return self._score.sizes
+
+    @property
     def scales(self) -> list[nn.Parameter]:
         """The parameters that the penalty shrinks."""
         return self._score.scales
