@@ -106,8 +106,8 @@ class SearchConfig(Settings):
     threshold: Literal["global", "layer"] = "global"
     """Whether p is of all channels together or of each group's."""
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
-    """Shares of single groups, by patterns of their names such as ``layer4.*``, or layer by layer of
-    the norms' names; the first pattern that matches counts."""
+    """Shares of single groups, by patterns of their names such as ``layer4.*``; layer by layer, of
+    the norms' names.  The first pattern that matches counts."""
     dense: list[str] = Field(default=[])
     """Patterns of the names of modules whose channels all stay."""
     floor: float = Field(default=0.1, ge=0, lt=1)
