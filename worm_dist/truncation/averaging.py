@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .packing import Packing
+from .plan import Plan
 
 __all__ = ["AllReduce", "Averaging", "Payload", "completed"]
 
@@ -22,6 +23,8 @@ class Payload:
     Attributes:
         bucket: which bucket; the same in every pass.
         is_last: no other bucket follows in this pass.
+        plan: which slices live; None if all do.
+        parameters: whose gradients are in it.
         whole: the bucket.
         gradients: views of it, as the parameters lie in memory.
         packing: how ``elements`` were packed; None if the whole bucket lives.
@@ -31,6 +34,8 @@ class Payload:
 
     bucket: tuple[int, ...]
     is_last: bool
+    plan: Plan | None
+    parameters: Sequence[Tensor]
     whole: Tensor
     gradients: Sequence[Tensor]
     packing: Packing | None
@@ -48,6 +53,20 @@ class Averaging(Protocol):
             A future that is done when they are averaged, and how many bytes are handed to
             collectives.
         """
+
+    def remembered(self, plan: Plan | None, names: Mapping[Tensor, str]) -> dict[str, Any] | None:
+        """What this rank remembers from pass to pass, in plain values, by the parameters' names;
+        None if it remembers nothing.
+
+        Args:
+            plan: which slices will live in the next pass.
+            names: of the parameters.
+        """
+
+    def remember(
+        self, state: Mapping[str, Any] | None, plan: Plan | None, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Go on from what ``remembered`` gave, before the first pass."""
 
 
 class AllReduce:
@@ -80,6 +99,14 @@ class AllReduce:
                 elements.copy_(wire)
 
         return reduced.then(widened), wire.numel() * wire.element_size()
+
+    def remembered(self, plan: Plan | None, names: Mapping[Tensor, str]) -> None:
+        return None
+
+    def remember(
+        self, state: Mapping[str, Any] | None, plan: Plan | None, parameters: Mapping[str, Tensor]
+    ) -> None:
+        pass
 
     def _wire(self, payload: Payload) -> Tensor:
         """The elements as they are sent: themselves, or rounded into a buffer that is kept."""

@@ -4,15 +4,16 @@ The convention is torch's own: a state object and a function of state and bucket
 """
 
 # No postponed annotations here: torch reads the hook's, and wants classes, not strings.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
 from ..cluster.wrap import OwnState
 from .averaging import Averaging, Payload
-from .packing import Packing
+from .packing import Packing, as_it_lies
 from .plan import Plan
 from .reduction import Reduction
 
@@ -39,20 +40,35 @@ class PackedReduction(Reduction, OwnState):
         super().remove()
         self._packings.clear()
 
+    def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        remembered = self.averaging.remembered(self.plan, names)
+        return {**super().state_dict(names), "averaging": remembered}
+
+    def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
+        super().load_state_dict(state, network)
+        self.averaging.remember(state["averaging"], self.plan, dict(network.named_parameters()))
+
     def payload(self, bucket: GradBucket) -> Payload:
         """A bucket as it will be sent; its live gradients are packed."""
         parameters, whole, parts = bucket.parameters(), bucket.buffer(), bucket.gradients()
         # DDP rebuilds its buckets after the first pass, so neither the index of a bucket nor its
         # number of parameters says which bucket it is; its parameters do.
         key = tuple(map(id, parameters))
-        gradients = [_as_it_lies(p, part) for p, part in zip(parameters, parts, strict=True)]
         packing = self._packing(key, parameters, whole)
-        if packing is None:
-            return Payload(key, bucket.is_last(), whole, gradients, None, whole, parts)
-        packing.pack(gradients)
-        return Payload(
-            key, bucket.is_last(), whole, gradients, packing, packing.buffer, packing.parts
+        payload = Payload(
+            bucket=key,
+            is_last=bucket.is_last(),
+            plan=self.plan,
+            parameters=parameters,
+            whole=whole,
+            gradients=[as_it_lies(p, part) for p, part in zip(parameters, parts, strict=True)],
+            packing=packing,
+            elements=whole if packing is None else packing.buffer,
+            parts=parts if packing is None else packing.parts,
         )
+        if packing is not None:
+            packing.pack(payload.gradients)
+        return payload
 
     def _packing(
         self, key: tuple[int, ...], parameters: Sequence[Tensor], whole: Tensor
@@ -65,14 +81,6 @@ class PackedReduction(Reduction, OwnState):
                 shapes = [parameter.shape for parameter in parameters]
                 self._packings[key] = Packing(blocks, shapes, whole.dtype, whole.device)
         return self._packings[key]
-
-
-def _as_it_lies(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A bucket's gradient with the strides that DDP gave it, those of a dense parameter; what the
-    bucket hands out is always in rows.  In channels_last, its columns are not the parameter's."""
-    if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
-        return gradient
-    return gradient.as_strided(parameter.shape, parameter.stride())
 
 
 def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -8,11 +8,14 @@ deterministic; no rank needs to be told.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cluster.agree import Ranks
+from ..cluster.holdings import part_of
 from ..cluster.stepping import Owners, Shard, Stepping
 from ..search.groups import Groups
 from .plan import Block, Plan
@@ -38,6 +41,16 @@ class Motion:
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
 
+    def fades(self, step: int, ranks: Ranks) -> list[dict[str, Any]]:
+        """The fades that have begun up to this step, for ``resume``; the same on all ranks.
+        Collective if the ranks share the stepping."""
+        return []
+
+    def resume(self, frozen: Tensor, plan: Plan, fades: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with these frozen channels and fades.  Weights and optimizer state may be loaded
+        later, but before the next step."""
+        self.freeze(frozen, plan, 0, 0)
+
     def hold(self, step: int, owners: Owners) -> None:
         """The ``step``-th optimizer step has just moved these tensors, or all."""
 
@@ -62,17 +75,24 @@ class Hold(Motion):
     def __init__(self, stepping: Stepping, num_channels: int) -> None:
         super().__init__(num_channels)
         self._stepping = stepping
-        self._held: list[_HeldSlices] = []
+        self._plan: Plan | None = None
+        self._held: list[_HeldSlices] | None = []
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
-        self._held = [
-            _HeldSlices(shard, block, self._stepping.moments(shard))
-            for parameter, block in plan.blocks.items()
-            for shard in self._stepping.shards(parameter)
-        ]
+        # What is held is looked at when it is about to move: until then a checkpoint may be loaded.
+        self._plan, self._held = plan, None
+
+    def before_step(self, penalty: float) -> None:
+        if self._held is None:
+            assert self._plan is not None
+            self._held = [
+                _HeldSlices(shard, block, self._stepping.moments(shard))
+                for parameter, block in self._plan.blocks.items()
+                for shard in self._stepping.shards(parameter)
+            ]
 
     def hold(self, step: int, owners: Owners) -> None:
-        for slices in self._held:
+        for slices in self._held or ():
             if owners is None or slices.shard.owner in owners:
                 slices.restore(self._stepping.moments(slices.shard))
 
@@ -90,26 +110,46 @@ class Fade(Hold):
         self._network = network
         self._groups = groups
         self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
-        self._fading: list[_FadingSlices] = []
+        self._fades: list[_Fading] = []
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         super().freeze(frozen, plan, step, fade_steps)
         begins = frozen & ~self.lost
-        if not bool(begins.any()):
-            return
-        self._over_at[begins] = step + fade_steps
-        self.lost = self.lost | begins
-        self._fading += [
-            _FadingSlices(shard, block, step + fade_steps, fade_steps)
-            for parameter, block in Plan(self._network, self._groups, begins, "norm").blocks.items()
-            for shard in self._stepping.shards(parameter)
-        ]
+        if bool(begins.any()):
+            self._begin(begins, step + fade_steps, fade_steps)
+
+    def fades(self, step: int, ranks: Ranks) -> list[dict[str, Any]]:
+        return [fading.state(step, ranks, self._names) for fading in self._fades]
+
+    def resume(self, frozen: Tensor, plan: Plan, fades: Sequence[Mapping[str, Any]]) -> None:
+        for fade in fades:
+            fading = self._begin(fade["channels"].clone(), fade["over_at"], fade["num_steps"])
+            if fade["start"] is not None:
+                names = self._names
+                fading.start_from({p: fade["start"][names[p]] for p in fading.parameters})
+        super().resume(frozen, plan, fades)
+
+    def _begin(self, channels: Tensor, over_at: int, num_steps: int) -> _Fading:
+        self._over_at[channels] = over_at
+        self.lost = self.lost | channels
+        plan = Plan(self._network, self._groups, channels, "norm", untrained=True)
+        fading = _Fading(self._stepping, channels, plan, over_at, num_steps)
+        self._fades.append(fading)
+        return fading
+
+    @property
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self._network.named_parameters()}
+
+    def before_step(self, penalty: float) -> None:
+        super().before_step(penalty)
+        for fading in self._fades:
+            fading.start()
 
     def hold(self, step: int, owners: Owners) -> None:
         super().hold(step, owners)
-        for slices in self._fading:
-            if owners is None or slices.shard.owner in owners:
-                slices.write(step)
+        for fading in self._fades:
+            fading.write(step, owners)
 
     def silent(self, step: int) -> Tensor:
         return self.lost & (self._over_at <= step)
@@ -183,24 +223,119 @@ class _HeldSlices:
                 tensor.index_fill_(dim, places, 0)
 
 
-class _FadingSlices:
-    """The slices of one parameter that began to fade at one step: of the part of it that this rank
-    steps."""
+class _Fading:
+    """The channels that began to fade at one step.
 
-    @torch.no_grad()
-    def __init__(self, shard: Shard, block: Block, over_at: int, num_steps: int) -> None:
-        self.shard = shard
+    Args:
+        stepping: steps their slices.
+        channels: bool ``[num_channels]``.
+        plan: what scales them is frozen in it.
+        over_at: the step after which they are zero.
+        num_steps: how long that takes.
+    """
+
+    def __init__(
+        self, stepping: Stepping, channels: Tensor, plan: Plan, over_at: int, num_steps: int
+    ) -> None:
+        self._channels = channels
         self._over_at = over_at
         self._num_steps = num_steps
+        self._shared = stepping.shared
+        self._has_started = False
+        self._slices = {
+            parameter: [_FadingSlices(shard, block) for shard in stepping.shards(parameter)]
+            for parameter, block in plan.blocks.items()
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self._slices)
+
+    def start(self) -> None:
+        """Start from the values as they are, if it has not started yet."""
+        if not self._has_started:
+            self._has_started = True
+            for slices in self._all:
+                slices.start(slices.shard.value)
+
+    def start_from(self, values: Mapping[Tensor, Tensor]) -> None:
+        """Go on from values, whole, that it has started from before."""
+        self._has_started = True
+        for parameter, value in values.items():
+            for slices in self._slices[parameter]:
+                slices.start(part_of(value, slices.shard))
+
+    def write(self, step: int, owners: Owners) -> None:
+        """What is left after the ``step``-th step."""
+        left = max(0, self._over_at - step) / self._num_steps
+        for slices in self._all:
+            if owners is None or slices.shard.owner in owners:
+                slices.write(left)
+
+    def state(self, step: int, ranks: Ranks, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """Plain values; where it started is None if that follows from the weights: before its first
+        step, and when it is over."""
+        under_way = self._has_started and step < self._over_at
+        return {
+            "channels": self._channels.clone(),
+            "over_at": self._over_at,
+            "num_steps": self._num_steps,
+            "start": self._whole_start(ranks, names) if under_way else None,
+        }
+
+    def _whole_start(self, ranks: Ranks, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+        """Of the parameters' shapes, zero where nothing fades."""
+        whole = {
+            p: torch.zeros(
+                p.shape,
+                dtype=torch.float32 if self._shared else _reckoned(p),
+                device=p.device,
+            )
+            for p in self._slices
+        }
+        for parameter, pieces in self._slices.items():
+            for piece in pieces:
+                piece.put_start(part_of(whole[parameter], piece.shard))
+        if self._shared:
+            row = ranks.joined(torch.cat([value.flatten() for value in whole.values()]))
+            parts = row.split([value.numel() for value in whole.values()])
+            whole = {p: part.view(p.shape) for p, part in zip(whole, parts, strict=True)}
+        return {names[parameter]: value for parameter, value in whole.items()}
+
+    @property
+    def _all(self) -> Iterator[_FadingSlices]:
+        for slices in self._slices.values():
+            yield from slices
+
+
+class _FadingSlices:
+    """The fading slices of one parameter: of the part of it that this rank steps."""
+
+    def __init__(self, shard: Shard, block: Block) -> None:
+        self.shard = shard
         self._places = block.part(shard.begin, shard.value.numel()).frozen
-        reckoned = torch.promote_types(shard.value.dtype, torch.float32)
+        self._start: Mapping[int, Tensor] = {}
+
+    @torch.no_grad()
+    def start(self, values: Tensor) -> None:
+        """Fade from these, of the shape of the shard's value."""
+        here = values.to(self.shard.value.device)
         self._start = {
-            dim: shard.value.index_select(dim, at).to(reckoned) for dim, at in self._places.items()
+            dim: here.index_select(dim, at).to(_reckoned(here)) for dim, at in self._places.items()
         }
 
     @torch.no_grad()
-    def write(self, step: int) -> None:
-        left = max(0, self._over_at - step) / self._num_steps
+    def write(self, left: float) -> None:
         for dim, at in self._places.items():
             faded = (self._start[dim] * left).to(self.shard.value.dtype)
             self.shard.value.index_copy_(dim, at, faded)
+
+    def put_start(self, out: Tensor) -> None:
+        """Write where it started into a tensor of the shape of the shard's value."""
+        for dim, at in self._places.items():
+            out.index_copy_(dim, at, self._start[dim])
+
+
+def _reckoned(tensor: Tensor) -> torch.dtype:
+    """What fades are reckoned in."""
+    return torch.promote_types(tensor.dtype, torch.float32)

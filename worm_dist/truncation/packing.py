@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .plan import Block
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "as_it_lies"]
 
 
 class Packing:
@@ -26,6 +26,7 @@ class Packing:
         dtype, device: of the gradients.
 
     Attributes:
+        blocks: as given.
         num_live: elements that live.
     """
 
@@ -36,7 +37,7 @@ class Packing:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self._shapes = [
             torch.Size(block.live_shape) if block is not None else shape
             for block, shape in zip(blocks, shapes, strict=True)
@@ -64,7 +65,7 @@ class Packing:
     def pack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
         """Copy the live part of every gradient into the buffer, or into these parts of another."""
         parts = self.parts if parts is None else parts
-        for gradient, block, part in zip(gradients, self._blocks, parts, strict=True):
+        for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
             if block is None:
                 part.copy_(gradient)
             else:
@@ -74,7 +75,7 @@ class Packing:
         """Write the buffer, or these parts of another, back to the live parts of the gradients, and
         exact zeros to the frozen parts."""
         parts = self.parts if parts is None else parts
-        for gradient, block, part in zip(gradients, self._blocks, parts, strict=True):
+        for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
             if block is None:
                 gradient.copy_(part)
             else:
@@ -85,11 +86,19 @@ class Packing:
     def update(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Write these parts of another buffer to the live parts of the values, and leave the frozen
         parts as they are."""
-        for value, block, part in zip(values, self._blocks, parts, strict=True):
+        for value, block, part in zip(values, self.blocks, parts, strict=True):
             if block is None:
                 value.copy_(part)
             else:
                 _put(value, block, part)
+
+
+def as_it_lies(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A bucket's gradient with the strides that DDP gave it, those of a dense parameter; what the
+    bucket hands out is always in rows.  In channels_last, its columns are not the parameter's."""
+    if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride())
 
 
 def _take(gradient: Tensor, block: Block, out: Tensor) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .plan import Block, Plan
 
@@ -65,6 +66,18 @@ class Reduction:
         taken = self.sent_bytes, self.dense_bytes
         self.sent_bytes = self.dense_bytes = 0
         return taken
+
+    def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """What this rank has of its own between two steps, in plain values.
+
+        Args:
+            names: of the parameters.
+        """
+        return {"sent_bytes": self.sent_bytes, "dense_bytes": self.dense_bytes, "averaging": None}
+
+    def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
+        """Go on from a state, by the plan that is in force already."""
+        self.sent_bytes, self.dense_bytes = state["sent_bytes"], state["dense_bytes"]
 
     def remove(self) -> None:
         """Send everything from now on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,7 @@ class Truncation:
         self._live_fraction = 1.0
         self._fades_end = math.inf
         self._times_heard = 0
+        self._silent = torch.zeros_like(self.frozen)
 
     @property
     def lost(self) -> Tensor:
@@ -88,15 +91,51 @@ class Truncation:
         if torch.equal(frozen, self.frozen):
             return
         self.generation += 1
-        self.frozen = frozen
-        plan = Plan(self._network, self._groups, frozen, self._config.scope)
-        if self._config.mode == "hard":
-            self._live_fraction = plan.live_fraction
-        self._truncate_gradients(plan)
+        plan = self._truncate(frozen)
         self._motion.freeze(frozen, plan, step, fade_steps)
         # Columns that had left come back for a moment if others begin to fade.
         self._fades_end = step + fade_steps if self._config.motion == "fade" else math.inf
         self._times_heard = 0
+
+    def _truncate(self, frozen: Tensor) -> Plan:
+        self.frozen = frozen
+        self._silent = torch.zeros_like(frozen)
+        plan = Plan(self._network, self._groups, frozen, self._config.scope)
+        if self._config.mode == "hard":
+            self._live_fraction = plan.live_fraction
+        self._truncate_gradients(plan)
+        return plan
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The generation in force after this step, in plain values, the same on all ranks.
+        Collective if the ranks share the stepping.
+
+        What is held is not in it: that is in the weights and in the optimizer's state.
+        """
+        return {
+            "generation": self.generation,
+            "frozen": self.frozen.clone(),
+            "silent": self._silent.clone(),
+            "fades": self._motion.fades(step, self._ranks),
+            "fades_end": None if math.isinf(self._fades_end) else int(self._fades_end),
+            "listens": self.reduction is not None and self.reduction.heard is not None,
+            "times_heard": self._times_heard,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from a state.  Weights and the optimizer's state may be loaded later, but before
+        the next step."""
+        self.generation = state["generation"]
+        if self.generation == 0:
+            return
+        plan = self._truncate(state["frozen"].clone())
+        self._motion.resume(self.frozen, plan, state["fades"])
+        if self.reduction is not None and bool(state["silent"].any()):
+            self._leave_out(self.reduction, state["silent"].clone())
+        self._fades_end = math.inf if state["fades_end"] is None else state["fades_end"]
+        self._times_heard = state["times_heard"]
+        if self.reduction is not None and state["listens"]:
+            self._listen(self.reduction, self._motion.silent(step))
 
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
@@ -124,10 +163,8 @@ class Truncation:
             self._listen(reduction, silent)
         elif reduction.num_buckets_heard and not self._ranks.any(reduction.heard):
             self._fades_end = math.inf
-            plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
             self.generation += 1
-            self._live_fraction = plan.live_fraction
-            reduction.silence(plan)
+            self._leave_out(reduction, silent)
         elif reduction.num_buckets_heard:
             # Once may be an overflow, for which a loss scaler skips a step.
             self._times_heard += 1
@@ -139,6 +176,12 @@ class Truncation:
                     "stay in the gradient all-reduce",
                     step,
                 )
+
+    def _leave_out(self, reduction: Reduction, silent: Tensor) -> None:
+        self._silent = silent
+        plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
+        self._live_fraction = plan.live_fraction
+        reduction.silence(plan)
 
     def _listen(self, reduction: Reduction, silent: Tensor) -> None:
         nothing = torch.zeros_like(silent)
