@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .cluster.stepping import Owners, Stepping
@@ -16,7 +18,7 @@ from .interval import Interval
 from .observer import Observer, Traffic
 from .search.groups import Groups
 from .ticket.carry import Cargo
-from .ticket.statistics import recalibrate
+from .ticket.statistics import Call, recalibrate
 from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import forget, transplant
 from .truncation.reduction import Reduction
@@ -130,6 +132,32 @@ class Attachment:
         if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
             self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and bytes so far, in plain values."""
+        return {
+            "step": self.step,
+            "last_check": self._last_check,
+            "steps_per_epoch": self._steps_per_epoch,
+            "traffic": asdict(self.traffic),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], calls: Sequence[Call]) -> None:
+        """Go on from a state, with these newest inputs."""
+        self._observer.go_on_from(state["step"], calls)
+        self._last_check = state["last_check"]
+        self._steps_per_epoch = state["steps_per_epoch"]
+        self.traffic = Traffic(**state["traffic"])
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """The newest inputs, oldest first."""
+        return self._observer.calls
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Of the parameters."""
+        return {parameter: name for name, parameter in self.network.named_parameters()}
+
     def require_optimized(self, groups: Groups) -> None:
         """The optimizer must step every group: only what it steps can be held and transplanted.
 
@@ -184,11 +212,15 @@ class Attachment:
         if self._observer.calls:
             for network in (self.network, *copies):
                 recalibrate(network, self._observer.calls, self.ranks)
-        self._observer.forget_inputs()
+        self.forget_inputs()
         self.wrap_again()
         if cargo is not None:
             cargo.unload(self.stepping, after)
         self._observer.listen(self.stepping)
+
+    def forget_inputs(self) -> None:
+        """Remember no inputs from now on."""
+        self._observer.forget_inputs()
 
     def wrap_again(self) -> None:
         """Put the network into a new wrapper with the old one's arguments and no hooks."""

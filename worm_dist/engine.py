@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from .admission import agreed_mask, require_live_survivors
 from .attachment import Attachment, require_countable
 from .cluster.agree import bits
 from .config import WormConfig
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError, DivergenceError
 from .observer import Traffic
 from .search.groups import ChannelGroup, Groups
 from .search.history import Finding, History
 from .search.mask import Mask
 from .search.ranking import Ranking
 from .search.usage import Usage
+from .state import FORMAT, digests_of, plain_settings, require_valid
+from .ticket.calls import calls_from, plain_calls
 from .ticket.file import save_ticket
+from .ticket.statistics import Call
 from .ticket.surgery import Cut, cuts_of, ungated
 from .ticket.trial import agreed_groups
 from .truncation.truncation import Truncation, first_reduction
@@ -101,13 +105,12 @@ class Engine:
         self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
         self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
-        settings = {
-            "config": repr(config),
-            "steps_per_epoch": repr(steps_per_epoch),
-            "score": getattr(score, "__qualname__", type(score).__name__),
-        }
+        own = None if score is None else getattr(score, "__qualname__", type(score).__name__)
+        self._settings = {**plain_settings(config), "score": own}
+        self._steps_per_epoch = steps_per_epoch
+        settings = {**self._settings, "steps_per_epoch": steps_per_epoch}
         self._ranks.require_equal(
-            {"setting": {name: text.encode() for name, text in settings.items()}}, "attach"
+            {"setting": {name: repr(value).encode() for name, value in settings.items()}}, "attach"
         )
         network, search = self._training.network, config.search
         self.groups: Groups = agreed_groups(
@@ -234,12 +237,7 @@ class Engine:
         mask = agreed_mask(self._ranks, self.groups, mask, f"draw at step {self.step}", copies)
         require_live_survivors(self.groups, mask, self._truncation.frozen)
         self._training.require_alike(copies)
-        self._cuts = cuts_of(self.groups, mask, self._training.network)
-        self._let_go()
-        self._training.shrink(self._cuts, copies)
-        self._cuts = ungated(self._cuts)
-        self._training.reduction = first_reduction(self.config.truncation, self._training.wrapping)
-        self.mask, self.phase = mask, Phase.TICKET
+        self._shrink(mask, copies)
         self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
 
     def penalty(self) -> Tensor:
@@ -254,6 +252,126 @@ class Engine:
         self._penalised = True
         used = None if self._usage is None else self._usage.take()
         return self.config.search.l1 * self._ranking.penalty(used)
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the engine knows between two steps, besides weights and the optimizer's state.
+        Collective.
+
+        Nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, so that
+        ``torch.load(..., weights_only=True)`` reads it.  It is the same on all ranks but for
+        ``"history"``, which rank zero has, ``"rank"`` and counted bytes.  Under ``"rank"`` is what
+        every rank has of its own: the inputs from which statistics are estimated at the draw, and
+        what PowerSGD left out.  So let every rank save its state; or rank zero alone, unless
+        ``truncation.compression`` is ``powersgd``: then a draw that comes right after a resume
+        estimates statistics from fewer batches, or from none.
+
+        Raises:
+            ConfigError: the engine has been detached.
+        """
+        self._require_not_detached("state_dict")
+        traffic, ranks, reduction = self.traffic, self._ranks, self._training.reduction
+        drawn = self.phase is Phase.TICKET
+        state = {
+            "format": FORMAT,
+            "settings": dict(self._settings),
+            "groups": {name: digest.hex() for name, digest in self.groups.digests.items()},
+            "phase": str(self.phase),
+            "mask": None if self.mask is None else self.mask.keep.clone(),
+            "streaks": self._streaks.clone(),
+            "verdict": {**dataclasses.asdict(self._verdict), "phase": str(self._verdict.phase)},
+            "training": self._training.state_dict(),
+            "truncation": None if drawn else self._truncation.state_dict(self.step),
+            "history": self._history.state_dict() if ranks.rank == 0 else None,
+            "rank": {
+                "number": ranks.rank,
+                "world_size": ranks.size,
+                "inputs": plain_calls(self._training.calls),
+                "reduction": reduction and reduction.state_dict(self._training.names),
+            },
+        }
+        ranks.sent_bytes = traffic.control_bytes  # a checkpoint is no check
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], copies: Sequence[nn.Module] = ()) -> None:
+        """Go on, bit for bit, where an engine was that gave this state.  Collective.
+
+        The engine is a new one, attached to the dense network, also after the draw: its network
+        then becomes the drawn one, in a new wrapper.  So load the state first, and then weights
+        and optimizer into what ``model`` and ``optimizer`` are now, before the next step::
+
+            engine = worm_dist.attach(DistributedDataParallel(dense), optimizer, config, ...)
+            engine.load_state_dict(saved["engine"])
+            engine.model.load_state_dict(saved["model"])
+            engine.optimizer.load_state_dict(saved["optimizer"])
+
+        Args:
+            state: what ``state_dict`` gave on this rank, or on rank zero (see there).
+            copies: networks like the dense one that are cut like it; as for ``draw``.
+
+        Raises:
+            ConfigError: the engine is not a new one, or has other settings; only those of the draw,
+                ``ticket.settle`` and ``ticket.recalibrate_batches``, may have changed.
+            CheckpointError: the state is not one, is of another network, or lacks what this rank
+                needs.  Nothing has been changed then.
+            DivergenceError: the ranks bring different states.
+        """
+        ranks, where = self._ranks, "load_state_dict"
+        try:
+            self._require_new(where)
+            require_valid(
+                state, self._settings, self.groups, self._steps_per_epoch, ranks.rank, ranks.size
+            )
+            self._training.require_alike(copies)
+        except (ConfigError, CheckpointError) as error:
+            with suppress(DivergenceError):  # the others are told; this rank knows more
+                ranks.require_equal({"state": {"(refused)": str(error).encode()}}, where)
+            raise
+        ranks.require_equal({"state": digests_of(state)}, where)
+        own = state["rank"]
+        if own is not None and (own["number"], own["world_size"]) != (ranks.rank, ranks.size):
+            own = None
+        lacks_inputs = own is None or own["inputs"] is None
+        device = next(self._training.network.parameters()).device
+        no_inputs = ranks.any(torch.tensor([float(lacks_inputs)], device=device))
+        calls = [] if no_inputs or own is None else calls_from(own["inputs"], device)
+        self._go_on(state, own, calls, copies)
+        ranks.sent_bytes = state["training"]["traffic"]["control_bytes"]
+
+    def _go_on(
+        self,
+        state: Mapping[str, Any],
+        own: Mapping[str, Any] | None,
+        calls: Sequence[Call],
+        copies: Sequence[nn.Module],
+    ) -> None:
+        training, keep = self._training, state["mask"]
+        training.load_state_dict(state["training"], calls)
+        mask = None if keep is None else Mask.from_vector(self.groups.sizes, keep)
+        if state["truncation"] is None:
+            assert mask is not None
+            training.forget_inputs()  # the statistics are estimated already
+            self._shrink(mask, copies)
+        else:
+            self._truncation.load_state_dict(state["truncation"], self.step)
+            training.reduction = self._truncation.reduction
+        sending = None if own is None else own["reduction"]
+        if training.reduction is not None and sending is not None:
+            training.reduction.load_state_dict(sending, training.network)
+        self.mask, self.phase = mask, Phase(state["phase"])
+        self._streaks = state["streaks"].clone()
+        self._verdict = Verdict(**{**state["verdict"], "phase": Phase(state["verdict"]["phase"])})
+        if self._ranks.rank == 0:
+            self._history.load_state_dict(state["history"])
+
+    def _require_new(self, what: str) -> None:
+        self._require_attached(what)
+        if self.step or self.mask is not None:
+            raise ConfigError(
+                f"{what}: this engine has been trained with; build the dense network anew and "
+                "attach to it"
+            )
 
     # ---- what has been seen, and leaving ---------------------------------------------------------
 
@@ -329,6 +447,14 @@ class Engine:
         self._truncation.adopt(frozen, self.step, fade_steps)
         self._training.reduction = self._truncation.reduction
 
+    def _shrink(self, mask: Mask, copies: Sequence[nn.Module]) -> None:
+        cuts = cuts_of(self.groups, mask, self._training.network)
+        self._let_go()
+        self._training.shrink(cuts, copies)
+        self._cuts = ungated(cuts)
+        self._training.reduction = first_reduction(self.config.truncation, self._training.wrapping)
+        self.mask, self.phase = mask, Phase.TICKET
+
     def _let_go(self) -> None:
         """Take the hooks away that the draw or the user ends."""
         self._truncation.remove()
@@ -354,9 +480,12 @@ class Engine:
         self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False
 
-    def _require_attached(self, what: str) -> None:
+    def _require_not_detached(self, what: str) -> None:
         if not self._attached:
             raise ConfigError(f"{what}: the engine has been detached")
+
+    def _require_attached(self, what: str) -> None:
+        self._require_not_detached(what)
         if self.phase is Phase.TICKET:
             raise ConfigError(f"{what}: the ticket has been drawn already")
 

@@ -94,6 +94,12 @@ class Observer:
         self.step += 1
         self._after_step(self.step)
 
+    def go_on_from(self, step: int, calls: Sequence[Call]) -> None:
+        """As if ``step`` steps had been taken, and these had been the newest inputs."""
+        self.step = step
+        self._remembered.calls.clear()
+        self._remembered.calls.extend(calls)
+
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""
         self._inputs.remove()

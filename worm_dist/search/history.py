@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..config import SearchConfig
 from .elbow import elbow_reached, elbow_threshold
@@ -70,6 +74,25 @@ class History:
         )
         self._findings.append(finding)
         return finding
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the masks, bool ``[checks, candidates]``, and what was found at each."""
+        masks = [finding.mask for finding in self._findings]
+        plain = ("step", "distances", "threshold", "elbow", "settled", "floored")
+        return {
+            "sizes": masks[0].sizes if masks else {},
+            "masks": torch.stack([m.keep for m in masks]) if masks else torch.empty(0, 0).bool(),
+            "findings": [{key: getattr(f, key) for key in plain} for f in self._findings],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the window follows from the newest masks."""
+        masks = [Mask.from_vector(state["sizes"], keep) for keep in state["masks"]]
+        self._findings = [
+            Finding(mask=mask, **finding)
+            for mask, finding in zip(masks, state["findings"], strict=True)
+        ]
+        self._window = Window(self._config.window, masks)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
