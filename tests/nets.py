@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from worm_dist.gates import Gate, add_gates
+
 __all__ = [
+    "Attentive",
     "Concatenating",
     "Flattening",
+    "Grouped",
+    "Normless",
     "Plain",
     "Residual",
     "Separable",
+    "Stacking",
     "Upsampling",
+    "gated",
     "random_images",
     "randomise",
 ]
@@ -23,7 +30,7 @@ def random_images(batch: int, channels: int = 3, side: int = 8, seed: int = 0) -
 
 
 def randomise(network: nn.Module, seed: int) -> None:
-    """Give norms scales, shifts and statistics as if they had been trained."""
+    """Give norms scales, shifts and statistics, and gates factors, as if they had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -34,6 +41,9 @@ def randomise(network: nn.Module, seed: int) -> None:
                 assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.uniform_(-0.5, 0.5, generator=generator)
                 module.running_var.uniform_(0.5, 2, generator=generator)
+        elif isinstance(module, Gate):
+            with torch.no_grad():
+                module.scale.uniform_(0.3, 2, generator=generator)
 
 
 class Plain(nn.Module):
@@ -151,3 +161,88 @@ class Upsampling(nn.Module):
         small = torch.relu(self.bn1(self.down(images)))
         image: Tensor = self.head(torch.relu(self.bn2(self.up(small))))
         return image
+
+
+class Stacking(nn.Module):
+    """Every norm is behind a concatenation, as in DenseNet: the first layer has scales in three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(5)
+        self.conv2 = nn.Conv2d(5, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(9)
+        self.conv3 = nn.Conv2d(9, 5, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(14)
+        self.head = nn.Linear(14, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one = self.conv1(images)
+        two = torch.cat([one, self.conv2(torch.relu(self.bn1(one)))], dim=1)
+        three = torch.cat([two, self.conv3(torch.relu(self.bn2(two)))], dim=1)
+        logits: Tensor = self.head(torch.relu(self.bn3(three)).mean(dim=(2, 3)))
+        return logits
+
+
+class Grouped(nn.Module):
+    """A residual block around a convolution in two groups, as in ResNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(6, 8, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.conv3 = nn.Conv2d(12, 6, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.relu(self.bn0(self.stem(images)))
+        inner = torch.relu(self.bn1(self.conv1(features)))
+        inner = torch.relu(self.bn2(self.conv2(inner)))
+        outer = torch.relu(features + self.bn3(self.conv3(inner)))
+        logits: Tensor = self.head(outer.mean(dim=(2, 3)))
+        return logits
+
+
+class Normless(nn.Module):
+    """Convolutions, one of them transposed, and a hidden layer, without any norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 5, 2, stride=2)
+        self.conv = nn.Conv2d(5, 4, 3, padding=1, bias=False)
+        self.hidden = nn.Linear(4, 7)
+        self.head = nn.Linear(7, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.relu(self.up(torch.relu(self.down(images))))
+        features = torch.relu(self.conv(features))
+        logits: Tensor = self.head(torch.relu(self.hidden(features.mean(dim=(2, 3)))))
+        return logits
+
+
+class Attentive(nn.Module):
+    """A layer of a transformer behind a stem with a norm: four heads, twelve neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.patches = nn.Conv2d(6, 8, 2, stride=2)
+        self.encoder = nn.TransformerEncoderLayer(8, 4, 12, dropout=0, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(torch.relu(self.bn(self.stem(images))))
+        tokens = self.encoder(patches.flatten(2).transpose(1, 2))
+        logits: Tensor = self.head(tokens.mean(dim=1))
+        return logits
+
+
+def gated() -> nn.Module:
+    return add_gates(Attentive())

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from tests.matrix.combination import Combination, Recipe
 from tests.matrix.nets import Detouring, Shared, frozen_convolution, frozen_norm, frozen_shift
+from tests.nets import Grouped, Normless, Stacking, gated
 from tests.ranks import NO_GROUP
 
 __all__ = ["COMBINATIONS"]
@@ -34,6 +35,14 @@ def _without_decay_of_vectors(kind: Any, network: nn.Module, **settings: Any) ->
     ]
     optimizer: Optimizer = kind(groups, **settings)
     return optimizer
+
+
+def _gates_apart(network: nn.Module) -> Optimizer:
+    """Gates are not decayed.  After a draw there are none, and their group is empty."""
+    gates = [p for name, p in network.named_parameters() if name.endswith(".0.scale")]
+    others = [p for name, p in network.named_parameters() if not name.endswith(".0.scale")]
+    groups = [{"params": gates, "weight_decay": 0.0, "lr": 0.02}, {"params": others}]
+    return AdamW(groups, lr=0.01, weight_decay=0.1)
 
 
 def _wrapper(**arguments: Any) -> Any:
@@ -55,6 +64,7 @@ _ADAMW = _of(AdamW, lr=0.01, weight_decay=0.1)
 _FUSED = _of(AdamW, lr=0.01, weight_decay=0.1, fused=True)
 _FUSED_SGD = _of(SGD, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True)
 
+_AUTOCAST = Recipe(autocast=True)
 _OVERFLOW = Recipe(loss_scale=2.0**8, overflow_at=4)
 _CLIP: Any = partial(clip_grad_norm_, max_norm=0.1)
 _CLIP_VALUES: Any = partial(clip_grad_value_, clip_value=0.001)
@@ -100,7 +110,7 @@ OPTIMIZERS = (
 )
 
 PRECISION = (
-    Combination("bf16 autocast", recipe=Recipe(autocast=True)),
+    Combination("bf16 autocast", recipe=_AUTOCAST),
     Combination("bf16 parameters", dtype=torch.bfloat16),
     Combination(
         "fp64",
@@ -206,6 +216,48 @@ MASKS = (
     Combination("frozen before the first step", optimizer=_ADAMW, search_steps=0),
 )
 
+_ALL_MOTIONS = ("hold", "fade", "free")
+_BY_WEIGHTS: Mapping[str, Any] = {"prune_ratio": 0.4, "score": "weight_norm"}
+
+NETWORKS = (
+    Combination("a convolution in groups", network=Grouped, motions=_ALL_MOTIONS),
+    Combination(
+        "a convolution in groups, AdamW, coupled",
+        network=Grouped,
+        optimizer=_ADAMW,
+        truncation={"scope": "coupled"},
+    ),
+    Combination("norms of several groups", network=Stacking, motions=_ALL_MOTIONS),
+    Combination(
+        "gates, SGD",
+        network=gated,
+        motions=_ALL_MOTIONS,
+        scheduler=lambda o: OneCycleLR(o, max_lr=0.1, total_steps=40),
+    ),
+    Combination("gates, AdamW, bf16 autocast", network=gated, optimizer=_ADAMW, recipe=_AUTOCAST),
+    Combination(
+        "gates in a group of their own",
+        network=gated,
+        optimizer=_gates_apart,
+        scheduler=lambda o: CosineAnnealingLR(o, T_max=20),
+        wrapper=_wrapper(gradient_as_bucket_view=True, bucket_cap_mb=0.001),
+    ),
+    Combination("gates, scope norm", network=gated, truncation={"scope": "norm"}),
+    Combination("gates, scope coupled", network=gated, truncation={"scope": "coupled"}),
+    Combination("gates, mode soft", network=gated, motions=("free",), truncation=_SOFT),
+    Combination("gates, bare module, no group", network=gated, world_size=NO_GROUP, wrapper=None),
+    Combination("no norms", network=Normless, search=_BY_WEIGHTS, motions=_ALL_MOTIONS),
+    Combination(
+        "no norms, AdamW, coupled, 2 passes",
+        network=Normless,
+        optimizer=_ADAMW,
+        search=_BY_WEIGHTS,
+        truncation={"scope": "coupled"},
+        recipe=Recipe(passes=2),
+        memory_format=torch.channels_last,
+    ),
+)
+
 WORLDS = (
     Combination("bare module, no group", world_size=NO_GROUP, wrapper=None),
     Combination("1 rank", world_size=1),
@@ -234,5 +286,15 @@ def _by_name(rows: Iterable[Combination]) -> dict[str, Combination]:
 
 
 COMBINATIONS: Mapping[str, Combination] = _by_name(
-    (*OPTIMIZERS, *PRECISION, *STEPS, *WRAPPERS, *TRUNCATION, *MASKS, *WORLDS, *TOGETHER)
+    (
+        *OPTIMIZERS,
+        *PRECISION,
+        *STEPS,
+        *WRAPPERS,
+        *TRUNCATION,
+        *MASKS,
+        *NETWORKS,
+        *WORLDS,
+        *TOGETHER,
+    )
 )

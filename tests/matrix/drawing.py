@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.matrix.pair import Norm, Pair
 from tests.matrix.trainee import images_like
-from tests.oracles import live_flags
+from tests.oracles import folded, folded_name, live_flags
 
 __all__ = ["draw_and_train_on"]
 
@@ -30,21 +30,25 @@ def _draw(pair: Pair) -> None:
     engine, trainee, findings = pair.engine, pair.trainee, pair.findings
     network, mask = trainee.network, engine.mask
     assert mask is not None
-    kept = live_flags(network, engine.groups, ~mask.keep, "coupled")
+    flags = live_flags(network, engine.groups, ~mask.keep, "coupled")
+    kept = {folded_name(name): flag for name, flag in flags.items()}
     masked = copy.deepcopy(network)
     _silence(masked, live_flags(masked, engine.groups, ~mask.keep, "norm"))
-    weights, state = trainee.values, trainee.state
+    weights = folded(trainee.values)
+    states = {folded_name(name): trainee.state_of(name) for name, _ in network.named_parameters()}
 
     engine.draw(mask, copies=[] if trainee.schedule is None else [trainee.schedule.average.module])
     trainee.model = engine.model
 
+    stepped = [p for group in trainee.optimizer.param_groups for p in group["params"]]
+    whole = set(stepped) == set(network.parameters()) >= trainee.optimizer.state.keys()
+    findings.expect("draw", whole, f"{pair.where}, draw: the optimizer steps something else")
     for name, parameter in network.named_parameters():
         survived = weights[name][kept[name]].view_as(parameter)
         findings.same("draw", parameter, survived, f"{pair.where}, draw: {name}")
-        for key, value in trainee.state_of(name).items():
-            survived = state.pop(f"{name} {key}")[kept[name]].view_as(value)
-            findings.same("draw", value, survived, f"{pair.where}, draw: {key} of {name}")
-    findings.expect("draw", not state, f"{pair.where}, draw: state lost: {list(state)}")
+        survivors = {k: v[kept[name]].view_as(parameter) for k, v in states[name].items()}
+        what = f"{pair.where}, draw: state of {name}"
+        findings.all_same("draw", trainee.state_of(name), survivors, what)
     _take_statistics(masked, network, kept)
     images = images_like(network, 6, seed=9)
     outputs = _outputs(network, images), _outputs(masked, images)

@@ -39,20 +39,16 @@ class Frozen:
     def freeze(self, mask: Mask) -> None:
         """From the next step on, what the mask drops is frozen and the rest is live."""
         network, groups, frozen = self._trainee.network, self._groups, ~mask.keep
-        before = self.flags
         self.flags = live_flags(network, groups, frozen, self._config.scope)
         self._take_values()
-        if self._config.motion == "fade":
-            for name in (name for g in groups for norm in g.norms for name, _ in norm.parameters):
-                begins = before[name] & ~self.flags[name]
-                if bool(begins.any()):
-                    start = self._values[name]
-                    self._fades.append((name, begins, start, self._trainee.num_steps))
-            if bool((frozen & ~self.lost).any()):
-                self.sent_whole_until = (
-                    self._trainee.num_steps + FADE_STEPS + 1 + self._trainee.recipe.listens_again
-                )
-            self.lost = self.lost | frozen
+        begins = frozen & ~self.lost
+        if self._config.motion == "fade" and bool(begins.any()):
+            since = self._trainee.num_steps
+            for name, flag in live_flags(network, groups, begins, "norm").items():
+                if not bool(flag.all()):
+                    self._fades.append((name, ~flag, self._values[name], since))
+            self.sent_whole_until = since + FADE_STEPS + 1 + self._trainee.recipe.listens_again
+            self.lost = self.lost | begins
 
     @property
     def values(self) -> dict[str, Tensor]:

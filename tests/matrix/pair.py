@@ -14,8 +14,9 @@ from tests.matrix.findings import Findings
 from tests.matrix.frozen import FIRST_MOMENTS, Frozen
 from tests.matrix.reference import Reference
 from tests.matrix.trainee import Trainee, images_like
-from tests.oracles import mask_dropping
+from tests.oracles import mask_dropping, scaling_members
 from worm_dist import WormConfig
+from worm_dist.search.groups import Groups
 
 __all__ = ["Norm", "Pair"]
 
@@ -68,7 +69,7 @@ class Pair:
         if dropped is None:
             self._num_shakes += 1
             for network in (self.trainee.network, reference.network):
-                _shake(network, self._frozen.flags, self._num_shakes)
+                _shake(network, engine.groups, self._frozen.flags, self._num_shakes)
         engine.check()
         assert engine.mask is not None
         self.findings.masks.append(engine.mask.digest)
@@ -145,12 +146,15 @@ class Pair:
 
 
 @torch.no_grad()
-def _shake(network: nn.Module, flags: dict[str, Tensor], num_times: int) -> None:
-    """Give live scales values by chance that are smaller than all that have been held so far, so
-    that the next check drops others."""
+def _shake(network: nn.Module, groups: Groups, flags: dict[str, Tensor], num_times: int) -> None:
+    """Give what is live of the scales, or of the filters where there are none, sizes by chance that
+    are smaller than all that have been held so far, so that the next check drops others."""
     generator = torch.Generator().manual_seed(num_times)
-    for name, module in network.named_modules():
-        if isinstance(module, Norm):
-            chance = torch.empty(module.num_features).uniform_(0.2, 0.6, generator=generator)
-            scale, live = module.weight, flags[f"{name}.weight"]
-            scale.copy_(torch.where(live, (chance * 0.3**num_times).to(scale.dtype), scale))
+    for group in groups:
+        for member in scaling_members(group):
+            name, dim = member.parameters[0]
+            for place in member.positions.flatten().tolist():
+                chance = torch.empty(()).uniform_(0.2, 0.6, generator=generator)
+                here = network.get_parameter(name).select(dim, place)
+                smaller = (here / here.norm() * chance * 0.3**num_times).to(here.dtype)
+                here.copy_(torch.where(flags[name].select(dim, place), smaller, here))

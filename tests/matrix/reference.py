@@ -33,8 +33,13 @@ class Reference(Trainee):
         self._wire = _WIRE[config.truncation.compression]
         if self._wire is not None and isinstance(self.model, DistributedDataParallel):
             self.model.register_comm_hook(self._wire, _rounded_allreduce)
-        norms = [norm for group in groups for norm in group.norms]
-        self._scales = [(norm.module, norm.parameters[0][0]) for norm in norms]
+        # Once each, however many groups share a norm.
+        self._scales = {
+            member.parameters[0][0]: member.module
+            for group in groups
+            for member in group.members
+            if member.role in ("norm", "gate")
+        }
         self._passes = 0
         self.frozen = Frozen(self, groups, config.truncation)
         self.penalty = self._penalty
@@ -52,7 +57,7 @@ class Reference(Trainee):
     def before_step(self) -> None:
         """Frozen scales that are free feel the penalty, which went with their other gradients."""
         if self._truncation.motion == "free" and self._truncation.mode == "hard":
-            for _, name in self._scales:
+            for name in self._scales:
                 scale, frozen = self.network.get_parameter(name), ~self.frozen.flags[name]
                 if scale.grad is not None:
                     scale.grad[frozen] += self._l1 * scale[frozen].sign()
@@ -101,10 +106,10 @@ class Reference(Trainee):
         """The L1 norm of all scales that the pass has used."""
         used = [
             self.network.get_parameter(name).to(torch.float32)
-            for module, name in self._scales
+            for name, module in self._scales.items()
             if detour or module not in ("bn_side", "bn_back")
         ]
-        return self._l1 * torch.cat(used).abs().sum()
+        return self._l1 * torch.cat(used).abs().sum() if used else torch.zeros(())
 
 
 # Without annotations: torch wants classes there, and postponed ones are strings.
