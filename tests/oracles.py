@@ -13,6 +13,7 @@ from worm_dist.search.groups import ChannelGroup, Groups, Member
 __all__ = [
     "folded",
     "folded_name",
+    "is_gate",
     "live_flags",
     "mask_dropping",
     "scaling_members",
@@ -69,6 +70,11 @@ def _frozen_roles(group: ChannelGroup, scope: str) -> set[str]:
     return everything
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter of this name is one."""
+    return name.endswith(_GATE)
+
+
 def folded_name(name: str) -> str:
     """A parameter's name once gates are folded."""
     return name.replace(_GATED, ".weight")
@@ -83,7 +89,7 @@ def folded(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             gate = values[name.replace(_GATED, _GATE)]
             columns = torch.arange(value.shape[1]) // (value.shape[1] // len(gate))
             value = value * gate[columns]
-        if not name.endswith(_GATE):
+        if not is_gate(name):
             plain[folded_name(name)] = value
     return plain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.oracles import live_flags
+from tests.oracles import folded, folded_name, is_gate, live_flags
 from tests.zero.inside import FIRST_MOMENTS
 from tests.zero.row import Row
 from tests.zero.trainee import Trainee
@@ -40,18 +40,25 @@ class Expected:
     def freeze(self, mask: Mask) -> None:
         """From the next step on, what the mask drops is frozen and the rest is live."""
         trainee, groups, frozen = self._trainee, self._groups, ~mask.keep
-        before = self.flags
         self.flags = live_flags(trainee.network, groups, frozen, self._scope)
         self._values = trainee.inside.everything()
-        if not self._does_fade:
-            return
-        for name in (name for g in groups for norm in g.norms for name, _ in norm.parameters):
-            begins = before[name] & ~self.flags[name]
-            if bool(begins.any()):
-                self._fades.append((name, begins, self._values[name], trainee.num_steps))
-        if bool((frozen & ~self.lost).any()):
-            self.over_at = trainee.num_steps + FADE_STEPS
-        self.lost = self.lost | frozen
+        begins = frozen & ~self.lost
+        if self._does_fade and bool(begins.any()):
+            since = trainee.num_steps
+            for name, flag in live_flags(trainee.network, groups, begins, "norm").items():
+                if not bool(flag.all()):
+                    self._fades.append((name, ~flag, self._values[name], since))
+            self.over_at = since + FADE_STEPS
+            self.lost = self.lost | begins
+
+    def fold_gates(self, values: dict[str, Tensor]) -> None:
+        """From the next step on, every gate is one and what it scales is as in these values."""
+        assert self.over_at <= self._trainee.num_steps, "a fade is under way"
+        self._fades.clear()
+        self._values = values
+        for name, flag in self.flags.items():
+            if is_gate(name):
+                flag.fill_(False)
 
     @property
     def frozen(self) -> list[str]:
@@ -89,6 +96,18 @@ class Reference(Trainee):
         super().step(number)
         if self.num_steps > num_steps and self.expected.frozen:
             self._write_back()
+
+    def fold_gates(self) -> None:
+        """Multiply every gate into the columns that it scales, and let it stay one."""
+        values = self.inside.everything()
+        plain = folded({name: values[name] for name, _ in self.network.named_parameters()})
+        for name in values:
+            if is_gate(name):
+                values[name].fill_(1)
+            elif folded_name(name) in plain:
+                values[name] = plain[folded_name(name)]
+        self.inside.write(values)
+        self.expected.fold_gates(values)
 
     def _write_back(self) -> None:
         inside, expected = self.inside, self.expected

@@ -45,7 +45,7 @@ class Row:
         optimizer: of a network's parameters; None for the one that ``settings`` name.
         passes: forward and backward passes a step.
         style: how the passes are made; see ``Trainee.step``.
-        truncation: the engine's settings; ``motion`` is not among them.
+        search, truncation: the engine's settings; ``motion`` is not among them.
         motions: each is one run, from the search to the ticket; one of them where the row is about
             how gradients get there.
         frozen: channels to freeze, counted over all groups, one generation after the other, where
@@ -65,6 +65,7 @@ class Row:
     optimizer: Callable[[nn.Module], Optimizer] | None = _sgd
     passes: int = 1
     style: Literal["engine", "torch", "coalesced", "unmanaged"] = "engine"
+    search: Mapping[str, Any] = field(default_factory=dict)
     truncation: Mapping[str, Any] = field(default_factory=dict)
     motions: tuple[str, ...] = ("hold", "fade")
     frozen: tuple[tuple[int, ...], ...] = ()

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from tests.matrix.nets import frozen_convolution, frozen_norm, frozen_shift
-from tests.nets import Concatenating, Flattening, Plain, Residual, Separable
+from tests.nets import (
+    Concatenating,
+    Flattening,
+    Normless,
+    Plain,
+    Residual,
+    Separable,
+    gated,
+)
+from tests.oracles import is_gate
 from tests.zero.row import Row
 
 __all__ = ["ROWS"]
@@ -83,6 +92,18 @@ def _temperature_apart(kind: Any, **settings: Any) -> Any:
     return optimizer
 
 
+def _gates_apart(kind: Any, **settings: Any) -> Any:
+    """Gates learn at another rate.  After a draw there are none, and their group is empty."""
+
+    def optimizer(network: nn.Module) -> Optimizer:
+        gates = [p for name, p in network.named_parameters() if is_gate(name)]
+        others = [p for name, p in network.named_parameters() if not is_gate(name)]
+        made: Optimizer = kind([{"params": gates, "lr": 0.02}, {"params": others}], **settings)
+        return made
+
+    return optimizer
+
+
 _INNER_GROUP = tuple(range(8, 14))
 _HOLD = ("hold",)
 _FADE = ("fade",)
@@ -92,6 +113,7 @@ _TINY: Mapping[str, Any] = {"reduce_bucket_size": 100}  # some layers are larger
 _ONE_BY_ONE: Mapping[str, Any] = {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False}
 _WHOLE: Mapping[str, Any] = {"reduce_scatter": False}
 _OVERLAP: Mapping[str, Any] = {"overlap_comm": True}
+_BY_WEIGHTS: Mapping[str, Any] = {"score": "weight_norm"}
 _IN_FP32: Mapping[str, Any] = {"data_types": {"buffer_dtype": "bf16", "grad_accum_dtype": "fp32"}}
 
 STAGE_0 = (
@@ -119,6 +141,15 @@ STAGE_0 = (
     Row("0: bf16, a number, AdamW", 0, "bf16", motions=_FADE, network=Tempered, optimizer=_ADAMW),
     Row("0: bf16, a frozen shift", 0, "bf16", motions=_FADE, network=frozen_shift),
     Row("0: bf16, overflow", 0, "bf16", motions=_FADE, overflow_at=4),
+    Row("0: gates", 0, network=gated, like_ddp=True),
+    Row(
+        "0: bf16, gates apart",
+        0,
+        "bf16",
+        network=gated,
+        optimizer=_gates_apart(SGD, lr=0.05, momentum=0.9),
+    ),
+    Row("0: no norms", 0, network=Normless, search=_BY_WEIGHTS, motions=_FADE, like_ddp=True),
     Row("0: 1 rank", 0, motions=_FADE, world_size=1, settings=_CLIP),
 )
 
@@ -203,6 +234,14 @@ STAGE_1 = (
         overflow_at=4,
         settings={"bf16": {"check_grad_overflow": True}},
     ),
+    Row(
+        "1: gates apart",
+        1,
+        network=gated,
+        optimizer=_gates_apart(SGD, lr=0.05, momentum=0.9),
+        like_ddp=True,
+    ),
+    Row("1: bf16, gates", 1, "bf16", network=gated, motions=_FADE),
     Row("1: 3 ranks", 1, motions=_FADE, world_size=3, tolerance=1e-4),
 )
 
@@ -258,6 +297,16 @@ STAGE_2 = (
     Row("2: flattening", 2, motions=_FADE, network=_flattening, like_ddp=True),
     Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP, like_ddp=True),
     Row("2: concatenating", 2, motions=_FADE, network=Concatenating, zero=_TINY, like_ddp=True),
+    Row("2: gates, tiny buckets", 2, network=gated, zero=_TINY, like_ddp=True),
+    Row(
+        "2: gates apart, AdamW, overlap",
+        2,
+        network=gated,
+        optimizer=_gates_apart(AdamW, lr=0.01),
+        zero=_OVERLAP,
+        motions=_HOLD,
+        like_ddp=True,
+    ),
     Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
     Row(
         "2: 4 ranks, a partition without life",

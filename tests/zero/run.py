@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import worm_dist
 from tests.matrix.findings import Findings
 from tests.nets import random_images
-from tests.oracles import live_flags, mask_dropping
+from tests.oracles import folded, folded_name, is_gate, live_flags, mask_dropping
 from tests.zero.payload import Overheard, Payload, dense_payload_of, payload_of
 from tests.zero.reference import FADE_STEPS, Expected, Reference
 from tests.zero.row import COLUMNS, Row
@@ -61,7 +61,7 @@ class _Course:
         self._number = 0
         self.trainee = Trainee(row)
         truncation = {"motion": motion, "fade": f"{FADE_STEPS}ba", **row.truncation}
-        self._config = WormConfig(truncation=truncation)
+        self._config = WormConfig(search=row.search, truncation=truncation)
         self.engine = self._attached(self.trainee)
         scope = self._config.truncation.scope
         fades = motion == "fade"
@@ -128,12 +128,10 @@ class _Course:
             expected = self._expected.now(name, weight).to(weight.dtype)
             findings.same("held", weight[here], expected[here], f"{where}: {name}")
         if self.trainee.num_steps == self._expected.over_at:
-            for name in (
-                name for g in self.engine.groups for n in g.norms for name, _ in n.parameters
-            ):
-                values = self.trainee.network.get_parameter(name)
-                here = ~self._expected.flags[name]
-                findings.expect("held", not bool(values[here].any()), f"{where}: {name} is not 0")
+            network, lost = self.trainee.network, self._expected.lost
+            for name, flag in live_flags(network, self.engine.groups, lost, "norm").items():
+                faded = network.get_parameter(name)[~flag]
+                findings.expect("held", not bool(faded.any()), f"{where}: {name} is not 0")
         self._expect_bytes(handed_over, self._count())
         if self.parallel is not None:
             self.parallel.step(self._number)
@@ -159,10 +157,19 @@ class _Course:
             return self._dense
         flags = self._expected.flags
         reduced = {name: flag.clone() for name, flag in flags.items()}
+        network, lost = self.trainee.network, self._expected.lost
+        fades = {
+            name: not bool(flag.all())
+            for name, flag in live_flags(network, self.engine.groups, lost, "norm").items()
+        }
         if 0 < self._expected.over_at < self.trainee.num_steps - 1:
             self._take_out_columns(reduced)
-        # Vectors are told whole.
-        gathered = {n: flag if flag.dim() > 1 else flag | True for n, flag in flags.items()}
+            fades = dict.fromkeys(fades, False)
+        # Vectors are told whole, and so is what fades until that is over.
+        gathered = {
+            name: flag if flag.dim() > 1 and not fades[name] else torch.ones_like(flag)
+            for name, flag in flags.items()
+        }
         return payload_of(self._row, self.trainee.groups, reduced, gathered)
 
     def _take_out_columns(self, flags: dict[str, Tensor]) -> None:
@@ -199,7 +206,8 @@ class _Course:
         network, mask = trainee.network, engine.mask
         assert mask is not None
         with self._findings.of("draw"):
-            self._kept = live_flags(network, engine.groups, ~mask.keep, "coupled")
+            flags = live_flags(network, engine.groups, ~mask.keep, "coupled")
+            self._kept = {folded_name(name): flag for name, flag in flags.items()}
             inside, weights = trainee.inside.everything(), trainee.values
             counters = {name: getattr(trainee.model, name) for name in _COUNTERS}
             silenced = live_flags(network, engine.groups, ~mask.keep, "norm")
@@ -207,6 +215,7 @@ class _Course:
 
             engine.draw(mask)
             trainee.model = engine.model
+            trainee.forget_gates()
             if self.parallel is not None:
                 self._parallel_engine.draw(mask)
                 self.parallel.model = self._parallel_engine.model
@@ -222,8 +231,9 @@ class _Course:
             self._drawn, told = trainee.inside.everything(), trainee.inside.told()
             self._findings.all_same("draw", {key: self._drawn[key] for key in told}, told, where)
             self._survivors(self._drawn, inside, where)
+            plain = folded(weights)
             for name, parameter in network.named_parameters():
-                survived = weights[name][self._kept[name]].view_as(parameter)
+                survived = plain[name][self._kept[name]].view_as(parameter)
                 self._findings.same("draw", parameter, survived, f"{where}: {name}")
             masked = network_of(row).to(row.dtype)
             masked.load_state_dict(weights)
@@ -235,14 +245,16 @@ class _Course:
             outputs = _outputs(network, images), _outputs(masked, images)
             self._findings.same("draw", *outputs, f"{where}: outputs", _OUTPUTS[row.precision])
             self._take_statistics(self.reference.network, network)
+            self.reference.fold_gates()
 
     def _survivors(self, after: dict[str, Tensor], before: dict[str, Tensor], where: str) -> None:
+        plain = _folded_inside(before)
         survived = {
             key: value[self._kept[key.split()[0]]].view_as(after[key])
-            for key, value in before.items()
+            for key, value in plain.items()
             if key in after
         }
-        lost = before.keys() - after.keys()
+        lost = plain.keys() - after.keys()
         self._findings.expect("draw", not lost, f"{where}: lost: {lost}")
         self._findings.all_same("draw", after, survived, where)
 
@@ -271,6 +283,7 @@ class _Course:
             self._findings.expect("draw", sound and moved, f"{where}: {name} does not train")
         if self._motion != "fade":
             return
+        theirs = _folded_inside(theirs)
         for key, value in mine.items():
             survived = theirs[key][self._kept[key.split()[0]]].view_as(value)
             self._findings.same("draw", value, survived, f"{where}: {key}", tolerance)
@@ -287,6 +300,16 @@ class _Course:
     @property
     def _where(self) -> str:
         return f"{self._motion}, step {self._number}"
+
+
+def _folded_inside(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masters by name and moments by name and key once gates are folded: moments stay."""
+    plain = folded({key: value for key, value in values.items() if " " not in key})
+    for key, value in values.items():
+        name, *moment = key.split()
+        if moment and not is_gate(name):
+            plain[f"{folded_name(name)} {moment[0]}"] = value
+    return plain
 
 
 def _digest(values: dict[str, Tensor]) -> str:

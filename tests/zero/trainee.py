@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.nets import random_images, randomise
+from tests.oracles import folded_name, is_gate
 from tests.zero.building import engine_around
 from tests.zero.inside import Inside
 from tests.zero.row import Row
@@ -72,6 +73,10 @@ class Trainee:
         if style in ("coalesced", "unmanaged"):
             self.model.step()
         self.num_steps += self.model.was_step_applied()
+
+    def forget_gates(self) -> None:
+        """They have been folded into what they scale."""
+        self.groups = [[folded_name(n) for n in group if not is_gate(n)] for group in self.groups]
 
     def loss(self, number: int, micro: int) -> Tensor:
         rank = dist.get_rank()
