@@ -65,7 +65,7 @@ def costs_of(
 
     Args:
         network: drawn with this mask; the dense one with a mask that keeps everything.
-        groups: of the dense network.
+        groups: of the dense network, the parameters called as in this one.
         mask: which channels there are.
         sample: a batch of one.
         compression: ``truncation.compression``.
@@ -86,7 +86,7 @@ def costs_of(
             _weighed(elements, shapes, dict.fromkeys(parameters, 1)),
             sum(
                 _share(flops[module], member, keep, shapes)
-                for module, member in _by_module(_owners(group)).items()
+                for module, member in _working(_owners(group)).items()
             ),
             _weighed(elements, shapes, bytes_each),
         )
@@ -136,9 +136,14 @@ def _owners(group: ChannelGroup) -> list[Member]:
     return [member for member in group.members if member.role != "consumer"]
 
 
-def _by_module(members: Sequence[Member]) -> dict[str, Member]:
-    """One member for each module that holds the first of its parameters."""
-    return {member.parameters[0][0].rpartition(".")[0]: member for member in members}
+def _working(members: Sequence[Member]) -> dict[str, Member]:
+    """One member for each module that computes channels: the member's own and, within attentions,
+    the one that holds the parameters."""
+    return {
+        module: member
+        for member in members
+        for module in (member.module, member.parameters[0][0].rpartition(".")[0])
+    }
 
 
 def _bytes_each(parameters: Mapping[str, nn.Parameter], compression: str) -> dict[str, int]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..search.attention import find_attentions
 from ..search.forward import undisturbed
+from ..ticket.heads import keep_heads
 
 __all__ = ["count_operations"]
 
@@ -20,14 +25,14 @@ def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str,
         sample: a batch of one.
 
     Returns:
-        Those of the network, and those of each module that has parameters of its own, without what
-        such modules within it take.
+        Those of the network, and those of each module, by name, without what the modules within it
+        take.
     """
-    names = {
-        module: name
-        for name, module in network.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    }
+    network = copy.deepcopy(network)
+    for attention in find_attentions(network)[0]:
+        # torch's multiply by the layer that reads their heads without calling it; ours call it.
+        keep_heads(network, attention.module, attention.num_heads)
+    names = {module: name for name, module in network.named_modules()}
     counts = dict.fromkeys(names.values(), 0)
     running: list[str] = []
     counted = 0
@@ -48,14 +53,11 @@ def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str,
         settle()
         running.pop()
 
-    handles = []
-    with undisturbed(network), FlopCounterMode(display=False) as counter:
+    # torch counts fused attention on some devices only; this way it is matrix products on all.
+    plainly = sdpa_kernel(SDPBackend.MATH)
+    with undisturbed(network), plainly, FlopCounterMode(display=False) as counter:
         for module in names:
-            handles.append(module.register_forward_pre_hook(begin))
-            handles.append(module.register_forward_hook(end))
-        try:
-            network(sample)
-        finally:
-            for handle in handles:
-                handle.remove()
+            module.register_forward_pre_hook(begin)
+            module.register_forward_hook(end)
+        network(sample)
     return int(counter.get_total_flops()), counts
