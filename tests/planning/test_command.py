@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from worm_dist import ConfigError, WormError
 from worm_dist.__main__ import main
 from worm_dist.planning.command import add_parser, run
 
+README = Path(__file__).parents[2] / "README.md"
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
 
@@ -34,7 +36,7 @@ def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 def test_settings_are_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert _plan(DIGITS) == 0
-    assert "Drops 224 of 448 channels: 50 % of every group." in capsys.readouterr().out
+    assert "Drops 224 of 448 channels: 50 % asked, 50 % after" in capsys.readouterr().out
     assert not dist.is_initialized()
 
 
@@ -47,11 +49,15 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
         "sample_shape": [1, 8, 8],
         "num_classes": 10,
     }
-    assert plan["dropped"]["by"] == "equal shares" and plan["dropped"]["prune_ratio"] == 0.25
+    assert plan["dropped"]["by"] == "settings"
+    assert plan["dropped"]["prune_ratio"] == plan["dropped"]["ratio_reached"] == 0.25
+    assert plan["settings"]["search"]["score"] == "scale"
+    assert plan["settings"]["ticket"] == {"settle": "1ep", "recalibrate_batches": 8, "round_to": 8}
     first = plan["groups"][0]
     assert (first["name"], first["num_channels"], first["num_kept"]) == ("features.0", 32, 24)
-    assert (first["producers"], first["scored_by"]) == (["features.0"], ["features.1"])
-    assert first["consumers"] == ["features.3"]
+    assert (first["producers"], first["norms"]) == (["features.0"], ["features.1"])
+    assert (first["gates"], first["consumers"]) == ([], ["features.3"])
+    assert first["places_each"] == 1
     for stage, total in plan["total"].items():
         for key, value in total.items():
             parts = [group["costs"][stage][key] for group in plan["groups"]]
@@ -102,18 +108,22 @@ def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
 
 
 @pytest.mark.timeout(110)
-def test_it_is_a_command_of_its_own(tmp_path: Path) -> None:
+def test_the_readme_shows_what_it_prints() -> None:
+    """In a process of its own, as a user runs it."""
+    shown = re.search(
+        r"```console\n\$ python (-m worm_dist plan .*)\n([^`]*)```", README.read_text()
+    )
+    assert shown is not None
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "worm_dist", "plan", "vgg_small", "--ratio", "0.25"],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error", *shown[1].split()],
+        cwd=README.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("vgg_small\nInput 3x32x32, 10 classes.\nDrops 112 of 448")
-    assert not list(tmp_path.iterdir())
+    assert [line.rstrip() for line in done.stdout.splitlines()] == shown[2].splitlines()
 
 
 def test_words_that_it_does_not_know_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,22 +1,23 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Upsampling
 from tests.oracles import live_flags
-from worm_dist import Mask
+from worm_dist import Mask, add_gates
 from worm_dist.models import build_model
 from worm_dist.planning.costs import Costs, costs_of, truncated
+from worm_dist.planning.drawing import drawn
+from worm_dist.planning.operations import count_operations
 from worm_dist.search.groups import ChannelGroup, Groups
-from worm_dist.ticket.surgery import cuts_of, remove_channels
 from worm_dist.ticket.trial import find_drawable_groups
-from worm_dist.training.measure import count_flops, count_parameters
+from worm_dist.training.measure import count_parameters
 from worm_dist.truncation.plan import Plan
 
 Scope = Literal["norm", "producer", "coupled"]
@@ -43,6 +44,29 @@ class _DenselyConnected(nn.Module):
         return logits
 
 
+class _Grouped(nn.Module):
+    """A convolution with two groups of its own: a channel is two filters, one in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.head = nn.Conv2d(12, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = torch.relu(self.bn1(self.conv1(images)))
+        second = torch.relu(self.bn2(self.conv2(first)))
+        logits: Tensor = self.head(second).mean(dim=(2, 3))
+        return logits
+
+
+def _transformer() -> nn.Module:
+    network = VisionTransformer(8, 4, 2, num_heads=4, hidden_dim=16, mlp_dim=24, num_classes=10)
+    return add_gates(network)
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -51,6 +75,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "concatenating": Concatenating,
     "densely connected": _DenselyConnected,
     "upsampling": Upsampling,
+    "grouped": _Grouped,
+    "gated": _transformer,
     "resnet20": lambda: build_model("resnet20", 10, 3),
 }
 
@@ -68,19 +94,36 @@ class _Case:
         for kept in keep.values():
             kept[0], kept[1] = True, False
         self.mask = Mask(keep)
-        self.drawn = copy.deepcopy(self.network)
-        remove_channels(self.drawn, cuts_of(self.groups, self.mask, self.drawn))
+        self.drawn, self.groups_of_drawn = drawn(self.network, self.groups, self.mask)
+
+    def live(self, frozen: Tensor, scope: Scope) -> dict[str, Tensor]:
+        """As the oracle has it; a gate is frozen in any scope, and then all that it scales."""
+        is_gated = any(group.gates for group in self.groups)
+        flags = live_flags(
+            self.network,
+            self.groups,
+            frozen,
+            "coupled" if is_gated and scope == "producer" else scope,
+        )
+        for group, here in zip(self.groups, self.groups.split(frozen).values(), strict=True):
+            for gate in group.gates:
+                flags[gate.parameters[0][0]][here] = False
+        return flags
 
     def dense_costs(self, compression: str = "none") -> Costs:
         return costs_of(self.network, self.groups, self.everything, SAMPLE, compression)
 
     def ticket_costs(self, compression: str = "none") -> Costs:
-        return costs_of(self.drawn, self.groups, self.mask, SAMPLE, compression)
+        return costs_of(self.drawn, self.groups_of_drawn, self.mask, SAMPLE, compression)
 
     def truncated_costs(self, scope: Scope, silent: bool, compression: str = "none") -> Costs:
         frozen = ~self.mask.keep
         plan = Plan(self.network, self.groups, frozen, scope, frozen if silent else None)
         return truncated(self.dense_costs(), self.network, self.groups, plan, compression)
+
+    def num_live_gates(self, group: ChannelGroup) -> int:
+        """Factors that live until the draw folds them."""
+        return len(group.gates) * int(self.mask[group.name].sum())
 
     def elements(self, group: ChannelGroup, flags: dict[str, Tensor]) -> int:
         """How many of the flagged elements make or normalise channels of the group."""
@@ -101,29 +144,30 @@ def case(request: pytest.FixtureRequest) -> _Case:
 def test_the_dense_network_costs_what_it_has(case: _Case) -> None:
     total = case.dense_costs().total
     assert total.parameters == count_parameters(case.network)
-    assert total.flops == count_flops(case.network, SAMPLE)
+    assert total.flops == count_operations(case.network, SAMPLE)[0]
     assert total.payload_bytes == 4 * total.parameters
 
 
 def test_the_ticket_costs_what_the_drawn_network_has(case: _Case) -> None:
     total = case.ticket_costs().total
     assert total.parameters == count_parameters(case.drawn)
-    assert total.flops == count_flops(case.drawn, SAMPLE)
+    assert total.flops == count_operations(case.drawn, SAMPLE)[0]
     assert total.payload_bytes == 4 * total.parameters
 
 
 def test_every_group_has_the_elements_that_make_and_normalise_its_channels(case: _Case) -> None:
-    everything = live_flags(case.network, case.groups, ~case.everything.keep, "coupled")
-    left = live_flags(case.network, case.groups, ~case.mask.keep, "coupled")
+    everything = case.live(~case.everything.keep, "coupled")
+    left = case.live(~case.mask.keep, "coupled")
     dense, ticket = case.dense_costs(), case.ticket_costs()
     for group in case.groups:
         assert dense.groups[group.name].parameters == case.elements(group, everything)
-        assert ticket.groups[group.name].parameters == case.elements(group, left)
+        folded = case.elements(group, left) - case.num_live_gates(group)
+        assert ticket.groups[group.name].parameters == folded
 
 
 @pytest.mark.parametrize("scope", ["norm", "producer", "coupled"])
 def test_a_truncated_step_sends_the_live_elements_of_each_group(case: _Case, scope: Scope) -> None:
-    live = live_flags(case.network, case.groups, ~case.mask.keep, scope)
+    live = case.live(~case.mask.keep, scope)
     costs = case.truncated_costs(scope, silent=False)
     assert costs.total.payload_bytes == 4 * sum(int(flags.sum()) for flags in live.values())
     for group in case.groups:
@@ -132,12 +176,15 @@ def test_a_truncated_step_sends_the_live_elements_of_each_group(case: _Case, sco
     assert (costs.total.parameters, costs.total.flops) == (dense.parameters, dense.flops)
 
 
-def test_a_faded_network_sends_group_by_group_what_its_ticket_sends(case: _Case) -> None:
+def test_a_faded_network_sends_group_by_group_what_its_ticket_sends_and_its_gates(
+    case: _Case,
+) -> None:
     faded, ticket = case.truncated_costs("producer", silent=True), case.ticket_costs()
-    assert faded.total.payload_bytes == ticket.total.payload_bytes
-    for group in case.groups:
-        name = group.name
-        assert faded.groups[name].payload_bytes == ticket.groups[name].payload_bytes
+    gate_bytes = {group.name: 4 * case.num_live_gates(group) for group in case.groups}
+    for name, own in gate_bytes.items():
+        assert faded.groups[name].payload_bytes == ticket.groups[name].payload_bytes + own
+    more = sum(gate_bytes.values())
+    assert faded.total.payload_bytes == ticket.total.payload_bytes + more
 
 
 def test_the_rest_is_what_no_group_makes(case: _Case) -> None:
@@ -159,6 +206,23 @@ def test_of_a_concatenation_each_group_has_its_share_of_what_follows() -> None:
         "conv2": 2 * 64 * 6 * 4 * 9,
         "conv3": 2 * 64 * 5 * 10 * 9,
     }
+
+
+def test_an_attention_makes_heads_and_its_last_layer_does_not() -> None:
+    """Five tokens of 16 numbers, in four heads and 24 neurons; see the formula of every layer."""
+    case = _Case("gated")
+    costs = case.dense_costs()
+    attention, neurons, *_ = costs.groups.values()
+    assert attention.flops == 2 * 5 * 16 * (3 * 16) + 2 * (2 * 5 * 5 * 16)
+    assert neurons.flops == 2 * 5 * 16 * 24
+    assert attention.parameters == 3 * 16 * 17 + 4 and neurons.parameters == 24 * 17 + 24
+    readers = 2 * 5 * 16 * (16 + 24)
+    embedding, head = 2 * 4 * 16 * (3 * 4 * 4), 2 * 16 * 10
+    assert costs.rest.flops == 2 * readers + embedding + head
+    kept = [int(flags.sum()) for flags in case.mask.values()]
+    of_ticket = [cost.flops for cost in case.ticket_costs().groups.values()]
+    assert of_ticket[0] * 4 == attention.flops * kept[0]
+    assert of_ticket[1] * 24 == neurons.flops * kept[1]
 
 
 def test_what_does_not_train_is_not_sent() -> None:

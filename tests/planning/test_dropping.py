@@ -8,25 +8,62 @@ import pytest
 import torch
 
 from tests.nets import Plain
-from worm_dist import CheckpointError, ConfigError, Mask
+from worm_dist import CheckpointError, ConfigError, Mask, WormConfig
+from worm_dist.models import build_model
 from worm_dist.planning.dropping import equal_shares, mask_of_ticket
 from worm_dist.search.groups import Groups
+from worm_dist.search.ranking import Ranking
 from worm_dist.search.tracing import find_groups
 
+_NETWORKS = {
+    "vgg_small": build_model("vgg_small", 10, 3),
+    "resnet20": build_model("resnet20", 10, 3),
+}
+_GROUPS = {
+    name: find_groups(network, torch.zeros(1, 3, 8, 8)) for name, network in _NETWORKS.items()
+}
 
-@pytest.mark.parametrize(
-    ("ratio", "kept"),
-    [
-        (0.5, [50, 4, 1]),
-        (0.29, [71, 5, 1]),  # 0.29 * 100 is 28.999999999999996 in floats
-        (0.9, [10, 1, 1]),
-        (0.9999999999, [1, 1, 1]),
-        (0.0, [100, 7, 1]),
-    ],
-)
-def test_each_group_loses_its_share_but_not_its_last_channel(ratio: float, kept: list[int]) -> None:
-    mask = equal_shares({"a": 100, "b": 7, "c": 1}, ratio)
-    assert [int(mask[name].sum()) for name in mask] == kept
+
+def _shared(name: str, round_to: int = 1, **search: Any) -> tuple[Mask, dict[str, int]]:
+    """The mask, and how many channels each group loses."""
+    config = WormConfig(search=search, ticket={"round_to": round_to})
+    ranking = Ranking(config, _NETWORKS[name], _GROUPS[name], None)
+    mask = equal_shares(ranking, _GROUPS[name])
+    return mask, {group: int((~kept).sum()) for group, kept in mask.items()}
+
+
+@pytest.mark.parametrize("name", list(_NETWORKS))
+@pytest.mark.parametrize("ratio", [0.0, 0.29, 0.5, 0.77, 0.9])
+def test_the_share_is_exact_and_about_the_same_in_every_group(name: str, ratio: float) -> None:
+    mask, dropped = _shared(name, prune_ratio=ratio, floor=0.0)
+    assert mask.num_channels - mask.num_kept == int(round(ratio * mask.num_channels, 9))
+    for group, size in mask.sizes.items():
+        assert abs(dropped[group] - ratio * size) <= 1
+        assert torch.equal(mask[group], torch.arange(size) < size - dropped[group])
+
+
+def test_rounding_keeps_the_total_and_comes_close_to_the_share() -> None:
+    mask, dropped = _shared("vgg_small", round_to=8, prune_ratio=0.3)
+    assert all((size - dropped[n]) % 8 == 0 for n, size in mask.sizes.items() if size > 32)
+    assert abs(sum(dropped.values()) - int(0.3 * mask.num_channels)) <= 4
+    assert all(abs(dropped[name] - 0.3 * size) <= 8 for name, size in mask.sizes.items())
+
+
+def test_ratios_of_single_groups_hold() -> None:
+    mask, dropped = _shared("vgg_small", prune_ratio=0.25, ratios={"features.?": 0.75})
+    shares = {name: dropped[name] / size for name, size in mask.sizes.items()}
+    assert shares == {name: 0.75 if len(name) == 10 else 0.25 for name in shares}
+
+
+def test_a_share_that_the_floor_does_not_leave_is_refused() -> None:
+    """Every group keeps a tenth, rounded up: nine tenths of all are more than may go."""
+    with pytest.raises(ConfigError, match=r"search\.floor: 0\.1 protects so many channels"):
+        _shared("vgg_small", prune_ratio=0.9)
+
+
+def test_ranked_norm_by_norm_a_group_loses_what_its_norms_agree_on() -> None:
+    by_norm, dropped = _shared("resnet20", prune_ratio=0.5, grouping="layer")
+    assert all(2 * dropped[name] == size for name, size in by_norm.sizes.items())
 
 
 @pytest.fixture

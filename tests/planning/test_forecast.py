@@ -17,9 +17,11 @@ from tests.ranks import Ranks
 from worm_dist import Mask, WormConfig
 from worm_dist.models import build_model
 from worm_dist.planning.estimate import Link
-from worm_dist.planning.forecast import forecast
+from worm_dist.planning.forecast import forecast, members_of
+from worm_dist.planning.operations import count_operations
 from worm_dist.planning.subject import Subject
-from worm_dist.training.measure import count_flops, count_parameters
+from worm_dist.training.gating import gated
+from worm_dist.training.measure import count_parameters
 
 SHAPE = (1, 8, 8)
 FADE = {"truncation": {"fade": "2ba"}, "ticket": {"settle": "1ba"}}
@@ -28,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet20": ("resnet20", FADE),
     "held columns": ("resnet20", {"truncation": {"motion": "hold", "scope": "coupled"}}),
     "rounded": ("vgg_small", {"truncation": {"fade": "2ba", "compression": "bf16"}}),
+    "gated": ("vit_small", FADE),
+    "ranked by weights": ("vit_small", FADE | {"search": {"score": "weight_norm"}}),
 }
 
 
@@ -35,11 +39,10 @@ def _run(name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Truncate with a mask, fade if the settings say so, draw; what was sent in each step."""
     torch.manual_seed(0)
     sample = torch.zeros(1, *SHAPE)
-    model = DistributedDataParallel(build_model(name, 10, SHAPE[0]))
+    worm = WormConfig(**config)
+    model = DistributedDataParallel(gated(build_model(name, 10, SHAPE[0]), worm.search))
     optimizer = SGD(model.parameters(), lr=0.05)
-    engine = worm_dist.attach(
-        model, optimizer, WormConfig(**config), example_inputs=sample, steps_per_epoch=4
-    )
+    engine = worm_dist.attach(model, optimizer, worm, example_inputs=sample, steps_per_epoch=4)
     keep = {name: torch.rand(size) < 0.5 for name, size in engine.groups.sizes.items()}
     for kept in keep.values():
         kept[0] = True
@@ -61,7 +64,7 @@ def _run(name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "sent": sent,
         "dense_bytes": engine.traffic.dense_bytes,
         "parameters": count_parameters(network),
-        "flops": count_flops(network, sample),
+        "flops": count_operations(network, sample)[0],
         "digest": mask.digest,
     }
 
@@ -83,6 +86,11 @@ def test_it_is_what_the_engine_comes_to(case: str, ranks: Ranks, tmp_path: Path)
     assert total["truncated"].payload_bytes == first
     assert total["faded" if "faded" in total else "truncated"].payload_bytes == last
     assert ("faded" in total) == (case != "held columns")
+    # A gate is folded into the weights at the draw; until then it is sent along.
+    num_gates = sum(int(found.mask[group.name].sum()) for group in found.groups if group.gates)
+    assert (num_gates > 0) == (case == "gated")
+    if "faded" in total:
+        assert total["faded"].payload_bytes == ticket + 4 * num_gates
 
 
 @pytest.mark.parametrize("mode", ["soft", "off"])
@@ -101,6 +109,36 @@ def test_without_a_ticket_every_group_loses_the_same_share() -> None:
     dense, ticket = (found.costs[stage].groups["features.7"] for stage in ("dense", "ticket"))
     assert dense.flops * 9 == ticket.flops * 16
     assert found.others == ("head",)
+
+
+def test_heads_and_neurons_are_groups_and_what_reads_them_is_not() -> None:
+    found = forecast(Subject("vit_small", SHAPE, 10, WormConfig()), None, None, None)
+    assert [group.num_channels for group in found.groups] == 4 * [6, 192]
+    first, second, *_ = map(members_of, found.groups)
+    layer = "encoder.layers.encoder_layer_0"
+    assert first == {
+        "producers": [f"{layer}.self_attention"],
+        "norms": [],
+        "gates": [f"{layer}.self_attention.out_proj"],
+        "consumers": [f"{layer}.self_attention.out_proj"],
+    }
+    assert second["producers"] == [f"{layer}.mlp.0"] and second["gates"] == [f"{layer}.mlp.3"]
+    assert found.others[:2] == ("class_token", "conv_proj")
+    of_layer = [name.removeprefix(f"{layer}.") for name in found.others if layer in name]
+    assert of_layer == ["ln_1", "self_attention.out_proj", "ln_2", "mlp.3"]
+    rest = found.costs["dense"].rest
+    assert rest.parameters == sum(
+        p.numel()
+        for name, p in found.subject.build().named_parameters()
+        if "in_proj" not in name and "mlp.0" not in name
+    )
+
+
+def test_what_the_settings_leave_dense_is_not_searched() -> None:
+    search: dict[str, Any] = {"dense": ["features.7"], "score": "norm_scale"}
+    found = forecast(Subject("vgg_small", SHAPE, 10, WormConfig(search=search)), None, None, None)
+    assert "features.7" not in found.groups.sizes and "features.7" in found.others
+    assert found.groups.dense == {"features.8": "search.dense has 'features.7'"}
 
 
 def test_the_time_of_a_step_is_between_both_at_once_and_one_after_the_other() -> None:
@@ -130,3 +168,10 @@ def test_remarks_say_what_the_figures_leave_out() -> None:
     assert "PowerSGD" in remarks(compression="powersgd")
     assert "fp16" in remarks(compression="fp16")
     assert "fewer may be frozen" in remarks(channels="static")
+
+
+def test_a_remark_says_that_norms_of_a_group_need_not_agree() -> None:
+    for name, several in (("vgg_small", False), ("resnet20", True)):
+        config = WormConfig(search={"grouping": "layer"})
+        found = forecast(Subject(name, SHAPE, 10, config), None, None, None)
+        assert ("do not agree" in " ".join(found.remarks)) == several

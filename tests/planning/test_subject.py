@@ -17,6 +17,8 @@ def test_a_name_gets_the_images_it_is_made_for() -> None:
     own, theirs = (subject_of(name, None, None, None) for name in ("resnet18", "mobilenet_v2"))
     assert (own.sample_shape, own.num_classes) == ((3, 32, 32), 10)
     assert (theirs.sample_shape, theirs.num_classes) == ((3, 224, 224), 1000)
+    of_one_size = subject_of("vit_small", None, None, None)
+    assert (of_one_size.sample_shape, of_one_size.num_classes) == ((1, 8, 8), 10)
     other = subject_of("resnet18", (1, 8, 8), 7, 0.3)
     assert (other.sample_shape, other.num_classes) == ((1, 8, 8), 7)
     assert other.worm.search.prune_ratio == 0.3

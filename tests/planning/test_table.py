@@ -4,8 +4,10 @@ import dataclasses
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from worm_dist import Mask, WormConfig
 from worm_dist.planning.costs import Costs
@@ -77,10 +79,10 @@ def test_it_says_what_is_dropped_and_what_that_saves(found: Forecast) -> None:
     assert lines[:3] == [
         "vgg_small",
         "Input 1x8x8, 10 classes.",
-        "Drops 224 of 448 channels: 50 % of every group. A run drops that share of all channels "
-        "together by",
+        "Drops 224 of 448 channels: 50 % asked, 50 % after rounding to 8. Before training scores "
+        "say nothing,",
     ]
-    start = lines.index("Channel groups, and the scales whose mean size is their score")
+    start = lines.index("Channel groups, ranked by the size of their scales")
     assert lines[start + 1 : start + 9] == [
         "producers    channels  dropped  scored by    consumers",
         "features.0         32       16  features.1   features.3",
@@ -163,6 +165,78 @@ def test_what_stays_dense_is_told_with_the_reason(deep: Forecast) -> None:
 def test_our_own_form_of_a_known_network_is_told_from_torchvisions(found: Forecast) -> None:
     other = dataclasses.replace(found, subject=dataclasses.replace(found.subject, model="resnet18"))
     assert _log(other)[0].endswith("torchvision's is torchvision/resnet18")
+
+
+def _head(**settings: Any) -> str:
+    """What is said before the tables."""
+    subject = Subject("vgg_small", (1, 8, 8), 10, WormConfig(**settings))
+    lines = _log(forecast(subject, None, None, None))
+    return " ".join(lines[2 : lines.index("")])
+
+
+def test_the_head_says_what_share_was_asked_for_and_what_came_of_it() -> None:
+    text = _head(search={"prune_ratio": 0.3, "ratios": {"features.17": 0.5}})
+    assert "Drops 164 of 448 channels: 30 % asked, others by search.ratios" in text
+    assert "36.6 % after rounding to 8." in text and "every other group loses" in text
+    text = _head(search={"prune_ratio": 0.3, "threshold": "layer"}, ticket={"round_to": 1})
+    assert text.endswith("30 % asked, 29.5 % reached.")  # every group rounds its own count down
+
+
+def _titles(name: str, **search: Any) -> list[str]:
+    """The title and the headings of the table of groups."""
+    subject = Subject(name, (1, 8, 8), 10, WormConfig(search=search))
+    lines = _log(forecast(subject, None, None, None))
+    start = next(n for n, line in enumerate(lines) if line.startswith("Channel groups"))
+    return [lines[start], " ".join(lines[start + 1].split())]
+
+
+def test_the_score_is_the_one_that_the_settings_name() -> None:
+    headings = "producers channels dropped scored by consumers"
+    assert _titles("resnet20") == [
+        "Channel groups, ranked by the mean size of their scales",
+        headings,
+    ]
+    largest = "Channel groups, ranked by the largest size of their scales"
+    assert _titles("resnet20", coupling="max") == [largest, headings]
+    by_layer = "Channel groups, ranked layer by layer by the size of their scales"
+    assert _titles("resnet20", grouping="layer") == [by_layer, headings]
+    assert _titles("vit_small", score="gate") == [
+        "Channel groups, ranked by the size of their gates",
+        headings,
+    ]
+    assert _titles("vit_small", score="weight_norm") == [
+        "Channel groups, ranked by the mean norm of the weights that make a channel",
+        "producers channels dropped consumers",
+    ]
+
+
+def test_heads_and_neurons_are_scored_by_gates() -> None:
+    lines = _log(forecast(Subject("vit_small", (1, 8, 8), 10, WormConfig()), None, None, None))
+    start = next(n for n, line in enumerate(lines) if line.startswith("producers"))
+    assert lines[start + 1].split()[1:4] == ["6", "3", "gate"]
+    assert lines[start + 2].split()[1:4] == ["192", "96", "gate"]
+    start = lines.index("What stays dense")
+    assert lines[start + 1].endswith("ln_1 +8  LayerNorm: only BatchNorm scales are ranked")
+    assert lines[-1] == "The ticket has no gates: they are folded into the weights."
+
+
+def test_channels_of_several_places_say_of_how_many(found: Forecast) -> None:
+    wide = [
+        dataclasses.replace(
+            group,
+            members=tuple(
+                dataclasses.replace(
+                    member, positions=torch.arange(4 * group.num_channels).view(-1, 4)
+                )
+                for member in group.members
+            ),
+        )
+        for group in found.groups
+    ]
+    lines = _log(dataclasses.replace(found, groups=Groups(wide, {})))
+    start = next(n for n, line in enumerate(lines) if line.startswith("producers"))
+    assert lines[start + 1].split()[1:5] == ["32", "x", "4", "16"]
+    assert lines[start + 7] == "N x k: N channels, each of which takes k places."
 
 
 def test_a_ticket_is_told_from_equal_shares(found: Forecast) -> None:

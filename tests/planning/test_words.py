@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worm_dist.planning.words import fair, listed, seconds, short, shortened
+from worm_dist.planning.words import column, fair, listed, seconds, short, shortened
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,15 @@ def test_many_are_listed_as_the_first_and_their_number() -> None:
     assert listed(["conv1"], 9) == "conv1"
     assert listed(["conv1", "conv2", "conv3"], 9) == "conv1 +2"
     assert listed(["layer1.conv1", "conv2"], 11) == "l1.conv1 +1"
+
+
+def test_names_in_a_column_shrink_alike_as_long_as_they_can() -> None:
+    cells = [["block1.layer2.conv"], ["stem.conv", "stem.other"], []]
+    assert column(cells, 18) == ["block1.layer2.conv", "stem.conv +1", "-"]
+    assert column(cells, 17) == ["b1.layer2.conv", "s.conv +1", "-"]
+    assert column(cells, 10) == ["b1.l2.conv", "s.conv +1", "-"]
+    assert column(cells, 9) == ["..l2.conv", "s.conv +1", "-"]
+    assert column([], 9) == []
 
 
 def test_room_goes_to_those_that_need_it() -> None:

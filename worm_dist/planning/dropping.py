@@ -1,13 +1,12 @@
 """Dropping: which channels a plan takes for dropped.
 
 Nothing is known of scores before a training: every scale of a new network is one.  So either every
-group loses the same share, or a ticket that has been drawn says.
+group loses about the same share, or a ticket that has been drawn says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,25 +15,30 @@ from pydantic import BaseModel, ValidationError
 from ..errors import CheckpointError, ConfigError
 from ..search.groups import Groups
 from ..search.mask import Mask
+from ..search.ranking import Ranking
 
 __all__ = ["equal_shares", "mask_of_ticket"]
 
 
-def equal_shares(sizes: Mapping[str, int], prune_ratio: float) -> Mask:
-    """Every group loses ``prune_ratio`` of its channels, rounded down, but never the last one.  A
-    run drops that share of all groups together.
+def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
+    """The mask that a search would cut if the scores of every group, or of every norm where those
+    are ranked by themselves, were spread alike.
+
+    So all groups lose about the same share, but for what the settings say of floors, rounding and
+    ratios of single groups.
 
     Args:
-        sizes: channels of each group.
-        prune_ratio: share of them to drop, below one.
+        ranking: of these groups.
+        groups: of the dense network.
     """
-    keep = {}
-    for name, size in sizes.items():
-        # Rounded as the search does: 0.29 of 100 channels are 28.999999999999996 in floats.
-        num_kept = max(1, size - int(round(prune_ratio * size, 9)))
-        # All channels of a group cost the same.
-        keep[name] = torch.arange(size) < num_kept
-    return Mask(keep)
+    # All channels of a group cost the same, so the first ones may as well be the best.
+    quantiles = [
+        1 - (torch.arange(size, dtype=torch.float64) + 0.5) / size
+        for size in ranking.sizes.values()
+    ]
+    nothing_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
+    _, mask, _ = ranking.cut(torch.cat(quantiles), nothing_lost)
+    return mask
 
 
 class _Group(BaseModel):
@@ -71,7 +75,7 @@ def mask_of_ticket(folder: Path, groups: Groups) -> Mask:
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
         raise ConfigError(
             f"--ticket: {folder} was drawn from another network: group {odd[0]}{more} differ; "
-            "give the model and the input that it was trained with"
+            "give the model, the input and the settings that it was trained with"
         )
     return Mask({group.name: mask[group.name] for group in groups})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,13 @@ from torch import nn
 
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
-from ..ticket.surgery import cuts_of, remove_channels
+from ..search.ranking import Ranking
+from ..search.rounding import ratio_reached
 from ..ticket.trial import find_drawable_groups
+from ..training.gating import gated
 from ..truncation.plan import Plan
 from .costs import Costs, costs_of, truncated
+from .drawing import drawn
 from .dropping import equal_shares, mask_of_ticket
 from .estimate import FORMULA, Link, StepTime, ring_seconds
 from .stopwatch import Measured, measure
@@ -30,15 +32,13 @@ Stage = Literal["dense", "truncated", "faded", "ticket"]
 
 
 def members_of(group: ChannelGroup) -> dict[str, list[str]]:
-    """The modules that make, rank and read the channels of a group, by name."""
-    names: dict[str, list[str]] = {}
+    """The modules that make, normalise, scale and read the channels of a group, by name; a gate has
+    that of the layer whose weight it scales."""
+    names: dict[str, dict[str, None]] = {"producer": {}, "norm": {}, "gate": {}, "consumer": {}}
     for member in group.members:
-        names.setdefault(member.role, []).append(member.module)
-    return {
-        "producers": names.get("producer", []),
-        "scored_by": names.get("norm") or names.get("gate", []),
-        "consumers": names.get("consumer", []),
-    }
+        name = member.module.removesuffix(".parametrizations.weight.0")
+        names[member.role][name] = None  # an attention makes heads with several parts
+    return {f"{role}s": list(modules) for role, modules in names.items()}
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Forecast:
 
     Attributes:
         subject: what it is about.
-        ticket: the folder that says which channels are dropped; None if all groups lose the same
-            share.
+        ticket: the folder that says which channels are dropped; None if the settings do, and all
+            groups lose about the same share.
         groups: of the dense network.
         mask: the channels that are kept.
         costs: of every stage that the settings lead to, in order.
-        others: modules whose parameters belong to no group.
+        others: modules that hold parameters of no group, and such parameters that are in none.
         estimate: None if none was asked for.
     """
 
@@ -85,6 +85,11 @@ class Forecast:
     def remarks(self) -> Sequence[str]:
         """What the figures leave out."""
         truncation, remarks = self.subject.worm.truncation, list(self.subject.remarks)
+        by_norm = self.subject.worm.search.grouping == "layer" and self.ticket is None
+        if by_norm and any(len(group.norms) > 1 for group in self.groups):
+            remarks.append(
+                "where the norms of a group do not agree in a run, fewer of its channels go"
+            )
         if truncation.compression in ("bf16", "fp16"):
             remarks.append(f"gradients are sent in {truncation.compression}; dense is without that")
         if truncation.compression == "powersgd":
@@ -103,9 +108,11 @@ class Forecast:
                 "sample_shape": list(subject.sample_shape),
                 "num_classes": subject.num_classes,
             },
+            "settings": subject.worm.model_dump(mode="json"),
             "dropped": {
-                "by": "equal shares" if self.ticket is None else "ticket",
+                "by": "settings" if self.ticket is None else "ticket",
                 "prune_ratio": subject.worm.search.prune_ratio if self.ticket is None else None,
+                "ratio_reached": ratio_reached(self.mask),
                 "ticket": None if self.ticket is None else str(self.ticket),
                 "mask_digest": None if self.ticket is None else self.mask.digest,
                 "num_channels": self.mask.num_channels,
@@ -116,8 +123,8 @@ class Forecast:
                     "name": group.name,
                     "num_channels": group.num_channels,
                     "num_kept": int(self.mask[group.name].sum()),
+                    "places_each": self.groups.widths[group.name],
                     **members_of(group),
-                    "score": "mean |scale|",
                     "costs": {s: asdict(costs.groups[group.name]) for s, costs in self._costs},
                 }
                 for group in self.groups
@@ -140,28 +147,27 @@ class Forecast:
 def forecast(
     subject: Subject, ticket: Path | None, link: Link | None, num_samples: int | None
 ) -> Forecast:
-    """Build the network, draw a copy of it, and count.
+    """Build the network, with gates where a run would add them, draw a copy of it, and count.
 
     Args:
         subject: what is planned for.
-        ticket: folder of a ticket; None to take the same share from every group.
+        ticket: folder of a ticket; None to take about the same share from every group.
         link: what a step's time is estimated for; None for no estimate, and nothing is run.
         num_samples: of one rank, for the estimate; None for what the settings say.
 
     Raises:
-        ConfigError: the network cannot be built or has no channel group; the ticket or the batch
-            does not fit.
+        ConfigError: the network cannot be built or has no channel group; the settings, the ticket
+            or the batch do not fit.
         CheckpointError: there is no such ticket.
     """
-    network = subject.build()
+    network = gated(subject.build(), subject.worm.search)
     sample = torch.zeros(1, *subject.sample_shape)
-    groups = find_drawable_groups(network, sample)
+    groups = find_drawable_groups(network, sample, subject.worm.search)
     if ticket is None:
-        mask = equal_shares(groups.sizes, subject.worm.search.prune_ratio)
+        mask = equal_shares(Ranking(subject.worm, network, groups, None), groups)
     else:
         mask = mask_of_ticket(ticket, groups)
-    drawn = copy.deepcopy(network)
-    remove_channels(drawn, cuts_of(groups, mask, drawn))
+    small, groups_of_small = drawn(network, groups, mask)
 
     compression = subject.worm.truncation.compression
     everything = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
@@ -169,23 +175,22 @@ def forecast(
     costs: dict[Stage, Costs] = {"dense": dense}
     for stage, plan in _plans(subject, network, groups, mask).items():
         costs[stage] = truncated(dense, network, groups, plan, compression)
-    costs["ticket"] = costs_of(drawn, groups, mask, sample, compression)
+    costs["ticket"] = costs_of(small, groups_of_small, mask, sample, compression)
     estimate = None
     if link is not None:
         num_samples = num_samples or subject.samples_per_rank(link.world_size)
         shape, precision = subject.sample_shape, subject.precision
-        measured = measure((network, drawn), shape, num_samples, precision)
+        measured = measure((network, small), shape, num_samples, precision)
         estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
-    return Forecast(subject, ticket, groups, mask, costs, _others(network, groups), estimate)
+    others = _others(small, groups_of_small)
+    return Forecast(subject, ticket, groups, mask, costs, others, estimate)
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:
-    owned = {m.module for group in groups for m in group.members if m.role != "consumer"}
-    return tuple(
-        name or type(module).__name__
-        for name, module in network.named_modules()
-        if name not in owned and any(True for _ in module.parameters(recurse=False))
-    )
+    members = [member for group in groups for member in group.members if member.role != "consumer"]
+    owned = {name for member in members for name, _ in member.parameters}
+    rest = [name for name, _ in network.named_parameters() if name not in owned]
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
 
 
 def _plans(

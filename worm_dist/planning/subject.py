@@ -28,6 +28,8 @@ _SAMPLES: Mapping[str, tuple[Shape, int]] = {
     "cifar100": ((3, 32, 32), 100),
 }
 _SMALL_IMAGES, _LARGE_IMAGES = _SAMPLES["cifar10"], ((3, 224, 224), 1000)
+_OF_ONE_SIZE = {"vit_small": _SAMPLES["digits"]}
+"""Our own networks that take no other size than they are built for."""
 _SAMPLES_PER_RANK = 32
 
 
@@ -87,14 +89,15 @@ def subject_of(
 
     Args:
         model: of ``worm_dist.models.build_model``.
-        sample_shape, num_classes: default those of CIFAR-10 for our own networks, ImageNet's for
-            torchvision's.
+        sample_shape, num_classes: default those of CIFAR-10 for our own networks, the digits' for
+            ``vit_small``, ImageNet's for torchvision's.
         prune_ratio: default that of ``WormConfig``.
 
     Raises:
         ConfigError: the ratio is none.
     """
-    shape, classes = _SMALL_IMAGES if model in OWN else _LARGE_IMAGES
+    small = _OF_ONE_SIZE.get(model, _SMALL_IMAGES)
+    shape, classes = small if model in OWN else _LARGE_IMAGES
     changes = {} if prune_ratio is None else {"search": {"prune_ratio": prune_ratio}}
     worm = WormConfig.preset("worm", **changes)
     return Subject(model, sample_shape or shape, num_classes or classes, worm)

@@ -9,11 +9,15 @@ from typing import TextIO
 import rich.console
 from rich.table import Table
 
+from ..config import WormConfig
 from ..models import OWN, TORCHVISION
+from ..search.groups import ChannelGroup, Groups
+from ..search.mask import Mask
+from ..search.rounding import ratio_reached
 from .costs import Cost
 from .estimate import FORMULA
 from .forecast import Estimate, Forecast, Stage, members_of
-from .words import fair, listed, seconds, short, shortened
+from .words import column, fair, listed, seconds, short
 
 __all__ = ["show"]
 
@@ -47,17 +51,20 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         emoji=False,
     )
     console.print(*_head(forecast), sep="\n")
-    parts = (
-        ("Channel groups, and the scales whose mean size is their score", _members),
-        ("Costs, of what makes the channels of each group", _costs),
-        ("What stays dense", _dense),
-        ("The whole network", _totals),
+    _print(console, _ranked_by(forecast), _members(forecast, console.width))
+    if max(forecast.groups.widths.values()) > 1:
+        console.print("N x k: N channels, each of which takes k places.")
+    _print(
+        console, "Costs, of what makes the channels of each group", _costs(forecast, console.width)
     )
-    for title, part in parts:
-        table = part(forecast, console.width)
-        if table.row_count:
-            _print(console, title, table)
-    console.print(*(f"{s}: {_MEANING[s]}." for s in forecast.costs if s in _MEANING), sep="\n")
+    if forecast.groups.dense:
+        _print(console, "What stays dense", _dense(forecast, console.width))
+    _print(console, "The whole network", _totals(forecast))
+    for stage in forecast.costs:
+        if stage in _MEANING:
+            console.print(f"{stage}: {_MEANING[stage]}.")
+    if any(group.gates for group in forecast.groups):
+        console.print("The ticket has no gates: they are folded into the weights.")
     if forecast.estimate is not None:
         _print(console, _setting(forecast.estimate), _times(forecast.estimate))
         console.print(_method(forecast.estimate))
@@ -84,38 +91,87 @@ def _head(forecast: Forecast) -> list[str]:
     if forecast.ticket is not None:
         why = f"Drops {share}, those that the ticket in {forecast.ticket} has dropped."
     else:
-        why = (
-            f"Drops {share}: {100 * subject.worm.search.prune_ratio:g} % of every group. A run "
-            "drops that share of all channels together by their scores, which say nothing before "
-            "training."
-        )
+        why = f"Drops {share}: {_shares(subject.worm, mask)}"
     return [name, f"Input {shape}, {subject.num_classes} classes.", why]
+
+
+def _shares(worm: WormConfig, mask: Mask) -> str:
+    """What share was asked for, what came of it, and how it is spread over the groups."""
+    search, round_to = worm.search, worm.ticket.round_to
+    asked = f"{100 * search.prune_ratio:g} % asked"
+    if search.ratios:
+        asked += ", others by search.ratios"
+    how = f"after rounding to {round_to}" if round_to > 1 else "reached"
+    text = f"{asked}, {100 * ratio_reached(mask):.3g} % {how}."
+    if search.threshold == "global":
+        groups = "every other group" if search.ratios else "every group"
+        text += (
+            f" Before training scores say nothing, so {groups} loses about the same share; in a "
+            "run they decide."
+        )
+    return text
+
+
+def _ranked_by(forecast: Forecast) -> str:
+    search, groups = forecast.subject.worm.search, forecast.groups
+    what = " and ".join(
+        ["scales"] * any(group.norms for group in groups)
+        + ["gates"] * any(group.gates for group in groups)
+    )
+    how = "largest " if search.coupling == "max" else "mean "
+    if search.score == "weight_norm":
+        text = f"by the {how}norm of the weights that make a channel"
+    elif search.grouping == "layer":
+        text = f"layer by layer by the size of their {what}"
+    elif all(len(group.norms + group.gates) == 1 for group in groups):
+        text = f"by the size of their {what}"
+    else:
+        text = f"by the {how}size of their {what}"
+    return f"Channel groups, ranked {text}"
 
 
 def _members(forecast: Forecast, width: int) -> Table:
     """Who makes, ranks and reads the channels of each group."""
-    numbers, names = ("channels", "dropped"), ("producers", "scored by", "consumers")
-    rows = [list(members_of(group).values()) for group in forecast.groups]
-    needed = [
-        max(len(heading), *(len(listed(row[column], width)) for row in rows))
-        for column, heading in enumerate(names)
-    ]
-    widths = fair(needed, width - sum(len(n) + _GAP for n in numbers) - len(names) * _GAP)
+    numbers = {
+        "channels": [_counted(forecast.groups, g) for g in forecast.groups],
+        "dropped": [f"{int((~forecast.mask[g.name]).sum()):,}" for g in forecast.groups],
+    }
+    names = _names(forecast)
+    needed = [max(map(len, (heading, *column(cells, width)))) for heading, cells in names.items()]
+    taken = sum(max(map(len, (heading, *cells))) for heading, cells in numbers.items())
+    room = width - taken - _GAP * (len(numbers) + len(names))
+    texts = {
+        heading: column(cells, size)
+        for (heading, cells), size in zip(names.items(), fair(needed, room), strict=True)
+    }
+    first, *others = texts
+    columns = texts | numbers
     table = _table()
-    table.add_column("producers", no_wrap=True)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in names[1:]:
-        table.add_column(heading, no_wrap=True)
-    for group, row in zip(forecast.groups, rows, strict=True):
-        first, *others = (listed(part, size) for part, size in zip(row, widths, strict=True))
-        num_dropped = int((~forecast.mask[group.name]).sum())
-        table.add_row(first, f"{group.num_channels:,}", f"{num_dropped:,}", *others)
+    for heading in (first, *numbers, *others):
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    for row in zip(*(columns[heading] for heading in (first, *numbers, *others)), strict=True):
+        table.add_row(*row)
     return table
 
 
+def _names(forecast: Forecast) -> dict[str, list[list[str]]]:
+    """The columns of modules: of each group those that are in it."""
+    members = [members_of(group) for group in forecast.groups]
+    names = {"producers": [each["producers"] for each in members]}
+    if forecast.subject.worm.search.score != "weight_norm":  # that is of the producers
+        # A gate scales the weight of the layer in the next column.
+        names["scored by"] = [each["norms"] + ["gate"] * len(each["gates"]) for each in members]
+    return names | {"consumers": [each["consumers"] for each in members]}
+
+
+def _counted(groups: Groups, group: ChannelGroup) -> str:
+    places = groups.widths[group.name]
+    return f"{group.num_channels:,}" + (f" x {places}" if places > 1 else "")
+
+
 def _costs(forecast: Forecast, width: int) -> Table:
-    """What each group costs, stage by stage; once faded, it sends what the ticket sends."""
+    """What each group costs, stage by stage; once faded, it sends what the ticket sends, and its
+    live gates."""
     stages = [stage for stage in forecast.costs if stage != "faded"]
     ends: list[Stage] = ["dense", "ticket"]
     columns = (
@@ -137,9 +193,9 @@ def _costs(forecast: Forecast, width: int) -> Table:
         )
         table.add_row(name, *cells, style=style)
 
-    for group in forecast.groups:
-        costs = {stage: each.groups[group.name] for stage, each in forecast.costs.items()}
-        add(shortened(group.name, room), costs)
+    short_names = column([[group.name] for group in forecast.groups], room)
+    for name, group in zip(short_names, forecast.groups, strict=True):
+        add(name, {stage: each.groups[group.name] for stage, each in forecast.costs.items()})
     prefix = "others: "
     others = prefix + listed(forecast.others, room - len(prefix))
     add(others, {stage: each.rest for stage, each in forecast.costs.items()})
@@ -152,7 +208,7 @@ def _cell(stage: Stage) -> int:
 
 
 def _dense(forecast: Forecast, width: int) -> Table:
-    """Norms that are in no group, and why."""
+    """What is in no group, and why."""
     norms: dict[str, list[str]] = {}
     for norm, reason in forecast.groups.dense.items():
         norms.setdefault(reason, []).append(norm)
@@ -165,7 +221,7 @@ def _dense(forecast: Forecast, width: int) -> Table:
     return table
 
 
-def _totals(forecast: Forecast, width: int) -> Table:
+def _totals(forecast: Forecast) -> Table:
     """Of the whole network, to the last digit."""
     table = _table()
     table.add_column("")

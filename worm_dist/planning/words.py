@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["fair", "listed", "seconds", "short", "shortened"]
+__all__ = ["column", "fair", "listed", "seconds", "short", "shortened"]
 
 
 def short(value: int) -> str:
@@ -29,15 +29,10 @@ def shortened(name: str, width: int) -> str:
 
     Its outer parts shrink first, to a letter and their number, so that names that differ still do.
     """
-    parts = name.split(".")
-    for place, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) <= width:
-            break
-        stem = part.rstrip("0123456789")
-        parts[place] = stem[:1] + part[len(stem) :]
-    short_name = ".".join(parts)
-    if len(short_name) <= width:
-        return short_name
+    for depth in range(1 + name.count(".")):
+        short_name = _shrunk(name, depth)
+        if len(short_name) <= width:
+            return short_name
     return ".." + short_name[len(short_name) - max(1, width - 2) :]
 
 
@@ -45,8 +40,29 @@ def listed(names: Sequence[str], width: int) -> str:
     """The first name and how many there are besides: ``conv1 +2``; ``-`` for none."""
     if not names:
         return "-"
-    more = f" +{len(names) - 1}" if names[1:] else ""
-    return shortened(names[0], width - len(more)) + more
+    return shortened(names[0], width - len(_more(names))) + _more(names)
+
+
+def column(cells: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Every cell ``listed``, and all names shrunk by as many parts if they can be."""
+    deepest = max((name.count(".") for names in cells for name in names), default=0)
+    for depth in range(1 + deepest):
+        texts = [_shrunk(names[0], depth) + _more(names) if names else "-" for names in cells]
+        if all(len(text) <= width for text in texts):
+            return texts
+    return [listed(names, width) for names in cells]
+
+
+def _shrunk(name: str, depth: int) -> str:
+    """With so many outer parts shrunk."""
+    *outer, last = name.split(".")
+    stems = [part.rstrip("0123456789") for part in outer[:depth]]
+    shrunk = [stem[:1] + part[len(stem) :] for stem, part in zip(stems, outer)]
+    return ".".join([*shrunk, *outer[depth:], last])
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" +{len(names) - 1}" if names[1:] else ""
 
 
 def fair(needed: Sequence[int], room: int) -> list[int]:

@@ -1,0 +1,49 @@
+"""Drawing: the network that a mask leaves, and where the channel groups are in it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+from torch import nn
+
+from ..gates import fold_gates
+from ..search.groups import ChannelGroup, Groups, Member
+from ..search.mask import Mask
+from ..ticket.surgery import cuts_of, remove_channels
+
+__all__ = ["drawn"]
+
+
+def drawn(network: nn.Module, groups: Groups, mask: Mask) -> tuple[nn.Module, Groups]:
+    """What a draw would make of a network, whose gates it folds into the weights.
+
+    Args:
+        network: dense; stays as it is.
+        groups: its channel groups.
+        mask: which channels are kept.
+
+    Returns:
+        A smaller copy, and the groups with the parameters called as they are called there; places
+        are still those of the dense network.
+
+    Raises:
+        ConfigError: the mask keeps nothing of a group.
+    """
+    ticket = copy.deepcopy(network)
+    remove_channels(ticket, cuts_of(groups, mask, ticket))
+    fold_gates(ticket)
+    return ticket, Groups([_ungated(group) for group in groups], groups.dense)
+
+
+def _ungated(group: ChannelGroup) -> ChannelGroup:
+    members = tuple(_folded(member) for member in group.members if member.role != "gate")
+    return dataclasses.replace(group, members=members)
+
+
+def _folded(member: Member) -> Member:
+    parameters = tuple(
+        (name.replace(".parametrizations.weight.original", ".weight"), dim)
+        for name, dim in member.parameters
+    )
+    return dataclasses.replace(member, parameters=parameters)
