@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SearchConfig
-from ..errors import ConfigError, WormError
+from ..errors import ConfigError, NonFiniteError, WormError
 from .groups import ChannelGroup, Groups
 from .index import ScaleIndex
 from .mask import Mask
@@ -30,7 +30,7 @@ class Score(ABC):
     Attributes:
         sizes: candidates of each group, or of each norm.
         replicated: whether every rank must find the same bits: scores are of weights, not of data.
-        failure: why this rank could not score, None if it could.
+        failure: what to say if scores are not finite; None if only the weights can be to blame.
     """
 
     replicated = True
@@ -182,7 +182,10 @@ class OwnScore(Score):
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        self.failure = None
+        self.failure = NonFiniteError(
+            "check: the ranks' scores have no finite average: another rank's score failed, and its "
+            "own error says why"
+        )
         try:
             return torch.cat([self._of_group(group) for group in self._groups])
         except Exception as error:  # whatever foreign code may raise
@@ -198,7 +201,10 @@ class OwnScore(Score):
             raise ConfigError(
                 f"group {group.name} needs a tensor [{group.num_channels}], got {given}"
             )
-        return scores.detach().to(self._device, torch.float32)
+        scores = scores.detach().to(self._device, torch.float32)
+        if not bool(scores.isfinite().all()):
+            raise ConfigError(f"group {group.name} needs finite floats, got {scores.tolist()}")
+        return scores
 
 
 def score_of(
