@@ -178,6 +178,7 @@ def test_the_head_says_what_share_was_asked_for_and_what_came_of_it() -> None:
     text = _head(search={"prune_ratio": 0.3, "ratios": {"features.17": 0.5}})
     assert "Drops 164 of 448 channels: 30 % asked, others by search.ratios" in text
     assert "36.6 % after rounding to 8." in text and "every other group loses" in text
+    assert "so every norm loses about" in _head(search={"grouping": "layer"})
     text = _head(search={"prune_ratio": 0.3, "threshold": "layer"}, ticket={"round_to": 1})
     assert text.endswith("30 % asked, 29.5 % reached.")  # every group rounds its own count down
 

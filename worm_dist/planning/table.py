@@ -104,10 +104,12 @@ def _shares(worm: WormConfig, mask: Mask) -> str:
     how = f"after rounding to {round_to}" if round_to > 1 else "reached"
     text = f"{asked}, {100 * ratio_reached(mask):.3g} % {how}."
     if search.threshold == "global":
-        groups = "every other group" if search.ratios else "every group"
+        other = "other " if search.ratios else ""
+        # Ranked by themselves, the norms that share channels may each drop others of them.
+        what = "norm" if search.grouping == "layer" else "group"
         text += (
-            f" Before training scores say nothing, so {groups} loses about the same share; in a "
-            "run they decide."
+            f" Before training scores say nothing, so every {other}{what} loses about the same "
+            "share; in a run they decide."
         )
     return text
 
