@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
+import worm_dist
 from worm_dist import Engine
 from worm_dist.checkpoint.part import pack
 
-__all__ = ["Course", "Trainee", "differences", "through_a_file"]
+__all__ = ["Course", "Trainee", "differences", "through_a_file", "transformer"]
 
 
 class Trainee(Protocol):
@@ -121,3 +123,11 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _shown(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.flatten()[:3].tolist()}"
+
+
+def transformer() -> nn.Module:
+    """A small one for images of 8 by 8, with gates: four heads, twelve neurons."""
+    network: nn.Module = VisionTransformer(
+        image_size=8, patch_size=4, num_layers=1, num_heads=4, hidden_dim=16, mlp_dim=12
+    )
+    return worm_dist.add_gates(network)

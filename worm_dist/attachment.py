@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .gates import fold_gates, gates_of
 from .interval import Interval
 from .observer import Observer, Traffic
+from .optimizer_state import OptimizerState
 from .search.groups import Groups
 from .ticket.carry import Cargo
 from .ticket.statistics import Call, recalibrate
@@ -147,6 +148,15 @@ class Attachment:
         self._last_check = state["last_check"]
         self._steps_per_epoch = state["steps_per_epoch"]
         self.traffic = Traffic(**state["traffic"])
+
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """Of the optimizer as it is now."""
+        return OptimizerState(self.stepping, self.network, self.model, self.ranks)
+
+    def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        self.optimizer_state.write(state)
+        self._observer.listen(self.stepping)  # and DeepSpeed is told where moments are
 
     @property
     def calls(self) -> Sequence[Call]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -306,6 +306,8 @@ class Engine:
             engine.model.load_state_dict(saved["model"])
             engine.optimizer.load_state_dict(saved["optimizer"])
 
+        Under DeepSpeed ``engine.load_optimizer_state`` takes the place of the last line.
+
         Args:
             state: what ``state_dict`` gave on this rank, or on rank zero (see there).
             copies: networks like the dense one that are cut like it; as for ``draw``.
@@ -325,9 +327,7 @@ class Engine:
             )
             self._training.require_alike(copies)
         except (ConfigError, CheckpointError) as error:
-            with suppress(DivergenceError):  # the others are told; this rank knows more
-                ranks.require_equal({"state": {"(refused)": str(error).encode()}}, where)
-            raise
+            self._refuse(error, where)
         ranks.require_equal({"state": digests_of(state)}, where)
         own = state["rank"]
         if own is not None and (own["number"], own["world_size"]) != (ranks.rank, ranks.size):
@@ -338,6 +338,56 @@ class Engine:
         calls = [] if no_inputs or own is None else calls_from(own["inputs"], device)
         self._go_on(state, own, calls, copies)
         ranks.sent_bytes = state["training"]["traffic"]["control_bytes"]
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """The state of the optimizer, whichever it is, in plain values: on rank zero, elsewhere
+        None.  Collective.
+
+        Moments, master weights where they are not the weights themselves, options of groups such
+        as learning rates, and DeepSpeed's counters, by the parameters' names.  Under ZeRO stages 1
+        and 2 it is put together bit for bit, on the CPU; otherwise its tensors are the optimizer's
+        own and no copies.  Schedules are the caller's to save.
+
+        Raises:
+            ConfigError: the engine has been detached.
+        """
+        self._require_not_detached("optimizer_state")
+        sent_bytes = self._ranks.sent_bytes
+        state = self._training.optimizer_state.read()
+        self._ranks.sent_bytes = sent_bytes
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that ``optimizer_state`` gave on rank zero: under the same wrapper
+        bit for bit, and also in another ZeRO stage or under DistributedDataParallel.  Collective.
+
+        The engine's state and the weights have to be loaded before.
+
+        Args:
+            state: the same on every rank.
+
+        Raises:
+            ConfigError: the engine has been detached.
+            CheckpointError: it is not such a state, or is of other parameters or groups.  Nothing
+                has been changed then.
+            DivergenceError: the ranks bring different states.
+        """
+        where = "load_optimizer_state"
+        self._require_not_detached(where)
+        sent_bytes = self._ranks.sent_bytes
+        try:
+            structure = self._training.optimizer_state.structure(state)
+        except CheckpointError as error:
+            self._refuse(error, where)
+        self._ranks.require_equal({"state": {"optimizer": structure}}, where)
+        self._ranks.sent_bytes = sent_bytes
+        self._training.write_optimizer_state(state)
+
+    def _refuse(self, error: Exception, where: str) -> NoReturn:
+        """Raise it, but let the other ranks, which may have nothing to complain of, not wait."""
+        with suppress(DivergenceError):  # the others are told; this rank knows more
+            self._ranks.require_equal({"state": {"(refused)": str(error).encode()}}, where)
+        raise error
 
     def _go_on(
         self,

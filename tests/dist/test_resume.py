@@ -16,11 +16,17 @@ import worm_dist
 from tests.nets import Flattening, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
-from tests.resuming import Course
+from tests.resuming import Course, transformer
 from worm_dist import WormConfig
 
 FADE_STEPS = 3
-NETS: dict[str, Any] = {"residual": Residual, "flattening": Flattening}
+
+
+NETS: dict[str, Any] = {
+    "residual": Residual,
+    "flattening": Flattening,
+    "transformer": transformer,
+}
 
 
 def _optimizer(name: str, network: nn.Module) -> Optimizer:
@@ -103,6 +109,7 @@ def _decided(
         ({"motion": "hold", "scope": "coupled"}, "adamw", "residual", {}),
         ({"motion": "free"}, "sgd", "residual", {}),
         ({"mode": "soft"}, "adamw", "residual", {}),
+        ({"motion": "fade"}, "sgd", "transformer", {}),
         ({"compression": "bf16"}, "sgd", "residual", {}),
         ({"compression": "powersgd"}, "adamw", "residual", {}),
         (

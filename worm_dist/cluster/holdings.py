@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .agree import Ranks
 from .stepping import Shard, Stepping
@@ -75,14 +76,10 @@ def hand_out(stepping: Stepping, holdings: Mapping[Tensor, Holding]) -> None:
         if holding.moments or holding.loose:
             state = stepping.optimizer.state[owner]
             for key, value in holding.loose.items():
-                there = state.get(key)
-                if isinstance(value, Tensor) and isinstance(there, Tensor):
-                    there.copy_(value)  # which may have to be on the device
-                else:
-                    state[key] = value.clone() if isinstance(value, Tensor) else value
-            for key in holding.moments:
+                state[key] = _placed(key, value, owner, stepping.optimizer)
+            for key, moment in holding.moments.items():
                 if not _is_of(state.get(key), stepping, parameter):
-                    state[key] = torch.zeros_like(owner)
+                    state[key] = torch.zeros_like(owner, dtype=moment.dtype)
         for shard in stepping.shards(parameter):
             mine = {_VALUE: shard.value, **stepping.moments(shard)}
             for key, whole in {_VALUE: holding.value, **holding.moments}.items():
@@ -115,6 +112,17 @@ def _whole(
             part_of(place, shard).copy_(mine(shard))
     row = ranks.joined(row)
     return [place.view(p.shape) for p, place in zip(parameters, row.split(sizes), strict=True)]
+
+
+def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> object:
+    """A copy where torch would have it: steps are counted on the CPU if no kernel has to know."""
+    if not isinstance(value, Tensor):
+        return value
+    options = next(
+        group for group in optimizer.param_groups if any(p is owner for p in group["params"])
+    )
+    on_device = key != "step" or options.get("capturable") or options.get("fused")
+    return value.to(owner.device if on_device else "cpu", copy=True)
 
 
 def _is_of(value: object, stepping: Stepping, parameter: Tensor) -> bool:
