@@ -229,6 +229,12 @@ NETWORKS = (
     ),
     Combination("norms of several groups", network=Stacking, motions=_ALL_MOTIONS),
     Combination(
+        "norms of several groups, by layer",
+        network=Stacking,
+        search={"prune_ratio": 0.4, "grouping": "layer"},
+        script=_BY_CHECKS,
+    ),
+    Combination(
         "gates, SGD",
         network=gated,
         motions=_ALL_MOTIONS,
