@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..search.forward import undisturbed
 
 __all__ = ["Score", "count_flops", "count_parameters", "evaluate", "total_over_ranks"]
 
@@ -63,9 +66,8 @@ def count_flops(network: nn.Module, sample: Tensor) -> int:
         network: counted in eval mode.
         sample: a batch of one.
     """
-    training = network.training
-    network.eval()
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    # The counter takes fused attention for nothing, and torch's fast path for transformers too.
+    with undisturbed(network), sdpa_kernel(SDPBackend.MATH), counter:
         network(sample)
-    network.train(training)
     return int(counter.get_total_flops())
