@@ -21,6 +21,7 @@ from worm_dist.training.trainer import Trainer
 CONFIG = Path(__file__).parents[2] / "configs" / "vit-digits.yaml"
 FAST = (
     ("epochs", "2"),
+    ("model.arguments", "{num_layers: 2}"),
     ("search.every", "3ba"),
     ("truncation.fade", "3ba"),
     ("ticket.settle", "3ba"),
@@ -62,17 +63,17 @@ def test_a_transformer_finds_its_ticket_on_two_ranks(ranks: Ranks, tmp_path: Pat
 
     heads = [count for name, count in kept.items() if name.endswith("self_attention")]
     neurons = [count for name, count in kept.items() if ".mlp." in name]
-    assert heads == [3] * 4 and sum(neurons) == 4 * 192 / 2
+    assert heads == [3] * 2 and sum(neurons) == 2 * 192 / 2
     # A head has eight rows of three makers with their biases, and eight columns; a neuron a row, a
     # bias and a column.  Before the draw each has a gate too.
     head, neuron = 3 * 8 * (48 + 1) + 8 * 48, 48 + 1 + 48
-    plain = result["parameters"]["dense"] - 4 * (6 + 192)
-    ticket = plain - 4 * 3 * head - 4 * 96 * neuron
-    assert (plain, ticket) == (114_778, result["parameters"]["ticket"])
+    plain = result["parameters"]["dense"] - 2 * (6 + 192)
+    ticket = plain - 2 * 3 * head - 2 * 96 * neuron
+    assert (plain, ticket) == (58_234, result["parameters"]["ticket"])
     assert result["traffic"]["ticket_bytes_per_step"] == 4 * ticket
     # Frozen heads and neurons are not sent; the gates of those that live are, until the draw.
-    assert result["traffic"]["truncated_bytes_per_step"] == 4 * (ticket + 4 * (3 + 96))
+    assert result["traffic"]["truncated_bytes_per_step"] == 4 * (ticket + 2 * (3 + 96))
 
     ((loaded_heads, num_parameters, num_gates, loaded),) = ranks(NO_GROUP, _load, folder)
-    assert (loaded_heads, num_parameters, num_gates) == ([3] * 4, ticket, 0)
+    assert (loaded_heads, num_parameters, num_gates) == ([3] * 2, ticket, 0)
     assert torch.equal(loaded, outputs)
