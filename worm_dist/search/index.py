@@ -17,7 +17,8 @@ class ScaleIndex:
 
     Attributes:
         scales: the parameters, each once.
-        counts: of each norm or gate, by name, how many of its scales belong to channels.
+        counts: how many scales belong to channels, by the name of their norm; those of a gate by
+            the name of its group.
         places_TN: int64 ``[T, num_channels]``, places in ``sizes()``; T is the largest number of
             scales that a channel has, a channel that has fewer is padded.
         present_TN: bool of the same shape, False where it is padded.
@@ -27,11 +28,12 @@ class ScaleIndex:
     def __init__(self, network: nn.Module, groups: Groups) -> None:
         parameters = dict(network.named_parameters())
         members = [(n, member) for n, g in enumerate(groups) for member in g.norms + g.gates]
+        names = [group.name for group in groups]
         counted: dict[str, Tensor] = {}
         owners: dict[str, str] = {}
-        for _, member in members:
+        for number, member in members:
             name = member.parameters[0][0]
-            owners[name] = member.module
+            owners[name] = member.module if member.role == "norm" else names[number]
             mine = counted.setdefault(name, torch.zeros(parameters[name].numel(), dtype=torch.bool))
             mine[member.positions.flatten()] = True
         self.scales = [parameters[name] for name in counted]
