@@ -191,6 +191,7 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
     """With two processes and one GPU the first joined nccl, the second gloo."""
     place = Place(0, 2, 0, local_world_size=2, address="node7", port=29400)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("worm_dist.cluster.launch._store", lambda *_: None)
     asked: list[str] = []
 
     def joined(backend: str, **_: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +19,16 @@ from ..errors import BackendError
 from . import mpi, slurm
 from .attempt import part_of_this_attempt
 from .launchers import SRUN, TORCHRUN, require_agreement, started_by, whole_number
+from .meeting import meet
 
 __all__ = ["Place", "process_group"]
 
 Backend = Literal["auto", "gloo", "nccl"]
+
+_SECONDS_LATER = 30
+"""By which a collective's own timeout comes after the watch, which names the rank that is missing;
+nccl's would abort the process."""
+_SECONDS_TO_ANSWER = 2
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
     it.
 
     Raises:
-        BackendError: the backend does not work here, or the others do not come in time.
+        BackendError: the backend does not work here, or the others do not come in time; then it
+            names who is missing.
     """
     gpus = torch.cuda.device_count()
     if backend == "nccl" and place.local_rank >= gpus:
@@ -143,7 +152,7 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
                 store=_store(place, timeout_seconds),
                 rank=place.rank,
                 world_size=place.world_size,
-                timeout=timedelta(seconds=timeout_seconds),
+                timeout=timedelta(seconds=timeout_seconds + _SECONDS_LATER),
                 device_id=device if on_gpu else None,
             )
         except (RuntimeError, ValueError) as error:
@@ -154,15 +163,39 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
             dist.destroy_process_group()
 
 
-def _store(place: Place, timeout_seconds: float) -> Store | None:
-    """Where the ranks learn of one another; None for torch's own choice."""
+def _store(place: Place, timeout_seconds: float) -> Store:
+    """Where the ranks learn of one another, when all have come."""
     if place.world_size == 1:
         return HashStore()  # One process needs no address and no port to meet itself.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    timeout = timedelta(seconds=timeout_seconds)
-    agents = TCPStore(place.address, place.port, is_master=False, timeout=timeout)
-    return part_of_this_attempt(agents, place.rank, place.world_size, timeout_seconds)
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _connected(place, place.rank == 0 and not of_agent, timeout_seconds)
+    if of_agent:
+        return part_of_this_attempt(store, place.rank, place.world_size, timeout_seconds)
+    meet(store, place.rank, place.world_size, timeout_seconds)
+    return store
+
+
+def _connected(place: Place, is_master: bool, timeout_seconds: float) -> Store:
+    """Connect to the store.  On a thread: whoever has the port may take the call and never answer,
+    and torch would wait for ever.
+
+    Raises:
+        RuntimeError: the store cannot be opened, or nothing that answers is there in time.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(
+            TCPStore,
+            place.address,
+            place.port,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        ).result(timeout_seconds + _SECONDS_TO_ANSWER)
+    except FutureTimeout:
+        raise RuntimeError("whoever listens there is not rank zero of this run") from None
+    finally:
+        pool.shutdown(wait=False)
 
 
 @contextmanager
