@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ __all__ = ["Alone", "Parts", "Ranks", "Together", "bits"]
 
 Parts = Mapping[str, Mapping[str, bytes]]
 """What must be equal on all ranks: ``{what: {group: bytes}}``."""
+
+_MOST_RANKS_NAMED = 8
 
 
 def bits(groups: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -55,6 +57,14 @@ class Ranks(Protocol):
             DivergenceError: on every rank, naming what differs, the ranks and the group.
         """
 
+    def differences(self, said: Mapping[str, str]) -> list[str]:
+        """Compare words across the ranks; every rank says the same things.
+
+        Returns:
+            Empty if all agree; else, on every rank, such as ``lr is 0.1 on ranks 0, 2, 0.2 on rank
+            1``.
+        """
+
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``.
 
@@ -81,6 +91,9 @@ class Alone:
 
     def require_equal(self, parts: Parts, when: str) -> None:
         pass
+
+    def differences(self, said: Mapping[str, str]) -> list[str]:
+        return []
 
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         return decide()
@@ -121,28 +134,51 @@ class Together:
         return bool(largest > 0)
 
     def require_equal(self, parts: Parts, when: str) -> None:
-        # The MAX of [d, -d] shows the largest and the smallest d at once: equal if all are.
         # No backend can see that two ranks pack different channels of equal count.
-        whole = torch.cat([_numbers(_digest(groups)) for groups in parts.values()])
-        extremes = torch.stack([whole, -whole]).to(self._device)
+        if not self._all_have(torch.cat([_numbers(_digest(g)) for g in parts.values()])):
+            self._explain(parts, when)
+
+    def differences(self, said: Mapping[str, str]) -> list[str]:
+        texts = {name: text.encode() for name, text in said.items()}
+        if self._all_have(_numbers(_digest(texts))):
+            return []
+        everyone = self._gathered(dict(said))
+        lines = []
+        for name in {name: None for theirs in everyone for name in theirs}:
+            holders: dict[str, list[int]] = {}
+            for rank, theirs in enumerate(everyone):
+                holders.setdefault(theirs.get(name, "missing"), []).append(rank)
+            if len(holders) > 1:
+                values = (f"{text} on {_counted(on)}" for text, on in holders.items())
+                lines.append(f"{name} is {', '.join(values)}")
+        return lines
+
+    def _all_have(self, numbers: Tensor) -> bool:
+        """Whether int64 ``[n]`` of 32 bits each are equal on all ranks."""
+        # The MAX of [d, -d] shows the largest and the smallest d at once: equal if all are.
+        extremes = torch.stack([numbers, -numbers]).to(self._device)
         self._count(extremes)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
         largest, minus_smallest = extremes.cpu()
-        if not torch.equal(largest, -minus_smallest):
-            self._explain(parts, when)
+        return torch.equal(largest, -minus_smallest)
 
-    def _explain(self, parts: Parts, when: str) -> None:
-        """Every rank saw the difference, so every rank may afford one more exchange."""
+    def _gathered(self, own: Any) -> list[Any]:
+        """An object of every rank.  Where all have seen a difference, all may afford it."""
         everyone: list[Any] = [None] * self.size
-        digests = {
-            (what, group): hashlib.blake2b(value, digest_size=8).hexdigest()
-            for what, groups in parts.items()
-            for group, value in groups.items()
-        }
         # Under nccl objects travel through the current device, which may not be this rank's.
         on_gpu = self._device.type == "cuda"
         with torch.cuda.device(self._device) if on_gpu else nullcontext():
-            dist.all_gather_object(everyone, digests, group=self._group)
+            dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
+
+    def _explain(self, parts: Parts, when: str) -> None:
+        everyone = self._gathered(
+            {
+                (what, group): hashlib.blake2b(value, digest_size=8).hexdigest()
+                for what, groups in parts.items()
+                for group, value in groups.items()
+            }
+        )
         lines = []
         for what, group in {key: None for digests in everyone for key in digests}:
             values = [digests.get((what, group)) for digests in everyone]
@@ -180,6 +216,12 @@ class Together:
 
     def _count(self, payload: Tensor) -> None:
         self.sent_bytes += payload.numel() * payload.element_size()
+
+
+def _counted(ranks: Sequence[int]) -> str:
+    if len(ranks) > _MOST_RANKS_NAMED:
+        return f"{len(ranks)} ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _digest(groups: Mapping[str, bytes]) -> bytes:
