@@ -6,6 +6,7 @@ This is how ImageNet usually lies on a disk; crops, flips and statistics are Ima
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -13,25 +14,25 @@ from torchvision.datasets.folder import pil_loader
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .damage import DamagedSampleError
 from .split import Data, folder
 
-__all__ = ["DamagedImageError"]
+__all__: list[str] = []
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE_OVER_CROP = 256 / 224
 
 
-class DamagedImageError(ConfigError):
-    """An image file cannot be decoded.
-
-    A loader process hands errors over as one string, traceback and all; from it only the message
-    is kept, so that the user reads the same with and without such processes.
-    """
-
-    KEY = "data.root: "
-
-    def __init__(self, message: str) -> None:
-        super().__init__(self.KEY + message.rpartition(self.KEY)[2].strip())
+class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            return super().__getitem__(index)  # type: ignore[no-any-return]
+        except Exception as error:  # Decoders fail in many ways; all mean that this is no image.
+            path = Path(self.samples[index][0]).absolute()
+            raise DamagedSampleError(
+                f"cannot read the image {path}: {error} (sample {index} of {self.root}); replace "
+                "or remove it"
+            ) from error
 
 
 def load(config: DataConfig) -> Data:
@@ -40,7 +41,7 @@ def load(config: DataConfig) -> Data:
     Raises:
         ConfigError: a folder is missing or has a class without images, or the two splits have
             different classes.
-        DamagedImageError: later, by the sample that meets such a file.
+        DamagedSampleError: later, by a sample that cannot be decoded.
     """
     root, size = folder(config), config.image_size
     normal = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
@@ -63,20 +64,11 @@ def load(config: DataConfig) -> Data:
 
 def _split(place: Path, steps: list[object]) -> ImageFolder:
     try:
-        return ImageFolder(str(place), transform=transforms.Compose(steps), loader=_decode)
+        return _Images(str(place), transform=transforms.Compose(steps), loader=pil_loader)
     except OSError as error:
         raise ConfigError(
             f"data.root: cannot use {place}: {error}; it must hold one folder for each class, "
             "each with images"
-        ) from error
-
-
-def _decode(path: str) -> object:
-    try:
-        return pil_loader(path)
-    except Exception as error:  # Decoders fail in many ways; all mean that this file is no image.
-        raise DamagedImageError(
-            f"cannot read the image {Path(path).absolute()}: {error}; replace or remove it"
         ) from error
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .damage import Checked
 from .replay import EpochSampler, Replayed, seed_from
 from .split import Data
 
@@ -26,6 +27,7 @@ def train_loader(
 
     Raises:
         ConfigError: the batch cannot be shared out evenly, or the split is smaller than a batch.
+        DamagedSampleError: later, by a sample that cannot be learned from.
     """
     batch_size = _per_rank(config, world_size)
     num_samples = len(data.train)  # type: ignore[arg-type]
@@ -34,7 +36,7 @@ def train_loader(
             f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the "
             "training split; no epoch would have a step"
         )
-    samples = Replayed(data.train, seed)
+    samples = Replayed(Checked(data.train, "training", data.num_classes), seed)
     sampler = EpochSampler(
         samples, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
     )
@@ -51,10 +53,14 @@ def test_loader(
     one sample, and so one batch, less than another: no collective may run for each batch.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, or the split is empty.
+        DamagedSampleError: later, by a sample that cannot be learned from.
     """
     num_samples = len(data.test)  # type: ignore[arg-type]
-    share = Subset(data.test, range(rank, num_samples, world_size))
+    if num_samples == 0:
+        raise ConfigError("data: the test split is empty; nothing could be said of the network")
+    samples = Checked(data.test, "test", data.num_classes)
+    share = Subset(samples, range(rank, num_samples, world_size))
     generator = torch.Generator().manual_seed(rank)
     return _loader(share, config, _per_rank(config, world_size), device, None, generator)
 
