@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ..config import PRESETS, Settings, WormConfig, WormParts, merge
+from ..config import PRESETS, IntervalField, Settings, WormConfig, WormParts, merge
+from ..interval import Interval
 
 __all__ = [
     "DataConfig",
     "DistributedConfig",
+    "DivergenceConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
@@ -88,8 +91,11 @@ class DistributedConfig(Settings):
     ``deepspeed``: DeepSpeed's engine, over the same."""
     deepspeed: str | None = None
     """DeepSpeed's own settings, a JSON file; without one ZeRO stage 1."""
+    startup_timeout_seconds: int = Field(default=900, ge=1)
+    """How long ranks wait for one another until the first step is done: programs are loaded, files
+    are listed and kernels are chosen for the first time, on some hosts slower than on others."""
     timeout_seconds: int = Field(default=300, ge=1)
-    """How long a collective waits for a rank that does not come."""
+    """The same from then on.  Whoever does not come in time is named, and all ranks stop."""
     bucket_cap_mb: float = Field(default=25, gt=0)
     """Of DistributedDataParallel."""
 
@@ -101,6 +107,13 @@ class DistributedConfig(Settings):
                 "backend 'deepspeed'"
             )
         return self
+
+
+class DivergenceConfig(Settings):
+    """When the ranks prove that they hold the same network."""
+
+    check_every: IntervalField = Interval(1, "ep")
+    """How often the ranks compare their weights, bit by bit; ``1ba`` finds the step."""
 
 
 class RunConfig(WormParts):
@@ -120,6 +133,7 @@ class RunConfig(WormParts):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     distributed: DistributedConfig = DistributedConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
     def __init__(self, **values: Any) -> None:
         preset = values.get("preset", "worm")
@@ -130,3 +144,16 @@ class RunConfig(WormParts):
     def worm(self) -> WormConfig:
         """The engine's part of the run."""
         return WormConfig(search=self.search, truncation=self.truncation, ticket=self.ticket)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return dict(_flat(self.model_dump(mode="json")))
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested mappings, with its dotted key."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -6,22 +6,27 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import worm_dist
 
+from ..cluster.agree import Ranks, Together
 from ..cluster.launch import Place
-from ..errors import NonFiniteError
+from ..cluster.progress import Progress
+from ..errors import ConfigError, NonFiniteError
 from ..models import build_model
 from ..verdict import Phase
-from .data import load_data, test_loader, train_loader
+from .data import Data, load_data, test_loader, train_loader
+from .drift import require_same_network
+from .finite import Finite
 from .gating import gated
 from .measure import count_flops, count_parameters, evaluate, total_over_ranks
 from .optimization import build_optimizer, build_schedule
 from .report import Report
 from .result import Result
 from .run_config import RunConfig
-from .wrapped import backend_name, backward_and_step, num_passes, wrapped
+from .wrapped import averaged_gradients, backend_name, backward, num_passes, step, wrapped
 
 __all__ = ["Trainer"]
 
@@ -34,22 +39,34 @@ class Trainer:
         place: of this process.
         device: to train on.
         report: is told what happens; silent on all ranks but zero.
+        progress: is told how far this rank has come.
 
     Raises:
-        ConfigError: data or model do not fit the settings.
+        ConfigError: data or model do not fit the settings, or the ranks do not see the same data.
     """
 
     def __init__(
-        self, config: RunConfig, place: Place, device: torch.device, report: Report
+        self,
+        config: RunConfig,
+        place: Place,
+        device: torch.device,
+        report: Report,
+        progress: Progress | None = None,
     ) -> None:
         self._config = config
         self._device = device
         self._report = report
+        self._progress = progress or Progress()
+        assert dist.group.WORLD is not None
+        self._ranks: Ranks = Together(dist.group.WORLD, device)
         torch.manual_seed(config.seed)
+        self._progress.reach("the start, loading the data")
         data = load_data(config.data)
         shares = (config.data, place.rank, place.world_size)
         self._train = train_loader(data, *shares, config.seed, device)
         self._test = test_loader(data, *shares, device)
+        _require_same_data(data, len(self._train), self._ranks)
+        self._progress.reach("the start, building the network")
         self.model_arguments: dict[str, Any] = {
             "name": config.model.name,
             "num_classes": data.num_classes,
@@ -65,6 +82,8 @@ class Trainer:
         steps_per_epoch = len(self._train)
         self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
         self._check_every = config.search.every.steps(steps_per_epoch)
+        self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
+        self._finite = Finite(device, self._ranks)
         self.engine = worm_dist.attach(
             model,
             optimizer,
@@ -87,7 +106,7 @@ class Trainer:
         """Train, search, truncate, draw, train on.  Collective.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite, on every rank in the same epoch.
+            NonFiniteError: gradients are NaN or infinite, on every rank at the same step.
             DivergenceError: the ranks no longer hold the same network.
         """
         began = time.perf_counter()
@@ -95,6 +114,7 @@ class Trainer:
         self._report.start(self.result, epochs, len(self._train), phase)
         for epoch in range(self._config.epochs):
             self._train_epoch(epoch)
+            self._progress.reach(f"the test after epoch {epoch + 1}")
             score = evaluate(self._network, self._test, self._device)
             self.result.accuracy.final = score.accuracy
             self._report.epoch(epoch + 1, self.engine, score)
@@ -110,12 +130,18 @@ class Trainer:
         self._network.train()
         losses = torch.zeros(2, dtype=torch.float64, device=self._device)
         began = time.perf_counter()
+        self._reach("the next batch")
         for inputs, targets in self._train:
             loss = self._train_step(inputs, targets)
+            self._progress.started()
             losses += torch.stack([loss.double(), torch.ones_like(losses[0])])
             self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
+            if self.engine.step % self._compare_every == 0:
+                self.require_sound()
             if self.engine.step % self._check_every == 0:
                 self._check()
+            self._reach("the next batch")
+        self._finite.settle()
         seconds = time.perf_counter() - began
         loss_sum, count = total_over_ranks(losses).tolist()
         if not torch.isfinite(torch.tensor(loss_sum)):
@@ -130,21 +156,42 @@ class Trainer:
         """One optimizer step; returns the data loss of this rank, detached."""
         inputs = inputs.to(self._device, self._dtype, non_blocking=True)
         targets = targets.to(self._device, non_blocking=True)
+        self._reach("the gradients")
         bf16 = self._config.precision == "bf16" and self._dtype == torch.float32
         passes = num_passes(self.engine)
         total = torch.zeros((), device=self._device)
         for part, wanted in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
                 loss = nn.functional.cross_entropy(self.engine.model(part), wanted)
-            backward_and_step(self.engine, loss + self.engine.penalty())
+            backward(self.engine, loss + self.engine.penalty())
             total += loss.detach() / passes
+            self._finite.look(self.engine.step + 1, total, averaged_gradients(self.engine))
+            step(self.engine)
         self._schedule.step()
         return total
+
+    def require_sound(self) -> None:
+        """The weights are numbers, and the same on all ranks.  Collective; comes before anything
+        that is to last is made of them.
+
+        Raises:
+            NonFiniteError: the newest gradients were not finite.
+            DivergenceError: the ranks no longer hold the same network; names tensors and ranks.
+        """
+        self._finite.settle()
+        self._reach("comparing the ranks", ahead=0)
+        require_same_network(self._network, self._ranks, f"step {self.engine.step}")
+
+    def _reach(self, what: str, ahead: int = 1) -> None:
+        """Tell how far this rank is: before the next step, or after the newest."""
+        self._progress.reach(f"step {self.engine.step + ahead}, {what}")
 
     def _check(self) -> None:
         before = self.engine.phase
         if before in (Phase.DENSE, Phase.TICKET):
             return
+        self._finite.settle()
+        self._progress.reach(f"the check at step {self.engine.step}")
         verdict = self.engine.check()
         epoch = self._epoch()
         self.result.checks += 1
@@ -160,6 +207,7 @@ class Trainer:
 
     def _draw(self, epoch: float) -> None:
         result, phase = self.result, self.engine.phase
+        self._progress.reach(f"the draw at step {self.engine.step}")
         result.accuracy.before_draw = self._accuracy()
         self._close_phase(phase)
         self.engine.draw()
@@ -199,3 +247,21 @@ class Trainer:
         self.result.mask_digest = self.engine.mask.digest if self.engine.mask else None
         ends: dict[Phase, str] = {Phase.DENSE: "dense", Phase.TICKET: "ticket"}
         return ends.get(self.engine.phase, "not_found")
+
+
+def _require_same_data(data: Data, num_batches: int, ranks: Ranks) -> None:
+    """A rank with one batch less would leave the others waiting at the end of the epoch."""
+    found = ranks.differences(
+        {
+            "the number of training samples": str(len(data.train)),  # type: ignore[arg-type]
+            "the number of test samples": str(len(data.test)),  # type: ignore[arg-type]
+            "the number of batches": str(num_batches),
+            "the number of classes": str(data.num_classes),
+            "the shape of a sample": str(data.sample_shape),
+        }
+    )
+    if found:
+        raise ConfigError(
+            f"data: the ranks do not see the same data: {'; '.join(found)}; give every host the "
+            "whole data set"
+        )

@@ -19,10 +19,12 @@ from .deepspeed_settings import deepspeed_settings
 from .run_config import RunConfig
 
 __all__ = [
+    "averaged_gradients",
     "backend_name",
-    "backward_and_step",
+    "backward",
     "deepspeed_module",
     "num_passes",
+    "step",
     "wrapped",
 ]
 
@@ -67,15 +69,30 @@ def num_passes(engine: Engine) -> int:
     return 1 if passes is None else int(passes())
 
 
-def backward_and_step(engine: Engine, loss: Tensor) -> None:
-    """The end of a pass, and of a step if it is the step's last one."""
+def backward(engine: Engine, loss: Tensor) -> None:
+    """The end of a pass; after the last one of a step the gradients are averaged."""
     if isinstance(engine.model, DistributedDataParallel):
         loss.backward()
+    else:
+        model: Any = engine.model
+        model.backward(loss)
+
+
+def averaged_gradients(engine: Engine) -> list[Tensor]:
+    """What the ranks have averaged, the same on each.  DeepSpeed keeps its gradients to itself,
+    each rank a part."""
+    if not isinstance(engine.model, DistributedDataParallel):
+        return []
+    return [p.grad for p in engine.model.parameters() if p.grad is not None]
+
+
+def step(engine: Engine) -> None:
+    """The end of a step, if its last pass is done."""
+    if isinstance(engine.model, DistributedDataParallel):
         engine.optimizer.step()
         engine.optimizer.zero_grad()
     else:
         model: Any = engine.model
-        model.backward(loss)
         model.step()
 
 
