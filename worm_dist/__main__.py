@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from .cluster.launchers import started_by
+from .cluster.voice import Told, leave, tell
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
@@ -28,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             return plan(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
+    except Told as ending:
+        return ending.exit_code
     except WormError as error:
         launcher = started_by(os.environ)
         local_rank = os.environ.get(launcher.local_rank, "0") if launcher else "0"
@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # a launcher stops all ranks when the first one ends, so that voice needs its time.  A
             # rank that is still there afterwards failed alone, and speaks.
             time.sleep(_SECONDS_TO_SPEAK)
-        rank = os.environ.get(launcher.rank) if launcher else None
-        where = f" (rank {rank})" if rank else ""
-        print(f"worm_dist: error{where}: {error}", file=sys.stderr, flush=True)
+        tell(error, os.environ.get(launcher.rank) if launcher else None)
         return error.exit_code
 
 
@@ -130,19 +128,5 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _leave(exit_code: int) -> NoReturn:
-    """End the process without taking the interpreter apart.
-
-    torch keeps gloo's threads alive once a network has been wrapped, whoever lets go of it.  When
-    one of them is at work while Python shuts down, the process dies of SIGABRT after everything
-    was done ("terminate called without an active exception", seen at one exit in sixty with torch
-    2.14), and the launcher takes the run for failed.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

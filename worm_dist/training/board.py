@@ -46,6 +46,9 @@ class Board:
         purge_step: of a resumed run, the first step that is trained again.  TensorBoard forgets
             what older event files say of that step and later ones.
 
+    Attributes:
+        lost: why nothing is written any more; empty while all is well.
+
     Raises:
         OSError: the folder or the file cannot be made; a run has not begun then.
     """
@@ -56,7 +59,7 @@ class Board:
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
         self._path.touch(exist_ok=False)
-        self._lost = False
+        self.lost = ""
         events = [Event(file_version="brain.Event:2")]
         if purge_step is not None:
             restart = SessionLog(status=SessionLog.START)
@@ -77,7 +80,7 @@ class Board:
             findings: of all checks, oldest first; at least one.
             settled: the distance, 0 to 1, below which masks count as settled.
         """
-        if self._lost:
+        if self.lost:
             return
         # Only here: matplotlib takes half a second, and nothing is drawn before the elbow.
         from .pictures import distance_curve, distance_matrix, mask_picture
@@ -103,12 +106,12 @@ class Board:
 
     def close(self) -> None:
         """Ask the disk for all that was written: a network file system may refuse only now."""
-        if not self._lost:
+        if not self.lost:
             with self._warning_once(), self._path.open("r+b") as file:
                 os.fsync(file.fileno())
 
     def _write(self, step: int, summaries: Iterable[Summary]) -> None:
-        if not self._lost:
+        if not self.lost:
             with self._warning_once():
                 _append(self._path, [Event(step=step, summary=summary) for summary in summaries])
 
@@ -117,12 +120,12 @@ class Board:
         try:
             yield
         except OSError as error:
-            self._lost = True
+            self.lost = error.strerror or str(error)
             logger.warning(
                 "TensorBoard's file %s cannot be written (%s); training goes on, "
                 "its curves and pictures end here",
                 self._path,
-                error.strerror or error,
+                self.lost,
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from .measure import Score
 from .report import Report
 from .result import Result
 from .run_config import RunConfig
+from .unwritten import Unwritten
 
 __all__ = ["RankZeroReport"]
 
+_JOURNAL, _CONSOLE = "journal.jsonl", "console"
 _STEPS_BETWEEN_LOSSES = 50
 """Reading a loss waits for the device, so it is not done every step."""
 
@@ -31,31 +33,38 @@ class RankZeroReport(Report):
     Args:
         folder: of the run; it exists.
         config: of the run.
+        unwritten: is told what the disk refuses.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig, unwritten: Unwritten) -> None:
         self._folder = folder
         self._config = config
+        self._unwritten = unwritten
         self._console = Console()
         self._board = Board(folder)
-        self._journal = Journal(folder / "journal.jsonl", config.search.elbow.rule)
+        self._journal = Journal(folder / _JOURNAL, config.search.elbow.rule)
         self._loss = float("nan")
         self._images_per_second = 0.0
 
+    def _say(self, write: Callable[..., None], *words: Any) -> None:
+        """Where the job's log is on a full disk, the console is lost, and nothing else."""
+        self._unwritten.spare(_CONSOLE, write, *words)
+
     def start(self, result: Result, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
-        self._console.event(
+        self._say(
+            self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
-            f"{result.backend}"
+            f"{result.backend}",
         )
-        self._console.event(result.data)
-        self._console.start(epochs, steps_per_epoch, self._config.data.batch_size, phase)
+        self._say(self._console.event, result.data)
+        self._say(self._console.start, epochs, steps_per_epoch, self._config.data.batch_size, phase)
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
         if engine.step % _STEPS_BETWEEN_LOSSES == 1:
             self._loss = float(loss)
             values = {"train/loss": self._loss, "train/learning_rate": learning_rate}
             self._board.scalars(engine.step, values)
-        self._console.step(self._loss)
+        self._say(self._console.step, self._loss)
 
     def trained(self, step: int, loss: float, images_per_second: float) -> None:
         self._loss, self._images_per_second = loss, images_per_second
@@ -72,13 +81,19 @@ class RankZeroReport(Report):
                 "traffic/dense_bytes_per_step": traffic.dense_bytes,
             },
         )
-        self._console.epoch(
-            epoch, engine.phase, self._loss, score.accuracy, self._images_per_second, traffic
+        self._say(
+            self._console.epoch,
+            epoch,
+            engine.phase,
+            self._loss,
+            score.accuracy,
+            self._images_per_second,
+            traffic,
         )
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         finding = engine.history[-1]
-        self._journal.check(epoch, finding, verdict)
+        self._unwritten.spare(_JOURNAL, self._journal.check, epoch, finding, verdict)
         values = {
             "search/distance_mean": finding.distance_mean,
             "search/distance_max": finding.distance_max,
@@ -94,16 +109,19 @@ class RankZeroReport(Report):
             # Pictures of a long search come at checks 8, 16, 32, ... so that they never cost much.
             self._show(engine)
         if finding.floored:
-            self._console.event(f"kept above their floor: {', '.join(finding.floored)}")
+            self._say(self._console.event, f"kept above their floor: {', '.join(finding.floored)}")
 
     def phase(self, epoch: float, engine: Engine) -> None:
-        self._journal.phase(epoch, engine.step, engine.phase)
+        self._unwritten.spare(_JOURNAL, self._journal.phase, epoch, engine.step, engine.phase)
         self._show(engine)
         if engine.phase is Phase.TRUNCATE:
-            self._console.event(f"elbow at epoch {epoch:g}: truncation starts", engine.phase)
+            self._say(
+                self._console.event, f"elbow at epoch {epoch:g}: truncation starts", engine.phase
+            )
 
     def drawn(self, engine: Engine, result: Result) -> None:
-        self._console.event(
+        self._say(
+            self._console.event,
             f"ticket drawn at epoch {result.ticket_epoch:g}: {result.parameters.ticket:,} of "
             f"{result.parameters.dense:,} parameters, test accuracy "
             f"{result.accuracy.before_draw:.4f} -> {result.accuracy.after_draw:.4f}",
@@ -113,7 +131,6 @@ class RankZeroReport(Report):
     def finish(self, engine: Engine, result: Result) -> None:
         if engine.history:
             self._show(engine)
-        content = result.as_dict()
         # Named to come last: TensorBoard draws a chart of one point for each.
         metrics = {
             f"whole_run/{name}": float(value)
@@ -127,19 +144,18 @@ class RankZeroReport(Report):
             }.items()
             if value is not None
         }
-        self._board.hyperparameters(dict(_flat(self._config.model_dump(mode="json"))), metrics)
+        self._board.hyperparameters(self._config.flat(), metrics)
         self._board.close()
+        if self._board.lost:
+            self._unwritten.note("TensorBoard", self._board.lost)
+        result.unwritten = self._unwritten.names
+        content = result.as_dict()
+        self._unwritten.spare("result.json", self._write, content)
+        self._say(self._console.summary, content, self._folder)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)  # it may have been there when we began
         write_json(self._folder / "result.json", content)
-        self._console.summary(content, self._folder)
 
     def _show(self, engine: Engine) -> None:
         self._board.figures(engine.step, engine.history, self._config.search.settled)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested mappings, with its dotted key."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

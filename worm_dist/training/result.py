@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Accuracy", "Count", "Result", "Seconds", "TrafficResult"]
+__all__ = ["Accuracy", "Count", "Result", "Seconds", "TrafficResult", "versions"]
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Seconds:
     total: float | None = None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of what computes."""
     packages = ("worm_dist", "torch", "torchvision", "torch-pruning", "numpy")
     installed = {package.replace("-", "_"): version(package) for package in packages}
     return {"python": platform.python_version(), **installed}
@@ -60,6 +61,7 @@ class Result:
         live_fraction: elements that were still averaged while truncated, of all that train.
         flops: floating point operations of one forward pass on one sample; a multiply and an add
             are two.
+        unwritten: files of the run that are missing or end early, because the disk refused.
     """
 
     preset: str
@@ -78,7 +80,8 @@ class Result:
     traffic: TrafficResult = field(default_factory=TrafficResult)
     seconds: Seconds = field(default_factory=Seconds)
     mask_digest: str | None = None
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(default_factory=versions)
+    unwritten: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
