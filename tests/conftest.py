@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.faults.table import FAULTS
+from tests.faults.table import Table as FaultTable
 from tests.matrix.table import Table
 from tests.ranks import Ranks
 
@@ -16,6 +18,18 @@ torch.set_num_threads(1)
 # How long an example takes says something of the machine's other work, not of the code.
 hypothesis.settings.register_profile("worm_dist", deadline=None)
 hypothesis.settings.load_profile("worm_dist")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(number, tried): the row of the table of faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            number, tried = mark.args
+            assert number in FAULTS, f"{item.nodeid}: there is no fault {number}"
+            item.user_properties.append(("fault", (number, tried)))
 
 
 def pytest_report_header() -> str:
@@ -29,6 +43,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(table.text())
     if table.is_whole:
         table.write(terminalreporter.config.rootpath / "runs" / "report" / "matrix.md")
+    faults = FaultTable(terminalreporter.stats)
+    if faults:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(faults.text())
+    if faults.is_whole:
+        faults.write(terminalreporter.config.rootpath / "runs" / "report" / "faults.md")
 
 
 @pytest.fixture(autouse=True)

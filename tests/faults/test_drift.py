@@ -1,0 +1,125 @@
+"""Weights that drift apart are found, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.faults.trainers import small_trainer
+from tests.ranks import Ranks
+from worm_dist import DivergenceError
+from worm_dist.training.trainer import Trainer
+
+
+def _network(trainer: Trainer) -> nn.Module:
+    assert isinstance(trainer.engine.model, DistributedDataParallel)
+    network = trainer.engine.model.module
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _push(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(_network(trainer).parameters()).view(-1)[0] += 1e-3
+
+
+def _push_all(trainer: Trainer) -> None:
+    with torch.no_grad():
+        for parameter in _network(trainer).parameters():
+            parameter += 1e-3
+
+
+def _push_by_one_bit(trainer: Trainer) -> None:
+    bias = list(_network(trainer).parameters())[-1].detach()
+    bias[:1].view(torch.int32).bitwise_xor_(1)
+
+
+def _count_one_more(trainer: Trainer) -> None:
+    norm = next(m for m in _network(trainer).modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+
+
+def _train(spoil: Callable[[Trainer], None], rank: int, check_every: str) -> str:
+    trainer = small_trainer(divergence={"check_every": check_every})
+    real = trainer._train_step
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = real(inputs, targets)
+        if trainer.engine.step == 2 and dist.get_rank() == rank:
+            spoil(trainer)
+        return loss
+
+    trainer._train_step = step  # type: ignore[method-assign]
+    with pytest.raises(DivergenceError) as caught:
+        trainer.run()
+    return str(caught.value)
+
+
+@pytest.mark.fault(17, "one weight, one bit, one counter of one rank, compared every step")
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (_push, "parameter features.0.weight is "),
+        (_push_by_one_bit, "parameter"),
+        (_count_one_more, "buffer"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_it_is_found_at_the_very_step(
+    ranks: Ranks, spoil: Callable[[Trainer], None], name: str, rank: int
+) -> None:
+    first, second = ranks(2, _train, spoil, rank, "1ba")
+    assert first == second
+    assert first.startswith(f"step 2: the ranks no longer hold the same network: {name}")
+    assert " on rank 0, " in first and " on rank 1. " in first
+
+
+@pytest.mark.fault(17, "found at the end of the epoch, unless something else is asked for")
+def test_it_is_found_within_the_interval(ranks: Ranks) -> None:
+    first, second = ranks(2, _train, _push_all, 1, "1ep")
+    assert first == second and first.startswith("step 8: ")
+    assert first.count(" on rank 1") == 3 and " (and 5 more). Start again" in first
+
+
+@pytest.mark.fault(17, "of three ranks the odd one is named")
+def test_equal_ranks_stand_together(ranks: Ranks) -> None:
+    first, *others = ranks(3, _train_with_batches_for_three)
+    assert others == [first] * 2
+    assert " on ranks 0, 2, " in first and " on rank 1. " in first
+
+
+def _train_with_batches_for_three() -> str:
+    trainer = small_trainer(data={"batch_size": 18}, divergence={"check_every": "1ba"})
+    if dist.get_rank() == 1:
+        _push_by_one_bit(trainer)
+    with pytest.raises(DivergenceError) as caught:
+        trainer.require_sound()
+    return str(caught.value)
+
+
+def _train_well() -> tuple[int, list[Tensor]]:
+    """Steps, and the running means right after one."""
+    trainer = small_trainer(divergence={"check_every": "1ba"})
+    real, means = trainer.require_sound, []
+
+    def require_sound() -> None:
+        real()
+        norms = [m for m in _network(trainer).modules() if isinstance(m, nn.BatchNorm2d)]
+        means[:] = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
+
+    trainer.require_sound = require_sound  # type: ignore[method-assign]
+    trainer.run()
+    return trainer.engine.step, means
+
+
+def test_running_statistics_may_differ_between_two_steps(ranks: Ranks) -> None:
+    """Each rank's own batch has moved them; the next step begins with rank zero's."""
+    (steps, first), (_, second) = ranks(2, _train_well)
+    assert steps == 16
+    assert first and not any(map(torch.equal, first, second))

@@ -1,0 +1,155 @@
+"""A rank that dies, hangs or raises: the others end in bounded time, and say which one it was."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.faults.driver import Act, Driver, Ended, Fault, Run
+from worm_dist.errors import CheckpointError
+
+BATCH = "worm_dist.training.data.replay:Replayed.__getitem__"
+TEST = "worm_dist.training.trainer:evaluate"
+FINISH = "worm_dist.training.rank_zero_report:RankZeroReport.finish"
+SHORT = {"distributed.timeout_seconds": 3, "data.batch_size": 18}
+SIXTEEN_OR_EIGHTEEN = {2: {}, 3: {"data.batch_size": 18}}
+
+
+def _assert_all_end(ends: list[Ended], exitcode: int, within: float, *words: str) -> None:
+    """With one code, soon, and with one line each that has all the words."""
+    assert ends
+    for end in ends:
+        assert end.exitcode == exitcode, end
+        assert end.seconds < within, end
+        assert "Traceback" not in end.said
+        (line,) = end.errors
+        for word in words:
+            assert word in line, line
+
+
+# --- dead and hanging ranks -------------------------------------------------------------------
+
+
+@pytest.mark.fault(3, "SIGKILL in a step, of rank zero and of others, two and three ranks")
+@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (3, 1)])
+def test_a_killed_rank_ends_the_others_at_once(driver: Driver, world_size: int, rank: int) -> None:
+    """gloo's own error named an address, and the exit code was 1."""
+    run = Run((Fault.kill(rank, step=3),), SIXTEEN_OR_EIGHTEEN[world_size])
+    ends = driver(world_size, run)
+    victim = ends.pop(rank)
+    assert victim.exitcode == -9
+    _assert_all_end(ends, 6, 5, "step 3, the gradients", f"rank {rank} is gone")
+
+
+@pytest.mark.fault(3, "SIGSTOP in a step, of rank zero and of others")
+@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (3, 2)])
+def test_a_stopped_rank_is_named_in_bounded_time(
+    driver: Driver, world_size: int, rank: int
+) -> None:
+    """3 s until somebody asks, 2 s for an answer, 1 s for rank zero's verdict, 1 s to come out."""
+    run = Run((Fault.stop(rank, step=3),), SHORT if world_size == 3 else _without_batch(SHORT))
+    ends = driver(world_size, run, limit=25)
+    victim = ends.pop(rank)
+    assert victim.exitcode is None, "it was there until the driver killed it"
+    _assert_all_end(ends, 6, 9, "step 3, the gradients", f"rank {rank} is there but silent")
+
+
+@pytest.mark.fault(3, "a training thread that hangs")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hanging_rank_ends_by_itself_and_says_where_it_hung(driver: Driver, rank: int) -> None:
+    ends = driver(2, Run((Fault.hang(rank, step=3),), _without_batch(SHORT)))
+    _assert_all_end(
+        ends, 6, 9, f"rank {rank} is stuck at step 3, the next batch", "driver.py:", "_hang"
+    )
+
+
+@pytest.mark.fault(3, "a hang at the start, where ranks wait for longer")
+def test_the_start_has_a_timeout_of_its_own(driver: Driver) -> None:
+    settings = {"distributed.timeout_seconds": 1, "distributed.startup_timeout_seconds": 4}
+    ends = driver(2, Run((Fault.hang(1, step=1),), settings))
+    _assert_all_end(ends, 6, 10, "rank 1 is stuck at step 1", "for 4 s")
+    assert min(end.seconds for end in ends) > 3.5
+
+
+def _slowly(real: Act, *args: Any) -> Any:
+    """Alike on all ranks."""
+    time.sleep(4)
+    return real(*args)
+
+
+@pytest.mark.fault(3, "all ranks take longer than the timeout: nothing is wrong")
+def test_ranks_that_are_slow_together_go_on(driver: Driver) -> None:
+    fault = Fault.do(_slowly, rank=None, step=2).at(TEST)
+    ends = driver(2, Run((fault,), {"distributed.timeout_seconds": 2}))
+    assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
+    assert min(end.seconds for end in ends) > 4
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(2, "raised while a batch is read, on rank zero and on another")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_ends_all_ranks_and_is_shown_once(driver: Driver, rank: int) -> None:
+    fault = Fault.raise_(rank, step=3 * 8 - 1).at(BATCH)
+    ends = driver(2, Run((fault,)))
+    origin, other = ends[rank], ends[1 - rank]
+    _assert_all_end([other], 1, 5, f"rank {rank} failed at step 3, the next batch: ValueError: a")
+    assert (origin.exitcode, origin.seconds < 5) == (1, True)
+    assert origin.said.count("Traceback") == 1 and "ValueError: a bug" in origin.said
+
+
+def _refuse(real: Act, *args: Any) -> Any:
+    raise CheckpointError("file x: damaged; take another")
+
+
+@pytest.mark.fault(2, "an error of ours has its own exit code on all ranks")
+def test_an_error_of_ours_is_one_line_on_every_rank(driver: Driver) -> None:
+    ends = driver(2, Run((Fault.do(_refuse, rank=1, step=1).at(TEST),)))
+    _assert_all_end(ends, 3, 5, "file x: damaged; take another")
+    assert ends[0].errors[0].startswith("worm_dist: error (rank 0): rank 1 failed at the test")
+
+
+@pytest.mark.fault(2, "raised by rank zero while it writes the results")
+def test_a_rank_that_has_come_to_the_end_waits_for_the_others(driver: Driver) -> None:
+    """Rank one had ended well, and its launcher took the run for half a success."""
+    ends = driver(2, Run((Fault.raise_(0, step=1).at(FINISH),)))
+    assert [end.exitcode for end in ends] == [1, 1]
+    _assert_all_end(ends[1:], 1, 5, "rank 0 failed at writing the results: ValueError: a bug")
+
+
+def _compute(real: Act, *args: Any) -> Any:
+    """For long, without asking anybody."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        pass
+
+
+@pytest.mark.fault(2, "the other rank is in no collective")
+def test_an_exception_ends_a_rank_that_computes(driver: Driver) -> None:
+    computes = Fault.do(_compute, rank=0, step=1).at(TEST)
+    ends = driver(2, Run((computes, Fault.raise_(1, step=1).at(TEST))))
+    _assert_all_end(ends[:1], 1, 6, "rank 1 failed at the test after epoch 1: ValueError: a bug")
+
+
+# --- under torchrun ---------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.fault(2, "torchrun shows the traceback of the rank that raised")
+@pytest.mark.fault(3, "torchrun starts all ranks anew after a SIGKILL")
+def test_torchrun_starts_anew_and_is_told_the_root_cause(driver: Driver) -> None:
+    """A kill in the first attempt, and a bug in the second one."""
+    faults = (Fault.kill(1, step=3).only_first_attempt(), Fault.raise_(1, step=5))
+    end = driver.under_torchrun(2, Run(faults), max_restarts=1)
+    assert end.exitcode == 1
+    assert "exitcode: -9" in end.said
+    root = end.said[end.said.index("Root Cause") :]
+    assert "rank      : 1" in root and "exitcode  : 1" in root
+    assert "step 5" in end.said and "ValueError: a bug" in root
+
+
+def _without_batch(settings: dict[str, int]) -> dict[str, int]:
+    return {key: value for key, value in settings.items() if key != "data.batch_size"}
