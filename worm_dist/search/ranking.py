@@ -13,7 +13,7 @@ from .cut import cut
 from .groups import ChannelGroup, Groups
 from .mask import Mask
 from .pools import pools_of
-from .rounding import rounded
+from .rounding import is_rounded, rounded
 from .scores import score_of
 
 __all__ = ["Ranking"]
@@ -102,17 +102,30 @@ class Ranking:
         return candidates, self._rounded(score.channels(candidates), scores, lost), floored
 
     def _rounded(self, mask: Mask, scores: Tensor, lost: Tensor) -> Mask:
-        round_to = self._config.ticket.round_to
-        surplus = int(lost.sum()) - (mask.num_channels - mask.num_kept)
-        if bool(lost.any()) and 2 * abs(surplus) <= round_to:
-            # What rounding spared when these began to fade would be dropped now, a few channels at
-            # each check, and the search would not come to rest.
-            return Mask.from_vector(mask.sizes, ~lost)
-        return rounded(
-            mask,
-            self._score.of_channels(scores),
-            round_to,
-            self._config.search.floor,
-            lost,
-            self._groups.widths,
-        )
+        spared = Mask.from_vector(mask.sizes, ~lost)
+        # What rounding spared when these began to fade would be dropped now, a few channels at each
+        # check, and the search would not come to rest.
+        if self._is_near(spared, mask) and self._nearest(spared, scores, lost) is spared:
+            return spared
+        return self._nearest(mask, scores, lost)
+
+    def _nearest(self, mask: Mask, scores: Tensor, lost: Tensor) -> Mask:
+        scores, widths = self._score.of_channels(scores), self._groups.widths
+        floor, round_to = self._config.search.floor, self._config.ticket.round_to
+        return rounded(mask, scores, round_to, floor, lost, widths)
+
+    def _is_near(self, spared: Mask, mask: Mask) -> bool:
+        """Whether what is lost alone is as much as was asked for, up to what rounding makes of it.
+
+        Pools of channels are asked for so many, whatever each of them has lost already; pools of
+        single norms are not, and the mask itself has to say.
+        """
+        widths, round_to = self._groups.widths, self._config.ticket.round_to
+        if not any(is_rounded(n * widths[name], round_to) for name, n in mask.sizes.items()):
+            return False
+        num_lost = spared.num_channels - spared.num_kept
+        num_asked = mask.num_channels - mask.num_kept
+        if mask.sizes == self._score.sizes:
+            sizes = [sum(mask.sizes[name] for name in pool.groups) for pool in self._pools]
+            num_asked = sum(p.num_dropped(n) for p, n in zip(self._pools, sizes, strict=True))
+        return num_lost > 0 and 2 * abs(num_lost - num_asked) <= round_to * max(widths.values())

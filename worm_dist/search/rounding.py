@@ -16,7 +16,7 @@ from torch import Tensor
 from .cut import comparable, num_protected
 from .mask import Mask
 
-__all__ = ["ratio_reached", "rounded"]
+__all__ = ["is_rounded", "ratio_reached", "rounded"]
 
 _BLOCKS_OF_A_ROUNDED_GROUP = 4  # in a smaller one a block is too large a share
 
@@ -62,7 +62,7 @@ def rounded(
     own: dict[str, int] = {}
     for (name, kept), gone in zip(mask.items(), lost.split(channels)):
         size, width = kept.numel(), widths[name]
-        if size * width > _BLOCKS_OF_A_ROUNDED_GROUP * round_to:
+        if is_rounded(size * width, round_to):
             own[name] = int(kept.sum()) * width
             ladders[name] = [
                 count * width
@@ -76,6 +76,11 @@ def rounded(
     parts = dict(zip(sizes, comparable(scores, sizes, lost).split(channels)))
     resized = {name: _resized(mask[name], parts[name], count) for name, count in changed.items()}
     return Mask({name: resized.get(name, kept) for name, kept in mask.items()})
+
+
+def is_rounded(num_channels: int, round_to: int) -> bool:
+    """Whether a group of so many channels of the network is large enough to be rounded."""
+    return num_channels > _BLOCKS_OF_A_ROUNDED_GROUP * round_to
 
 
 def ratio_reached(mask: Mask) -> float:
