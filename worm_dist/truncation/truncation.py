@@ -128,10 +128,10 @@ class Truncation:
         self.generation = state["generation"]
         if self.generation == 0:
             return
-        plan = self._truncate(state["frozen"].clone())
+        plan = self._truncate(state["frozen"].to("cpu", copy=True))
         self._motion.resume(self.frozen, plan, state["fades"])
         if self.reduction is not None and bool(state["silent"].any()):
-            self._leave_out(self.reduction, state["silent"].clone())
+            self._leave_out(self.reduction, state["silent"].to("cpu", copy=True))
         self._fades_end = math.inf if state["fades_end"] is None else state["fades_end"]
         self._times_heard = state["times_heard"]
         if self.reduction is not None and state["listens"]:
