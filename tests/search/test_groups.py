@@ -117,7 +117,7 @@ class _LeftDense(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 3)
         self.bn1 = nn.BatchNorm2d(6)
-        self.prelu = nn.PReLU(6)
+        self.other = nn.GroupNorm(2, 6)
         self.conv2 = nn.Conv2d(6, 8, 3)
         self.bn2 = nn.BatchNorm2d(8)
         self.grouped = nn.Conv2d(8, 8, 1, groups=2)
@@ -129,7 +129,7 @@ class _LeftDense(nn.Module):
         self.bn3.weight.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.prelu(self.bn1(self.conv1(images)))
+        images = self.other(self.bn1(self.conv1(images)))
         images = self.grouped(torch.relu(self.bn2(self.conv2(images))))
         images = torch.relu(self.bn3(self.conv3(images)))
         return self.head(torch.relu(self.bn4(self.conv4(images))).mean(dim=(2, 3)))
@@ -139,7 +139,8 @@ def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
     groups = _groups(_LeftDense())
     assert [group.name for group in groups] == ["conv2", "conv4"]
     assert groups.dense == {
-        "bn1": "coupled with prelu (PReLU), which is not understood",
+        "bn1": "coupled with other (GroupNorm), which is not understood",
+        "other": "GroupNorm: only BatchNorm scales are ranked",
         "bn3": "bn3 has no scale that trains",
         "grouped": "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without",
     }

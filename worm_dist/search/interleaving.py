@@ -20,36 +20,30 @@ __all__ = ["interleaved"]
 
 
 def interleaved(members: Sequence[Member], grouped: Mapping[str, _ConvNd]) -> list[Member] | str:
-    """The members with the channels of a convolution's groups taken together.
+    """The members, grouped convolutions by the places within one of their groups where they read.
 
     Args:
-        members: of one group of channels.
+        members: of one group of channels, each at the same places of all groups.
         grouped: the convolutions with several groups among them, by name; not depthwise ones.
 
     Returns:
         The members, or why the channels have to stay dense.
     """
-    those = [member for member in members if member.module in grouped]
-    first = those[0]
-    if any(member.positions.shape[1] != 1 for member in those):
-        return f"{first.module}, a grouped convolution, reads a channel at several places"
-    width = _width(grouped[first.module], first.role)
-    if width == 1:
-        return f"{first.module}, a grouped convolution, has one channel in each of its groups"
-    places = first.positions.flatten()
-    if len(places) % width:
-        return f"{first.module}, a grouped convolution, reads other channels too"
-    together = torch.argsort(places % width, stable=True).view(width, -1)
     joined = []
     for member in members:
-        positions = member.positions[together].flatten(1)
-        if member.module in grouped:
-            local = positions % _width(grouped[member.module], member.role)
-            if not _complete(local, grouped[member.module].groups):
-                return f"{member.module} is grouped otherwise than {first.module}"
-            # Its weight has one column for all its groups.
-            positions = local[:, :1] if member.role == "consumer" else positions
-        joined.append(dataclasses.replace(member, positions=positions))
+        convolution = grouped.get(member.module)
+        if convolution is not None:
+            if convolution.transposed:
+                return f"{member.module}, a grouped transposed convolution, is not understood"
+            width = _width(convolution, member.role)
+            if width == 1:
+                return f"{member.module}, a grouped convolution, has one channel in each group"
+            local = _of_each_group(member.positions, convolution.groups, width)
+            if local is None:
+                return f"{member.module}, a grouped convolution, reads other channels too"
+            if member.role == "consumer":  # its weight has one column for all its groups
+                member = dataclasses.replace(member, positions=local)
+        joined.append(member)
     return joined
 
 
@@ -59,6 +53,11 @@ def _width(convolution: _ConvNd, role: str) -> int:
     return sides[role] // convolution.groups
 
 
-def _complete(local: Tensor, num_groups: int) -> bool:
-    """Whether each channel is the same one in all groups."""
-    return local.shape[1] == num_groups and bool((local == local[:, :1]).all())
+def _of_each_group(positions: Tensor, num_groups: int, width: int) -> Tensor | None:
+    """int64 ``[channels, k]``: places within a group; None if they are not the same in all."""
+    if positions.shape[1] % num_groups:
+        return None
+    by_group = positions.sort(dim=1).values.unflatten(1, (num_groups, -1))
+    local = by_group - width * torch.arange(num_groups)[:, None]
+    alike = (local == local[:, :1]) & (local >= 0) & (local < width)
+    return local[:, 0].contiguous() if bool(alike.all()) else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .attention import Attention, find_attentions, weight_of
-from .coupling import Coupled, Layer, coupled_layers
+from .coupling import Coupled, coupled_layers
+from .flow import Layer
 from .forward import run, undisturbed
 from .groups import ChannelGroup, Groups, Member
 from .interleaving import interleaved
@@ -71,49 +73,69 @@ class _Reading:
         self.names: dict[Any, str] = {module: name for name, module in network.named_modules()}
         self._shared = _shared(network)
         self._weights = _weights(network)
+        self._grouped = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, Conv) and module.groups > 1 and not _is_depthwise(module)
+        }
+        self._taken: set[str] = set()
+        self._positions: dict[Any, Tensor] = {}
 
     def group_of(self, coupled: Coupled) -> ChannelGroup | dict[str, str]:
         """The group, or by module why it is left dense."""
         layers = sorted(
-            coupled.layers,
+            coupled.stream.layers,
             key=lambda layer: self._order.get(layer.module, len(self._order)),  # type: ignore[arg-type]
         )
-        reason = self._why_dense(coupled, layers)
-        if reason is None:
-            members = [self._member(layer) for layer in layers]
-            grouped = {
-                self.names[layer.module]: layer.module
-                for layer in layers
-                if isinstance(layer.module, Conv) and _is_grouped(layer.module)
-            }
-            joined = interleaved(members, grouped) if grouped else members
-            if not isinstance(joined, str):
-                return self._group(joined)
-            reason = joined
+        found = self._why_dense(coupled, layers) or self._group(layers)
+        if isinstance(found, ChannelGroup):
+            return found
         # What has no norm is spoken of only where something stands in the way: heads have none.
         norms = [self.names[module] for module, *_ in layers if isinstance(module, Norm)]
-        return dict.fromkeys(norms, reason)
+        return dict.fromkeys(norms, found)
 
-    def _group(self, members: Sequence[Member]) -> ChannelGroup:
+    def _group(self, layers: Sequence[Layer]) -> ChannelGroup | str:
+        """The group, or why there is none."""
+        members = interleaved([self._member(layer) for layer in layers], self._grouped)
+        if isinstance(members, str):
+            return members
+        makers = [member for member in members if self._makes_channels(member)]
+        name = next((maker.module for maker in makers if maker.module not in self._taken), None)
+        if name is None:
+            return f"{makers[0].module} makes channels of another group too"
+        self._taken.add(name)
+        order = makers[0].positions[:, 0].argsort()
+        if len(order) == 1:
+            return "none of its channels can be dropped without all others"
+        members = [self._sharing(member, member.positions[order]) for member in members]
         gates = [
             gate
             for member in members
             if member.role == "consumer"
             for gate in _gate_of(self._network, member.module)
         ]
-        producers = [member for member in members if member.role == "producer"]
-        depthwise = sum(_is_depthwise(self._network.get_submodule(p.module)) for p in producers)
-        norms = sum(member.role == "norm" for member in members)
+        depthwise = sum(member.role == "producer" for member in members) - len(makers)
+        norms = sum(member.role == "norm" for member in members) - depthwise
         # A product with a squeeze-and-excitation's factors is no sum of what two norms put out.
-        tied = len(producers) - depthwise > 1 and (norms - depthwise > 1 or not norms)
-        first = producers[0]
-        return ChannelGroup(first.module, len(first.positions), (*members, *gates), tied)
+        tied = len(makers) > 1 and (norms > 1 or norms + depthwise == 0)
+        return ChannelGroup(name, len(order), (*members, *gates), tied)
+
+    def _makes_channels(self, member: Member) -> bool:
+        """A depthwise convolution only passes them on."""
+        module = self._network.get_submodule(member.module)
+        return member.role == "producer" and not _is_depthwise(module)
+
+    def _sharing(self, member: Member, positions: Tensor) -> Member:
+        """The member with these positions; equal ones are one tensor, or a network of many layers
+        would hold thousands of copies of 0, 1, 2, ..."""
+        key = (positions.shape, positions.numpy().tobytes())
+        return dataclasses.replace(member, positions=self._positions.setdefault(key, positions))
 
     def _why_dense(self, coupled: Coupled, layers: Sequence[Layer]) -> str | None:
-        num_channels = len({channel for layer in layers for channel in layer.channels})
-        if coupled.leaves and not coupled.whole:
+        stream = coupled.stream
+        if stream.leaves and not coupled.whole:
             return "its channels go where the network could not be traced"
-        if coupled.leaves or not any(_role(layer) == "consumer" for layer in layers):
+        if stream.leaves or not any(_role(layer) == "consumer" for layer in layers):
             return "its channels are what the network puts out"
         for layer in layers:
             module: Any = layer.module
@@ -125,8 +147,8 @@ class _Reading:
                 module.weight is None or not module.weight.requires_grad
             ):
                 return f"{name} has no scale that trains"
-            if len(layer.places) % num_channels:
-                return f"{name} does not see every channel equally often"
+        if stream.strays:
+            return "what happens to its channels between the layers is not understood"
         # Cut for one layer, a parameter would no longer be the other's.
         for parameter in (p for layer in layers for p, _ in self._member(layer).parameters):
             if parameter in self._shared:
@@ -136,11 +158,12 @@ class _Reading:
     def _member(self, layer: Layer) -> Member:
         module: Any = layer.module
         name, role = self.names[module], _role(layer)
-        # torch-pruning lists places in its own order; a stable sort by channel makes rows of k.
         by_channel = torch.argsort(torch.tensor(layer.channels), stable=True)
         positions = torch.tensor(layer.places)[by_channel].view(len(set(layer.channels)), -1)
-        # A transposed convolution has its inputs first; a depthwise one a row for each channel.
+        # A transposed convolution has its inputs first; a depthwise one a row for each channel, and
+        # PReLU nothing else.
         turned = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
+        turned |= isinstance(module, nn.PReLU)
         parameters = [(self._weights[name], int(turned != (role == "consumer")))]
         if role != "consumer" and getattr(module, "bias", None) is not None:
             parameters.append((f"{name}.bias" if name else "bias", 0))
@@ -160,12 +183,13 @@ def _head_group(attention: Attention, network: nn.Module) -> ChannelGroup:
 
 def _gate_of(network: nn.Module, reader: str) -> list[Member]:
     """The gate in front of a layer, if it has one."""
-    prefix = f"{reader}.parametrizations.weight.0"
-    return [
-        Member(prefix, "gate", torch.arange(gate.numel())[:, None], ((name, 0),))
-        for name, gate in network.named_parameters()
-        if name == f"{prefix}.scale"
-    ]
+    gate = "parametrizations.weight.0"
+    own = dict(network.get_submodule(reader).named_parameters())
+    scale = own.get(f"{gate}.scale")
+    if scale is None:
+        return []
+    places = torch.arange(scale.numel())[:, None]
+    return [Member(f"{reader}.{gate}", "gate", places, ((f"{reader}.{gate}.scale", 0),))]
 
 
 def _weights(network: nn.Module) -> dict[str, str]:
@@ -174,7 +198,7 @@ def _weights(network: nn.Module) -> dict[str, str]:
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     weights = {}
     for name, module in network.named_modules():
-        if isinstance(module, (Norm, Conv, nn.Linear)):
+        if isinstance(module, (Norm, Conv, nn.Linear, nn.PReLU)):
             plain = f"{name}.weight" if name else "weight"
             gated = f"{name}.parametrizations.weight.original"
             if plain in parameters:
@@ -214,12 +238,9 @@ def _is_depthwise(module: nn.Module) -> bool:
     return module.groups == module.in_channels == module.out_channels > 1
 
 
-def _is_grouped(module: Conv) -> bool:
-    return module.groups > 1 and not _is_depthwise(module)
-
-
 def _role(layer: Layer) -> Literal["producer", "norm", "consumer"]:
     if isinstance(layer.module, Norm):
         return "norm"
-    depthwise = isinstance(layer.module, nn.Module) and _is_depthwise(layer.module)
-    return "producer" if layer.to_outputs or depthwise else "consumer"
+    if isinstance(layer.module, nn.PReLU):
+        return "consumer"  # it makes nothing: what is zero stays zero, whatever the slope
+    return "producer" if layer.to_outputs else "consumer"
