@@ -2,8 +2,8 @@
 
 Behind a sigmoid, a softmax over channels, a branch without a norm or a width written into the
 code, dropping a channel is not the same as its scale and shift being zero.  Rather than to know
-every operation, half of all channels are dropped from a copy of the network, then the other half,
-and the outputs are compared with those of the whole network with the same channels silenced.
+every operation, some channels are dropped from a copy of the network, then all others, and the
+outputs are compared with those of the whole network with the same channels silenced.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..search.forward import floats, run, undisturbed
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
+from ..search.training_mode import deciding_modules, in_training
 from .surgery import cuts_of, remove_channels
 
 __all__ = ["agreed_groups", "find_drawable_groups"]
@@ -103,10 +104,12 @@ def find_drawable_groups(
 
 
 class _Trial:
-    """Draws halves of groups from copies of a network."""
+    """Draws parts of groups from copies of a network."""
 
     def __init__(self, network: nn.Module, groups: Groups, example_inputs: Any) -> None:
         self._groups = groups
+        # Of the modules in training mode whether what is put out then is the same every time.
+        self._modes: dict[tuple[str, ...], bool] = {(): True}
         try:
             self._network = copy.deepcopy(network).double()
             self._inputs = _double(example_inputs)
@@ -115,6 +118,11 @@ class _Trial:
             self._network = copy.deepcopy(network)
             self._inputs = example_inputs
         _unsettle(self._network)
+        deciding = deciding_modules(self._network, self._inputs)
+        if deciding:
+            self._modes[deciding] = True
+            one, other = self._outputs(self._network), self._outputs(self._network)
+            self._modes[deciding] = all(map(torch.equal, one, other))
 
     def inexact(self, tried: Sequence[ChannelGroup], half: int) -> dict[str, str]:
         """Of the groups tried, those that must not be drawn, each with the reason."""
@@ -132,14 +140,14 @@ class _Trial:
         return found | self.inexact(rest, half)
 
     def _difference(self, tried: Sequence[ChannelGroup], half: int) -> str | None:
-        """What is wrong once every other channel of these groups is gone; None if nothing."""
-        mask = _every_other(self._groups, tried, half)
+        """What is wrong once these groups have lost channels; None if nothing."""
+        mask = _without_some(self._groups, tried, half)
         network = copy.deepcopy(self._network)
         _silence(network, tried, mask)
-        expected = list(floats(run(network, self._inputs)))
+        expected = self._outputs(network)
         remove_channels(network, cuts_of(self._groups, mask, network))
         try:
-            outputs = list(floats(run(network, self._inputs)))
+            outputs = self._outputs(network)
         except Exception as error:  # whatever a foreign forward may raise
             return f"without some of its channels the network fails: {error}"
         for whole, drawn in zip(expected, outputs):
@@ -151,14 +159,32 @@ class _Trial:
                 return "without some of its channels the network computes something else"
         return None
 
+    def _outputs(self, network: nn.Module) -> list[Tensor]:
+        """In eval mode, and in training mode if there more of the network runs; of what is random
+        only the shape."""
+        outputs: list[Tensor] = []
+        for deciding, exact in self._modes.items():
+            with in_training(network, deciding):
+                given = floats(run(network, self._inputs))
+                outputs += given if exact else map(torch.zeros_like, given)
+        return outputs
 
-def _every_other(groups: Groups, tried: Sequence[ChannelGroup], half: int) -> Mask:
-    """Drops every other channel of the groups tried, but never all."""
+
+def _without_some(groups: Groups, tried: Sequence[ChannelGroup], half: int) -> Mask:
+    """Drops some channels of the groups tried, or else all others, and never a whole group.
+
+    Which and how many is drawn at random: what must not be dropped alone, or only as many here as
+    there, would not be noticed with every other channel.
+    """
+    generator = torch.Generator().manual_seed(0)
     keep = {}
     for group in groups:
-        kept = torch.ones(group.num_channels, dtype=torch.bool)
-        if group in tried and group.num_channels > 1:
-            kept[half::2] = False
+        size = group.num_channels
+        kept = torch.ones(size, dtype=torch.bool)
+        order = torch.randperm(size, generator=generator)
+        first = int(torch.randint(1, max(2, size), (), generator=generator))
+        if group in tried and size > 1:
+            kept[order[first:] if half else order[:first]] = False
         keep[group.name] = kept
     return Mask(keep)
 
