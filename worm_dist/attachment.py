@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .cluster.stepping import Owners, Stepping
-from .cluster.wrap import Wrapping, wrapping_of
+from .cluster.wrap import DataParallel, Wrapping, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
 from .gates import fold_gates, gates_of
@@ -78,6 +80,8 @@ class Attachment:
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
         self._last_check = 0
+        self._wrapped_at = 0
+        self._went_on = False
         self._step_bytes = self.wrapping.step_bytes
         self._dense_bytes = self._step_bytes
 
@@ -139,6 +143,7 @@ class Attachment:
             "step": self.step,
             "last_check": self._last_check,
             "steps_per_epoch": self._steps_per_epoch,
+            "buckets_arranged": self._went_on or self.step > self._wrapped_at,
             "traffic": asdict(self.traffic),
         }
 
@@ -148,6 +153,28 @@ class Attachment:
         self._last_check = state["last_check"]
         self._steps_per_epoch = state["steps_per_epoch"]
         self.traffic = Traffic(**state["traffic"])
+
+    def take_over_buckets(self, state: Mapping[str, Any]) -> None:
+        """The wrapper takes the place of the one that a state of the training is from."""
+        self._wrapped_at, self._went_on = self.step, state["buckets_arranged"]
+
+    def rehearse(self, one_pass: Callable[[], Tensor]) -> None:
+        """One pass that leaves nothing but the arrangement of DDP's buckets, if that matters."""
+        if not (self._went_on and isinstance(self.wrapping, DataParallel)):
+            return
+        calls = list(self.calls)
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        device = next(self.network.parameters()).device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            nullcontext() if self.reduction is None else self.reduction.at_rest(),
+        ):
+            one_pass().backward()
+        self.network.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        self._observer.go_on_from(self.step, calls)
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -238,6 +265,7 @@ class Attachment:
         self.wrapping = wrapping_of(self.model)
         self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
         self.reduction = None
+        self._wrapped_at, self._went_on = self.step, False
         self._step_bytes = self.wrapping.step_bytes
 
     def remove(self) -> None:

@@ -354,6 +354,11 @@ class Engine(Resumable):
             live_fraction=self._truncation.live_fraction,
         )
 
+    def _forget_pass(self) -> None:
+        self._penalised = False
+        if self._usage is not None:
+            self._usage.take()
+
     def _before_step(self) -> None:
         self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -52,6 +52,9 @@ class Resumable(ABC):
 
     @abstractmethod
     def _shrink(self, mask: Mask, copies: Sequence[nn.Module]) -> None: ...
+
+    @abstractmethod
+    def _forget_pass(self) -> None: ...
 
     @abstractmethod
     def _require_attached(self, what: str) -> None: ...
@@ -110,7 +113,9 @@ class Resumable(ABC):
             engine.model.load_state_dict(saved["model"])
             engine.optimizer.load_state_dict(saved["optimizer"])
 
-        Under DeepSpeed ``engine.load_optimizer_state`` takes the place of the last line.
+        Under DeepSpeed ``engine.load_optimizer_state`` takes the place of the last line.  On more
+        than two ranks under DistributedDataParallel ``engine.rehearse`` makes the next step's sums
+        the same to the last bit.
 
         Args:
             state: what ``state_dict`` gave on this rank, or on rank zero (see there).
@@ -142,6 +147,22 @@ class Resumable(ABC):
         calls = [] if no_inputs or own is None else calls_from(own["inputs"], device)
         self._go_on(state, own, calls, copies)
         ranks.sent_bytes = state["training"]["traffic"]["control_bytes"]
+
+    def rehearse(self, one_pass: Callable[[], Tensor]) -> None:
+        """Let DistributedDataParallel arrange its buckets as they were before the run was broken
+        off.  Collective; after ``load_state_dict``.
+
+        It arranges them anew after its first backward pass, and on more than two ranks the order
+        in which gradients are added depends on where in a bucket they lie.  So there is a pass
+        ahead of the first step, of which nothing else is left: gradients are dropped, and buffers
+        and random generators put back.  Where it would change nothing there is none.
+
+        Args:
+            one_pass: a forward pass of ``model`` as in training; returns the loss.
+        """
+        self._require_not_detached("rehearse")
+        self._training.rehearse(one_pass)
+        self._forget_pass()
 
     def optimizer_state(self) -> dict[str, Any] | None:
         """The state of the optimizer, whichever it is, in plain values: on rank zero, elsewhere
@@ -210,6 +231,7 @@ class Resumable(ABC):
         else:
             self._truncation.load_state_dict(state["truncation"], self.step)
             training.reduction = self._truncation.reduction
+        training.take_over_buckets(state["training"])
         sending = None if own is None else own["reduction"]
         if training.reduction is not None and sending is not None:
             training.reduction.load_state_dict(sending, training.network)

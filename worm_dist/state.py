@@ -66,6 +66,7 @@ class _Training(_Part):
     step: _Count
     last_check: _Count
     steps_per_epoch: _Count | None
+    buckets_arranged: bool
     traffic: _Traffic
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
 from ..cluster.wrap import OwnState
-from .averaging import Averaging, Payload
+from .averaging import Averaging, Payload, completed
 from .packing import Packing, as_it_lies
 from .plan import Plan
 from .reduction import Reduction
@@ -96,6 +96,8 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
 
     (torch looks the second parameter up by its name; it must be ``bucket``.)
     """
+    if state.rests:
+        return completed(bucket.buffer()).then(lambda _: bucket.buffer())
     payload = state.payload(bucket)
     state.note(zip(bucket.parameters(), payload.gradients))
     averaged, sent_bytes = state.averaging.start(payload)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Reduction:
         num_buckets_heard: buckets listened to so far.
         sent_bytes, dense_bytes: bytes handed to collectives, and bytes that would have been if
             everything lived and nothing were compressed, since ``take_bytes``.
+        rests: gradients stay on their rank, and nothing is counted or remembered, for now.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class Reduction:
         self.num_buckets_heard = 0
         self.sent_bytes = 0
         self.dense_bytes = 0
+        self.rests = False
         self._listened: Mapping[Tensor, Block] = {}
 
     def adopt(self, plan: Plan) -> None:
@@ -78,6 +81,15 @@ class Reduction:
     def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
         """Go on from a state, by the plan that is in force already."""
         self.sent_bytes, self.dense_bytes = state["sent_bytes"], state["dense_bytes"]
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Send, count and remember nothing for a while."""
+        self.rests = True
+        try:
+            yield
+        finally:
+            self.rests = False
 
     def remove(self) -> None:
         """Send everything from now on."""
