@@ -111,11 +111,18 @@ class Engine(Resumable):
             {"setting": {name: repr(value).encode() for name, value in settings.items()}}, "attach"
         )
         network, search = self._training.network, config.search
+        may_draw = search.enabled or config.truncation.mode != "off"
         self.groups: Groups = agreed_groups(
-            network, example_inputs, self._ranks, search, any_group=score is not None
+            network,
+            example_inputs,
+            self._ranks,
+            search,
+            any_group=score is not None,
+            optional=not may_draw,
         )
         self._training.require_optimized(self.groups)
-        self._ranking = Ranking(config, network, self.groups, score)
+        if self.groups:
+            self._ranking = Ranking(config, network, self.groups, score)
         looks = search.enabled and self._training.wrapping.finds_unused
         self._usage = Usage(network, self._ranking.scales) if looks else None
         self._history = History(config.search)
@@ -128,7 +135,6 @@ class Engine(Resumable):
         self._verdict = Verdict(self.phase)
         self._penalised = False
         self._attached = True
-        may_draw = config.search.enabled or config.truncation.mode != "off"
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
         self._training.listen(
             num_calls, self._before_step, self._truncation.hold, self._truncation.after_step

@@ -106,3 +106,16 @@ def test_training_is_bit_equal_to_the_plain_loop(
 ) -> None:
     phase = "dense" if preset == "dense" else "search"
     assert set(ranks(world_size, _train_both, preset, l1, build, optimizer)) == {phase}
+
+
+def test_a_control_without_a_search_needs_nothing_to_rank() -> None:
+    """``dense`` was refused on a network without norms: there was nothing to search, though
+    nothing was to be searched."""
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = SGD(network.parameters(), lr=0.1)
+    engine = worm_dist.attach(
+        network, optimizer, WormConfig.preset("dense"), example_inputs=torch.zeros(1, 4)
+    )
+    (engine.model(torch.ones(2, 4)).sum() + engine.penalty()).backward()
+    engine.optimizer.step()
+    assert not engine.groups and engine.check().phase == "dense"

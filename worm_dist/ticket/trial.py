@@ -41,6 +41,7 @@ def agreed_groups(
     ranks: Ranks,
     search: SearchConfig,
     any_group: bool = False,
+    optional: bool = False,
 ) -> Groups:
     """``find_drawable_groups`` on every rank, with the same result.  Collective.
 
@@ -49,7 +50,7 @@ def agreed_groups(
         DivergenceError: the ranks trace different networks, or another rank alone cannot.
     """
     try:
-        groups = find_drawable_groups(network, example_inputs, search, any_group)
+        groups = find_drawable_groups(network, example_inputs, search, any_group, optional)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         with suppress(DivergenceError):  # the others are told; this rank knows more
             ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
@@ -63,6 +64,7 @@ def find_drawable_groups(
     example_inputs: Any,
     search: SearchConfig | None = None,
     any_group: bool = False,
+    optional: bool = False,
 ) -> Groups:
     """The channel groups of a network that are searched, all of which can be drawn exactly.
 
@@ -74,6 +76,7 @@ def find_drawable_groups(
             network's device.
         search: says which groups are searched; default ``SearchConfig()``.
         any_group: whether a score of the user's own ranks them, which needs no norm and no gate.
+        optional: whether a network without any such group will do.
 
     Raises:
         ConfigError: the network cannot be run with these inputs, or has no such group.
@@ -87,7 +90,7 @@ def find_drawable_groups(
             rest = [group for group in groups if group.name not in inexact]
             inexact |= trial.inexact(rest, half)
     groups = groups.without(inexact)
-    if not groups:
+    if not groups and not optional:
         because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
         ranked_by = {
             "scale": " with a BatchNorm or a gate to rank its channels by",
