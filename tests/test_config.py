@@ -21,6 +21,7 @@ def test_defaults_are_the_worm_preset() -> None:
     assert config.search.every == Interval(1, "ep")
 
 
+@pytest.mark.fault(13, "all mistakes at once, each with its key")
 def test_all_mistakes_are_reported_at_once() -> None:
     mistakes = _mistakes(
         search={"prune_ratio": 1.5, "window": "five", "elbow": {"rule": "knee"}},
@@ -52,6 +53,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ),
     ],
 )
+@pytest.mark.fault(13, "unknown keys, with the nearest one")
 def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
     assert _mistakes(**values) == [line]
 
@@ -81,11 +83,13 @@ def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
         ({"search": 5}, "search"),
     ],
 )
+@pytest.mark.fault(13, "wrong types, values out of range")
 def test_values_out_of_range_or_of_another_type_are_refused(values: dict, key: str) -> None:
     (line,) = _mistakes(**values)
     assert line.startswith(f"{key}: ")
 
 
+@pytest.mark.fault(13, "settings that contradict one another")
 def test_ratio_and_floor_must_fit_together() -> None:
     (line,) = _mistakes(search={"prune_ratio": 0.8, "floor": 0.3})
     assert line == "search: prune_ratio 0.8 and floor 0.3 contradict: together they exceed 1"

@@ -179,6 +179,7 @@ def test_a_second_run_puts_the_first_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.fault(13, "told once, alone and under torchrun")
 def test_all_mistakes_are_told_once_by_rank_zero_with_exit_code_2(tmp_path: Path) -> None:
     wrong = ["--search.prune_ratoi", "0.3", "--optimizer.lr=fast", "--data.batch_size", "0"]
     done = _call([*PYTHON, "worm_dist", "train", CONFIG, *wrong], tmp_path)
@@ -206,6 +207,7 @@ def test_all_mistakes_are_told_once_by_rank_zero_with_exit_code_2(tmp_path: Path
         (["--epochs"], "its value is missing"),
     ],
 )
+@pytest.mark.fault(13, "mistakes that show later: model, data, command line")
 def test_a_users_mistake_is_one_clear_line(tmp_path: Path, arguments: list[str], says: str) -> None:
     done = _call([*PYTHON, "worm_dist", "train", CONFIG, *arguments], tmp_path)
     assert done.returncode == 2
@@ -214,6 +216,7 @@ def test_a_users_mistake_is_one_clear_line(tmp_path: Path, arguments: list[str],
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.fault(21, "RANK without WORLD_SIZE")
 def test_a_launcher_that_contradicts_itself_is_exit_code_6(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_one_process_of_another_launcher_may_start_ranks(around: dict[str, str])
 
 
 @pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
+@pytest.mark.fault(21, "a forgotten export below mpirun or srun")
 def test_a_forgotten_export_is_not_believed(around: dict[str, str]) -> None:
     """Every process would have been rank zero of a world of one, each writing the same files."""
     with pytest.raises(BackendError, match=r"RANK=0, WORLD_SIZE=1, but .* says .*unset RANK"):
@@ -154,6 +155,7 @@ def test_a_wrapper_may_say_what_srun_says() -> None:
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "PER_NODE='many' does not say"),
     ],
 )
+@pytest.mark.fault(21, "numbers that are missing, wrong or contradict")
 def test_contradictory_launchers_are_named(environment: dict[str, str], says: str) -> None:
     with pytest.raises(BackendError, match=says):
         Place.from_environment(environment)
@@ -205,6 +207,7 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
     assert asked == ["gloo"]
 
 
+@pytest.mark.fault(21, "a port that another program has")
 def test_a_port_in_use_is_named_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -85,6 +85,7 @@ def _check_with_another_scale(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "rank"), [(2, 1), (3, 0), (3, 1), (3, 2), (4, 3)])
+@pytest.mark.fault(15, "scales that differ by a bit")
 def test_a_scale_that_differs_is_named_by_rank_and_group(
     ranks: Ranks, world_size: int, rank: int
 ) -> None:
@@ -119,6 +120,8 @@ def _check_with_another_cut(rank: int, more: bool) -> None:
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["same count", "one more"])
+@pytest.mark.fault(15, "a tie that falls otherwise")
+@pytest.mark.fault(16, "one channel more")
 def test_a_mask_that_differs_is_refused_before_it_is_used(ranks: Ranks, more: bool) -> None:
     outcomes = ranks.outcomes(3, _check_with_another_cut, 2, more)
     _assert_all_refuse(outcomes, "mask of group", "rank 2 differs")
@@ -138,6 +141,7 @@ def _spoil_the_mask_in_force(rank: int, then: str) -> None:
 
 
 @pytest.mark.parametrize("then", ["check", "draw"])
+@pytest.mark.fault(15, "a mask changed in memory")
 def test_a_mask_changed_in_memory_is_found_at_the_next_agreement(ranks: Ranks, then: str) -> None:
     outcomes = ranks.outcomes(2, _spoil_the_mask_in_force, 1, then)
     _assert_all_refuse(outcomes, f"{then} at step 0", "of group stem: rank 1 differs")
@@ -162,6 +166,8 @@ def _truncate_by_rank(call: str, sizes_differ: bool) -> None:
 
 @pytest.mark.parametrize("sizes_differ", [False, True], ids=["", "of another network"])
 @pytest.mark.parametrize("call", ["truncate", "draw"])
+@pytest.mark.fault(15, "masks from elsewhere")
+@pytest.mark.fault(16, "masks of another network")
 def test_masks_from_elsewhere_are_agreed_on_first(
     ranks: Ranks, call: str, sizes_differ: bool
 ) -> None:
@@ -196,6 +202,7 @@ def _not_a_number_on(rank: int) -> None:
     engine.check()
 
 
+@pytest.mark.fault(14, "a scale of rank one")
 def test_a_score_that_is_no_number_on_one_rank_stops_all(ranks: Ranks) -> None:
     for outcome in ranks.outcomes(2, _not_a_number_on, 1):
         assert (outcome.error, outcome.exitcode) == ("NonFiniteError", 1), str(outcome)

@@ -216,6 +216,7 @@ def _refused(how: str) -> str:
         ("twice", "draw"),
     ],
 )
+@pytest.mark.fault(25, "a mask that leaves a layer without life")
 def test_a_refused_draw_changes_nothing_on_any_rank(
     ranks: Ranks, world_size: int, how: str, message: str
 ) -> None:

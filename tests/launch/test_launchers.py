@@ -71,6 +71,7 @@ def test_a_job_of_slurm_is_the_same_training(tmp_path: Path, expected: str) -> N
 
 
 @pytest.mark.parametrize("script", ["torchrun", "slurm.sbatch"])
+@pytest.mark.fault(13, "no restart is burned")
 def test_a_typo_ends_before_any_rank_is_started(tmp_path: Path, script: str) -> None:
     """torchrun would have started all ranks anew, as often as it may."""
     more = {"MAX_RESTARTS": "3", **_slurm(tmp_path / "slurm")}

@@ -110,6 +110,7 @@ def _delete_the_event_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("harm", [_delete, _replace_by_a_file, _delete_the_event_file])
 @pytest.mark.parametrize("first", ["scalars", "figures", "hyperparameters", "close"])
+@pytest.mark.fault(24, "TensorBoard's file or folder is lost")
 def test_training_goes_on_with_one_warning_when_the_file_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None], first: str
 ) -> None:
@@ -144,6 +145,7 @@ print("trained on")
 """
 
 
+@pytest.mark.fault(24, "TensorBoard's disk is full")
 def test_full_disk_costs_one_line_and_spares_what_was_written(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True

@@ -41,6 +41,7 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
     assert read_run_config(_file(tmp_path, ""), [("optimizer.lr", "5E-2")]).optimizer.lr == 0.05
 
 
+@pytest.mark.fault(13, "all mistakes at once, each with its key")
 def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     path = _file(tmp_path, "epoch: 3\nsearch:\n  prune_ratoi: 0.3\n  window: many\n")
     with pytest.raises(ConfigError) as caught:
@@ -67,11 +68,13 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
         ("data:\n  name: cifar10\n", "root is needed for 'cifar10'"),
     ],
 )
+@pytest.mark.fault(13, "keys given twice, files that are not YAML")
 def test_unusable_files_are_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         read_run_config(_file(tmp_path, text), [])
 
 
+@pytest.mark.fault(13, "a file that is not there")
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         read_run_config(tmp_path / "nowhere.yaml", [])

@@ -116,6 +116,7 @@ def _truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.fault(20, "damaged files")
 def test_damaged_fashion_mnist_is_named(tmp_path: Path, zipped: bool) -> None:
     _write_fashion_mnist(tmp_path, zipped)
     path = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if zipped else ""))
@@ -191,6 +192,7 @@ def test_cifar_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
 
 
 @pytest.mark.parametrize("name", CIFARS)
+@pytest.mark.fault(20, "damaged files")
 def test_damaged_cifar_is_refused_before_it_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -245,6 +247,7 @@ def test_missing_split_folder_is_named(images: Path) -> None:
 
 
 @pytest.mark.parametrize("emptied", ["train", "train/dog"])
+@pytest.mark.fault(20, "folders without images")
 def test_folder_without_images_is_named(images: Path, emptied: str) -> None:
     (images / emptied).rename(images / "away")
     (images / emptied).mkdir()
@@ -285,6 +288,7 @@ def test_damaged_image_is_named_without_a_traceback(
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "image-folder"])
+@pytest.mark.fault(20, "missing folders")
 def test_missing_data_say_where_they_were_looked_for(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^data\.root: .*{tmp_path / 'nowhere'}"):
         _load(name, tmp_path / "nowhere")
@@ -417,6 +421,7 @@ def test_test_shards_differ_by_one_sample_at_most(tmp_path: Path, world_size: in
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "advice"), [(65, 4, "take 64 or 68"), (3, 4, "take 4")]
 )
+@pytest.mark.fault(20, "a batch that the ranks cannot share")
 def test_batch_that_cannot_be_shared_out_is_refused(
     batch_size: int, world_size: int, advice: str
 ) -> None:
@@ -429,6 +434,7 @@ def test_batch_that_cannot_be_shared_out_is_refused(
         data.test_loader(loaded, config, 0, world_size, CPU)
 
 
+@pytest.mark.fault(20, "an empty split, fewer samples than a batch")
 def test_batch_larger_than_the_training_split_is_refused() -> None:
     config = DataConfig(batch_size=1438)
     with pytest.raises(ConfigError, match=r"^data\.batch_size: 1438 is more than the 1437 samples"):
