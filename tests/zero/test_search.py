@@ -17,23 +17,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import worm_dist
-from tests.nets import Residual, random_images, randomise
+from tests.nets import Residual, gated, random_images, randomise
 from tests.ranks import Ranks
 from tests.zero.building import engine_around, settings_of
 from worm_dist import WormConfig
 
 _WAYS = ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2")
 _BF16_WAYS = ("ZeRO 0 bf16", "ZeRO 1 bf16", "ZeRO 2 bf16")
-_PRESETS = ("worm", "worm-paper", "early-bird", "dense")
+_PRESETS = ("worm", "worm-paper", "early-bird", "dense", "worm with gates")
 _STEPS = 14
 
 
 class _Loop:
-    """Two steps, then a check; a ticket is drawn when there is one."""
+    """Two steps, then a check; a ticket is drawn when there is one.
+
+    Args:
+        way: wrapper and precision.
+        preset: with or without gates.
+    """
 
     def __init__(self, way: str, preset: str) -> None:
         torch.manual_seed(0)
-        self._network = Residual()
+        preset, _, network = preset.partition(" with ")
+        self._network = gated() if network == "gates" else Residual()
         randomise(self._network, seed=3)
         self._optimizer = SGD(self._network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         self._is_ddp = way == "DDP"
@@ -136,6 +142,7 @@ _PHASES = {
     "worm-paper": ["search", "truncate", "ticket"],
     "early-bird": ["search", "ticket"],
     "dense": ["dense"],
+    "worm with gates": ["search", "truncate", "ticket"],
 }
 
 
