@@ -20,6 +20,7 @@ __all__ = ["read_panels", "show", "write_panels"]
 
 _FILE = "bench.json"
 _WIDTH_OF_A_LOG = 100
+_KINDS = ("wire", "step", "overhead", "zero", "checkpoint")
 
 
 def read_panels(folder: Path) -> list[Panel]:
@@ -50,12 +51,12 @@ def write_panels(folder: Path, earlier: Sequence[Panel], newest: Panel) -> None:
 
 
 def _position(panel: Panel) -> tuple[int, float]:
-    """Bytes, then seconds from the slowest network to the fastest, overhead, DeepSpeed."""
+    """Bytes, then seconds from the slowest network to the fastest, overhead, DeepSpeed, saves."""
     kind, _, network = panel.key.partition(" ")
     number, unit = network.rstrip("kmgbit"), network.lstrip("0123456789")
     scale = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
     rate = int(number) * scale[unit] if number.isdecimal() and unit in scale else float("inf")
-    return ("wire", "step", "overhead", "zero").index(kind), rate
+    return _KINDS.index(kind), rate
 
 
 def show(panel: Panel, file: TextIO | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import checkpoint
 from .overhead import overhead
 from .panel import Panel
 from .place import Link, two_ranks
@@ -25,6 +26,7 @@ _BENCHMARKS: Mapping[str, Callable[[Scale], Panel]] = {
     "step": step,
     "overhead": overhead,
     "zero": zero,
+    "checkpoint": checkpoint,
 }
 
 
@@ -32,7 +34,7 @@ def run(benchmark: str, quick: bool, folder: Path) -> None:
     """Measure, and report on rank zero.  Both ranks call it.
 
     Args:
-        benchmark: ``wire``, ``step``, ``overhead`` or ``zero``.
+        benchmark: ``wire``, ``step``, ``overhead``, ``zero`` or ``checkpoint``.
         quick: a small network and few rounds.
         folder: for ``bench.json`` and ``bench.png``; what other benchmarks left there stays.
 
