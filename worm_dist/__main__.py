@@ -60,6 +60,12 @@ def _parse(
     )
     train.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        help="auto (default): go on with an unfinished run in the folder; never: put it aside; or "
+        "the path of a checkpoint",
+    )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
     train.add_argument("--seed", help="of weights, shuffling and augmentation")
@@ -72,7 +78,7 @@ def _parse(
         help="measure side by side with plain DDP, on two ranks",
         allow_abbrev=False,
     )
-    bench.add_argument("benchmark", choices=("wire", "step", "overhead", "zero"))
+    bench.add_argument("benchmark", choices=("wire", "step", "overhead", "zero", "checkpoint"))
     bench.add_argument("--quick", action="store_true", help="a small network and few rounds")
     bench.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     options, rest = parser.parse_known_args(arguments)
@@ -116,8 +122,7 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     # Data sets, TensorBoard and drawing take seconds to import; a typo is told before.
     from .training.run import run
 
-    run(config, options.out or Path("runs") / config.name)
-    return 0
+    return run(config, options.out or Path("runs") / config.name, options.resume)
 
 
 def _bench(options: argparse.Namespace) -> int:

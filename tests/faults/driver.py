@@ -31,7 +31,7 @@ from torch.utils.data import TensorDataset
 from worm_dist.training.data import Data
 from worm_dist.training.run_config import DataConfig
 
-__all__ = ["STEP", "Act", "Driver", "Ended", "Fault", "Run", "small_data"]
+__all__ = ["SMALL", "STEP", "Act", "Driver", "Ended", "Fault", "Run", "small_data"]
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits.yaml"
@@ -39,7 +39,7 @@ STEP = "worm_dist.training.trainer:Trainer._train_step"
 """Its n-th call is the n-th step."""
 STRUCK = "struck"
 
-_SMALL = {
+SMALL = {
     "preset": "dense",
     "epochs": "2",
     "data.batch_size": "16",
@@ -209,7 +209,7 @@ class Run:
 
     def words(self, rank: int, out: Path) -> list[str]:
         """Of the command line."""
-        settings = {**_SMALL, **self.settings, **self.per_rank.get(rank, {})}
+        settings = {**SMALL, **self.settings, **self.per_rank.get(rank, {})}
         pairs = [f"--{key}={value}" for key, value in settings.items()]
         return ["train", str(CONFIG), "--out", str(out), *pairs]
 

@@ -47,7 +47,8 @@ def test_a_folder_that_is_lost_costs_curves_and_lines_only(driver: Driver) -> No
 
 @pytest.mark.fault(24, "no place for the results either")
 def test_results_that_are_lost_are_told_with_an_exit_code(driver: Driver) -> None:
-    run = Run((Fault.do(_put_a_file_there, rank=0, step=6),), SEARCHING)
+    settings = {**SEARCHING, "checkpoint.on_error": "continue"}
+    run = Run((Fault.do(_put_a_file_there, rank=0, step=6),), settings)
     ends = driver(2, run)
     assert [end.exitcode for end in ends] == [3, 3]
     (line,) = ends[0].errors

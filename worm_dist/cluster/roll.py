@@ -7,10 +7,11 @@ Every rank holds a line to it, rank zero included.  What comes over it:
 - ``lost``: it has lost contact with another rank, says its backend.
 - ``overdue``: it has been at one station for as long as it is willing to wait, in seconds.
 - ``at``, ``what``, ``where``: its answer to a call of the roll.
+- ``halt``: it has been asked to stop; ``passed`` is the answer to a question of the same name.
 - ``done``: it has come to the end of the run.
 
 What goes back: ``where`` calls the roll, ``patience`` says that nothing is wrong, ``ending`` that
-all stop, ``end`` that all have done.
+all stop, ``end`` that all have done; ``passed`` and ``halt_at`` are about a halt, see there.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Roll(threading.Thread):
         self._standings = {rank: Standing() for rank in range(world_size)}
         self._lines: dict[int, Line] = {}
         self._done: set[int] = set()
+        self._halts = False
+        self._passed: dict[int, int] = {}
         self._called_at: float | None = None
         self._waited_seconds = 0.0
         self._selector = selectors.DefaultSelector()
@@ -107,6 +110,8 @@ class Roll(threading.Thread):
             self._lines[words["rank"]] = line
             if self._called_at is not None:  # it has come in the middle of a call
                 line.say(where=True)
+            if self._halts:
+                line.say(passed=True)
             return
         rank = next((rank for rank, theirs in self._lines.items() if theirs is line), None)
         if rank is None:
@@ -122,8 +127,20 @@ class Roll(threading.Thread):
             self._call()
         elif "overdue" in words:
             self._call(words["overdue"])
+        elif "halt" in words:
+            self._halt()
+        elif "passed" in words:
+            self._passed[rank] = words["passed"]
+            if len(self._passed) == len(self._standings):
+                self._tell_all(halt_at=max(self._passed.values()) + 1)
         elif "done" in words:
             self._done.add(rank)
+
+    def _halt(self) -> None:
+        """Let all ranks wait, unless they do."""
+        if not self._halts:
+            self._halts = True
+            self._tell_all(passed=True)
 
     # ---- deciding --------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ A collective whose peer is missing waits for its timeout, and then does not say 
 under NCCL it may never return.  So each rank has a thread that holds a line to rank zero's roll,
 and does three things: it says where this rank is when it is asked; it asks by itself when the rank
 has been at one station for too long; and it ends the process when it must end and does not come out
-of its collective.  An error that one rank raises reaches the others the same way.  While all is
-well nothing is sent, and training is not touched.
+of its collective.  An error that one rank raises reaches the others the same way, and so does the
+wish to stop, see ``halt``.  While all is well nothing is sent, and training is not touched.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ..errors import BackendError, WormError
 from .ending import Ending, Standing, ending_of
+from .halt import Halt
 from .launch import Place
 from .line import Line, Words
 from .progress import Progress
@@ -58,13 +59,14 @@ class Patience:
 
 
 @contextmanager
-def watched(place: Place, progress: Progress, patience: Patience) -> Iterator[None]:
+def watched(place: Place, progress: Progress, patience: Patience, halt: Halt) -> Iterator[None]:
     """Train inside of this, in a process group of several ranks.  Collective.
 
     Args:
         place: of this process.
         progress: where the training thread says how far it has come.
         patience: how long ranks wait for one another.
+        halt: where the training thread looks whether it is to stop.
 
     Raises:
         Told: this rank or another has failed, and the error was told.  Its exit code is the same on
@@ -73,7 +75,7 @@ def watched(place: Place, progress: Progress, patience: Patience) -> Iterator[No
         BackendError: rank zero cannot be reached.
     """
     roll, line = _meet(place, patience)
-    watch = _Watch(line, place.rank, progress, patience)
+    watch = _Watch(line, place.rank, progress, patience, halt)
     watch.start()
     try:
         yield
@@ -95,7 +97,9 @@ class _Watch(threading.Thread):
         ending: how all ranks end; None while they train, and if they come to the end of the run.
     """
 
-    def __init__(self, line: Line, rank: int, progress: Progress, patience: Patience) -> None:
+    def __init__(
+        self, line: Line, rank: int, progress: Progress, patience: Patience, halt: Halt
+    ) -> None:
         super().__init__(name="worm_dist watch", daemon=True)
         self.failure: Exception | None = None
         self.ending: Ending | None = None
@@ -103,6 +107,8 @@ class _Watch(threading.Thread):
         self._rank = rank
         self._progress = progress
         self._patience = patience
+        self._halt = halt
+        halt.speak_through(lambda: line.say(halt=True))
         self._trainer = threading.get_ident()
         self._asked_at: float | None = None
         self._patient_since = time.monotonic()
@@ -168,6 +174,10 @@ class _Watch(threading.Thread):
         if "where" in words:
             now = self._progress.now
             self._line.say(at=now.number, what=now.what, where=self._where())
+        elif "passed" in words:
+            self._line.say(passed=self._halt.waits())
+        elif "halt_at" in words:
+            self._halt.stop_at(words["halt_at"])
         elif "patience" in words:
             self._asked_at, self._patient_since = None, time.monotonic()
         elif "ending" in words:

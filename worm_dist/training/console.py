@@ -55,7 +55,14 @@ class Console:
         self._task: TaskID | None = None
         self._epochs = 0
 
-    def start(self, epochs: int, steps_per_epoch: int, batch_size: int, phase: Phase) -> None:
+    def start(
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        phase: Phase,
+        steps_done: int = 0,
+    ) -> None:
         """Training begins.
 
         Args:
@@ -63,12 +70,14 @@ class Console:
             steps_per_epoch: optimizer steps.
             batch_size: images in an optimizer step, over all ranks.
             phase: in which training begins.
+            steps_done: before this part of the run.
         """
         self._epochs = epochs
         if self._console.is_terminal:
             self._task = self._progress.add_task(
                 "training",
                 total=epochs * steps_per_epoch,
+                completed=steps_done,
                 phase=phase,
                 loss=float("nan"),
                 batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,25 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Appends to ``journal.jsonl``; every line is on disk when the call returns."""
+    """Appends to ``journal.jsonl``; every line is on disk when the call returns.
 
-    def __init__(self, path: Path, rule: str) -> None:
+    Args:
+        path: of the file.
+        rule: of the elbow.
+        size: in bytes, of what an earlier part of the run has written; what comes after it was
+            written after the checkpoint, and will be again.
+    """
+
+    def __init__(self, path: Path, rule: str, size: int) -> None:
         self._path = path
         self._rule = rule
+        if self.size > size:
+            os.truncate(path, size)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._path.stat().st_size if self._path.exists() else 0
 
     def check(self, epoch: float, finding: Finding, verdict: Verdict) -> None:
         self._write(

@@ -18,11 +18,12 @@ from .measure import Score
 from .report import Report
 from .result import Result
 from .run_config import RunConfig
+from .run_folder import JOURNAL, RESULT
 from .unwritten import Unwritten
 
 __all__ = ["RankZeroReport"]
 
-_JOURNAL, _CONSOLE = "journal.jsonl", "console"
+_CONSOLE = "console"
 _STEPS_BETWEEN_LOSSES = 50
 """Reading a loss waits for the device, so it is not done every step."""
 
@@ -34,15 +35,23 @@ class RankZeroReport(Report):
         folder: of the run; it exists.
         config: of the run.
         unwritten: is told what the disk refuses.
+        written: ``state_dict`` of the part of the run that this one goes on from.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, unwritten: Unwritten) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        unwritten: Unwritten,
+        written: Mapping[str, int] | None = None,
+    ) -> None:
         self._folder = folder
         self._config = config
         self._unwritten = unwritten
         self._console = Console()
-        self._board = Board(folder)
-        self._journal = Journal(folder / _JOURNAL, config.search.elbow.rule)
+        self._board = Board(folder, None if written is None else written["step"] + 1)
+        size = 0 if written is None else written["journal"]
+        self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
         self._loss = float("nan")
         self._images_per_second = 0.0
 
@@ -50,14 +59,17 @@ class RankZeroReport(Report):
         """Where the job's log is on a full disk, the console is lost, and nothing else."""
         self._unwritten.spare(_CONSOLE, write, *words)
 
-    def start(self, result: Result, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
+    def start(self, result: Result, epochs: int, steps_per_epoch: int, engine: Engine) -> None:
         self._say(
             self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
             f"{result.backend}",
         )
         self._say(self._console.event, result.data)
-        self._say(self._console.start, epochs, steps_per_epoch, self._config.data.batch_size, phase)
+        if engine.step:
+            self._say(self._console.event, f"goes on from step {engine.step}")
+        sizes = (epochs, steps_per_epoch, self._config.data.batch_size)
+        self._say(self._console.start, *sizes, engine.phase, engine.step)
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
         if engine.step % _STEPS_BETWEEN_LOSSES == 1:
@@ -93,7 +105,7 @@ class RankZeroReport(Report):
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         finding = engine.history[-1]
-        self._unwritten.spare(_JOURNAL, self._journal.check, epoch, finding, verdict)
+        self._unwritten.spare(JOURNAL, self._journal.check, epoch, finding, verdict)
         values = {
             "search/distance_mean": finding.distance_mean,
             "search/distance_max": finding.distance_max,
@@ -112,7 +124,7 @@ class RankZeroReport(Report):
             self._say(self._console.event, f"kept above their floor: {', '.join(finding.floored)}")
 
     def phase(self, epoch: float, engine: Engine) -> None:
-        self._unwritten.spare(_JOURNAL, self._journal.phase, epoch, engine.step, engine.phase)
+        self._unwritten.spare(JOURNAL, self._journal.phase, epoch, engine.step, engine.phase)
         self._show(engine)
         if engine.phase is Phase.TRUNCATE:
             self._say(
@@ -127,6 +139,15 @@ class RankZeroReport(Report):
             f"{result.accuracy.before_draw:.4f} -> {result.accuracy.after_draw:.4f}",
             engine.phase,
         )
+
+    def stop(self, engine: Engine) -> None:
+        self._board.close()
+        words = f"stopped after step {engine.step}; the same command goes on from there"
+        self._say(self._console.event, words, engine.phase)
+        self._say(self._console.close)
+
+    def state_dict(self, engine: Engine) -> dict[str, int]:
+        return {"step": engine.step, "journal": self._journal.size}
 
     def finish(self, engine: Engine, result: Result) -> None:
         if engine.history:
@@ -150,12 +171,12 @@ class RankZeroReport(Report):
             self._unwritten.note("TensorBoard", self._board.lost)
         result.unwritten = self._unwritten.names
         content = result.as_dict()
-        self._unwritten.spare("result.json", self._write, content)
+        self._unwritten.spare(RESULT, self._write, content)
         self._say(self._console.summary, content, self._folder)
 
     def _write(self, content: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)  # it may have been there when we began
-        write_json(self._folder / "result.json", content)
+        write_json(self._folder / RESULT, content)
 
     def _show(self, engine: Engine) -> None:
         self._board.figures(engine.step, engine.history, self._config.search.settled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..engine import Engine
-from ..verdict import Phase, Verdict
+from ..verdict import Verdict
 from .measure import Score
 from .result import Result
 
@@ -15,8 +15,8 @@ __all__ = ["Report"]
 class Report:
     """What all ranks but zero report: nothing."""
 
-    def start(self, result: Result, epochs: int, steps_per_epoch: int, phase: Phase) -> None:
-        """Training begins."""
+    def start(self, result: Result, epochs: int, steps_per_epoch: int, engine: Engine) -> None:
+        """Training begins, or goes on."""
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
         """An optimizer step is done; ``loss`` is this rank's, a scalar on the device."""
@@ -35,6 +35,13 @@ class Report:
 
     def drawn(self, engine: Engine, result: Result) -> None:
         """The ticket has been drawn."""
+
+    def stop(self, engine: Engine) -> None:
+        """The run has been stopped, and can go on from its newest checkpoint."""
+
+    def state_dict(self, engine: Engine) -> dict[str, int]:
+        """How far the files have been written."""
+        return {}
 
     def finish(self, engine: Engine, result: Result) -> None:
         """The run is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -82,6 +83,16 @@ class Result:
     mask_digest: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
     unwritten: list[str] = field(default_factory=list)
+
+    def go_on_from(self, saved: Mapping[str, Any]) -> None:
+        """Take over what an earlier part of the run has found, from ``as_dict``."""
+        for name in ("checks", "elbow_epoch", "ticket_epoch", "live_fraction", "unwritten"):
+            setattr(self, name, saved[name])
+        self.accuracy = Accuracy(**saved["accuracy"])
+        self.parameters = Count(**saved["parameters"])
+        self.flops = Count(**saved["flops"])
+        self.traffic = TrafficResult(**saved["traffic"])
+        self.seconds = Seconds(**saved["seconds"])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

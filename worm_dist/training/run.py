@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.lock import run_lock
+from ..checkpoint.checkpoint import Checkpoint
 from ..cluster.agree import Together
+from ..cluster.halt import Halt
 from ..cluster.launch import Place, process_group
 from ..cluster.progress import Progress
 from ..cluster.watch import Patience, watched
-from ..errors import CheckpointError, ConfigError, DivergenceError
+from ..errors import CheckpointError, DivergenceError
 from ..verdict import Phase
 from .installation import installation
+from .preemption import exit_code_of_stopped, heeding
 from .rank_zero_report import RankZeroReport
 from .report import Report
 from .run_config import RunConfig
+from .run_folder import RESULT, own_folder
+from .saving import RUN, Saving
 from .trainer import Trainer
 from .unwritten import Unwritten
 
@@ -29,12 +34,16 @@ __all__ = ["run"]
 _EACH_HOST_DECIDES = ("data.root", "data.num_workers")
 
 
-def run(config: RunConfig, out: Path) -> None:
+def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
     """Train as the settings say and leave the results in a folder.  Every rank calls it.
 
     Args:
         config: of the run.
-        out: the run's folder.  One that is there already is put aside under another name.
+        out: the run's folder.
+        resume: ``auto``, ``never`` or the path of a checkpoint; see ``own_folder``.
+
+    Returns:
+        What the process exits with.
 
     Raises:
         WormError: whatever ends the run before its time, with the same exit code on every rank.  Of
@@ -43,31 +52,69 @@ def run(config: RunConfig, out: Path) -> None:
     place = Place.from_environment()
     settings = config.distributed
     carrier = "auto" if settings.backend == "deepspeed" else settings.backend
-    progress = Progress()
+    progress, halt = Progress(), Halt()
     patience = Patience(settings.startup_timeout_seconds, settings.timeout_seconds)
     with (
+        heeding() as heed,
         process_group(place, carrier, settings.startup_timeout_seconds) as device,
-        watched(place, progress, patience) if place.world_size > 1 else nullcontext(),
+        watched(place, progress, patience, halt) if place.world_size > 1 else nullcontext(),
     ):
         _require_started_alike(config, device)
-        with _own_folder(out) if place.rank == 0 else nullcontext():
-            _train(config, out, place, device, progress)
+        with _own(config, out, resume) as checkpoint:
+            return _train(config, out, checkpoint, place, device, progress, halt, heed)
+
+
+def _own(config: RunConfig, out: Path, resume: str) -> AbstractContextManager[Checkpoint | None]:
+    """The run's folder, on rank zero."""
+    if dist.get_rank() != 0:
+        return nullcontext()
+    return own_folder(out, resume, config, dist.get_world_size())
 
 
 def _train(
-    config: RunConfig, out: Path, place: Place, device: torch.device, progress: Progress
-) -> None:
+    config: RunConfig,
+    out: Path,
+    checkpoint: Checkpoint | None,
+    place: Place,
+    device: torch.device,
+    progress: Progress,
+    halt: Halt,
+    heed: Callable[[Halt], None],
+) -> int:
+    state = _told(checkpoint)
     unwritten = Unwritten()
-    report = RankZeroReport(out, config, unwritten) if place.rank == 0 else Report()
-    trainer = Trainer(config, place, device, report, progress)
-    result = trainer.run()
+    report = Report()
+    if place.rank == 0:
+        written = None if state is None else state["report"]
+        report = RankZeroReport(out, config, unwritten, written)
+    saving = Saving(out, config, unwritten)
+    trainer = Trainer(config, place, device, report, progress, halt, saving)
+    if state is not None:
+        trainer.load_state_dict(state)
+    heed(halt)
+    trainer.run()
+    if trainer.stopped:
+        report.stop(trainer.engine)
+        return exit_code_of_stopped(os.environ)
     progress.reach("writing the results")
-    if place.rank == 0 and trainer.engine.phase is Phase.TICKET:
+    _finish(trainer, out, report, unwritten)
+    return 0
+
+
+def _told(checkpoint: Checkpoint | None) -> Any:
+    """What every rank goes on from, if rank zero has found something.  Collective."""
+    told = [None if checkpoint is None else str(checkpoint.path.resolve())]
+    dist.broadcast_object_list(told, src=0)
+    return None if told[0] is None else Checkpoint(told[0]).read(RUN)
+
+
+def _finish(trainer: Trainer, out: Path, report: Report, unwritten: Unwritten) -> None:
+    if dist.get_rank() == 0 and trainer.engine.phase is Phase.TICKET:
         ticket = (out / "ticket", trainer.model_arguments)
         unwritten.spare("ticket", trainer.engine.save_ticket, *ticket)
-    report.finish(trainer.engine, result)
+    report.finish(trainer.engine, trainer.result)
     # Curves and lines that are missing are a pity; without these two there was no run.
-    if "ticket" in unwritten or "result.json" in unwritten:
+    if "ticket" in unwritten or RESULT in unwritten:
         raise CheckpointError(
             f"the run is over, but what it came to is not in {out}: {unwritten}; make room there, "
             "or train again with another --out"
@@ -86,31 +133,3 @@ def _require_started_alike(config: RunConfig, device: torch.device) -> None:
             f"start: the ranks have not been started alike: {'; '.join(found)}; give all of them "
             "the same settings and the same installation"
         )
-
-
-@contextmanager
-def _own_folder(out: Path) -> Iterator[None]:
-    """A new folder that no other run writes to; only rank zero has one."""
-    try:
-        if out.exists():
-            with run_lock(out):
-                pass  # a run that still writes there keeps its folder
-            _put_aside(out)
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot make {out}: {error.strerror}; name another") from error
-    with run_lock(out):
-        yield
-
-
-def _put_aside(out: Path) -> None:
-    changed = time.strftime("%Y%m%d-%H%M%S", time.localtime(out.stat().st_mtime))
-    out.rename(_unused(out.with_name(f"{out.name}.{changed}")))
-
-
-def _unused(path: Path) -> Path:
-    number = 1
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{path.name.split('+')[0]}+{number}")
-    return path

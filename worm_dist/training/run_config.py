@@ -12,6 +12,7 @@ from ..config import PRESETS, IntervalField, Settings, WormConfig, WormParts, me
 from ..interval import Interval
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
     "DivergenceConfig",
@@ -116,6 +117,17 @@ class DivergenceConfig(Settings):
     """How often the ranks compare their weights, bit by bit; ``1ba`` finds the step."""
 
 
+class CheckpointConfig(Settings):
+    """From where a run can go on."""
+
+    every: IntervalField = Interval(1, "ep")
+    keep_last: int = Field(default=3, ge=2)
+    """How many of the newest are kept: at least two, as the newest may turn out damaged.  That of
+    the best accuracy is kept besides."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a run does that cannot write one."""
+
+
 class RunConfig(WormParts):
     """All settings of a run.
 
@@ -134,6 +146,7 @@ class RunConfig(WormParts):
     schedule: ScheduleConfig = ScheduleConfig()
     distributed: DistributedConfig = DistributedConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __init__(self, **values: Any) -> None:
         preset = values.get("preset", "worm")

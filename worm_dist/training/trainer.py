@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,23 +14,38 @@ from torch import Tensor, nn
 import worm_dist
 
 from ..cluster.agree import Ranks, Together
+from ..cluster.halt import Halt, Stopped
 from ..cluster.launch import Place
 from ..cluster.progress import Progress
-from ..errors import ConfigError, NonFiniteError
+from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..models import build_model
 from ..verdict import Phase
 from .data import Data, load_data, test_loader, train_loader
+from .data.replay import EpochSampler
 from .drift import require_same_network
 from .finite import Finite
 from .gating import gated
-from .measure import count_flops, count_parameters, evaluate, total_over_ranks
+from .measure import Score, Speed, count_flops, count_parameters, evaluate, total_over_ranks
 from .optimization import build_optimizer, build_schedule
+from .own import (
+    gathered_on_rank_zero,
+    newest_inputs,
+    own_of,
+    own_state,
+    restore_random,
+    with_own,
+    without_own,
+)
+from .position import Position
 from .report import Report
 from .result import Result
 from .run_config import RunConfig
+from .saving import Saving
 from .wrapped import averaged_gradients, backend_name, backward, num_passes, step, wrapped
 
 __all__ = ["Trainer"]
+
+FORMAT = 1
 
 
 class Trainer:
@@ -40,6 +57,11 @@ class Trainer:
         device: to train on.
         report: is told what happens; silent on all ranks but zero.
         progress: is told how far this rank has come.
+        halt: knows when to stop before the end.
+        saving: writes checkpoints; None for a training that cannot be gone on with.
+
+    Attributes:
+        stopped: ``run`` has returned before the end, because a rank was asked to stop.
 
     Raises:
         ConfigError: data or model do not fit the settings, or the ranks do not see the same data.
@@ -52,11 +74,16 @@ class Trainer:
         device: torch.device,
         report: Report,
         progress: Progress | None = None,
+        halt: Halt | None = None,
+        saving: Saving | None = None,
     ) -> None:
+        self.stopped = False
         self._config = config
         self._device = device
         self._report = report
         self._progress = progress or Progress()
+        self._halt = halt or Halt()
+        self._saving = saving
         assert dist.group.WORLD is not None
         self._ranks: Ranks = Together(dist.group.WORLD, device)
         torch.manual_seed(config.seed)
@@ -82,6 +109,7 @@ class Trainer:
         steps_per_epoch = len(self._train)
         self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
         self._check_every = config.search.every.steps(steps_per_epoch)
+        self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
         self._finite = Finite(device, self._ranks)
         self.engine = worm_dist.attach(
@@ -100,7 +128,9 @@ class Trainer:
         )
         self.result.parameters.dense = count_parameters(self._network)
         self.result.flops.dense = count_flops(self._network, self._sample)
-        self._phase_began = time.perf_counter()
+        self._at = Position()
+        self._losses = torch.zeros(2, dtype=torch.float64, device=device)
+        self._began = self._phase_began = time.perf_counter()
 
     def run(self) -> Result:
         """Train, search, truncate, draw, train on.  Collective.
@@ -108,49 +138,74 @@ class Trainer:
         Raises:
             NonFiniteError: gradients are NaN or infinite, on every rank at the same step.
             DivergenceError: the ranks no longer hold the same network.
+            CheckpointError: a checkpoint cannot be written.
         """
-        began = time.perf_counter()
-        epochs, phase = self._config.epochs, self.engine.phase
-        self._report.start(self.result, epochs, len(self._train), phase)
-        for epoch in range(self._config.epochs):
-            self._train_epoch(epoch)
-            self._progress.reach(f"the test after epoch {epoch + 1}")
-            score = evaluate(self._network, self._test, self._device)
-            self.result.accuracy.final = score.accuracy
-            self._report.epoch(epoch + 1, self.engine, score)
+        self._report.start(self.result, self._config.epochs, len(self._train), self.engine)
+        try:
+            while self._at.epoch < self._config.epochs:
+                self._train_epoch()
+                self._end_epoch()
+        except Stopped:
+            self.stopped = True
+            self._save()
+        if self._saving is not None:
+            self._saving.finish()
+        if not self.stopped:
+            self._complete()
+        return self.result
+
+    def _complete(self) -> None:
         self._close_phase()
-        self.result.seconds.total = round(time.perf_counter() - began, 3)
+        self.result.seconds.total = round(time.perf_counter() - self._began, 3)
         traffic = self.engine.traffic
         self.result.traffic.total_bytes = traffic.total_sent_bytes + traffic.control_bytes
         self.result.status = self._status()
-        return self.result
 
-    def _train_epoch(self, epoch: int) -> None:
-        self._train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    def _train_epoch(self) -> None:
+        """What is left of the epoch's steps."""
+        at, sampler, size = self._at, self._train.sampler, self._train.batch_size
+        assert isinstance(sampler, EpochSampler) and size is not None
+        sampler.start_at(at.epoch, at.batch * size)
         self._network.train()
-        losses = torch.zeros(2, dtype=torch.float64, device=self._device)
-        began = time.perf_counter()
+        if at.draws:
+            self._draw()
+        self._speed = Speed()
         self._reach("the next batch")
         for inputs, targets in self._train:
             loss = self._train_step(inputs, targets)
             self._progress.started()
-            losses += torch.stack([loss.double(), torch.ones_like(losses[0])])
+            self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
+            at.batch += 1
+            self._speed.count(self._config.data.batch_size)
             self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._compare_every == 0:
                 self.require_sound()
             if self.engine.step % self._check_every == 0:
                 self._check()
             self._reach("the next batch")
+            self._halt.pass_by()
+            if self.engine.step % self._save_every == 0 and at.batch < len(self._train):
+                self._save()
         self._finite.settle()
-        seconds = time.perf_counter() - began
-        loss_sum, count = total_over_ranks(losses).tolist()
+
+    def _end_epoch(self) -> None:
+        """All steps of the epoch are done: test, and begin the next one."""
+        speed, at = self._speed.images_per_second, self._at
+        loss_sum, count = total_over_ranks(self._losses.clone()).tolist()
         if not torch.isfinite(torch.tensor(loss_sum)):
             raise NonFiniteError(
-                f"epoch {epoch + 1}, step {self.engine.step}: the training loss is {loss_sum}; "
+                f"epoch {at.epoch + 1}, step {self.engine.step}: the training loss is {loss_sum}; "
                 "lower optimizer.lr, or train in fp32"
             )
-        images = len(self._train) * self._config.data.batch_size
-        self._report.trained(self.engine.step, loss_sum / count, images / seconds)
+        self._progress.reach(f"the test after epoch {at.epoch + 1}")
+        score = self._score()
+        self.result.accuracy.final = score.accuracy
+        at.epoch, at.batch = at.epoch + 1, 0
+        self._losses.zero_()
+        self._report.trained(self.engine.step, loss_sum / count, speed)
+        self._report.epoch(at.epoch, self.engine, score)
+        if self.engine.step % self._save_every == 0 or at.epoch == self._config.epochs:
+            self._save(score.accuracy)
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One optimizer step; returns the data loss of this rank, detached."""
@@ -203,23 +258,105 @@ class Trainer:
         if verdict.phase is Phase.TRUNCATE:
             self.result.live_fraction = verdict.live_fraction
         if verdict.ticket:
-            self._draw(epoch)
+            self._at.draws = True
+            self._draw()
 
-    def _draw(self, epoch: float) -> None:
-        result, phase = self.result, self.engine.phase
+    def _draw(self) -> None:
+        """Test, draw and test again; it can be broken off in either test, and goes on there."""
+        result, epoch = self.result, self._epoch()
         self._progress.reach(f"the draw at step {self.engine.step}")
-        result.accuracy.before_draw = self._accuracy()
-        self._close_phase(phase)
-        self.engine.draw()
-        result.ticket_epoch = epoch
-        result.parameters.ticket = count_parameters(self._network)
-        result.flops.ticket = count_flops(self._network, self._sample)
-        result.accuracy.after_draw = self._accuracy()
+        if self.engine.phase is not Phase.TICKET:
+            result.accuracy.before_draw = self._score().accuracy
+            self._close_phase()
+            self.engine.draw()
+            result.ticket_epoch = epoch
+            result.parameters.ticket = count_parameters(self._network)
+            result.flops.ticket = count_flops(self._network, self._sample)
+        result.accuracy.after_draw = self._score().accuracy
         self._report.phase(epoch, self.engine)
         self._report.drawn(self.engine, result)
+        self._at.draws = False
 
-    def _accuracy(self) -> float:
-        return evaluate(self._network, self._test, self._device).accuracy
+    def _score(self) -> Score:
+        return evaluate(self._network, self._test, self._device, self._halt)
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def _save(self, accuracy: float | None = None) -> None:
+        if self._saving is None:
+            return
+        self.require_sound()
+        self._reach("saving", ahead=0)
+        state = self.state_dict()
+        self._saving.save(state, self.engine.step, str(self.engine.phase), accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on, on rank zero; less elsewhere.  Collective.
+
+        The tensors are those that are trained on, and no copies.
+        """
+        engine = self.engine.state_dict()
+        optimizer = self.engine.optimizer_state()
+        everyone = gathered_on_rank_zero(own_state(self._losses, engine))
+        now = time.perf_counter()
+        return {
+            "format": FORMAT,
+            "at": asdict(self._at),
+            "engine": without_own(engine),
+            "network": self._network.state_dict(),
+            "optimizer": optimizer,
+            "schedule": self._schedule.state_dict(),
+            "ranks": everyone,
+            "result": self.result.as_dict(),
+            "seconds": {"run": now - self._began, "phase": now - self._phase_began},
+            "report": self._report.state_dict(self.engine),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; this trainer has not trained yet.  Collective.
+
+        Bit for bit on as many ranks.  On another number, each step has the same samples as it would
+        have had, and sums of floats have another order.
+
+        Args:
+            state: of rank zero.
+
+        Raises:
+            CheckpointError, ConfigError: it is of another training.
+        """
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"--resume: wanted a run of format {FORMAT}, found {state.get('format')}; another "
+                "version of worm_dist wrote it"
+            )
+        self._at = Position(**state["at"])
+        own, engine = own_of(state["ranks"]), state["engine"]
+        self.engine.load_state_dict(with_own(engine, own, self._newest_inputs(engine)))
+        self._network.load_state_dict(state["network"])
+        self.engine.load_optimizer_state(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._losses = torch.tensor(own["losses"], dtype=torch.float64, device=self._device)
+        self.result.go_on_from(state["result"])
+        now, seconds = time.perf_counter(), state["seconds"]
+        self._began, self._phase_began = now - seconds["run"], now - seconds["phase"]
+        restore_random(own["random"], self._config.seed, self.engine.step)
+        if self.engine.step:
+            self._network.train()
+            self.engine.rehearse(self._one_pass)
+
+    def _one_pass(self) -> Tensor:
+        (inputs,) = newest_inputs(self._train, self._at.epoch, self._at.batch, 1)
+        logits: Tensor = self.engine.model(inputs.to(self._device, self._dtype))
+        return logits.float().mean() + self.engine.penalty()
+
+    def _newest_inputs(self, engine: Mapping[str, Any]) -> list[Tensor]:
+        """Of the newest passes, oldest first, as many as an engine remembered."""
+        count, passes = len(engine["rank"]["inputs"] or ()), num_passes(self.engine)
+        batches = newest_inputs(self._train, self._at.epoch, self._at.batch, -(-count // passes))
+        parts = [part for batch in batches for part in batch.to(self._dtype).chunk(passes)]
+        return parts[len(parts) - count :]
+
+    # ---- figures ---------------------------------------------------------------------------------
 
     def _close_phase(self, phase: Phase | None = None) -> None:
         """Note what the phase that ends has taken and sent."""

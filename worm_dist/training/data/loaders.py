@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ...errors import ConfigError
+from ..preemption import obey_parent_alone
 from ..run_config import DataConfig
 from .damage import Checked
 from .replay import EpochSampler, Replayed, seed_from
@@ -86,6 +87,7 @@ def _loader(
         persistent_workers=config.num_workers > 0,
         pin_memory=device.type == "cuda",
         generator=generator,
+        worker_init_fn=obey_parent_alone,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,8 +27,21 @@ def seed_from(*numbers: int) -> int:
 class EpochSampler(DistributedSampler[Any]):
     """A :class:`DistributedSampler` of (epoch, index) pairs; ``set_epoch`` as ever."""
 
+    _first = 0
+
+    def start_at(self, epoch: int, sample: int) -> None:
+        """Begin in an epoch, after so many samples of this rank, which are not read; ``set_epoch``
+        begins at its beginning."""
+        self.set_epoch(epoch)
+        self._first = sample
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self._first = 0
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        epoch, indices = self.epoch, super().__iter__()
+        return ((epoch, index) for index in islice(indices, self._first, None))
 
 
 class Replayed(Dataset[Any]):
