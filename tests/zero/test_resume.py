@@ -112,6 +112,11 @@ def _draw(*dropped: int) -> Any:
     return lambda t: t.engine.draw(mask_dropping(t.engine.groups, *dropped))
 
 
+def _slower(trainee: Sharded) -> None:
+    for group in trainee.optimizer.param_groups:
+        group["lr"] /= 2
+
+
 def _config(motion: str) -> WormConfig:
     return WormConfig(
         search={"every": "2ba", "l1": 0.01},
@@ -121,13 +126,19 @@ def _config(motion: str) -> WormConfig:
 
 
 # Two partitions of the network meet within channel 13.
-EVENTS = {2: _truncate(0, 3, 9, 13), 4: _truncate(0, 3, 9, 12, 13), 12: _draw(0, 3, 9, 12, 13)}
+EVENTS = {
+    1: _slower,
+    2: _truncate(0, 3, 9, 13),
+    4: _truncate(0, 3, 9, 12, 13),
+    11: _draw(0, 3, 9, 12, 13),
+}
 
 
 def _broken_off(
     stage: int, precision: str, optimizer: str, motion: str, net: Callable[[], nn.Module]
 ) -> list[str]:
-    course = Course(num_steps=15, events=EVENTS, saved_at=[1, 3, 4, 8, 9, 12, 13])
+    # In a fade, while silent columns are listened to, once they have left, after the draw.
+    course = Course(num_steps=14, events=EVENTS, saved_at=[3, 7, 8, 12])
     return course.resumed(lambda: Sharded(stage, precision, optimizer, _config(motion), net))
 
 
@@ -149,13 +160,18 @@ def test_broken_off_anywhere_it_ends_the_same(
         assert not found, "\n".join(found[:20])
 
 
-def _elsewhere(stage: int | None, other: int | None) -> list[str]:
+def _elsewhere() -> list[str]:
     """What differs at the end if another stage goes on; None is DistributedDataParallel."""
+    pairs = ((2, None), (None, 1), (1, 2))
+    return [line for stages in pairs for line in _from_to(*stages)]
+
+
+def _from_to(stage: int | None, other: int | None) -> list[str]:
     found = []
     whole = Sharded(stage, "fp32", "adamw", _config("fade"))
-    states, end = {}, 15
+    states, end = {}, 14
     for number in range(end):
-        if number in (3, 9, 13):
+        if number in (3, 12):
             states[number] = through_a_file(whole.save())
         EVENTS.get(number, id)(whole)
         whole.step(number)
@@ -167,7 +183,7 @@ def _elsewhere(stage: int | None, other: int | None) -> list[str]:
             again.step(number)
         # Statistics are each rank's own under DeepSpeed.
         for key, of in {"weights": _weights, "moments": _moments}.items():
-            found += differences(of(whole), of(again), f"from step {first}: {key}")
+            found += differences(of(whole), of(again), f"{stage} to {other}, step {first}: {key}")
     return found
 
 
@@ -180,11 +196,8 @@ def _moments(trainee: Sharded) -> Any:
     return state["parameters"]
 
 
-@pytest.mark.parametrize(("stage", "other"), [(2, None), (None, 1), (1, 2)])
-def test_another_stage_goes_on_with_the_same_bits(
-    ranks: Ranks, stage: int | None, other: int | None
-) -> None:
-    for found in ranks(2, _elsewhere, stage, other):
+def test_another_stage_goes_on_with_the_same_bits(ranks: Ranks) -> None:
+    for found in ranks(2, _elsewhere):
         assert not found, "\n".join(found[:20])
 
 
