@@ -251,6 +251,7 @@ NETWORKS = (
     Combination("gates, scope norm", network=gated, truncation={"scope": "norm"}),
     Combination("gates, scope coupled", network=gated, truncation={"scope": "coupled"}),
     Combination("gates, mode soft", network=gated, motions=("free",), truncation=_SOFT),
+    Combination("gates, find_unused", network=gated, wrapper=_FINDS_UNUSED, motions=("hold",)),
     Combination("gates, bare module, no group", network=gated, world_size=NO_GROUP, wrapper=None),
     Combination("no norms", network=Normless, search=_BY_WEIGHTS, motions=_ALL_MOTIONS),
     Combination(
