@@ -243,7 +243,13 @@ def _meet(place: Place, patience: Patience) -> tuple[Roll | None, Line]:
         told = [(_own_address(place), server.getsockname()[1], token)]
         roll = Roll(server, token, place.world_size, patience.grace)
         roll.start()
-    dist.broadcast_object_list(told, src=0)
+    try:
+        dist.broadcast_object_list(told, src=0)
+    except RuntimeError as error:
+        raise BackendError(
+            f"launch: rank {place.rank} has lost another rank before the run began: "
+            f"{one_line(error)}; see that rank's own words"
+        ) from error
     assert told[0] is not None
     address, port, token = told[0]
     try:
