@@ -17,6 +17,7 @@ from .cluster.agree import Ranks
 from .cluster.holdings import Holding, gather, hand_out
 from .cluster.stepping import Stepping
 from .errors import CheckpointError
+from .state import digest_of
 
 __all__ = ["OptimizerState"]
 
@@ -114,7 +115,7 @@ class OptimizerState:
         }
 
     def structure(self, state: Any) -> bytes:
-        """What of a state must be the same on all ranks, short of its tensors.
+        """A digest of what must be the same on all ranks, short of moments and weights.
 
         Raises:
             CheckpointError: it is not a state, or not of these parameters.
@@ -128,7 +129,7 @@ class OptimizerState:
         for complaint in self._complaints(valid):
             raise CheckpointError(f"load_optimizer_state: {complaint}")
         options = [group.options for group in valid.groups]
-        return repr((self._groups, options, valid.counters)).encode()
+        return digest_of([self._groups, options, valid.counters])
 
     def _complaints(self, state: _State) -> Iterator[str]:
         groups = [group.parameters for group in state.groups]

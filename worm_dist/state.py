@@ -16,7 +16,7 @@ from .interval import Interval
 from .search.groups import Groups
 from .verdict import Phase
 
-__all__ = ["FORMAT", "digests_of", "plain_settings", "require_valid"]
+__all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid"]
 
 FORMAT = 1
 
@@ -267,13 +267,15 @@ def digests_of(state: Mapping[str, Any]) -> dict[str, bytes]:
     """A digest of every part that must be the same on all ranks."""
     shared = {key: value for key, value in state.items() if key not in _RANKS_OWN}
     training = {key: value for key, value in state["training"].items() if key != "traffic"}
-    digests = {}
-    for key, value in {**shared, "training": training}.items():
-        digest = hashlib.blake2b(digest_size=16)
-        for part in _parts(value):
-            digest.update(part)
-        digests[key] = digest.digest()
-    return digests
+    return {key: digest_of(value) for key, value in {**shared, "training": training}.items()}
+
+
+def digest_of(value: Any) -> bytes:
+    """Of a nested plain value, on whatever device its tensors are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(value):
+        digest.update(part)
+    return digest.digest()
 
 
 def _parts(value: Any) -> Iterator[bytes]:
