@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,7 @@ __all__ = [
     "own_of",
     "own_state",
     "restore_random",
+    "seed_all",
     "with_own",
     "without_own",
 ]
@@ -93,10 +96,17 @@ def with_own(
     return {**engine, "rank": rank}
 
 
+def seed_all(seed: int) -> None:
+    """The generators that a state has, alike on all ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def restore_random(state: Any, seed: int, step: int) -> None:
     """Go on with a state of the generators, or with new numbers where there is none."""
     if state is None:
-        torch.manual_seed(seed_from(seed, dist.get_rank(), dist.get_world_size(), step))
+        seed_all(seed_from(seed, dist.get_rank(), dist.get_world_size(), step))
     else:
         restore_random_state(state)
 

@@ -33,6 +33,7 @@ from .own import (
     own_of,
     own_state,
     restore_random,
+    seed_all,
     with_own,
     without_own,
 )
@@ -86,7 +87,7 @@ class Trainer:
         self._saving = saving
         assert dist.group.WORLD is not None
         self._ranks: Ranks = Together(dist.group.WORLD, device)
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
         self._progress.reach("the start, loading the data")
         data = load_data(config.data)
         shares = (config.data, place.rank, place.world_size)

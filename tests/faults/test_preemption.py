@@ -1,0 +1,150 @@
+"""A run that is told to stop, or killed, and goes on with the same command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs
+from tests.faults.driver import Act, Driver, Fault, Run
+from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.cluster.halt import Halt
+
+TEST = "worm_dist.training.trainer:evaluate"
+CHECK = "worm_dist.engine:Engine.check"
+DRAW = "worm_dist.engine:Engine.draw"
+DRAWN_AT = 10
+
+
+def _nothing(real: Act, *args: Any) -> None:
+    pass
+
+
+NO_PICTURES = Fault.do(_nothing, rank=None, step=None).at("worm_dist.training.board:Board.figures")
+"""They take most of a second."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder."""
+    driver = Driver(tmp_path_factory.mktemp("unbroken"))
+    ends = driver(2, Run((NO_PICTURES,), ALL_PHASES))
+    assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
+    return driver.out
+
+
+def _terminate(real: Act, *args: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+
+
+def _terminate_by_another_signal(real: Act, *args: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return real(*args)
+
+
+def _terminate_in_test(real: Act, network: Any, loader: Any, device: Any, halt: Halt) -> Any:
+    """Its first batch comes when the rank knows."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while not halt.wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return real(network, loader, device, halt)
+
+
+def _step_of_newest(out: Path) -> int:
+    newest = Shelf(out / "checkpoints").newest()
+    assert newest is not None
+    return newest.step
+
+
+def _assert_goes_on(driver: Driver, unbroken: Path) -> None:
+    """With the same command, to the same end."""
+    ends = driver(2, Run((NO_PICTURES,), ALL_PHASES))
+    assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
+    assert "* goes on from step" in ends[0].printed
+    found = list(differences_of_runs(unbroken, driver.out))
+    assert not found, "\n".join(found[:20])
+    assert curves_of(unbroken) == curves_of(driver.out)
+    assert [path.name for path in driver.out.parent.glob("run*")] == ["run"], "nothing put aside"
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.fault(4, "in a step, a check, a draw and in tests; to one rank or to all")
+def test_all_ranks_stop_at_one_step_and_go_on(driver: Driver, unbroken: Path) -> None:
+    """Again and again in one run."""
+    for fault, first, last in (
+        (Fault.do(_terminate, rank=1, step=2), 2, 3),
+        (Fault.do(_terminate, rank=1, step=1).at(CHECK), 4, 5),
+        (Fault.do(_terminate_in_test, rank=1, step=1).at(TEST), 8, 8),
+        (Fault.do(_terminate_in_test, rank=0, step=2).at(TEST), DRAWN_AT, DRAWN_AT),
+        (Fault.do(_terminate_in_test, rank=1, step=2).at(TEST), DRAWN_AT, DRAWN_AT),
+        (Fault.do(_terminate_by_another_signal, rank=0, step=3), 13, 14),
+        (Fault.do(_terminate, rank=None, step=3), 16, 17),
+    ):
+        ends = driver(2, Run((NO_PICTURES, fault), ALL_PHASES))
+        assert [(end.exitcode, end.said) for end in ends] == [(75, "")] * 2
+        step = _step_of_newest(driver.out)
+        assert first <= step <= last
+        assert f"* stopped after step {step}; " in ends[0].printed
+        assert not (driver.out / "result.json").exists()
+    _assert_goes_on(driver, unbroken)
+
+
+@pytest.mark.fault(4, "in the draw itself")
+def test_a_draw_is_finished_before_all_stop(driver: Driver, unbroken: Path) -> None:
+    ends = driver(2, Run((NO_PICTURES, Fault.do(_terminate, rank=0, step=1).at(DRAW)), ALL_PHASES))
+    assert [(end.exitcode, end.said) for end in ends] == [(75, "")] * 2
+    assert DRAWN_AT <= _step_of_newest(driver.out) <= DRAWN_AT + 1
+    _assert_goes_on(driver, unbroken)
+
+
+def _terminate_with_loaders(real: Act, *args: Any) -> Any:
+    """As a scheduler does: every process that there is."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    assert len(children) >= 2, children
+    for pid in [*map(int, children), os.getpid()]:
+        os.kill(pid, signal.SIGTERM)
+    return real(*args)
+
+
+def _fork_loaders(real: Act, *args: Any, **kwargs: Any) -> Any:
+    """As on the command line; in the fork server's children, loaders would import torch again."""
+    return real(*args, **{**kwargs, "multiprocessing_context": "fork"})
+
+
+@pytest.mark.fault(4, "to the loader processes too")
+def test_loaders_work_until_their_rank_stops(driver: Driver, unbroken: Path) -> None:
+    """A killed loader made an error of the preemption: nothing was saved."""
+    settings = {**ALL_PHASES, "data.num_workers": 2}
+    faults = (
+        NO_PICTURES,
+        Fault.do(_fork_loaders, rank=None, step=None).at(
+            "worm_dist.training.data.loaders:DataLoader"
+        ),
+        Fault.do(_terminate_with_loaders, rank=1, step=5),
+    )
+    ends = driver(2, Run(faults, settings))
+    assert [(end.exitcode, end.said) for end in ends] == [(75, "")] * 2
+    assert _step_of_newest(driver.out) in (5, 6)
+    _assert_goes_on(driver, unbroken)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.fault(1, "torchrun starts anew after a SIGKILL, from a checkpoint")
+def test_killed_and_started_again_by_torchrun_it_ends_the_same(
+    driver: Driver, unbroken: Path
+) -> None:
+    settings = {**ALL_PHASES, "checkpoint.every": "3ba"}
+    fault = Fault.kill(1, step=14).only_first_attempt()
+    end = driver.under_torchrun(2, Run((NO_PICTURES, fault), settings), max_restarts=1)
+    assert end.exitcode == 0, end.said
+    assert "* goes on from step 12" in end.printed
+    found = list(differences_of_runs(unbroken, driver.out))
+    assert not found, "\n".join(found[:20])
+    assert curves_of(unbroken) == curves_of(driver.out)
