@@ -1,0 +1,51 @@
+"""Training: whole runs in the processes of the ``ranks`` fixture, without a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.faults.driver import CONFIG, SMALL, small_data
+from worm_dist.cluster.halt import Halt
+from worm_dist.cluster.launch import Place
+from worm_dist.cluster.progress import Progress
+from worm_dist.training import run, trainer
+from worm_dist.training.board import Board
+from worm_dist.training.config_file import read_run_config
+
+__all__ = ["train"]
+
+
+def _nobody(halt: Halt) -> None:
+    pass
+
+
+def train(
+    out: Path, resume: str = "auto", heed: Callable[[Halt], None] = _nobody, **settings: Any
+) -> int:
+    """What the command line does, in a process group that is there already; no pictures.
+
+    Args:
+        out: the run's folder.
+        resume: as on the command line.
+        heed: is given what can be asked to stop.
+        settings: dotted keys, beside those that make it small.
+    """
+    multiprocessing.set_start_method("fork", force=True)  # else each loader imports torch again
+    trainer.load_data = lambda _: small_data(dist.get_rank())
+    Board.figures = lambda *_: None  # type: ignore[method-assign,assignment]
+    pairs = {**SMALL, **settings}
+    config = read_run_config(CONFIG, [(key, str(value)) for key, value in pairs.items()])
+    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    device = torch.device("cpu")
+    with run._own(config, out, resume) as checkpoint, contextlib.redirect_stdout(io.StringIO()):
+        code = run._train(config, out, checkpoint, place, device, Progress(), Halt(), heed)
+    dist.barrier()
+    return code
