@@ -263,6 +263,13 @@ NETWORKS = (
         recipe=Recipe(passes=2),
         memory_format=torch.channels_last,
     ),
+    Combination(
+        "no norms, mode soft",
+        network=Normless,
+        search=_BY_WEIGHTS,
+        motions=("free",),
+        truncation=_SOFT,
+    ),
 )
 
 WORLDS = (

@@ -242,6 +242,15 @@ STAGE_1 = (
         like_ddp=True,
     ),
     Row("1: bf16, gates", 1, "bf16", network=gated, motions=_FADE),
+    Row(
+        "1: no norms, tiny buckets",
+        1,
+        network=Normless,
+        search=_BY_WEIGHTS,
+        zero=_TINY,
+        motions=_FADE,
+        like_ddp=True,
+    ),
     Row("1: 3 ranks", 1, motions=_FADE, world_size=3, tolerance=1e-4),
 )
 
@@ -306,6 +315,23 @@ STAGE_2 = (
         zero=_OVERLAP,
         motions=_HOLD,
         like_ddp=True,
+    ),
+    Row(
+        "2: no norms, coupled",
+        2,
+        network=Normless,
+        search=_BY_WEIGHTS,
+        truncation={"scope": "coupled"},
+        like_ddp=True,
+    ),
+    Row(
+        "2: bf16, no norms, AdamW",
+        2,
+        "bf16",
+        network=Normless,
+        search=_BY_WEIGHTS,
+        optimizer=_ADAMW,
+        motions=_FADE,
     ),
     Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
     Row(

@@ -4,7 +4,7 @@ The convention is torch's own: a state object and a function of state and bucket
 """
 
 # No postponed annotations here: torch reads the hook's, and wants classes, not strings.
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ class PackedReduction(Reduction, OwnState):
         self.averaging = averaging
         self._packings: dict[tuple[int, ...], Packing | None] = {}
 
-    def adopt(self, plan: Plan) -> None:
-        super().adopt(plan)
+    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+        super().adopt(plan, moving)
         self._packings.clear()
 
     def remove(self) -> None:

@@ -1,13 +1,14 @@
 """Gather: ZeRO's parameter all-gather, without what has not changed.
 
 After a step in stages 1 and 2 every rank has moved its partition and is told the others'.  A slice
-that is held has the same bits on all ranks before and after, so it need not be told.  Scales and
-shifts are told whole: while they fade they move, and together they are next to nothing.
+that is held has the same bits on all ranks before and after, so it need not be told.  Parameters of
+which something fades are told whole until that is over, and vectors always: together they are next
+to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -44,10 +45,10 @@ class PackedGather:
         weights = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
         self._dense_bytes = weights // size if size > 1 else 0
 
-    def adopt(self, plan: Plan) -> None:
-        """Gather by another plan from the next step on."""
+    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+        """Gather by another plan from the next step on; what is ``moving`` is told whole."""
         numbers = range(len(self._wrapper.bit16_groups_flat))
-        self._groups = [_Group(self._wrapper, number, plan) for number in numbers]
+        self._groups = [_Group(self._wrapper, number, plan, moving) for number in numbers]
 
     def remove(self) -> None:
         """Leave the gathering to DeepSpeed."""
@@ -74,7 +75,7 @@ class PackedGather:
 class _Group:
     """One parameter group: the live part of each rank's partition."""
 
-    def __init__(self, wrapper: Any, number: int, plan: Plan) -> None:
+    def __init__(self, wrapper: Any, number: int, plan: Plan, moving: Collection[Tensor]) -> None:
         self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
         self._rank = dist.get_rank(self._process_group)
         partitions: Sequence[Tensor] = wrapper.parallel_partitioned_bit16_groups[number]
@@ -85,7 +86,7 @@ class _Group:
             values = [shard.value for shard in shards.values()]
             blocks = [
                 plan.blocks[p].part(shard.begin, shard.value.numel())
-                if p in plan.blocks and p.dim() > 1
+                if p in plan.blocks and p.dim() > 1 and p not in moving
                 else None
                 for p, shard in shards.items()
             ]

@@ -47,9 +47,10 @@ def _truncation(block: Block, ratio: float) -> Callable[[Tensor], Tensor]:
             for dim, frozen in block.frozen.items():
                 truncated.index_fill_(dim, frozen, 0)
             return truncated
-        assert len(block.frozen) == 1, "only norms are truncated softly"
+        assert len(block.frozen) == 1, "only what scales channels is truncated softly"
         ((dim, frozen),) = block.frozen.items()
         factor = torch.ones(block.shape[dim], dtype=gradient.dtype, device=gradient.device)
-        return gradient * factor.index_fill_(0, frozen, ratio)
+        factor.index_fill_(0, frozen, ratio)
+        return gradient * factor.view(-1, *[1] * (gradient.dim() - 1 - dim))
 
     return truncate

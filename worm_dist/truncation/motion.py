@@ -8,7 +8,7 @@ deterministic; no rank needs to be told.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Motion:
 
     def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
         """Take over the channels in ``frozen`` (bool ``[num_channels]``) after this step."""
+
+    def moving(self, frozen: Tensor) -> Collection[Tensor]:
+        """The parameters of which frozen slices move, if these channels are frozen."""
+        return ()
 
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
@@ -118,6 +122,9 @@ class Fade(Hold):
         if bool(begins.any()):
             self._begin(begins, step + fade_steps, fade_steps)
 
+    def moving(self, frozen: Tensor) -> Collection[Tensor]:
+        return self._scales(frozen).blocks.keys()
+
     def fades(self, step: int, ranks: Ranks) -> list[dict[str, Any]]:
         return [fading.state(step, ranks, self._names) for fading in self._fades]
 
@@ -133,10 +140,14 @@ class Fade(Hold):
     def _begin(self, channels: Tensor, over_at: int, num_steps: int) -> Fading:
         self._over_at[channels] = over_at
         self.lost = self.lost | channels
-        plan = Plan(self._network, self._groups, channels, "norm", untrained=True)
+        plan = self._scales(channels)
         fading = Fading(self._stepping, channels, plan, over_at, num_steps)
         self._fades.append(fading)
         return fading
+
+    def _scales(self, channels: Tensor) -> Plan:
+        """What scales these channels is frozen in it."""
+        return Plan(self._network, self._groups, channels, "norm", untrained=True)
 
     @property
     def _names(self) -> dict[Tensor, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,12 @@ class Reduction:
         self.rests = False
         self._listened: Mapping[Tensor, Block] = {}
 
-    def adopt(self, plan: Plan) -> None:
-        """Send by another plan from the next backward pass on; the ranks have agreed on it."""
+    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+        """Send by another plan from the next backward pass on; the ranks have agreed on it.
+
+        Args:
+            moving: parameters whose frozen slices move until ``silence``.
+        """
         self.plan = plan
         self.heard = None
 

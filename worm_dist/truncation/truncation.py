@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class Truncation:
         plan = Plan(self._network, self._groups, frozen, self._config.scope)
         if self._config.mode == "hard":
             self._live_fraction = plan.live_fraction
-        self._truncate_gradients(plan)
+        self._truncate_gradients(plan, self._motion.moving(frozen))
         return plan
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -202,14 +202,14 @@ class Truncation:
         # The wrapper holds buckets as large as the dense network; let go of it.
         self._wrapping = Bare(self._network)
 
-    def _truncate_gradients(self, plan: Plan) -> None:
+    def _truncate_gradients(self, plan: Plan, moving: Collection[Tensor]) -> None:
         if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
             self._hooks.adopt(plan)
             return
         if self.reduction is None:
             # Not before it is needed: while nothing is frozen, DDP averages by itself.
             self.reduction = _register_reduction(self._config, self._wrapping)
-        self.reduction.adopt(plan)
+        self.reduction.adopt(plan, moving)
 
 
 def first_reduction(config: TruncationConfig, wrapping: Wrapping) -> Reduction | None:

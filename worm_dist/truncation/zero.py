@@ -7,7 +7,7 @@ DeepSpeed has chosen, with the packing before and the unpacking behind them on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class ZeroReduction(Reduction):
         super().__init__()
         self._packings: dict[tuple[object, ...], Packing | None] = {}
         self._gather: PackedGather | None = None
+        self._frozen_plan: Plan | None = None
         self._bucket: tuple[Tensor, Spans] | None = None
         self._bucket_is_noted = False
         wrapper = wrapping.wrapper
@@ -75,17 +76,20 @@ class ZeroReduction(Reduction):
         override = Override(target, name, lambda *a, **k: function(override.original, *a, **k))
         self._overrides.append(override)
 
-    def adopt(self, plan: Plan) -> None:
-        super().adopt(plan)
+    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+        super().adopt(plan, moving)
         self._packings.clear()
+        self._frozen_plan = plan
         if self._gather is not None:
-            self._gather.adopt(plan)
+            self._gather.adopt(plan, moving)
 
     def silence(self, plan: Plan) -> None:
         super().adopt(plan)
         self._packings.clear()
-        # The columns that leave are not held: decay goes on moving them, on the rank that steps
-        # them, so the others have to be told.
+        # What has faded is zero everywhere.  The columns that leave are not held: decay goes on
+        # moving them, on the rank that steps them, so the others have to be told.
+        if self._gather is not None and self._frozen_plan is not None:
+            self._gather.adopt(self._frozen_plan)
 
     def remove(self) -> None:
         super().remove()
