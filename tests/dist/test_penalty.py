@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import worm_dist
-from tests.nets import Residual, random_images, randomise
+from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
@@ -101,3 +101,36 @@ def test_a_fused_optimizer_divides_the_penalty_of_frozen_scales_too(ranks: Ranks
     (fused,), (plain,) = (ranks(NO_GROUP, _train_scaled, fused) for fused in (True, False))
     for one, other in zip(fused, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+class _TestsMore(nn.Module):
+    """Trains one half of itself and tests both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Plain(), Plain()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.one(images)
+        return logits if self.training else logits + self.other(images)
+
+
+def _train_and_test() -> int:
+    model = DistributedDataParallel(_TestsMore(), find_unused_parameters=True)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    engine = worm_dist.attach(model, optimizer, WormConfig(), example_inputs=random_images(1))
+    for seed in range(3):
+        model.eval()
+        with torch.no_grad():
+            model.module(random_images(2))
+        model.train()
+        optimizer.zero_grad()
+        (engine.model(random_images(4, seed=seed)).square().mean() + engine.penalty()).backward()
+        optimizer.step()
+    return engine.step
+
+
+def test_a_norm_that_only_tests_use_is_left_out_of_the_penalty(ranks: Ranks) -> None:
+    """What a test pass had used went into the next penalty, and DDP died of a parameter that was
+    "ready only once": it had taken it for unused."""
+    assert ranks(2, _train_and_test) == [3, 3]
