@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..search.history import Finding
+from ..search.mask import Mask
 from ..verdict import Phase, Verdict
 
 __all__ = ["Journal"]
@@ -34,7 +35,7 @@ class Journal:
         """In bytes."""
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def check(self, epoch: float, finding: Finding, verdict: Verdict) -> None:
+    def check(self, epoch: float, finding: Finding, mask: Mask, verdict: Verdict) -> None:
         self._write(
             event="check",
             epoch=epoch,
@@ -50,7 +51,7 @@ class Journal:
             phase=verdict.phase,
             generation=verdict.generation,
             live_fraction=verdict.live_fraction,
-            mask_digest=finding.mask.digest,
+            mask_digest=mask.digest,
             floored=finding.floored,
         )
 

@@ -105,7 +105,8 @@ class RankZeroReport(Report):
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         finding = engine.history[-1]
-        self._unwritten.spare(JOURNAL, self._journal.check, epoch, finding, verdict)
+        words = (epoch, finding, engine.mask, verdict)
+        self._unwritten.spare(JOURNAL, self._journal.check, *words)
         values = {
             "search/distance_mean": finding.distance_mean,
             "search/distance_max": finding.distance_max,
