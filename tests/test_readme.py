@@ -15,9 +15,10 @@ from torch.optim import SGD
 import worm_dist
 from tests.oracles import mask_dropping
 from worm_dist.__main__ import _parse
-from worm_dist.config import PRESETS, WormConfig
+from worm_dist.config import PRESETS
 from worm_dist.models import build_model
 from worm_dist.training.config_file import read_run_config
+from worm_dist.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -85,7 +86,7 @@ def test_every_setting_is_shown_with_its_default() -> None:
             shown |= dict(zip(names, defaults.replace("`", "").split(", "), strict=True))
     assert len(shown) >= 12
     for key, text in shown.items():
-        value: object = WormConfig()
+        value: object = RunConfig()
         for part in key.split("."):
             value = getattr(value, part)
         assert text.strip() == str(value) or float(text) == value, key
