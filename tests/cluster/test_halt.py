@@ -1,0 +1,88 @@
+"""Ranks that are asked to stop at any moment stop at one place, and none waits for another."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from worm_dist.cluster.halt import Halt, Stopped
+from worm_dist.cluster.line import Line
+from worm_dist.cluster.roll import Roll
+
+TOKEN = "secret"
+
+
+class _Rank(threading.Thread):
+    """Takes steps together with the others, until it is stopped."""
+
+    def __init__(self, number: int, line: Line, step: threading.Barrier) -> None:
+        super().__init__(daemon=True)
+        self.num_steps = 0
+        self.halt = Halt()
+        self.halt.speak_through(lambda: line.say(halt=True))
+        self._line = line
+        self._step = step
+        self._random = random.Random(number)
+        line.say(rank=number, token=TOKEN)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._step.wait(5)  # as an all-reduce does
+                time.sleep(0.002 * self._random.random())
+                self.num_steps += 1
+                self.halt.pass_by()
+        except Stopped:
+            pass
+
+    def _watch(self) -> None:
+        while True:
+            for words in self._line.heard_within(5):
+                time.sleep(0.01 * self._random.random())
+                if "passed" in words:
+                    self._line.say(passed=self.halt.waits())
+                elif "halt_at" in words:
+                    self.halt.stop_at(words["halt_at"])
+                elif "end" in words:
+                    self._line.close()
+                    return
+
+
+@pytest.mark.parametrize("asked", [(0,), (2,), (0, 1, 2), (1, 1)])
+@pytest.mark.parametrize("after_seconds", [0.0, 0.013, 0.05])
+def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    roll = Roll(server, TOKEN, 3, 1.0)
+    roll.start()
+    step = threading.Barrier(3)
+    lines = [Line(socket.create_connection(server.getsockname())) for _ in range(3)]
+    ranks = [_Rank(number, line, step) for number, line in enumerate(lines)]
+    for rank in ranks:
+        rank.start()
+    time.sleep(after_seconds)
+    before = max(rank.num_steps for rank in ranks)
+    for number in asked:
+        ranks[number].halt.ask()
+    for rank in ranks:
+        rank.join(5)
+        assert not rank.is_alive()
+    assert len({rank.num_steps for rank in ranks}) == 1
+    assert ranks[0].num_steps >= before
+    for line in lines:
+        line.say(done=True)
+    roll.join(5)
+    assert not roll.is_alive()
+
+
+def test_alone_it_is_the_next_place() -> None:
+    halt = Halt()
+    halt.pass_by()
+    halt.ask()
+    assert halt.wanted
+    with pytest.raises(Stopped):
+        halt.pass_by()
