@@ -67,8 +67,8 @@ class _Flow:
         self._astray: set[int] = set()
         # By node and side: the channel at each place.
         self._arrived: dict[tuple[Any, Any], dict[int, int]] = {}
-        widths = [self._width(node, side) for node, side in self._sides()]
-        self._widest = max((width for width in widths if width is not None), default=0)
+        self._widths = {each: self._ask_width(*each) for each in self._sides()}
+        self._widest = max((width or 0 for width in self._widths.values()), default=0)
         for node in graph.module2node.values():
             if isinstance(node.module, (Conv, nn.Linear)):
                 self._pour(node)
@@ -110,7 +110,7 @@ class _Flow:
     def _pour(self, node: Any) -> None:
         """Let the outputs of a layer flow, as far as none has arrived there yet."""
         side = self._graph.get_pruner_of_module(node.module).prune_out_channels
-        width = self._width(node, side) or 0
+        width = self._widths[node, side] or 0
         known = self._arrived.get((node, side), {})
         new = []
         for place in range(width):
@@ -131,7 +131,7 @@ class _Flow:
     def _arrive(self, node: Any, side: Any, spots: Iterable[Any]) -> Sequence[Any]:
         """Those of the spots where nothing was before."""
         arrived = self._arrived.setdefault((node, side), {})
-        width = self._width(node, side) or self._widest
+        width = self._widths[node, side] or self._widest
         fresh = []
         for spot in spots:
             if not 0 <= spot.idx < width:
@@ -148,7 +148,7 @@ class _Flow:
         alike = self._graph.alike.get(node)
         module = node.module
         if isinstance(module, Conv) and module.groups > 1 and node.type != OPTYPE.DEPTHWISE_CONV:
-            width = (self._width(node, side) or 0) // module.groups
+            width = (self._widths[node, side] or 0) // module.groups
             alike = lambda place: place % width  # noqa: E731
         if alike is not None:
             first: dict[int, int] = {}
@@ -161,7 +161,7 @@ class _Flow:
             yield node, pruner.prune_out_channels
             yield node, pruner.prune_in_channels
 
-    def _width(self, node: Any, side: Any) -> int | None:
+    def _ask_width(self, node: Any, side: Any) -> int | None:
         """Places on one side of a node; None if it does not say."""
         if node.type == OPTYPE.OUTPUT:
             return None  # torch-pruning takes the second dimension, whichever has the channels

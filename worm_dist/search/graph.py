@@ -7,7 +7,7 @@ layers around.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch_pruning
@@ -50,16 +50,33 @@ class Spot(NamedTuple):
 class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
     """Only to be looked at: nothing is pruned with it.
 
+    Args:
+        questions: one is taken for every question for a width; when they are at an end, so is the
+            patience: torch-pruning asks again and again where a network has many ways.
+
     Attributes:
         alike: of operations that deal with channels in equal parts, the number of a place within
             its part: only if the parts lose the same do they stay equal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, questions: Iterator[int]) -> None:
         super().__init__()
+        self._questions = questions
         self.alike: dict[Any, Callable[[int], int]] = {}
         self._nodes: dict[Any, Any] = {}
         self._dims: dict[Any, int | None] = {}
+
+    def get_out_channels(self, module_or_node: Any) -> Any:
+        self._ask()
+        return super().get_out_channels(module_or_node)
+
+    def get_in_channels(self, module_or_node: Any) -> Any:
+        self._ask()
+        return super().get_in_channels(module_or_node)
+
+    def _ask(self) -> None:
+        if next(self._questions, None) is None:
+            raise TimeoutError("too many ways lead through it")
 
     def _build_dependency(self, module2node: dict[Any, Any]) -> None:
         super()._build_dependency(module2node)

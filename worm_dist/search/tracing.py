@@ -21,6 +21,7 @@ __all__ = ["find_groups"]
 
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
+_PUT_OUT = "its channels are what the network puts out"
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -50,6 +51,7 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
         else:
             dense |= group
     _name_the_rest(network, found, dense)
+    _name_the_uncalled(network, sets, [*opaque, *untraced], dense)
     order = {name: place for place, (name, _) in enumerate(network.named_modules())}
     return Groups(sorted(found, key=lambda group: order[group.name]), dense)
 
@@ -90,9 +92,18 @@ class _Reading:
         found = self._why_dense(coupled, layers) or self._group(layers)
         if isinstance(found, ChannelGroup):
             return found
-        # What has no norm is spoken of only where something stands in the way: heads have none.
         norms = [self.names[module] for module, *_ in layers if isinstance(module, Norm)]
-        return dict.fromkeys(norms, found)
+        return dict.fromkeys(norms or self._worth_a_word(layers, found), found)
+
+    def _worth_a_word(self, layers: Sequence[Layer], reason: str) -> list[str]:
+        """Of layers without a norm the one to be spoken of: nobody expects a head to be cut, and
+        norms of other kinds speak for themselves."""
+        if reason == _PUT_OUT or any(isinstance(layer.module, _OTHER_NORMS) for layer in layers):
+            return []
+        makers = (layer.module for layer in layers if layer.to_outputs)
+        return [
+            self.names[made_by] for made_by in makers if isinstance(made_by, (Conv, nn.Linear))
+        ][:1]
 
     def _group(self, layers: Sequence[Layer]) -> ChannelGroup | str:
         """The group, or why there is none."""
@@ -136,7 +147,7 @@ class _Reading:
         if stream.leaves and not coupled.whole:
             return "its channels go where the network could not be traced"
         if stream.leaves or not any(_role(layer) == "consumer" for layer in layers):
-            return "its channels are what the network puts out"
+            return _PUT_OUT
         for layer in layers:
             module: Any = layer.module
             name = self.names.get(module, "a bare parameter")
@@ -230,6 +241,20 @@ def _name_the_rest(
             dense.setdefault(name, "no layer that could be cut makes its channels")
         elif isinstance(module, _OTHER_NORMS):
             dense.setdefault(name, f"{type(module).__name__}: only BatchNorm scales are ranked")
+
+
+def _name_the_uncalled(
+    network: nn.Module,
+    sets: Sequence[Coupled],
+    opaque: Sequence[nn.Module],
+    dense: dict[str, str],
+) -> None:
+    """Nor a layer that the network does not run, or runs behind its back."""
+    called = {layer.module for coupled in sets for layer in coupled.stream.layers}
+    called |= {module for outer in opaque for module in outer.modules()}
+    for name, module in network.named_modules():
+        if isinstance(module, (Conv, nn.Linear)) and module not in called:
+            dense.setdefault(name, "it is never called, or not as a module")
 
 
 def _is_depthwise(module: nn.Module) -> bool:
