@@ -29,22 +29,24 @@ def _gone_on_with(folder: Path, settings: Mapping[str, Any], steps: list[int]) -
 
 @pytest.mark.fault(1, "bit-equal from every phase")
 @pytest.mark.parametrize(
-    ("settings", "steps"),
+    ("world_size", "settings", "steps"),
     [
-        ({}, [3, 4, 6, 8, 10, 13, 23]),
+        (2, {}, [3, 4, 6, 8, 10, 13, 23]),
+        (3, {"data.batch_size": 18}, [5, 12]),
         (
+            2,
             {"optimizer.name": "adamw", "optimizer.lr": 0.01, "truncation.compression": "powersgd"},
             [3, 5, 11],
         ),
-        ({"data.num_workers": 2, "truncation.motion": "hold"}, [5]),
+        (2, {"data.num_workers": 2, "truncation.motion": "hold"}, [5]),
     ],
-    ids=["worm", "powersgd", "loaders"],
+    ids=["worm", "three", "powersgd", "loaders"],
 )
 def test_gone_on_with_from_any_step_it_ends_the_same(
-    ranks: Ranks, tmp_path: Path, settings: dict[str, Any], steps: list[int]
+    ranks: Ranks, tmp_path: Path, world_size: int, settings: dict[str, Any], steps: list[int]
 ) -> None:
     for outcome in ranks.outcomes(
-        2, _gone_on_with, tmp_path, {**ALL_PHASES, **settings}, steps, wall_limit=90
+        world_size, _gone_on_with, tmp_path, {**ALL_PHASES, **settings}, steps, wall_limit=90
     ):
         assert outcome.exitcode == 0, str(outcome)
     phases = {
