@@ -178,7 +178,7 @@ def test_a_second_run_puts_the_first_aside(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("run*/result.json"))) == 2
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.fault(13, "told once, alone and under torchrun")
 def test_all_mistakes_are_told_once_by_rank_zero_with_exit_code_2(tmp_path: Path) -> None:
     wrong = ["--search.prune_ratoi", "0.3", "--optimizer.lr=fast", "--data.batch_size", "0"]
