@@ -25,19 +25,10 @@ from tests.families.finding import Finding
 pytestmark = pytest.mark.timeout(600)  # of which a small one takes a second
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-_NOT_LOADED = {
-    name: "MNASNet refuses weights that come without a version"
-    for name in FAMILIES
-    if "mnas" in name
-}
 
-
-def _families(known: Mapping[str, str] = {}) -> pytest.MarkDecorator:
-    wanted = [n for n, each in FAMILIES.items() if not each.large or "LARGE_FAMILIES" in os.environ]
-    wrong = {name: pytest.mark.xfail(reason=known[name], strict=True) for name in known}
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=[wrong[n]] if n in wrong else []) for n in wanted]
-    )
+_families = pytest.mark.parametrize(
+    "name", [n for n, each in FAMILIES.items() if not each.large or "LARGE_FAMILIES" in os.environ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +60,7 @@ def loaded(tickets: Path) -> Any:
     return json.loads(run.stdout)
 
 
-@_families()
+@_families
 def test_a_drawn_network_is_the_masked_one(
     name: str,
     tickets: Path,
@@ -97,7 +88,7 @@ def _assert_dense_as_expected(family: Family, dense: Mapping[str, str]) -> None:
     assert seen == family.dense.keys()
 
 
-@_families(known=_NOT_LOADED)
+@_families
 def test_its_ticket_is_loaded_in_a_fresh_process(name: str, tickets: Path, loaded: Any) -> None:
     if not (tickets / name).exists():
         pytest.skip("it was not drawn")

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -93,7 +97,14 @@ def ticket(tmp_path: Path) -> Path:
 def _change(ticket: Path, change: Callable[[dict], object]) -> None:
     content = json.loads((ticket / "ticket.json").read_text())
     change(content)
-    (ticket / "ticket.json").write_text(json.dumps(content))
+    _sign(ticket, content)
+
+
+def _sign(ticket: Path, content: dict) -> None:
+    """As somebody would who wants it to be loaded."""
+    unsigned = {key: value for key, value in content.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(unsigned, sort_keys=True).encode()).hexdigest()
+    (ticket / "ticket.json").write_text(json.dumps({**content, "digest": digest}))
 
 
 def test_without_build_the_ticket_must_name_its_model(ticket: Path) -> None:
@@ -131,7 +142,7 @@ def test_a_file_cut_short_is_refused(ticket: Path, name: str, keep: int) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"null", b'{"format_version": 1}', b"\xff\xfe", b"\x80\x04pickle"]
+    "content", [b"[]", b"null", b'{"format_version": 3}', b"\xff\xfe", b"\x80\x04pickle"]
 )
 def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
     (ticket / "ticket.json").write_bytes(content)
@@ -140,8 +151,8 @@ def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
 
 
 def test_a_later_format_is_refused(ticket: Path) -> None:
-    _change(ticket, lambda content: content.update(format_version=3))
-    with pytest.raises(CheckpointError, match="format 3"):
+    _change(ticket, lambda content: content.update(format_version=4))
+    with pytest.raises(CheckpointError, match="format 4"):
         load_ticket(ticket, Residual)
 
 
@@ -149,10 +160,10 @@ def test_a_later_format_is_refused(ticket: Path) -> None:
     "change",
     [
         lambda content: content["cuts"][0].update(module="stern"),
-        lambda content: content["cuts"][0].update(size=5),
-        lambda content: content["cuts"][0].update(kept=[]),
-        lambda content: content["cuts"][0].update(kept=[99]),
-        lambda content: content["cuts"][0].update(kept=[-1]),
+        lambda content: content["cuts"][0].update(parameter="stern.weight"),
+        lambda content: content["cuts"][0].update(dim=4),
+        lambda content: content["cuts"][0].update(size=99),
+        lambda content: content["cuts"][0]["kept"].pop(),
         lambda content: content["cuts"].pop(),
     ],
 )
@@ -160,6 +171,60 @@ def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: Callable[[dict],
     _change(ticket, change)
     with pytest.raises(CheckpointError, match="fit the network"):
         load_ticket(ticket, Residual)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["cuts"][0].update(kept=[]),
+        lambda content: content["cuts"][0].update(kept=[99]),
+        lambda content: content["cuts"][0].update(kept=[-1]),
+        lambda content: content["cuts"][0].update(kept=[1, 1]),
+        lambda content: content["cuts"].append(content["cuts"][0]),
+    ],
+)
+def test_cuts_that_are_none_are_refused(ticket: Path, change: Callable[[dict], object]) -> None:
+    _change(ticket, change)
+    with pytest.raises(CheckpointError, match="not a ticket"):
+        load_ticket(ticket, Residual)
+
+
+def test_a_changed_digit_is_found(ticket: Path) -> None:
+    """Of a place that is kept, say: it would fit, but be another mask's."""
+    content = json.loads((ticket / "ticket.json").read_text())
+    content["mask_digest"] = content["mask_digest"][::-1]
+    (ticket / "ticket.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_ticket(ticket, Residual)
+
+
+def test_other_programs_read_the_weights(tmp_path: Path) -> None:
+    engine = _drawn(Residual().to(memory_format=torch.channels_last))
+    engine.save_ticket(tmp_path)
+    state = engine.model.state_dict()
+    found = load_file(tmp_path / "ticket.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"widths": [10**9, 12]},
+        {"widths": [8] * 5000},
+        {"widths": [10**30]},
+    ],
+)
+def test_no_memory_is_taken_for_what_does_not_fit(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    _drawn(build_model(**NAMED)).save_ticket(tmp_path, model=NAMED)
+    _change(tmp_path, lambda content: content["model"].update(arguments=arguments))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError):
+        load_ticket(tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100_000  # of kilobytes; the first would take 36 of gigabytes
 
 
 @pytest.mark.parametrize("build", [Separable, lambda: Residual(width=9), lambda: Residual(8, 7)])
@@ -180,6 +245,6 @@ def test_a_model_that_is_not_known_here_is_refused(tmp_path: Path, key: str) -> 
     _drawn(build_model(**NAMED)).save_ticket(tmp_path, model=NAMED)
     content = json.loads((tmp_path / "ticket.json").read_text())
     content["model"][key] = "vgg_tiny" if key == "name" else {"depth": 3}
-    (tmp_path / "ticket.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError):
+    _sign(tmp_path, content)
+    with pytest.raises(CheckpointError, match="model"):
         load_ticket(tmp_path)

@@ -90,6 +90,16 @@ class Form(Part):
         keeps = _fills_memory(shape, strides) and strides != _rows_first(shape)
         return cls(dtype=_NAMES[tensor.dtype], shape=shape, strides=strides if keeps else None)
 
+    @classmethod
+    def as_stored(cls, code: str, shape: list[int]) -> Self:
+        """Of a tensor that another program has written: rows one after another.
+
+        Raises:
+            ValueError: torch has no such dtype.
+        """
+        names = {code: name for name, code in _CODES.items() if code is not None}
+        return cls(dtype=names.get(code, code), shape=shape)
+
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)

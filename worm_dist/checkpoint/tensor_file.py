@@ -101,6 +101,20 @@ class TensorFile:
     def names(self) -> set[str]:
         return set(self._header)
 
+    def form(self, name: str) -> Form:
+        """Of a tensor in the file, if nothing else says what it is.
+
+        Raises:
+            CheckpointError: its dtype or shape is not one of torch's.
+        """
+        entry = self._header[name]
+        try:
+            return Form.as_stored(entry.dtype, entry.shape)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{self._path}: tensor {name[:200]!r}: {complaint(error)}"
+            ) from error
+
     def read(self, name: str, form: Form) -> Tensor:
         """A tensor on the CPU, in memory of its own.
 

@@ -88,13 +88,14 @@ def _call(
         return build(**given, **arguments)
     except ConfigError:
         raise
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a constructor makes of arguments that it cannot use
         raise ConfigError(
-            f"model.arguments: {name!r} does not take {dict(arguments)}: {error}"
+            f"model.arguments: {name!r} does not take {str(dict(arguments))[:500]}: "
+            f"{str(error)[:500]}"
         ) from error
 
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(OWN)}, or torchvision's"
-    return f"model.name: there is no {name!r}; {hint}"
+    return f"model.name: there is no {name[:100]!r}; {hint}"

@@ -1,21 +1,18 @@
 """The ticket on disk: ``ticket.json`` says what was cut, ``ticket.safetensors`` holds the weights.
 
-Nothing in either is executed when they are read.
+Nothing in either is executed when they are read, and nothing takes memory before its size has been
+compared.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
@@ -24,46 +21,14 @@ from ..gates import remove_gates
 from ..models import build_model
 from ..search.groups import Groups
 from ..search.mask import Mask
+from .blueprint import blueprint
+from .record import CutRecord, GroupRecord, ModelRecord, Record
 from .surgery import Cut, remove_channels
+from .weights import open_weights, write_weights
 
 __all__ = ["load_ticket", "save_ticket"]
 
-_FORMAT_VERSION = 2
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _ModelPart(_Part):
-    name: str
-    num_classes: int
-    in_channels: int
-    arguments: dict[str, Any] = {}
-
-
-class _GroupPart(_Part):
-    name: str
-    num_channels: int
-    kept: list[int]
-
-
-class _CutPart(_Part):
-    module: str
-    parameter: str
-    dim: int
-    size: int
-    kept: list[int]
-
-
-class _Ticket(_Part):
-    format_version: int
-    model: _ModelPart | None
-    mask_digest: str
-    groups: list[_GroupPart]
-    cuts: list[_CutPart]
-    sha256: str
-    versions: dict[str, str]
+_RECORD, _WEIGHTS = "ticket.json", "ticket.safetensors"
 
 
 def save_ticket(
@@ -82,35 +47,20 @@ def save_ticket(
         groups, mask, cuts: of the dense network.
         model: arguments of ``worm_dist.models.build_model`` that build the dense network; None if
             only its owner can build it.
+
+    Raises:
+        CheckpointError: the weights cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "ticket.safetensors"
-    # A copy: under ZeRO the parameters are views of one flat tensor, which safetensors refuses.
-    save_model(copy.deepcopy(network), str(weights))
-    ticket = _Ticket(
-        format_version=_FORMAT_VERSION,
-        model=None if model is None else _ModelPart(**model),
+    record = Record(
+        model=None if model is None else ModelRecord(**model),
         mask_digest=mask.digest,
-        groups=[
-            _GroupPart(name=g.name, num_channels=g.num_channels, kept=_indices(mask[g.name]))
-            for g in groups
-        ],
-        cuts=[
-            _CutPart(
-                module=cut.module,
-                parameter=cut.parameter,
-                dim=cut.dim,
-                size=cut.kept.numel(),
-                kept=_indices(cut.kept),
-            )
-            for cut in cuts
-        ],
-        sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        groups=[GroupRecord.of(group, mask[group.name]) for group in groups],
+        cuts=[CutRecord.of(cut) for cut in cuts],
+        weights=write_weights(folder / _WEIGHTS, network),
         versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
     )
-    write_json(folder / "ticket.json", ticket.model_dump())
-    # safetensors makes files that only their owner may read.
-    weights.chmod((folder / "ticket.json").stat().st_mode)
+    write_json(folder / _RECORD, record.signed().model_dump())
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -128,68 +78,34 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
         CheckpointError: a file is missing or damaged, or does not fit the network.
     """
     folder = Path(path)
-    ticket = _read(folder)
-    network = build() if build is not None else _build(ticket.model, folder)
-    remove_gates(network)  # a ticket has none; its weights hold what they were
-    cuts = [_cut(part, network, folder) for part in ticket.cuts]
-    remove_channels(network, cuts)
-    try:
-        load_model(network, str(folder / "ticket.safetensors"))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder / 'ticket.safetensors'}: its tensors do not fit the network: {error}"
-        ) from error
+    record = Record.read(folder / _RECORD)
+    with open_weights(folder / _WEIGHTS, record.weights) as weights:
+        try:
+            network = build() if build is not None else _outline(record.model, len(weights))
+            remove_gates(network)  # a ticket has none; its weights hold what they were
+            remove_channels(network, [cut.cut(network) for cut in record.cuts])
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / _RECORD}: {error}") from error
+        weights.check(network)
+        if build is None:
+            network.to_empty(device="cpu")
+        weights.fill(network)
     return network
 
 
-def _read(folder: Path) -> _Ticket:
-    try:
-        content = json.loads((folder / "ticket.json").read_bytes())
-        weights = (folder / "ticket.safetensors").read_bytes()
-        ticket = _Ticket.model_validate(content)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; is it a ticket?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise CheckpointError(f"{folder / 'ticket.json'}: not a ticket: {error}") from error
-    if ticket.format_version != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / 'ticket.json'}: format {ticket.format_version}, but this version of "
-            f"worm_dist reads format {_FORMAT_VERSION}"
-        )
-    if hashlib.sha256(weights).hexdigest() != ticket.sha256:
-        raise CheckpointError(
-            f"{folder / 'ticket.safetensors'}: its sha256 is not the one in ticket.json; the file "
-            "was damaged or replaced"
-        )
-    return ticket
-
-
-def _build(model: _ModelPart | None, folder: Path) -> nn.Module:
+def _outline(model: ModelRecord | None, num_tensors: int) -> nn.Module:
+    """The dense network without its weights."""
     if model is None:
-        raise CheckpointError(
-            f"{folder / 'ticket.json'}: it does not say how to build the dense network; call "
-            "load_ticket(path, build=...) with a function that returns it"
+        raise ConfigError(
+            "it does not say how to build the dense network; call load_ticket(path, build=...) "
+            "with a function that returns it"
         )
-    try:
-        return build_model(**dict(model))
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'ticket.json'}: {error}") from error
-
-
-def _cut(part: _CutPart, network: nn.Module, folder: Path) -> Cut:
-    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    shape = parameters[part.parameter].shape if part.parameter in parameters else ()
-    in_range = bool(part.kept) and all(0 <= place < part.size for place in part.kept)
-    fits = part.module in modules and 0 <= part.dim < len(shape) and shape[part.dim] == part.size
-    if not fits or not in_range:
-        raise CheckpointError(
-            f"{folder / 'ticket.json'}: its cut of {part.parameter!r} does not fit the network; "
-            "does build return the network that the ticket was drawn from?"
+    # Most layers have a tensor or two; activations and blocks have none.
+    network = blueprint(partial(build_model, **dict(model)), limit=10 * num_tensors + 100)
+    unsaved = dict(network.named_buffers()).keys() - network.state_dict().keys()
+    if unsaved:
+        raise ConfigError(
+            f"{model.name[:100]!r} computes {min(unsaved)} when it is built, which is not in a "
+            "ticket; call load_ticket(path, build=...)"
         )
-    kept = torch.zeros(part.size, dtype=torch.bool)
-    kept[part.kept] = True
-    return Cut(part.module, part.parameter, part.dim, kept)
-
-
-def _indices(flags: torch.Tensor) -> list[int]:
-    return [int(place) for place in flags.nonzero().flatten()]
+    return network

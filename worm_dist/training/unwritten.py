@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from safetensors import SafetensorError
+from ..errors import CheckpointError
 
 __all__ = ["Unwritten"]
 
@@ -36,7 +36,7 @@ class Unwritten:
             return
         try:
             write(*args)
-        except (OSError, SafetensorError) as error:
+        except (OSError, CheckpointError) as error:
             self.note(name, getattr(error, "strerror", None) or str(error))
             logger.warning(
                 "%s cannot be written (%s); training goes on without it", name, self._reasons[name]
