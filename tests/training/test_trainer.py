@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist.cluster.launch import Place
 from worm_dist.engine import Engine
@@ -105,6 +106,31 @@ def test_a_run_without_a_figure_says_null(ranks: Ranks) -> None:
     ):
         assert result[part][key] is None
     assert result["elbow_epoch"] is result["ticket_epoch"] is result["live_fraction"] is None
+
+
+def _small_run(settings: dict[str, Any]) -> dict[str, Any]:
+    return small_trainer(**settings).run().as_dict()
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_phase_without_a_step_has_sent_nothing(ranks: Ranks, epochs: int) -> None:
+    """What the step before the phase had sent was taken for its own: where the draw came last, a
+    ticket of half of the size sent as much as the dense network.  Here the elbow and the draw are
+    at one check, the last of epoch 1."""
+    settings = {
+        "preset": "worm",
+        "epochs": epochs,
+        "search": {"every": "4ba", "window": 2, "settled": 0.9},
+        "truncation": {"motion": "hold"},
+    }
+    result, _ = ranks(2, _small_run, settings)
+    assert (result["elbow_epoch"], result["ticket_epoch"]) == (1, 1)
+    bytes_of = result["traffic"]
+    assert bytes_of["dense_bytes_per_step"] == 4 * result["parameters"]["dense"]
+    assert bytes_of["truncated_bytes_per_step"] is None
+    ticket = 4 * result["parameters"]["ticket"]
+    assert bytes_of["ticket_bytes_per_step"] == (None if epochs == 1 else ticket)
+    assert None not in result["seconds"].values()
 
 
 @pytest.mark.timeout(120)

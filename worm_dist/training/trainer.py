@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +41,7 @@ from .report import Report
 from .result import Result
 from .run_config import RunConfig
 from .saving import Saving
+from .tally import Tally
 from .wrapped import averaged_gradients, backend_name, backward, num_passes, step, wrapped
 
 __all__ = ["Trainer"]
@@ -131,7 +131,7 @@ class Trainer:
         self.result.flops.dense = count_flops(self._network, self._sample)
         self._at = Position()
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
-        self._began = self._phase_began = time.perf_counter()
+        self._tally = Tally(self.result)
 
     def run(self) -> Result:
         """Train, search, truncate, draw, train on.  Collective.
@@ -156,10 +156,7 @@ class Trainer:
         return self.result
 
     def _complete(self) -> None:
-        self._close_phase()
-        self.result.seconds.total = round(time.perf_counter() - self._began, 3)
-        traffic = self.engine.traffic
-        self.result.traffic.total_bytes = traffic.total_sent_bytes + traffic.control_bytes
+        self._tally.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
 
     def _train_epoch(self) -> None:
@@ -177,6 +174,7 @@ class Trainer:
             self._progress.started()
             self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
             at.batch += 1
+            self._tally.count(self.engine.phase, self.engine.traffic)
             self._speed.count(self._config.data.batch_size)
             self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._compare_every == 0:
@@ -253,7 +251,7 @@ class Trainer:
         self.result.checks += 1
         self._report.check(epoch, self.engine, verdict)
         if verdict.phase is not before:
-            self._close_phase(before)
+            self._tally.close(before)
             self.result.elbow_epoch = epoch
             self._report.phase(epoch, self.engine)
         if verdict.phase is Phase.TRUNCATE:
@@ -268,7 +266,7 @@ class Trainer:
         self._progress.reach(f"the draw at step {self.engine.step}")
         if self.engine.phase is not Phase.TICKET:
             result.accuracy.before_draw = self._score().accuracy
-            self._close_phase()
+            self._tally.close(self.engine.phase)
             self.engine.draw()
             result.ticket_epoch = epoch
             result.parameters.ticket = count_parameters(self._network)
@@ -299,7 +297,6 @@ class Trainer:
         engine = self.engine.state_dict()
         optimizer = self.engine.optimizer_state()
         everyone = gathered_on_rank_zero(own_state(self._losses, engine))
-        now = time.perf_counter()
         return {
             "format": FORMAT,
             "at": asdict(self._at),
@@ -309,7 +306,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "ranks": everyone,
             "result": self.result.as_dict(),
-            "seconds": {"run": now - self._began, "phase": now - self._phase_began},
+            "seconds": self._tally.state_dict(),
             "report": self._report.state_dict(self.engine),
         }
 
@@ -338,8 +335,7 @@ class Trainer:
         self._schedule.load_state_dict(state["schedule"])
         self._losses = torch.tensor(own["losses"], dtype=torch.float64, device=self._device)
         self.result.go_on_from(state["result"])
-        now, seconds = time.perf_counter(), state["seconds"]
-        self._began, self._phase_began = now - seconds["run"], now - seconds["phase"]
+        self._tally.load_state_dict(state["seconds"])
         restore_random(own["random"], self._config.seed, self.engine.step)
         if self.engine.step:
             self._network.train()
@@ -358,25 +354,6 @@ class Trainer:
         return parts[len(parts) - count :]
 
     # ---- figures ---------------------------------------------------------------------------------
-
-    def _close_phase(self, phase: Phase | None = None) -> None:
-        """Note what the phase that ends has taken and sent."""
-        phase = phase or self.engine.phase
-        now = time.perf_counter()
-        seconds = round(now - self._phase_began, 3)
-        self._phase_began = now
-        sent, traffic = self.engine.traffic.sent_bytes, self.result.traffic
-        traffic.dense_bytes_per_step = (
-            traffic.dense_bytes_per_step or self.engine.traffic.dense_bytes
-        )
-        if phase is Phase.SEARCH:
-            self.result.seconds.search = seconds
-        elif phase is Phase.TRUNCATE:
-            self.result.seconds.truncate = seconds
-            traffic.truncated_bytes_per_step = sent
-        elif phase is Phase.TICKET:
-            self.result.seconds.ticket = seconds
-            traffic.ticket_bytes_per_step = sent
 
     def _epoch(self) -> float:
         return round(self.engine.step / len(self._train), 4)
