@@ -49,6 +49,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(faults.text())
     if faults.is_whole:
         faults.write(terminalreporter.config.rootpath / "runs" / "report" / "faults.md")
+    if "LARGE_FAMILIES" in os.environ:
+        _write_families(terminalreporter)
+
+
+def _write_families(terminalreporter: pytest.TerminalReporter) -> None:
+    from tests.families.table import Table  # only here: it imports whatever makes networks
+
+    families = Table(terminalreporter.stats)
+    if families.is_whole:
+        families.write(terminalreporter.config.rootpath / "runs" / "report" / "families.md")
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,8 @@ class Table:
         for report in stats.get("passed", ()):
             for key, value in getattr(report, "user_properties", ()):
                 if key == "family":
-                    found[value[0]] = value[1]
+                    name, finding = value
+                    found[name] = Finding(**finding)
         self.is_whole = found.keys() == FAMILIES.keys()
         self._reasons: dict[str, str] = {}
         self._rows = [self._row(name, found[name]) for name in FAMILIES if name in found]

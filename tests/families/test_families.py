@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_a_drawn_network_is_the_masked_one(
     family = FAMILIES[name]
     finding = draw(family, list(FAMILIES).index(name), tickets / name)
     findings[name] = finding
-    record_property("family", (name, finding))
+    record_property("family", (name, asdict(finding)))  # plain, to go from process to process
     assert finding.difference < _TOLERANCES[family.dtype]
     _assert_dense_as_expected(family, finding.dense)
 
