@@ -77,7 +77,11 @@ def ungated(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
 
 @torch.no_grad()
 def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Cut the network in place; its modules stay, their parameters are replaced by smaller ones."""
+    """Cut the network in place; its modules stay, their parameters are replaced by smaller ones.
+
+    Raises:
+        ConfigError: a head of attention would be cut in two; then nothing is changed.
+    """
     heads = _heads_left(network, cuts)
     for cut in cuts:
         owner_name, _, attribute = cut.parameter.rpartition(".")
@@ -129,10 +133,17 @@ def _cut_statistics(norm: _Norm, places: Tensor) -> None:
 
 
 def _heads_left(network: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
-    """How many heads each attention will have that loses some."""
+    """How many heads each attention will have that loses some.
+
+    Raises:
+        ConfigError: a head would lose only a part of its rows, as it can in another's ticket.
+    """
     attentions = {attention.module: attention for attention in find_attentions(network)[0]}
-    return {
-        cut.module: attentions[cut.module].num_heads * int(cut.kept.sum()) // cut.kept.numel()
-        for cut in cuts
-        if cut.module in attentions
-    }
+    left: dict[str, int] = {}
+    for cut in cuts:
+        if cut.module in attentions:
+            num_rows = attentions[cut.module].num_heads * int(cut.kept.sum())
+            heads, rest = divmod(num_rows, cut.kept.numel())
+            if rest or not heads or left.setdefault(cut.module, heads) != heads:
+                raise ConfigError(f"the cut of {cut.parameter!r} does not leave whole heads")
+    return left
