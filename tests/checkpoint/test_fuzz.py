@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoint.states import difference, save, small_state
+from tests.mutations import RAW, fuzzed, other_bytes, other_trees
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.shelf import Shelf
 
-_SECONDS_FOR_ONE = 20
-"""It takes milliseconds, but the machine may be busy."""
 _PLAIN: list[Any] = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, ""),
     *("x", "..", "/", "F32", "F64", "BOOL", "float32", "bool", "weights", "7ff8000000000000"),
@@ -25,64 +24,12 @@ _PLAIN: list[Any] = [
 ]
 _RAW = [b"NaN", b"1e999", b"[" * 3000, b'{"dict":' * 2000, b"9" * 5000, b"\xff", b'"\\ud800"']
 
-fuzzed = settings(
-    deadline=1000 * _SECONDS_FOR_ONE,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-def _places(node: Any) -> list[tuple[Any, Any]]:
-    """Every container with a key in it."""
-    keys = (
-        list(node) if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0)
-    )
-    return [place for key in keys for place in ((node, key), *_places(node[key]))]
-
 
 @st.composite
 def _other_json(draw: st.DrawFn, content: bytes) -> bytes:
     """Values, keys and raw text replaced, removed and doubled."""
-    tree = [json.loads(content)]
-    raw = None
-    for _ in range(draw(st.integers(1, 3))):
-        parent, key = draw(st.sampled_from(_places(tree)))
-        how = draw(st.sampled_from(["replace", "take", "remove", "double", "raw", "key", "count"]))
-        if how == "replace":
-            parent[key] = draw(st.sampled_from(_PLAIN))
-        elif how == "take":
-            other, from_key = draw(st.sampled_from(_places(tree)))
-            parent[key] = json.loads(json.dumps(other[from_key]))
-        elif how == "remove" and parent is not tree:
-            del parent[key]
-        elif how == "double" and isinstance(parent, list) and parent is not tree:
-            parent.insert(key, json.loads(json.dumps(parent[key])))
-        elif how == "raw":
-            raw = draw(st.sampled_from(_RAW))
-            parent[key] = "RAW"
-        elif how == "key" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["", "dict", "../run.json", "run.json"]))] = parent[key]
-        elif type(parent[key]) is int:
-            parent[key] += draw(st.integers(-9, 9))
-    text = json.dumps(tree[0]).encode()
-    return text if raw is None else text.replace(b'"RAW"', raw)
-
-
-@st.composite
-def _other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bits flipped; bytes replaced, put in and taken out."""
-    changed = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        begin = draw(st.integers(0, max(len(changed) - 1, 0)))
-        how = draw(st.sampled_from(["flip", "replace", "put in", "take out"]))
-        if how == "flip" and changed:
-            changed[begin] ^= 1 << draw(st.integers(0, 7))
-        elif how == "take out":
-            del changed[begin : begin + draw(st.integers(1, 40))]
-        else:
-            some = draw(st.binary(max_size=20))
-            changed[begin : begin + (len(some) if how == "replace" else 0)] = some
-    return bytes(changed)
+    tree = draw(other_trees(json.loads(content), _PLAIN, ["", "dict", "../run.json", "run.json"]))
+    return json.dumps(tree).encode().replace(f'"{RAW}"'.encode(), draw(st.sampled_from(_RAW)))
 
 
 @st.composite
@@ -94,7 +41,7 @@ def _other_tensors(draw: st.DrawFn, content: bytes) -> bytes:
         header = draw(_other_json(header))
     said = draw(st.sampled_from([len(header)] * 4 + [0, 1, len(header) + 8, 2**63, 2**64 - 1]))
     if draw(st.booleans()):
-        data = draw(_other_bytes(data))
+        data = draw(other_bytes(data))
     return said.to_bytes(8, "little") + header + data
 
 
@@ -135,7 +82,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> _Checkpoint:
 @given(data=st.data())
 def test_other_manifests(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["manifest.json"]
-    other = data.draw(_other_json(content) | _other_bytes(content))
+    other = data.draw(_other_json(content) | other_bytes(content))
     state = checkpoint.read("manifest.json", other, signed=False)
     # What it says of the step may change, but not the state.
     assert state is None or not difference(state, small_state(1))
@@ -145,7 +92,7 @@ def test_other_manifests(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_other_skeletons(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["run.json"]
-    other = data.draw(_other_json(content) | _other_bytes(content))
+    other = data.draw(_other_json(content) | other_bytes(content))
     checkpoint.read("run.json", other, signed=True)
     assert other == content or checkpoint.read("run.json", other, signed=False) is None
 
@@ -154,7 +101,7 @@ def test_other_skeletons(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_other_tensors(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["run.safetensors"]
-    other = data.draw(_other_tensors(content) | _other_bytes(content))
+    other = data.draw(_other_tensors(content) | other_bytes(content))
     checkpoint.read("run.safetensors", other, signed=True)
     assert other == content or checkpoint.read("run.safetensors", other, signed=False) is None
 
@@ -170,7 +117,7 @@ def test_other_shelves(tmp_path_factory: pytest.TempPathFactory, data: st.DataOb
         shutil.copytree(template, path)
         name = data.draw(st.sampled_from(["manifest.json", "run.json", "run.safetensors"]))
         content = (path / name).read_bytes()
-        (path / name).write_bytes(data.draw(_other_bytes(content)))
+        (path / name).write_bytes(data.draw(other_bytes(content)))
     newest = Shelf(folder).newest()
     assert newest is not None
     assert not difference(newest.read("run"), small_state(1))
