@@ -9,10 +9,18 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.faults.driver import CONFIG
 from tests.resuming import differences
 from worm_dist.checkpoint.shelf import Shelf
 
-__all__ = ["ALL_PHASES", "curves_of", "differences_of_runs", "journal_of", "last_state"]
+__all__ = [
+    "ALL_PHASES",
+    "curves_of",
+    "differences_of_runs",
+    "journal_of",
+    "last_state",
+    "under_zero",
+]
 
 ALL_PHASES: dict[str, Any] = {
     "preset": "worm",
@@ -30,6 +38,15 @@ ALL_PHASES: dict[str, Any] = {
 }
 """Eight steps an epoch: truncation starts at step 4, fades are over at 7 and silent columns leave,
 the ticket is drawn at step 10."""
+
+
+def under_zero(stage: int) -> dict[str, Any]:
+    """The same under DeepSpeed."""
+    return {
+        **ALL_PHASES,
+        "distributed.backend": "deepspeed",
+        "distributed.deepspeed": str(CONFIG.parent / "deepspeed" / f"zero{stage}.json"),
+    }
 
 
 def last_state(run: Path) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lock import run_lock
 from ..checkpoint.shelf import Shelf
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from .run_config import RunConfig
 from .settled import changes, digest_of, settled
 
@@ -51,8 +51,9 @@ def own_folder(
 
     Raises:
         ConfigError: another run writes there, or the folder cannot be made; the checkpoint is of
-            other settings, or this many ranks cannot go on from it.
-        CheckpointError: the checkpoint that was named is damaged.
+            other settings.
+        CheckpointError: the checkpoint that was named is damaged, or this many ranks cannot go on
+            from the one that was chosen; names the numbers that can.
     """
     with ExitStack() as lock:
         try:
@@ -114,16 +115,18 @@ def _require_possible(config: RunConfig, world_size: int, chosen: Checkpoint) ->
     if began == world_size:
         return
     if config.truncation.compression == "powersgd":
-        raise ConfigError(
+        raise CheckpointError(
             f"--resume: {chosen.path} is of {began} ranks, and these are {world_size}; what "
             f"PowerSGD leaves out is kept on each rank, so start {began}"
         )
     batch = config.data.batch_size
-    if batch % world_size:
-        possible = [str(size) for size in range(1, batch + 1) if batch % size == 0]
-        raise ConfigError(
+    passes = settled(config).get("distributed.deepspeed.gradient_accumulation_steps", 1)
+    possible = [size for size in range(1, batch + 1) if batch % (size * passes) == 0]
+    if world_size not in possible:
+        each = f" in {passes} passes each" if passes > 1 else ""
+        raise CheckpointError(
             f"--resume: {chosen.path} is of {began} ranks and batches of {batch}, which "
-            f"{world_size} ranks cannot share; start one of {', '.join(possible)}"
+            f"{world_size} ranks cannot share{each}; start one of {', '.join(map(str, possible))}"
         )
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .deepspeed_settings import deepspeed_settings
 from .run_config import RunConfig
 
 __all__ = ["changes", "digest_of", "settled"]
@@ -27,15 +28,24 @@ draw that is still to come."""
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
-    """By their dotted keys.  Of the backend it only matters who trains: torch or DeepSpeed."""
+    """By their dotted keys.  Of the backend it only matters who trains: torch or DeepSpeed; and of
+    DeepSpeed's file not where it is, but what it says.
+
+    Raises:
+        ConfigError: DeepSpeed's file cannot be read.
+    """
     fixed = {
         key: value
         for key, value in config.flat().items()
         if key not in _MAY_CHANGE and not key.startswith("checkpoint.")
     }
+    del fixed["distributed.deepspeed"]
     if config.distributed.backend != "deepspeed":
         fixed["distributed.backend"] = "auto"
-    return fixed
+        return fixed
+    said = deepspeed_settings(config, world_size=1)
+    del said["train_micro_batch_size_per_gpu"]  # the batch is shared out anew
+    return {**fixed, **{f"distributed.deepspeed.{key}": value for key, value in said.items()}}
 
 
 def digest_of(fixed: Mapping[str, Any]) -> str:
