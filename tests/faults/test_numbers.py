@@ -15,6 +15,7 @@ from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import NonFiniteError
+from worm_dist.checkpoint.shelf import Shelf
 from worm_dist.training.finite import Finite
 from worm_dist.training.trainer import Trainer
 
@@ -111,10 +112,13 @@ def test_a_nan_under_deepspeed_stops_all_at_the_same_step(ranks: Ranks) -> None:
 
 @pytest.mark.fault(14, "one line and one exit code of the command line")
 def test_it_is_told_once(driver: Driver) -> None:
-    ends = driver(2, Run((Fault.do(_poison, rank=1, step=STEP),)))
+    poisoned = Fault.do(_poison, rank=1, step=STEP)
+    ends = driver(2, Run((poisoned,), {"checkpoint.every": "1ba"}))
     assert [(end.exitcode, len(end.errors)) for end in ends] == [(5, 1), (5, 0)]
     assert "step 3: the gradients are not finite" in ends[0].said
     assert not (driver.out / "result.json").exists()
+    newest = Shelf(driver.out / "checkpoints").newest()
+    assert newest is not None and newest.step == STEP - 1, "what is not finite is not saved"
 
 
 def _num_collectives_of_steps() -> tuple[int, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs
+from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs, under_zero
 from tests.faults.driver import Act, Driver, Fault, Run
 from worm_dist.checkpoint.shelf import Shelf
 from worm_dist.cluster.halt import Halt
@@ -32,8 +33,12 @@ NO_PICTURES = Fault.do(_nothing, rank=None, step=None).at("worm_dist.training.bo
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder."""
-    driver = Driver(tmp_path_factory.mktemp("unbroken"))
-    ends = driver(2, Run((NO_PICTURES,), ALL_PHASES))
+    return _unbroken(tmp_path_factory.mktemp("unbroken"), ALL_PHASES)
+
+
+def _unbroken(folder: Path, settings: Mapping[str, Any]) -> Path:
+    driver = Driver(folder)
+    ends = driver(2, Run((NO_PICTURES,), settings))
     assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
     return driver.out
 
@@ -63,18 +68,24 @@ def _step_of_newest(out: Path) -> int:
     return newest.step
 
 
-def _assert_goes_on(driver: Driver, unbroken: Path) -> None:
+def _assert_goes_on(
+    driver: Driver, unbroken: Path, settings: Mapping[str, Any] = ALL_PHASES
+) -> None:
     """With the same command, to the same end."""
-    ends = driver(2, Run((NO_PICTURES,), ALL_PHASES))
+    ends = driver(2, Run((NO_PICTURES,), settings))
     assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
     assert "* goes on from step" in ends[0].printed
-    found = list(differences_of_runs(unbroken, driver.out))
-    assert not found, "\n".join(found[:20])
-    assert curves_of(unbroken) == curves_of(driver.out)
+    _assert_same_end(driver, unbroken)
     assert [path.name for path in driver.out.parent.glob("run*")] == ["run"], "nothing put aside"
 
 
-@pytest.mark.timeout(200)
+def _assert_same_end(driver: Driver, unbroken: Path) -> None:
+    found = list(differences_of_runs(unbroken, driver.out))
+    assert not found, "\n".join(found[:20])
+    assert curves_of(unbroken) == curves_of(driver.out)
+
+
+@pytest.mark.timeout(500)
 @pytest.mark.fault(4, "in a step, a check, a draw and in tests; to one rank or to all")
 def test_all_ranks_stop_at_one_step_and_go_on(driver: Driver, unbroken: Path) -> None:
     """Again and again in one run."""
@@ -96,6 +107,7 @@ def test_all_ranks_stop_at_one_step_and_go_on(driver: Driver, unbroken: Path) ->
     _assert_goes_on(driver, unbroken)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.fault(4, "in the draw itself")
 def test_a_draw_is_finished_before_all_stop(driver: Driver, unbroken: Path) -> None:
     ends = driver(2, Run((NO_PICTURES, Fault.do(_terminate, rank=0, step=1).at(DRAW)), ALL_PHASES))
@@ -118,6 +130,7 @@ def _fork_loaders(real: Act, *args: Any, **kwargs: Any) -> Any:
     return real(*args, **{**kwargs, "multiprocessing_context": "fork"})
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.fault(4, "to the loader processes too")
 def test_loaders_work_until_their_rank_stops(driver: Driver, unbroken: Path) -> None:
     """A killed loader made an error of the preemption: nothing was saved."""
@@ -135,16 +148,58 @@ def test_loaders_work_until_their_rank_stops(driver: Driver, unbroken: Path) -> 
     _assert_goes_on(driver, unbroken)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
+@pytest.mark.fault(4, "torchrun takes it for no failure")
+def test_under_torchrun_a_rank_that_was_stopped_is_not_started_again(driver: Driver) -> None:
+    """It would start all ranks anew, on a machine that is about to go."""
+    fault = Fault.do(_terminate, rank=1, step=2)
+    end = driver.under_torchrun(2, Run((NO_PICTURES, fault), ALL_PHASES), max_restarts=1)
+    assert end.exitcode == 0, end.said
+    assert end.printed.count("* stopped after step") == 1 and "* goes on" not in end.printed
+    assert _step_of_newest(driver.out) in (2, 3)
+    assert not (driver.out / "result.json").exists()
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.fault(1, "torchrun starts anew after a SIGKILL, from a checkpoint")
 def test_killed_and_started_again_by_torchrun_it_ends_the_same(
     driver: Driver, unbroken: Path
 ) -> None:
-    settings = {**ALL_PHASES, "checkpoint.every": "3ba"}
-    fault = Fault.kill(1, step=14).only_first_attempt()
-    end = driver.under_torchrun(2, Run((NO_PICTURES, fault), settings), max_restarts=1)
+    _assert_killed_under_torchrun_it_goes_on(driver, ALL_PHASES, step=14, saved_at=12)
+    _assert_same_end(driver, unbroken)
+
+
+def _assert_killed_under_torchrun_it_goes_on(
+    driver: Driver, settings: Mapping[str, Any], step: int, saved_at: int
+) -> None:
+    fault = Fault.kill(1, step).only_first_attempt()
+    run = Run((NO_PICTURES, fault), {**settings, "checkpoint.every": "3ba"})
+    end = driver.under_torchrun(2, run, max_restarts=1)
     assert end.exitcode == 0, end.said
-    assert "* goes on from step 12" in end.printed
-    found = list(differences_of_runs(unbroken, driver.out))
-    assert not found, "\n".join(found[:20])
-    assert curves_of(unbroken) == curves_of(driver.out)
+    assert f"* goes on from step {saved_at}" in end.printed
+
+
+# ---- DeepSpeed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.fault(4, "under ZeRO stage 1, in the draw")
+def test_stopped_in_the_draw_under_zero(driver: Driver, tmp_path: Path) -> None:
+    """Its engine has been built anew by then."""
+    pytest.importorskip("deepspeed")
+    settings = under_zero(1)
+    ends = driver(2, Run((NO_PICTURES, Fault.do(_terminate, rank=1, step=1).at(DRAW)), settings))
+    assert [(end.exitcode, end.said) for end in ends] == [(75, "")] * 2
+    assert DRAWN_AT <= _step_of_newest(driver.out) <= DRAWN_AT + 1
+    (tmp_path / "unbroken").mkdir()
+    _assert_goes_on(driver, _unbroken(tmp_path / "unbroken", settings), settings)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.fault(1, "torchrun starts anew under ZeRO stage 2, while channels fade")
+def test_killed_while_channels_fade_under_zero(driver: Driver, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    settings = under_zero(2)
+    _assert_killed_under_torchrun_it_goes_on(driver, settings, step=7, saved_at=6)
+    (tmp_path / "unbroken").mkdir()
+    _assert_same_end(driver, _unbroken(tmp_path / "unbroken", settings))
