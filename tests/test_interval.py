@@ -39,7 +39,18 @@ def test_steps_are_at_least_one(text: str, steps: int) -> None:
     assert Interval.parse(text).steps(steps_per_epoch=30) == steps
 
 
-@pytest.mark.parametrize("text", ["1ep", "0.25ep", "200ba"])
+@pytest.mark.parametrize("count", ["0.0000001", "1000000001", "9" * 400, "0." + "0" * 400 + "1"])
+@pytest.mark.parametrize("unit", ["ep", "ba"])
+def test_an_interval_has_a_length_that_can_be_counted(count: str, unit: str) -> None:
+    """400 nines of steps ended in an OverflowError: a float of them is infinite."""
+    with pytest.raises(ValueError, match=r"must be positive, at least 0\.000001 and"):
+        Interval.parse(count + unit)
+
+
+@pytest.mark.parametrize(
+    "text", ["1ep", "0.25ep", "200ba", "1234567ba", "0.1234567ep", "0.00001ep", "1000000000ba"]
+)
 def test_text_round_trips(text: str) -> None:
+    """1234567ba was told as 1.23457e+06ba, another interval, which could not be read either."""
     assert str(Interval.parse(text)) == text
     assert Interval.parse(Interval.parse(text)) == Interval.parse(text)

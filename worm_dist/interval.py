@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 __all__ = ["Interval"]
+
+_SHORTEST, _LONGEST = 1e-6, 1e9
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,18 @@ class Interval:
         unit: ``"ep"`` for epochs, ``"ba"`` for batches, that is optimizer steps.
 
     Raises:
-        ValueError: the count is not positive, or is a fraction of a batch.
+        ValueError: the count is not from a millionth to a billion, or is a fraction of a batch.
     """
 
     count: float
     unit: Literal["ep", "ba"]
 
     def __post_init__(self) -> None:
-        if self.count <= 0:
-            raise ValueError(f"an interval must be positive, got {self}")
+        if not _SHORTEST <= self.count <= _LONGEST:
+            raise ValueError(
+                "an interval must be positive, at least 0.000001 and at most 1000000000, got "
+                f"{self}"
+            )
         if self.unit == "ba" and self.count != int(self.count):
             raise ValueError(f"an interval in batches must be whole, got {self}")
 
@@ -50,4 +56,5 @@ class Interval:
         return max(1, round(steps))
 
     def __str__(self) -> str:
-        return f"{self.count:g}{self.unit}"
+        """As ``parse`` reads it, to the last digit and without an exponent."""
+        return f"{Decimal(repr(self.count)):f}".removesuffix(".0") + self.unit
