@@ -81,12 +81,34 @@ def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
         ),
         ({"ticket": {"recalibrate_batches": -1}}, "ticket.recalibrate_batches"),
         ({"search": 5}, "search"),
+        ({"search": {"window": 2**31}}, "search.window"),
+        ({"search": {"window": -(10**5000)}}, "search.window"),
+        ({"search": {"l1": 1e308}}, "search.l1"),
     ],
 )
 @pytest.mark.fault(13, "wrong types, values out of range")
 def test_values_out_of_range_or_of_another_type_are_refused(values: dict, key: str) -> None:
     (line,) = _mistakes(**values)
     assert line.startswith(f"{key}: ")
+
+
+@pytest.mark.fault(13, "a key that is a word of Python's own")
+def test_no_key_is_taken_for_an_argument() -> None:
+    """It was a TypeError: __init__() got multiple values for argument 'self'."""
+    with pytest.raises(ConfigError, match="self: unknown key"):
+        WormConfig(self=1)
+
+
+@pytest.mark.fault(13, "more mistakes than can be read")
+def test_of_very_many_mistakes_the_first_are_told() -> None:
+    mistakes = _mistakes(search={"dense": list(range(3000)), "score": "x" * 5000})
+    assert mistakes[0] == (
+        "search.score: Input should be 'scale', 'norm_scale', 'gate' or 'weight_norm', got "
+        f"'{'x' * 47}...{'x' * 48}'"
+    )
+    assert mistakes[1] == "search.dense.0: Input should be a valid string, got 0"
+    assert mistakes[-1] == f"... and {3001 - len(mistakes) + 1} more"
+    assert len("\n".join(mistakes)) < 2000
 
 
 @pytest.mark.fault(13, "settings that contradict one another")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .cluster.launchers import started_by
 from .cluster.voice import Told, leave, tell
+from .config import shortened
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
@@ -107,9 +108,9 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise ConfigError(f"{word!r}: expected --key.subkey value")
+            raise ConfigError(f"{shortened(repr(word), 100)}: expected --key.subkey value")
         if not equals and not words:
-            raise ConfigError(f"{word}: its value is missing")
+            raise ConfigError(f"{shortened(word, 100)}: its value is missing")
         pairs.append((key, value if equals else words.pop(0)))
     return pairs
 
@@ -119,10 +120,13 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     if options.check:
         print(f"{options.config}: the settings are right")
         return 0
+    out = options.out or Path("runs") / config.name
+    if out.name in ("", ".."):
+        raise ConfigError(f"--out: {out} holds more than a run; name a folder of the run's own")
     # Data sets, TensorBoard and drawing take seconds to import; a typo is told before.
     from .training.run import run
 
-    return run(config, options.out or Path("runs") / config.name, options.resume)
+    return run(config, out, options.resume)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ for an unknown key, the nearest valid one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from .errors import ConfigError
@@ -26,7 +28,9 @@ from .interval import Interval
 
 __all__ = [
     "PRESETS",
+    "Count",
     "ElbowConfig",
+    "Factor",
     "SearchConfig",
     "Settings",
     "TicketConfig",
@@ -34,13 +38,23 @@ __all__ = [
     "WormConfig",
     "WormParts",
     "merge",
+    "shortened",
 ]
+
+_LONGEST_TEXT, _LONGEST_KEY, _LONGEST_NUMBER = 1500, 100, 30
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 3, 100
 
 IntervalField = Annotated[
     Interval,
     BeforeValidator(Interval.parse),
     PlainSerializer(str, return_type=str),
 ]
+
+Count = Annotated[int, Field(le=2**31 - 1)]
+"""Of whatever is counted.  Much of what counts it has 32 bits."""
+Factor = Annotated[float, Field(le=1e6)]
+"""Of weights and gradients; torch refuses in the middle of a step what no float32 can hold."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
@@ -63,7 +77,9 @@ soft truncation of the scales once the window is full.  ``early-bird``: search o
 class Settings(BaseModel):
     """A strict, frozen part of a configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def keys(cls, prefix: str = "") -> Iterator[str]:
@@ -83,7 +99,7 @@ class ElbowConfig(Settings):
     below ``fraction`` of the largest mean so far.  ``kneedle``: the kneed library's knee."""
     margin: float = Field(default=0.05, ge=0, le=1)
     fraction: float = Field(default=0.5, gt=0, lt=1)
-    min_masks: int = Field(default=3, ge=2)
+    min_masks: Count = Field(default=3, ge=2)
     """No rule fires before this many masks are in the history."""
 
 
@@ -114,12 +130,12 @@ class SearchConfig(Settings):
     """Share of its channels that every group keeps; at least one."""
     every: IntervalField = Interval(1, "ep")
     """How often the trainer calls ``check``.  In your own loop, call it that often."""
-    window: int = Field(default=5, ge=2)
+    window: Count = Field(default=5, ge=2)
     """Number of newest masks whose distances decide."""
     settled: float = Field(default=0.1, gt=0, le=1)
     """The ticket is found when every distance in a full window is below this."""
     elbow: ElbowConfig = ElbowConfig()
-    l1: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    l1: Factor = Field(default=1e-4, ge=0)
     """Weight of the L1 penalty on the scales."""
 
     @model_validator(mode="after")
@@ -161,7 +177,7 @@ class TruncationConfig(Settings):
     """Hard mode, from ``attach`` on: round live gradients for the all-reduce, or send PowerSGD's
     approximation of them (arXiv 1905.13727).  torch allows one communication hook, so its own
     compression hooks cannot stand beside the packing."""
-    compression_rank: int = Field(default=1, ge=1)
+    compression_rank: Count = Field(default=1, ge=1)
     """PowerSGD: columns of the thin matrices that are sent for every matrix of gradients."""
 
     @model_validator(mode="before")
@@ -202,10 +218,10 @@ class TicketConfig(Settings):
 
     settle: IntervalField = Interval(1, "ep")
     """How long after the fade's end the network trains before it may be drawn."""
-    recalibrate_batches: int = Field(default=8, ge=0)
+    recalibrate_batches: Count = Field(default=8, ge=0)
     """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew after
     the draw; the engine keeps references to them while it searches.  0 turns it off."""
-    round_to: int = Field(default=8, ge=1)
+    round_to: Count = Field(default=8, ge=1)
     """Groups of more than four times as many channels keep a multiple of this many, which hardware
     likes; the search's masks are rounded so, up or down, as near to p as that allows.  1 turns it
     off."""
@@ -218,7 +234,7 @@ class WormParts(Settings):
     truncation: TruncationConfig = TruncationConfig()
     ticket: TicketConfig = TicketConfig()
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -255,15 +271,38 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(error: ValidationError, valid_keys: list[str]) -> Iterator[str]:
-    """One line for each mistake: the key, what is wrong with it, what was given."""
-    for mistake in error.errors(include_url=False):
-        key = ".".join(str(part) for part in mistake["loc"]) or "config"
-        if mistake["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{key}: unknown key{hint}"
-        elif mistake["type"] == "value_error":
-            yield f"{key}: {mistake['ctx']['error']}"
-        else:
-            yield f"{key}: {mistake['msg']}, got {mistake['input']!r}"
+def _explain(error: ValidationError, valid_keys: Sequence[str]) -> Iterator[str]:
+    """One line for each mistake, as many as a reader can take in."""
+    length = 0
+    for number, mistake in enumerate(error.errors(include_url=False)):
+        line = shortened(_line(mistake, valid_keys))
+        length += len(line)
+        if length > _LONGEST_TEXT:
+            yield f"... and {error.error_count() - number} more"
+            return
+        yield line
+
+
+def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
+    """The key, what is wrong with it, what was given."""
+    key = ".".join(str(part) for part in mistake["loc"]) or "config"
+    key = shortened(key if key.isprintable() else ascii(key), _LONGEST_KEY)
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}: unknown key{hint}"
+    if mistake["type"] == "value_error":
+        return f"{key}: {mistake['ctx']['error']}"
+    return f"{key}: {mistake['msg']}, got {_shown(mistake['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written; only the beginnings of what is long, deep or huge."""
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST_NUMBER:
+        return f"a number of more than {_LONGEST_NUMBER} digits"
+    return _SHORT.repr(value)
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """The text, or its beginning and its end where it has more characters."""
+    return text if len(text) <= most else f"{text[: most - 45]} ... {text[-40:]}"

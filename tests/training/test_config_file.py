@@ -59,19 +59,67 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
     [
         ("search: {\n", "not YAML"),
         ("just words\n", "key: value"),
-        ("epochs: 1\nepochs: 2\n", "key given twice near line 1: epochs"),
+        ("epochs: 1\nepochs: 2\n", "line 2: key given twice: epochs"),
         ("1: 2\n", "key: value"),
         ("truncation:\n  mode: soft\n  motion: fade\n", "motion 'fade' contradicts mode 'soft'"),
         ("search:\n  prune_ratio: 0.8\n  floor: 0.3\n", "contradict"),
         ("search: 3\n", "search:"),
         ("preset: fast\n", "preset:"),
         ("data:\n  name: cifar10\n", "root is needed for 'cifar10'"),
+        ("[]\n", "key: value"),
+        ("self: 1\n", "self: unknown key"),
+        ("a: &a [*a]\n", "line 1: aliases repeat too many values"),
+        ("epochs: 1\nname: !!float x\n", "line 2: no float: 'x'"),
+        ("name: 2024-13-01\n", "line 1: no timestamp: '2024-13-01'"),
+        ("name: " + "[" * 1000, "line 1: too deep"),
+        ("name: [" + "1, " * 3000 + "]", "line 1: too many"),
+        ("epochs: " + "9" * 5000, "line 1: a value of more than 3000 characters"),
+        ("#" * 100_001, "longer than 100000 bytes"),
+        ("name: ..\n", "name: String should match pattern"),
+        ("data: {root: 'a\\0b'}\n".replace("'", '"'), "a path has no NUL in it"),
+        ("optimizer: {lr: .inf}\n", "optimizer.lr: Input should be a finite number"),
+        ("model: {arguments: {a: [1, .nan]}}\n", "model.arguments: a.1: nan is no finite number"),
+        ("model: {arguments: {a: {1: 2}}}\n", "model.arguments: a: the key 1 is no text"),
+        ("model: {arguments: {a: 2024-01-01}}\n", "a: date is neither number, text, list nor"),
     ],
 )
 @pytest.mark.fault(13, "keys given twice, files that are not YAML")
 def test_unusable_files_are_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         read_run_config(_file(tmp_path, text), [])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.fault(13, "aliases that stand for more than there is memory")
+def test_a_billion_laughs_are_refused(tmp_path: Path) -> None:
+    """A hundred and fifty bytes of aliases stand for 10**9 words; to show them took for ever."""
+    lists = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 10))
+    with pytest.raises(ConfigError, match="aliases repeat too many values"):
+        read_run_config(_file(tmp_path, f"- &l0 [{'ha, ' * 9}]\n{lists}"), [])
+
+
+def test_a_key_may_stand_beside_those_that_it_is_merged_with(tmp_path: Path) -> None:
+    """It was taken for a key given twice, as merging lists both."""
+    text = "data: {batch_size: 32}\nmodel: {arguments: {a: &a {x: 1, y: 1}, b: {<<: *a, x: 2}}}\n"
+    config = read_run_config(_file(tmp_path, text), [])
+    assert config.model.arguments["b"] == {"x": 2, "y": 1}
+
+
+def test_settings_of_ones_own_keep_their_order_and_their_nesting(tmp_path: Path) -> None:
+    """A run that goes on must see another order of patterns, of which the first that matches
+    counts, and another nesting: {a: {b: 1}} and {a.b: 1} had one name."""
+    flat = [
+        read_run_config(_file(tmp_path, text), []).flat()
+        for text in (
+            "search: {ratios: {a: 0.1, b: 0.2}}\nmodel: {arguments: {a: {b: 1}}}\n",
+            "search: {ratios: {b: 0.2, a: 0.1}}\nmodel: {arguments: {a.b: 1}}\n",
+        )
+    ]
+    assert flat[0]["search.ratios"] == [["a", 0.1], ["b", 0.2]]
+    assert {key for key in flat[0] if flat[0][key] != flat[1][key]} == {
+        "search.ratios",
+        "model.arguments",
+    }
 
 
 @pytest.mark.fault(13, "a file that is not there")

@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..config import merge
+from ..config import merge, shortened
 from ..errors import ConfigError
 from .run_config import RunConfig
 
 __all__ = ["read_run_config"]
 
+_MOST_BYTES, _MOST_VALUES, _LONGEST, _DEEPEST = 100_000, 2_000, 3_000, 20
+"""Of a file, of the values in it with what aliases repeat, of characters in one value, of values in
+one another: far more than settings need, and few enough to be read at once."""
+
+
+class _UnfitError(yaml.MarkedYAMLError):
+    """It is YAML, but no settings."""
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-4`` as a number, and does not let a key hide its namesake."""
+    """Safe YAML that reads ``1e-4`` as a number, and says where a value is none of its kind."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"key given twice near line {line}: {', '.join(twice)}")
-        return mapping
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._count = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Stops at the first value too many: to read on would take minutes, or all of the stack."""
+        self._count += 1
+        self._depth += 1
+        if self._count > _MOST_VALUES or self._depth > _DEEPEST + 1:
+            too = "deep" if self._depth > _DEEPEST else "many"
+            problem = f"too {too}; settings are at most {_MOST_VALUES} values, {_DEEPEST} deep"
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise _UnfitError(problem=problem, problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+            # PyYAML's own constructors raise all of these.
+            kind = node.tag.rpartition(":")[2]
+            raise _mistake(node, f"no {kind}: {shortened(repr(node.value))}") from error
 
 
 _Loader.add_implicit_resolver(  # YAML 1.1 wants a dot in every float
@@ -38,19 +64,23 @@ def read_run_config(path: Path, replaced: Sequence[tuple[str, str]]) -> RunConfi
     """Read a run's settings.
 
     Args:
-        path: a YAML file.
+        path: a YAML file of at most 100,000 bytes.
         replaced: pairs of a dotted key and its new value as YAML text, later ones win.
 
     Raises:
         ConfigError: the file cannot be read, or with all mistakes in it at once.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        settings = _parsed(content.decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: it is not written in UTF-8: {error}") from error
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{path}: settings must be written as 'key: value'")
     for key, text in replaced:
         settings = merge(settings, _nested(key, text))
@@ -58,11 +88,73 @@ def read_run_config(path: Path, replaced: Sequence[tuple[str, str]]) -> RunConfi
 
 
 def _nested(key: str, text: str) -> dict[str, Any]:
-    try:
-        value: Any = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key}: not a YAML value: {text!r}") from error
-    for part in reversed(key.split(".")):
+    name = f"--{shortened(key if key.isprintable() else ascii(key), 100)}"
+    parts = key.split(".")
+    if len(parts) > _DEEPEST or not key.isprintable():
+        raise ConfigError(f"{name}: unknown key")
+    value = _parsed(text, name)
+    for part in reversed(parts):
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The one YAML value in a text.
+
+    Raises:
+        ConfigError: there is no such value, or more than settings need.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{where}: longer than {_MOST_BYTES} bytes; settings are short")
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _require_plain(root)
+        return loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        kind = "" if isinstance(error, _UnfitError) else "not YAML: "
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        reason = shortened(f"{error.problem or error.context}")
+        raise ConfigError(f"{where}: {kind}{line}{reason}") from error
+    except yaml.YAMLError as error:
+        reason = shortened(" ".join(str(error).split()))
+        raise ConfigError(f"{where}: not YAML: {reason}") from error
+
+
+def _require_plain(root: yaml.Node) -> None:
+    """Values are few, short and shallow, and no key hides its namesake.
+
+    Of a value that is repeated by aliases every copy counts: a few lines of them can stand for more
+    values than there is memory, and one that holds itself has no end.
+    """
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if count + len(waiting) > _MOST_VALUES or depth > _DEEPEST:
+            raise _mistake(node, "aliases repeat too many values in it")
+        if isinstance(node, yaml.MappingNode):
+            _require_other_keys(node)
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(part, depth + 1) for part in node.value]
+        elif len(node.value) > _LONGEST:
+            raise _mistake(node, f"a value of more than {_LONGEST} characters")
+        elif re.search("[\ud800-\udfff]", node.value):
+            raise _mistake(node, f"{node.value!a} is no text: half of a character is missing")
+
+
+def _require_other_keys(node: yaml.MappingNode) -> None:
+    seen = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise _mistake(key, f"key given twice: {shortened(key.value)}")
+        seen.add(key.value)
+
+
+def _mistake(node: yaml.Node, problem: str) -> _UnfitError:
+    return _UnfitError(problem=problem, problem_mark=node.start_mark)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from ..config import PRESETS, IntervalField, Settings, WormConfig, WormParts, merge
+from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
 from ..interval import Interval
+from .plain import plain
 
 __all__ = [
     "CheckpointConfig",
@@ -23,19 +24,30 @@ __all__ = [
 ]
 
 
+def _require_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"a path has no NUL in it, got {text!r}")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_require_path)]
+Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Sockets count milliseconds in 32 bits; that is 24 days."""
+
+
 class DataConfig(Settings):
     """What is learned from."""
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
-    root: str | None = None
+    root: PathText | None = None
     """Folder that holds the data; ``digits`` needs none, it ships with scikit-learn."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: Count = Field(default=64, ge=1)
     """Samples in one optimizer step, over all ranks together."""
     augment: bool = True
     """The data set's standard augmentation of its training split."""
-    image_size: int = Field(default=224, ge=8)
+    image_size: int = Field(default=224, ge=8, le=2**14)
     """Side of the square crops of ``image-folder``."""
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=1024)
     """Loader processes on each rank."""
 
     @model_validator(mode="after")
@@ -50,18 +62,18 @@ class ModelConfig(Settings):
 
     name: str = "vgg_small"
     """One of worm_dist.models, or any classification model of torchvision."""
-    arguments: dict[str, Any] = Field(default={})
+    arguments: Annotated[dict[str, Any], AfterValidator(plain)] = Field(default={})
     """Further keyword arguments of its constructor."""
 
 
 class OptimizerConfig(Settings):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
+    lr: Factor = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
     nesterov: bool = False
     """SGD only."""
-    weight_decay: float = Field(default=5e-4, ge=0)
+    weight_decay: Factor = Field(default=5e-4, ge=0)
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -72,8 +84,8 @@ class OptimizerConfig(Settings):
 
 class ScheduleConfig(Settings):
     name: Literal["constant", "cosine", "step"] = "cosine"
-    warmup_epochs: int = Field(default=0, ge=0)
-    milestones: list[int] = Field(default=[])
+    warmup_epochs: Count = Field(default=0, ge=0)
+    milestones: list[Annotated[Count, Field(ge=1)]] = Field(default=[])
     """``step`` only: epochs at which the learning rate is multiplied by ``gamma``."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
 
@@ -90,14 +102,14 @@ class DistributedConfig(Settings):
     backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
     """``auto``: DistributedDataParallel over nccl where every rank has a GPU, else over gloo.
     ``deepspeed``: DeepSpeed's engine, over the same."""
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     """DeepSpeed's own settings, a JSON file; without one ZeRO stage 1."""
-    startup_timeout_seconds: int = Field(default=900, ge=1)
+    startup_timeout_seconds: Seconds = 900
     """How long ranks wait for one another until the first step is done: programs are loaded, files
     are listed and kernels are chosen for the first time, on some hosts slower than on others."""
-    timeout_seconds: int = Field(default=300, ge=1)
+    timeout_seconds: Seconds = 300
     """The same from then on.  Whoever does not come in time is named, and all ranks stop."""
-    bucket_cap_mb: float = Field(default=25, gt=0)
+    bucket_cap_mb: float = Field(default=25, gt=0, le=1e6)
     """Of DistributedDataParallel."""
 
     @model_validator(mode="after")
@@ -121,7 +133,7 @@ class CheckpointConfig(Settings):
     """From where a run can go on."""
 
     every: IntervalField = Interval(1, "ep")
-    keep_last: int = Field(default=3, ge=2)
+    keep_last: Count = Field(default=3, ge=2)
     """How many of the newest are kept: at least two, as the newest may turn out damaged.  That of
     the best accuracy is kept besides."""
     on_error: Literal["stop", "continue"] = "stop"
@@ -135,10 +147,11 @@ class RunConfig(WormParts):
         ConfigError: listing every mistake at once.
     """
 
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    name: str = Field(default="run", pattern=r"^[\w-][\w.-]*$", max_length=200)
+    """Of the run's folder in ``runs``, so neither ``..`` nor longer than a folder's name."""
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
-    seed: int = Field(default=0, ge=0)
-    epochs: int = Field(default=20, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    epochs: Count = Field(default=20, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -148,7 +161,7 @@ class RunConfig(WormParts):
     divergence: DivergenceConfig = DivergenceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         preset = values.get("preset", "worm")
         base = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
         super().__init__(**merge(base, values))
@@ -159,14 +172,17 @@ class RunConfig(WormParts):
         return WormConfig(search=self.search, truncation=self.truncation, ticket=self.ticket)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name."""
-        return dict(_flat(self.model_dump(mode="json")))
+        """Every setting by its dotted name; mappings of the user's own as their items, whose order
+        may count."""
+        return dict(_flat(self))
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested mappings, with its dotted key."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+def _flat(part: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in part.model_dump(mode="json").items():
+        below = getattr(part, name)
+        if isinstance(below, Settings):
+            yield from _flat(below, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
+            yield f"{prefix}{name}", [[key, below] for key, below in value.items()]
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{name}", value
