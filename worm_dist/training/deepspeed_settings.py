@@ -45,11 +45,19 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": None,
         **named,
     }
+    for key in ("bf16", "data_types"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise ConfigError(f"distributed.deepspeed: {path}: {key}: expected an object")
     if config.precision == "bf16":
         settings["bf16"] = {**settings.get("bf16", {}), "enabled": True}
         # BatchNorm on a CPU wants its statistics in the precision of its weights.
         settings["data_types"] = {"buffer_dtype": "bf16", **settings.get("data_types", {})}
     passes = settings.get("gradient_accumulation_steps", 1)
+    if type(passes) is not int or not 0 < passes < 2**31:
+        raise ConfigError(
+            f"distributed.deepspeed: {path}: gradient_accumulation_steps: expected a number of "
+            "passes, 1 or more"
+        )
     share, rest = divmod(config.data.batch_size, world_size * passes)
     if rest or not share:
         raise ConfigError(
@@ -64,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"distributed.deepspeed: {path}: it cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"distributed.deepspeed: {path}: it is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"distributed.deepspeed: {path}: expected an object of settings")
