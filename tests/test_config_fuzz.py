@@ -190,8 +190,9 @@ def _require_clear(text: str, path: Path) -> None:
 def _require_holds(config: RunConfig) -> None:
     """It can be written and read back, and what follows from it can be built."""
     assert RunConfig(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
-    fixed = settled(config)
-    assert not changes(json.loads(json.dumps(fixed, allow_nan=False)), fixed)
+    if config.distributed.backend != "deepspeed":  # whose file may not be there
+        fixed = settled(config)
+        assert not changes(json.loads(json.dumps(fixed, allow_nan=False)), fixed)
     assert config.worm.search == config.search
     for interval in (config.search.every, config.truncation.fade, config.ticket.settle):
         assert 1 <= interval.steps(_STEPS_PER_EPOCH) <= 3e9
@@ -329,6 +330,7 @@ def test_other_settings_of_deepspeed(path: Path, data: st.DataObject) -> None:
     except ConfigError as error:
         text = str(error)
     else:
+        assert not changes(json.loads(json.dumps(settled(config))), settled(config))
         passes = found.get("gradient_accumulation_steps", 1)
         assert found["train_micro_batch_size_per_gpu"] * passes * 2 == config.data.batch_size
         return

@@ -69,7 +69,7 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"distributed.deepspeed: {path}: it cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -77,3 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"distributed.deepspeed: {path}: expected an object of settings")
     return content
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
