@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from worm_dist import ConfigError, WormConfig
+from worm_dist.__main__ import main
 from worm_dist.config import PRESETS
 from worm_dist.interval import Interval
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 
 
 def _mistakes(**values: object) -> list[str]:
@@ -135,6 +140,14 @@ def test_only_powersgd_has_a_rank(compression: str) -> None:
         f"truncation: compression_rank 4 contradicts compression '{compression}', which has no "
         "rank; choose compression 'powersgd'"
     )
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+@pytest.mark.fault(13, "a folder that holds more than the run")
+def test_a_run_has_a_folder_of_its_own(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is there is put aside; pathlib had no name for this one, and said so."""
+    assert main(["train", str(DIGITS), "--out", out]) == 2
+    assert f"--out: {out} holds more than a run" in capsys.readouterr().err
 
 
 def test_presets_are_valid_and_take_changes() -> None:
