@@ -300,6 +300,12 @@ def test_root_that_cannot_be_looked_into_is_a_mistake_of_the_user(name: str) -> 
         _load(name, Path("x" * 5000))
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "image-folder"])
+def test_root_of_a_user_who_is_not_there_is_told(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no such user"):
+        data.load_data(DataConfig(name=name, root="~nobody.of.that.name/x"))
+
+
 def test_relative_root_is_reported_as_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,28 @@ def test_settings_that_do_not_fit_are_told(tmp_path: Path, content: str, told: s
         _settings(tmp_path, content)
 
 
+def _refusals(path: Path, settings: list[Any]) -> list[str]:
+    """What is said of each, on a rank."""
+    said = []
+    for each in settings:
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps({"zero_optimization": each}))
+        dist.barrier()
+        with pytest.raises(ConfigError) as caught:
+            _train({"": [DEEPSPEED, ("distributed.deepspeed", str(path))]})
+        said.append(str(caught.value))
+        dist.barrier()
+    return said
+
+
+def test_what_deepspeed_itself_refuses_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    for said in ranks(2, _refusals, path, [{"stage": 9}, {"stage": 1, "stagger": 2}]):
+        assert all(f"distributed.deepspeed: {path}: DeepSpeed refuses it" in each for each in said)
+        assert "stage Input should be 0, 1, 2" in said[0]
+        assert "stagger" in said[1]
+
+
 def test_settings_of_a_backend_that_is_not_used_are_told() -> None:
     with pytest.raises(ConfigError, match="contradicts backend 'auto'"):
         read_run_config(CONFIGS / "digits.yaml", [("distributed.deepspeed", "zero1.json")])

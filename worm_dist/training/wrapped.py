@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..engine import Engine
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError
 from .deepspeed_settings import deepspeed_settings
 from .run_config import RunConfig
 
@@ -44,7 +45,9 @@ def wrapped(
     """
     if config.distributed.backend == "deepspeed":
         settings = deepspeed_settings(config, world_size)
-        model, *_ = deepspeed_module(device).initialize(
+        deepspeed = deepspeed_module(device)
+        _require_valid(deepspeed, settings, config.distributed.deepspeed)
+        model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
         engine: nn.Module = model
@@ -54,6 +57,18 @@ def wrapped(
         device_ids=[device] if device.type == "cuda" else None,
         bucket_cap_mb=config.distributed.bucket_cap_mb,
     )
+
+
+def _require_valid(deepspeed: Any, settings: dict[str, Any], path: str | None) -> None:
+    """What DeepSpeed itself does not take, before it does anything else."""
+    deepspeed.init_distributed(dist_init_required=False)  # it counts the ranks
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
+    except Exception as error:  # it has an error of its own for nothing that it checks
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(
+            f"distributed.deepspeed: {path}: DeepSpeed refuses it: {reason}"
+        ) from error
 
 
 def backend_name(model: nn.Module, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ...errors import ConfigError
 from ..run_config import DataConfig
 
 __all__ = ["Data"]
@@ -32,6 +33,13 @@ class Data:
 
 
 def folder(config: DataConfig) -> Path:
-    """The absolute path of ``data.root``, for data sets that need one."""
+    """The absolute path of ``data.root``, for data sets that need one.
+
+    Raises:
+        ConfigError: it begins with the home of somebody who is not known here.
+    """
     assert config.root is not None  # DataConfig lets only digits go without.
-    return Path(config.root).expanduser().absolute()
+    try:
+        return Path(config.root).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"data.root: {config.root}: there is no such user") from error
