@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-__all__ = ["RAW", "fuzzed", "other_bytes", "other_trees"]
+__all__ = ["RAW", "fuzzed", "other_bytes", "other_json", "other_tensors", "other_trees"]
 
 _SECONDS_FOR_ONE = 20
 """It takes milliseconds, but the machine may be busy."""
@@ -77,3 +78,30 @@ def other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
             some = draw(st.binary(max_size=20))
             changed[begin : begin + (len(some) if how == "replace" else 0)] = some
     return bytes(changed)
+
+
+_RAW_JSON = [b"NaN", b"1e999", b"[" * 3000, b'{"a":' * 2000, b"9" * 5000, b"\xff", b'"\\ud800"']
+
+
+@st.composite
+def other_json(
+    draw: st.DrawFn, content: bytes, values: Sequence[Any], keys: Sequence[Any]
+) -> bytes:
+    """Of the tree, and raw text that is no JSON or too much of it."""
+    tree = draw(other_trees(json.loads(content), values, keys))
+    return json.dumps(tree).encode().replace(f'"{RAW}"'.encode(), draw(st.sampled_from(_RAW_JSON)))
+
+
+@st.composite
+def other_tensors(
+    draw: st.DrawFn, content: bytes, values: Sequence[Any], keys: Sequence[Any]
+) -> bytes:
+    """Of a file in the safetensors format: the header as JSON, its length, or the data."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    if draw(st.booleans()):
+        header = draw(other_json(header, values, keys))
+    said = draw(st.sampled_from([len(header)] * 4 + [0, 1, len(header) + 8, 2**63, 2**64 - 1]))
+    if draw(st.booleans()):
+        data = draw(other_bytes(data))
+    return said.to_bytes(8, "little") + header + data

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoint.states import difference, save, small_state
-from tests.mutations import RAW, fuzzed, other_bytes, other_trees
+from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.shelf import Shelf
 
@@ -22,27 +22,7 @@ _PLAIN: list[Any] = [
     *("x", "..", "/", "F32", "F64", "BOOL", "float32", "bool", "weights", "7ff8000000000000"),
     *([], {}, [[]], {"dict": []}, {"tuple": []}, {"float": "fff0000000000000"}),
 ]
-_RAW = [b"NaN", b"1e999", b"[" * 3000, b'{"dict":' * 2000, b"9" * 5000, b"\xff", b'"\\ud800"']
-
-
-@st.composite
-def _other_json(draw: st.DrawFn, content: bytes) -> bytes:
-    """Values, keys and raw text replaced, removed and doubled."""
-    tree = draw(other_trees(json.loads(content), _PLAIN, ["", "dict", "../run.json", "run.json"]))
-    return json.dumps(tree).encode().replace(f'"{RAW}"'.encode(), draw(st.sampled_from(_RAW)))
-
-
-@st.composite
-def _other_tensors(draw: st.DrawFn, content: bytes) -> bytes:
-    """The header as JSON, its length, or the data."""
-    length = int.from_bytes(content[:8], "little")
-    header, data = content[8 : 8 + length], content[8 + length :]
-    if draw(st.booleans()):
-        header = draw(_other_json(header))
-    said = draw(st.sampled_from([len(header)] * 4 + [0, 1, len(header) + 8, 2**63, 2**64 - 1]))
-    if draw(st.booleans()):
-        data = draw(other_bytes(data))
-    return said.to_bytes(8, "little") + header + data
+_KEYS = ["", "dict", "../run.json", "run.json"]
 
 
 class _Checkpoint:
@@ -82,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> _Checkpoint:
 @given(data=st.data())
 def test_other_manifests(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["manifest.json"]
-    other = data.draw(_other_json(content) | other_bytes(content))
+    other = data.draw(other_json(content, _PLAIN, _KEYS) | other_bytes(content))
     state = checkpoint.read("manifest.json", other, signed=False)
     # What it says of the step may change, but not the state.
     assert state is None or not difference(state, small_state(1))
@@ -92,7 +72,7 @@ def test_other_manifests(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_other_skeletons(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["run.json"]
-    other = data.draw(_other_json(content) | other_bytes(content))
+    other = data.draw(other_json(content, _PLAIN, _KEYS) | other_bytes(content))
     checkpoint.read("run.json", other, signed=True)
     assert other == content or checkpoint.read("run.json", other, signed=False) is None
 
@@ -101,7 +81,7 @@ def test_other_skeletons(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_other_tensors(checkpoint: _Checkpoint, data: st.DataObject) -> None:
     content = checkpoint.files["run.safetensors"]
-    other = data.draw(_other_tensors(content) | other_bytes(content))
+    other = data.draw(other_tensors(content, _PLAIN, _KEYS) | other_bytes(content))
     checkpoint.read("run.safetensors", other, signed=True)
     assert other == content or checkpoint.read("run.safetensors", other, signed=False) is None
 

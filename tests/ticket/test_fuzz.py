@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD
 
 import worm_dist
-from tests.mutations import RAW, fuzzed, other_bytes, other_trees
+from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from tests.nets import random_images
 from worm_dist import CheckpointError, WormConfig, load_ticket
 from worm_dist.models import build_model
@@ -31,25 +31,6 @@ _VALUES: list[Any] = [
     *([], {}, [[]], [0], [0, 0], list(range(5000)), {"widths": 10**9}, {"num_layers": 10**9}),
 ]
 _KEYS = ["", "widths", "num_layers", "image_size", "hidden_dim", "norm_layer", "weights", "kept"]
-_RAW = [b"NaN", b"1e999", b"[" * 3000, b'{"a":' * 2000, b"9" * 5000, b"\xff", b'"\\ud800"']
-
-
-@st.composite
-def _other_json(draw: st.DrawFn, content: bytes) -> bytes:
-    tree = draw(other_trees(json.loads(content), _VALUES, _KEYS))
-    return json.dumps(tree).encode().replace(f'"{RAW}"'.encode(), draw(st.sampled_from(_RAW)))
-
-
-@st.composite
-def _other_tensors(draw: st.DrawFn, content: bytes) -> bytes:
-    length = int.from_bytes(content[:8], "little")
-    header, data = content[8 : 8 + length], content[8 + length :]
-    if draw(st.booleans()):
-        header = draw(_other_json(header))
-    said = draw(st.sampled_from([len(header)] * 4 + [0, 1, len(header) + 8, 2**63, 2**64 - 1]))
-    if draw(st.booleans()):
-        data = draw(other_bytes(data))
-    return said.to_bytes(8, "little") + header + data
 
 
 class _Ticket:
@@ -113,14 +94,14 @@ def ticket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @settings(fuzzed, max_examples=200)
 @given(data=st.data())
 def test_other_records_that_are_signed(ticket: _Ticket, data: st.DataObject) -> None:
-    record = data.draw(_other_json(ticket.record) | other_bytes(ticket.record))
+    record = data.draw(other_json(ticket.record, _VALUES, _KEYS) | other_bytes(ticket.record))
     ticket.load(_signed(record, ticket.weights), ticket.weights)
 
 
 @settings(fuzzed, max_examples=100)
 @given(data=st.data())
 def test_other_records_that_are_not(ticket: _Ticket, data: st.DataObject) -> None:
-    record = data.draw(_other_json(ticket.record) | other_bytes(ticket.record))
+    record = data.draw(other_json(ticket.record, _VALUES, _KEYS) | other_bytes(ticket.record))
     try:
         same = json.loads(record) == json.loads(ticket.record)
     except (ValueError, RecursionError):
@@ -132,7 +113,7 @@ def test_other_records_that_are_not(ticket: _Ticket, data: st.DataObject) -> Non
 @settings(fuzzed, max_examples=150)
 @given(data=st.data())
 def test_other_weights_that_are_signed(ticket: _Ticket, data: st.DataObject) -> None:
-    weights = data.draw(_other_tensors(ticket.weights) | other_bytes(ticket.weights))
+    weights = data.draw(other_tensors(ticket.weights, _VALUES, _KEYS) | other_bytes(ticket.weights))
     ticket.load(_signed(ticket.record, weights), weights)
 
 
