@@ -24,6 +24,7 @@ from worm_dist.checkpoint.lock import run_lock
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.result import Result
 from worm_dist.training.run_folder import own_folder
+from worm_dist.training.settled import changes, settled
 from worm_dist.training.trainer import Trainer
 
 DENSE = {"preset": "dense", "epochs": 2}
@@ -170,6 +171,45 @@ def test_what_a_host_decides_and_how_long_to_train_may_change(ranks: Ranks, out:
     assert Checkpoint(out / "checkpoints" / "step-24").manifest.value is not None
 
 
+@pytest.mark.fault(12, "every key that README names, and others")
+def test_what_may_change_and_what_may_not() -> None:
+    def told(key: str, value: str) -> list[str]:
+        before, after = (read_run_config(CONFIG, replaced) for replaced in ([], [(key, value)]))
+        assert before != after
+        return changes(settled(before), settled(after))
+
+    may = {
+        "epochs": "21",
+        "name": "other",
+        "data.root": "/elsewhere",
+        "data.num_workers": "1",
+        "distributed.timeout_seconds": "7",
+        "distributed.startup_timeout_seconds": "7",
+        "distributed.backend": "nccl",
+        "divergence.check_every": "3ba",
+        "ticket.settle": "3ba",
+        "ticket.recalibrate_batches": "3",
+        "checkpoint.every": "3ba",
+        "checkpoint.keep_last": "7",
+        "checkpoint.on_error": "continue",
+    }
+    assert not [(key, told(key, value)) for key, value in may.items() if told(key, value)]
+    for key, value in {
+        "seed": "7",
+        "data.batch_size": "32",
+        "optimizer.momentum": "0.5",
+        "schedule.warmup_epochs": "1",
+        "search.grouping": "layer",
+        "truncation.motion": "hold",
+        "ticket.round_to": "4",
+        "precision": "bf16",
+        "model.arguments": "{widths: [8, M, 16]}",
+    }.items():
+        (line,) = told(key, value)
+        assert line.startswith(f"{key}: ") and " -> " in line
+    assert "distributed.backend: 'auto' -> 'deepspeed'" in told("distributed.backend", "deepspeed")
+
+
 @pytest.mark.fault(12, "a format of the future")
 def test_a_format_of_the_future_is_refused(ranks: Ranks, out: Path) -> None:
     path = _newest(out) / "manifest.json"
@@ -256,7 +296,7 @@ def _kill_by_and_by(real: Any, *args: Any) -> Any:
 
 @pytest.mark.fault(5, "a run is killed while it saves")
 def test_killed_while_it_saves_a_run_goes_on(driver: Driver) -> None:
-    settings = {"checkpoint.every": "1ba"}
+    settings = {"checkpoint.every": "1ba", "epochs": 6}  # long enough to be struck three times
     for _ in range(3):
         ends = driver(1, Run((Fault.do(_kill_by_and_by, rank=0, step=3),), settings))
         assert ends[0].exitcode == -9

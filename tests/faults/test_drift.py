@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import DivergenceError
@@ -85,6 +86,22 @@ def test_it_is_found_within_the_interval(ranks: Ranks) -> None:
     first, second = ranks(2, _train, _push_all, 1, "1ep")
     assert first == second and first.startswith("step 8: ")
     assert first.count(" on rank 1") == 3 and " (and 5 more). Start again" in first
+
+
+def _step_and_push(real: Act, trainer: Trainer, *batch: Tensor) -> Tensor:
+    loss: Tensor = real(trainer, *batch)
+    _push(trainer)
+    return loss
+
+
+@pytest.mark.fault(17, "before a checkpoint is made of it")
+def test_it_is_not_saved(driver: Driver) -> None:
+    """Rank zero's weights alone would have been whole, and wrong."""
+    settings = {"divergence.check_every": "9ep", "checkpoint.every": "2ba"}
+    ends = driver(2, Run((Fault.do(_step_and_push, rank=1, step=3),), settings))
+    assert [(end.exitcode, len(end.errors)) for end in ends] == [(4, 1), (4, 0)]
+    assert "step 4: the ranks no longer hold the same network: parameter" in ends[0].said
+    assert [path.name for path in (driver.out / "checkpoints").iterdir()] == ["step-2"]
 
 
 @pytest.mark.fault(17, "of three ranks the odd one is named")
