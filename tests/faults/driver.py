@@ -317,7 +317,7 @@ class Driver:
 
 def _is_stopped(pid: int) -> bool:
     """As by SIGSTOP; such a process ends only when it is killed."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # before the read, or in it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
 
