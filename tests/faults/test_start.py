@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.courses import under_zero
 from tests.faults.driver import Act, Driver, Fault, Run, busy
 
 VERSIONS = "worm_dist.training.installation:versions"
@@ -37,6 +38,10 @@ def _other_code(real: Act, folder: Any) -> Any:
         (
             Run((Fault.do(_other_code, rank=0, step=None).at(CODE),)),
             "the code of worm_dist is edited on rank 0, ",
+        ),
+        (
+            Run(settings=under_zero(1), per_rank={1: under_zero(2)}),
+            "distributed.deepspeed.zero_optimization is {'stage': 1} on rank 0, {'stage': 2} on ",
         ),
     ],
 )

@@ -50,7 +50,9 @@ def record(error: Exception) -> None:
         "message": f"{type(error).__name__}: {error}",
         "extraInfo": {
             "py_callstack": str(error) if ours else _traceback(error),
-            "timestamp": str(int(time.time())),
+            # torchrun takes the earliest, in whole seconds, for the cause of all; of several in
+            # the same second it takes the first that it looks at, which may have failed after.
+            "timestamp": str(int(time.time()) - 1),
         },
     }
     Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")

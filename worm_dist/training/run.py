@@ -26,12 +26,14 @@ from .report import Report
 from .run_config import RunConfig
 from .run_folder import RESULT, own_folder
 from .saving import RUN, Saving
+from .settled import settled
 from .trainer import Trainer
 from .unwritten import Unwritten
 
 __all__ = ["run"]
 
-_EACH_HOST_DECIDES = ("data.root", "data.num_workers")
+_EACH_HOST_DECIDES = ("data.root", "data.num_workers", "distributed.deepspeed")
+"""Where things are; of DeepSpeed's file it is compared what it says."""
 
 
 def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
@@ -123,7 +125,8 @@ def _finish(trainer: Trainer, out: Path, report: Report, unwritten: Unwritten) -
 
 def _require_started_alike(config: RunConfig, device: torch.device) -> None:
     """Ranks with other settings or other code would train, for a while, another network."""
-    settings = {key: str(value) for key, value in config.flat().items()}
+    said = config.flat()
+    settings = {key: str(value) for key, value in {**said, **settled(config), **said}.items()}
     for key in _EACH_HOST_DECIDES:
         del settings[key]
     assert dist.group.WORLD is not None
