@@ -56,6 +56,7 @@ def _state_found(folder: Path) -> int | None:
 
 @pytest.mark.parametrize("ending", Ending)
 @pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.fault(5, "a kill at every call of the file system")
 def test_what_is_found_is_the_checkpoint_before_or_this_one(
     tmp_path: Path,
     situation: str,

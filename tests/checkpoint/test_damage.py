@@ -48,6 +48,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize("name", FILES[1:])
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.999])
 @pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.fault(8, "bit by bit, file by file")
 def test_one_flipped_bit(path: Path, name: str, place: float, bit: int) -> None:
     """torch and safetensors would read it without a word."""
     content = bytearray((path / name).read_bytes())
@@ -59,6 +60,7 @@ def test_one_flipped_bit(path: Path, name: str, place: float, bit: int) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 10, -2])
+@pytest.mark.fault(7, "truncated, file by file")
 def test_a_file_cut_short(path: Path, name: str, keep: int) -> None:
     (path / name).write_bytes((path / name).read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=rf"step-1/{name}"):
@@ -66,6 +68,7 @@ def test_a_file_cut_short(path: Path, name: str, keep: int) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.fault(7, "missing, file by file")
 def test_a_missing_file(path: Path, name: str) -> None:
     (path / name).unlink()
     with pytest.raises(CheckpointError, match=rf"step-1/{name}: wanted this file, found none"):
@@ -74,6 +77,7 @@ def test_a_missing_file(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe", "socket"])
+@pytest.mark.fault(10, "links, folders, pipes and sockets in the place of files")
 def test_something_that_is_no_plain_file(
     path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +107,7 @@ class _Payload:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.fault(10, "a pickle in the place of every file")
 def test_a_malicious_pickle_does_not_run(
     path: Path, name: str, signed: bool, tmp_path: Path
 ) -> None:
@@ -126,6 +131,7 @@ def test_a_malicious_pickle_does_not_run(
         *("manifest.json/../run.json", "\\victim.json", "C:victim.json", "é.json"),
     ],
 )
+@pytest.mark.fault(10, "names that lead out of the folder")
 def test_no_name_leads_out_of_the_folder(path: Path, name: str) -> None:
     shutil.copy(path / "run.json", path.parent / "victim.json")
     _edit(path, lambda said: said["files"].update({name: said["files"]["run.json"]}))

@@ -37,6 +37,7 @@ def _is_as_before(folder: Path) -> None:
     assert not difference(newest.read("run"), small_state(1))
 
 
+@pytest.mark.fault(9, "a limit on the size of files")
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     save(Shelf(tmp_path), 1)
 
@@ -72,6 +73,7 @@ def _on_a_small_disk(folder: Path, test: Callable[[Callable[[int], None]], None]
     assert exitcode == 0
 
 
+@pytest.mark.fault(9, "a disk that is full")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
         shelf = Shelf(tmp_path)
@@ -83,6 +85,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     _on_a_small_disk(tmp_path, full)
 
 
+@pytest.mark.fault(9, "several ranks on a disk that is full")
 def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
         shelf = Shelf(tmp_path)
@@ -98,6 +101,7 @@ def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
     _on_a_small_disk(tmp_path, full)
 
 
+@pytest.mark.fault(9, "a disk that can only be read")
 def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     def read_only(remount: Callable[[int], None]) -> None:
         shelf = Shelf(tmp_path)

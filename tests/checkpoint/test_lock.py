@@ -48,6 +48,7 @@ def test_it_is_gone_after_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(23, "the second is refused")
 def test_a_second_run_is_refused_and_leaves_it(tmp_path: Path) -> None:
     text = (
         rf"{re.escape(str(tmp_path))}/run\.lock: .* process {os.getpid()} on {socket.gethostname()}"
@@ -63,6 +64,7 @@ def test_a_second_run_is_refused_and_leaves_it(tmp_path: Path) -> None:
         assert (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.fault(23, "that of a killed run is taken over")
 def test_that_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
     def killed() -> None:
         with run_lock(tmp_path):
@@ -145,6 +147,7 @@ def test_a_lock_that_somebody_else_holds_by_now_is_left_alone(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.fault(23, "of many that come at once one gets it")
 def test_of_many_that_come_at_once_one_gets_it(tmp_path: Path, stale: bool) -> None:
     """With a look at the lock and a replacement after it, two could take over the same one."""
     folder = tmp_path / "run"

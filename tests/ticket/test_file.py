@@ -124,6 +124,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_ticket(tmp_path / "nowhere", Residual)
 
 
+@pytest.mark.fault(8, "in a ticket")
 def test_one_flipped_bit_is_found(ticket: Path) -> None:
     """torch and safetensors would load it without a word."""
     weights = bytearray((ticket / "ticket.safetensors").read_bytes())
@@ -215,6 +216,7 @@ def test_other_programs_read_the_weights(tmp_path: Path) -> None:
         {"widths": [10**30]},
     ],
 )
+@pytest.mark.fault(10, "a ticket of a network that would not fit in memory")
 def test_no_memory_is_taken_for_what_does_not_fit(
     tmp_path: Path, arguments: dict[str, Any]
 ) -> None:
