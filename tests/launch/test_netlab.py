@@ -31,6 +31,8 @@ def _started(*words: str, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        # What a shell ignores from its start on, as jobs in the background do, it cannot trap.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
