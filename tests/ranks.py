@@ -37,7 +37,8 @@ _PRELOADED = [
     "torch.distributed",
     "torch.nn.parallel",
     "pytest",
-    "worm_dist",
+    "worm_dist.engine",
+    "worm_dist.gates",
 ]
 
 

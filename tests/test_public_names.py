@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import worm_dist
+
 # Everything below is what a user would write; it imports nothing but worm_dist itself.
 SCRIPT = """
 import json
@@ -116,3 +118,17 @@ def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path:
     assert said["widths"] == [4, 6, 96]
     assert said["equal"]
     assert said["hooks"] == [0, 0]
+
+
+def test_the_command_line_and_its_mistakes_need_no_torch() -> None:
+    """They took six seconds, of which torch and what it brings along were all but a third of
+    one; scripts in launch/ check the settings before they start any rank."""
+    program = "import sys, worm_dist.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_names_are_found_and_no_others() -> None:
+    assert {getattr(worm_dist, name).__name__ for name in worm_dist.__all__} == {*worm_dist.__all__}
+    assert {*worm_dist.__all__} <= {*dir(worm_dist)}
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        worm_dist.atach  # noqa: B018

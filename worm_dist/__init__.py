@@ -5,21 +5,27 @@
 See ``attach`` for the engine, ``WormConfig`` for its settings, ``load_ticket`` for its result.
 """
 
-from .config import WormConfig
-from .engine import Engine, attach
-from .errors import (
-    BackendError,
-    CheckpointError,
-    ConfigError,
-    DivergenceError,
-    NonFiniteError,
-    WormError,
-)
-from .gates import add_gates
-from .search.groups import ChannelGroup
-from .search.mask import Mask
-from .ticket.file import load_ticket
-from .verdict import Phase, Verdict
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import WormConfig
+    from .engine import Engine, attach
+    from .errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DivergenceError,
+        NonFiniteError,
+        WormError,
+    )
+    from .gates import add_gates
+    from .search.groups import ChannelGroup
+    from .search.mask import Mask
+    from .ticket.file import load_ticket
+    from .verdict import Phase, Verdict
 
 __all__ = [
     "BackendError",
@@ -39,3 +45,29 @@ __all__ = [
     "load_ticket",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ChannelGroup": ".search.groups",
+    "Engine": ".engine",
+    "Mask": ".search.mask",
+    "Phase": ".verdict",
+    "Verdict": ".verdict",
+    "WormConfig": ".config",
+    "add_gates": ".gates",
+    "attach": ".engine",
+    "load_ticket": ".ticket.file",
+}
+"""Where names are from; all others are errors.  They are imported when they are asked for: torch
+takes seconds, and the command line tells a mistake in the settings without it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, ".errors"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

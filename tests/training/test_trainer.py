@@ -57,7 +57,8 @@ def _run(ranks: Ranks, world_size: int, *replaced: tuple[str, str]) -> Any:
 
 @pytest.mark.timeout(400)
 def test_the_ticket_does_not_hang_on_the_number_of_ranks(ranks: Ranks) -> None:
-    one, two, four = (_run(ranks, world_size)[1] for world_size in (1, 2, 4))
+    one, four = (_run(ranks, world_size, ("epochs", "8"))[1] for world_size in (1, 4))
+    two = _run(ranks, 2)[1]
     for result in (one, four):
         assert result["status"] == "ticket"
         assert abs(result["ticket_epoch"] - two["ticket_epoch"]) <= 1
