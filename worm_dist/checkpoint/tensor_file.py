@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -79,7 +80,7 @@ class TensorFile:
         CheckpointError: it is not in the format.
     """
 
-    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+    def __init__(self, file: BufferedReader, size: int, path: Path) -> None:
         self._file = file
         self._path = path
         length = int.from_bytes(file.read(8), "little")
@@ -139,7 +140,7 @@ class TensorFile:
                 "bytes"
             ) from error
         self._file.seek(self._begin + begin)
-        if self._file.readinto(memory.numpy()) != form.num_bytes:  # type: ignore[attr-defined]
+        if self._file.readinto(memory.numpy().data) != form.num_bytes:
             raise CheckpointError(f"{self._path}: the file was cut short while it was read")
         return form.tensor_of(memory)
 

@@ -71,7 +71,10 @@ class _Reading:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._order = {module: place for place, module in enumerate(network.modules())}
+        # A parameter of its own is looked up too, and comes last.
+        self._order: dict[object, int] = {
+            module: place for place, module in enumerate(network.modules())
+        }
         self.names: dict[Any, str] = {module: name for name, module in network.named_modules()}
         self._shared = _shared(network)
         self._weights = _weights(network)
@@ -87,7 +90,7 @@ class _Reading:
         """The group, or by module why it is left dense."""
         layers = sorted(
             coupled.stream.layers,
-            key=lambda layer: self._order.get(layer.module, len(self._order)),  # type: ignore[arg-type]
+            key=lambda layer: self._order.get(layer.module, len(self._order)),
         )
         found = self._why_dense(coupled, layers) or self._group(layers)
         if isinstance(found, ChannelGroup):

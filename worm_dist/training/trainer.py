@@ -16,10 +16,11 @@ from ..cluster.agree import Ranks, Together
 from ..cluster.halt import Halt, Stopped
 from ..cluster.launch import Place
 from ..cluster.progress import Progress
-from ..errors import CheckpointError, ConfigError, NonFiniteError
+from ..errors import CheckpointError, NonFiniteError
 from ..models import build_model
 from ..verdict import Phase
-from .data import Data, load_data, test_loader, train_loader
+from .data import load_data, test_loader, train_loader
+from .data.likeness import require_same_data
 from .data.replay import EpochSampler
 from .drift import require_same_network
 from .finite import Finite
@@ -93,7 +94,7 @@ class Trainer:
         shares = (config.data, place.rank, place.world_size)
         self._train = train_loader(data, *shares, config.seed, device)
         self._test = test_loader(data, *shares, device)
-        _require_same_data(data, len(self._train), self._ranks)
+        require_same_data(data, len(self._train), self._ranks)
         self._progress.reach("the start, building the network")
         self.model_arguments: dict[str, Any] = {
             "name": config.model.name,
@@ -362,21 +363,3 @@ class Trainer:
         self.result.mask_digest = self.engine.mask.digest if self.engine.mask else None
         ends: dict[Phase, str] = {Phase.DENSE: "dense", Phase.TICKET: "ticket"}
         return ends.get(self.engine.phase, "not_found")
-
-
-def _require_same_data(data: Data, num_batches: int, ranks: Ranks) -> None:
-    """A rank with one batch less would leave the others waiting at the end of the epoch."""
-    found = ranks.differences(
-        {
-            "the number of training samples": str(len(data.train)),  # type: ignore[arg-type]
-            "the number of test samples": str(len(data.test)),  # type: ignore[arg-type]
-            "the number of batches": str(num_batches),
-            "the number of classes": str(data.num_classes),
-            "the shape of a sample": str(data.sample_shape),
-        }
-    )
-    if found:
-        raise ConfigError(
-            f"data: the ranks do not see the same data: {'; '.join(found)}; give every host the "
-            "whole data set"
-        )

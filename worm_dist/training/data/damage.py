@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ...errors import ConfigError
+from .samples import Samples
 
 __all__ = ["Checked", "DamagedSampleError"]
 
@@ -37,13 +38,13 @@ class Checked(Dataset[Any]):
         num_classes: classes are below.
     """
 
-    def __init__(self, samples: Dataset[Any], split: str, num_classes: int) -> None:
+    def __init__(self, samples: Samples, split: str, num_classes: int) -> None:
         self.samples = samples
         self.split = split
         self.num_classes = num_classes
 
     def __len__(self) -> int:
-        return len(self.samples)  # type: ignore[arg-type]
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
         """The sample.

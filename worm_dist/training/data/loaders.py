@@ -31,7 +31,7 @@ def train_loader(
         DamagedSampleError: later, by a sample that cannot be learned from.
     """
     batch_size = _per_rank(config, world_size)
-    num_samples = len(data.train)  # type: ignore[arg-type]
+    num_samples = len(data.train)
     if num_samples < config.batch_size:
         raise ConfigError(
             f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the "
@@ -57,7 +57,7 @@ def test_loader(
         ConfigError: the batch cannot be shared out evenly, or the split is empty.
         DamagedSampleError: later, by a sample that cannot be learned from.
     """
-    num_samples = len(data.test)  # type: ignore[arg-type]
+    num_samples = len(data.test)
     if num_samples == 0:
         raise ConfigError("data: the test split is empty; nothing could be said of the network")
     samples = Checked(data.test, "test", data.num_classes)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from .samples import Samples
+
 __all__ = ["EpochSampler", "Replayed", "seed_from"]
 
 
@@ -47,12 +49,12 @@ class EpochSampler(DistributedSampler[Any]):
 class Replayed(Dataset[Any]):
     """``samples``, asked for by (epoch, index), each under a random state of its own."""
 
-    def __init__(self, samples: Dataset[Any], seed: int) -> None:
+    def __init__(self, samples: Samples, seed: int) -> None:
         self.samples = samples
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.samples)  # type: ignore[arg-type]
+        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.utils.data import Dataset
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .samples import Samples
 
 __all__ = ["Data"]
 
@@ -23,8 +21,8 @@ class Data:
     state alone.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: Samples
+    test: Samples
     num_classes: int
     sample_shape: tuple[int, int, int]
     """Channels, height, width."""
