@@ -8,14 +8,26 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import CheckpointError
 
-__all__ = ["Part", "Seal", "open_sealed", "read_small", "reading", "sync_folder", "write_file"]
+__all__ = [
+    "Part",
+    "Seal",
+    "check_size",
+    "file_size",
+    "open_sealed",
+    "read_small",
+    "reading",
+    "sync_folder",
+    "write_file",
+    "writing",
+]
 
 _CHUNK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,8 +59,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise CheckpointError(
-                f"{path}: disk full ({error.strerror}); this checkpoint is not written, the "
-                "earlier ones are as they were; free some space, or keep fewer checkpoints"
+                f"{path}: disk full ({error.strerror}); it is not written, what was there "
+                "before is as it was; free some space"
             ) from error
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -99,7 +111,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_sealed(path: Path, seal: Seal) -> Iterator[BinaryIO]:
+def open_sealed(path: Path, seal: Seal) -> Iterator[BufferedReader]:
     """A file whose size and hash have been compared with its seal, at its beginning.
 
     What is read is what was compared, even if another file takes its name meanwhile.
@@ -111,7 +123,7 @@ def open_sealed(path: Path, seal: Seal) -> Iterator[BinaryIO]:
         check_size(path, os.fstat(file.fileno()).st_size, seal)
         digest = hashlib.sha256()
         chunk = memoryview(bytearray(_CHUNK))
-        while count := file.readinto(chunk):  # type: ignore[attr-defined]
+        while count := file.readinto(chunk):
             digest.update(chunk[:count])
         if digest.hexdigest() != seal.sha256:
             raise CheckpointError(
@@ -155,7 +167,7 @@ def read_small(path: Path, limit: int) -> bytes:
     return content
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     # A link could lead anywhere, and to open a pipe could take for ever.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

@@ -15,6 +15,7 @@ import torch
 import torch_pruning
 from torch import nn
 
+from ..checkpoint.disk import sync_folder, writing
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json
 from ..gates import remove_gates
@@ -49,9 +50,10 @@ def save_ticket(
             only its owner can build it.
 
     Raises:
-        CheckpointError: the weights cannot be written.
+        CheckpointError: the disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     record = Record(
         model=None if model is None else ModelRecord(**model),
         mask_digest=mask.digest,
@@ -60,7 +62,9 @@ def save_ticket(
         weights=write_weights(folder / _WEIGHTS, network),
         versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
     )
-    write_json(folder / _RECORD, record.signed().model_dump())
+    with writing(folder / _RECORD):
+        write_json(folder / _RECORD, record.signed().model_dump())
+    sync_folder(folder)
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -87,9 +87,12 @@ class CutRecord(Part):
         Raises:
             ConfigError: it does not have this parameter, or of another size.
         """
-        modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-        shape = parameters[self.parameter].shape if self.parameter in parameters else ()
-        if self.module not in modules or self.dim >= len(shape) or shape[self.dim] != self.size:
+        try:
+            network.get_submodule(self.module)
+            fits = network.get_parameter(self.parameter).shape[self.dim] == self.size
+        except (AttributeError, IndexError):
+            fits = False
+        if not fits:
             raise ConfigError(
                 f"its cut of {self.parameter[:100]!r} does not fit the network; does build return "
                 "the network that the ticket was drawn from?"
