@@ -26,20 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["NO_GROUP", "Outcome", "RankFailure", "Ranks"]
+__all__ = ["NO_GROUP", "PRELOADED", "Outcome", "RankFailure", "Ranks"]
 
 NO_GROUP = 0
 """World size of one process without a process group."""
 
-_PRELOADED = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed",
-    "torch.nn.parallel",
-    "pytest",
-    "worm_dist.engine",
-    "worm_dist.gates",
-]
+PRELOADED = ["tests.preloaded"]
+"""A process has one fork server, for all kinds of ranks."""
 
 
 class RankFailure(AssertionError):
@@ -83,7 +76,7 @@ class Ranks:
         self._folder = folder
         self._num_calls = 0
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
 
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What a top-level function returns on every rank, by rank.

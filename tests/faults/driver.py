@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
+from tests.ranks import PRELOADED
 from worm_dist.training.data import Data
 from worm_dist.training.run_config import DataConfig
 
@@ -47,8 +48,6 @@ SMALL = {
     "distributed.startup_timeout_seconds": "60",
 }
 """Eight steps an epoch."""
-
-_PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "pytest", "worm_dist.training.run"]
 
 Act = Callable[..., Any]
 """Called instead of a call, with what would have been called and its arguments."""
@@ -237,7 +236,7 @@ class Driver:
         self.out = folder / "run"
         self._folder = folder
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
 
     def __call__(self, world_size: int, run: Run, limit: float = 100.0) -> list[Ended]:
         """Start plain processes, and wait until they have ended or are stopped for good; afterwards
