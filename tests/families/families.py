@@ -21,7 +21,7 @@ __all__ = ["FAMILIES", "Family"]
 Inputs = tuple[Any, ...] | dict[str, Any]
 
 _UNNORMED = "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without"
-_LAYER_NORM = r"LayerNorm(2d)?: only BatchNorm scales are ranked"
+_LAYER_NORM = r"LayerNorm(2d)?: of all norms only BatchNorm's channels are dropped"
 _PUT_OUT = "its channels are what the network puts out"
 _UNCALLED = "it is never called, or not as a module"
 _ALL_OR_NONE = "none of its channels can be dropped without all others"

@@ -217,7 +217,9 @@ def test_heads_and_neurons_are_scored_by_gates() -> None:
     assert lines[start + 1].split()[1:4] == ["6", "3", "gate"]
     assert lines[start + 2].split()[1:4] == ["192", "96", "gate"]
     start = lines.index("What stays dense")
-    assert lines[start + 1].endswith("ln_1 +8  LayerNorm: only BatchNorm scales are ranked")
+    assert lines[start + 1].endswith(
+        "ln_1 +8  LayerNorm: of all norms only BatchNorm's channels are dropped"
+    )
     assert lines[-1] == "The ticket has no gates: they are folded into the weights."
 
 

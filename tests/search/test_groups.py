@@ -140,7 +140,7 @@ def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
     assert [group.name for group in groups] == ["conv2", "conv4"]
     assert groups.dense == {
         "bn1": "coupled with other (GroupNorm), which is not understood",
-        "other": "GroupNorm: only BatchNorm scales are ranked",
+        "other": "GroupNorm: of all norms only BatchNorm's channels are dropped",
         "bn3": "bn3 has no scale that trains",
         "grouped": "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without",
     }

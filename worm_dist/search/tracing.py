@@ -243,7 +243,8 @@ def _name_the_rest(
         if isinstance(module, Norm) and name not in grouped:
             dense.setdefault(name, "no layer that could be cut makes its channels")
         elif isinstance(module, _OTHER_NORMS):
-            dense.setdefault(name, f"{type(module).__name__}: only BatchNorm scales are ranked")
+            kind = type(module).__name__
+            dense.setdefault(name, f"{kind}: of all norms only BatchNorm's channels are dropped")
 
 
 def _name_the_uncalled(
