@@ -32,7 +32,7 @@ LIMIT_SECONDS = 300
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a run again and again.")
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("settings", nargs="*", help="after --, for the run")
