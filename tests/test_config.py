@@ -22,7 +22,7 @@ def test_defaults_are_the_worm_preset() -> None:
     config = WormConfig()
     assert config == WormConfig.preset("worm")
     assert (config.search.prune_ratio, config.search.window, config.search.settled) == (0.5, 5, 0.1)
-    assert (config.truncation.mode, config.truncation.motion) == ("hard", "fade")
+    assert (config.truncation.mode, config.truncation.frozen_weights) == ("hard", "remove")
     assert config.search.every == Interval(1, "ep")
 
 
@@ -30,14 +30,14 @@ def test_defaults_are_the_worm_preset() -> None:
 def test_all_mistakes_are_reported_at_once() -> None:
     mistakes = _mistakes(
         search={"prune_ratio": 1.5, "window": "five", "elbow": {"rule": "knee"}},
-        truncation={"fade": "1 epoch"},
+        truncation={"removal": {"duration": "1 epoch"}},
         tickets={},
     )
     assert [line.split(":")[0] for line in mistakes] == [
         "search.prune_ratio",
         "search.window",
         "search.elbow.rule",
-        "truncation.fade",
+        "truncation.removal.duration",
         "tickets",
     ]
     assert mistakes[0].endswith("got 1.5")
@@ -123,12 +123,12 @@ def test_ratio_and_floor_must_fit_together() -> None:
 
 
 @pytest.mark.parametrize("mode", ["soft", "off"])
-def test_modes_that_freeze_nothing_have_one_scope_and_one_motion(mode: str) -> None:
+def test_modes_that_freeze_nothing_have_one_scope_and_one_rule(mode: str) -> None:
     config = WormConfig(truncation={"mode": mode})
-    assert (config.truncation.scope, config.truncation.motion) == ("norm", "free")
-    (line,) = _mistakes(truncation={"mode": mode, "scope": "producer", "motion": "hold"})
+    assert (config.truncation.scope, config.truncation.frozen_weights) == ("norm", "free")
+    (line,) = _mistakes(truncation={"mode": mode, "scope": "producer", "frozen_weights": "hold"})
     assert line.startswith("truncation: scope 'producer' contradicts")
-    assert "motion 'hold' contradicts" in line
+    assert "frozen_weights 'hold' contradicts" in line
 
 
 @pytest.mark.parametrize("compression", ["none", "bf16", "fp16"])

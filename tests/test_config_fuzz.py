@@ -194,7 +194,10 @@ def _require_holds(config: RunConfig) -> None:
         fixed = settled(config)
         assert not changes(json.loads(json.dumps(fixed, allow_nan=False)), fixed)
     assert config.worm.search == config.search
-    for interval in (config.search.every, config.truncation.fade, config.ticket.settle):
+    removal = config.truncation.removal
+    for interval in (config.search.every, removal.duration, removal.patience):
+        if interval == "auto":
+            continue
         assert 1 <= interval.steps(_STEPS_PER_EPOCH) <= 3e9
     timedelta(seconds=config.distributed.startup_timeout_seconds)
     torch.Generator().manual_seed(config.seed + config.epochs)

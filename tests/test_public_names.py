@@ -51,7 +51,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 engine = worm.attach(
     model,
     optimizer,
-    worm.WormConfig(truncation={"fade": "4ba"}),
+    worm.WormConfig(truncation={"removal": {"duration": "4ba"}}),
     example_inputs=torch.randn(1, 1, 8, 8),
 )
 said = {"groups": [(group.name, group.num_channels) for group in engine.groups]}
@@ -63,16 +63,16 @@ mask = worm.Mask({
     for group in engine.groups
 })
 train(engine, 3)
+try:
+    engine.draw()
+except worm.ConfigError as error:
+    said["refused"] = str(error)
 engine.truncate(mask)
 train(engine, 6)
 said["phase"] = engine.phase
 said["saved"] = 1 - engine.traffic.sent_bytes / engine.traffic.dense_bytes
 said["faded"] = float(net[1].weight.detach()[~mask["0"]].abs().max())
-try:
-    engine.draw()
-except worm.ConfigError as error:
-    said["refused"] = str(error)
-engine.draw(mask)
+engine.draw()  # what has left
 train(engine, 3)
 said["widths"] = [net[0].out_channels, net[3].out_channels, net[7].in_features]
 folder = sys.argv[1]

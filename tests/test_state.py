@@ -19,6 +19,7 @@ from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.resuming import differences, through_a_file
+from tests.settings import at_once
 from worm_dist import CheckpointError, ConfigError, Engine, WormConfig
 
 
@@ -26,11 +27,11 @@ def _engine(network: nn.Module | None = None, **settings: Any) -> Engine:
     torch.manual_seed(0)
     network = Residual() if network is None else network
     randomise(network, seed=3)
-    settings = {"truncation": {"fade": "2ba"}, "search": {"every": "2ba"}, **settings}
+    settings = {"truncation": {**at_once(2)}, "search": {"every": "2ba"}, **settings}
     return worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.05, momentum=0.9),
-        WormConfig(**{"ticket": {"settle": "1ba"}, **settings}),
+        WormConfig(**settings),
         example_inputs=random_images(1),
     )
 
@@ -69,10 +70,19 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_without("format"), "format: wanted 1, found None"),
-        (_with(2, "format"), "format: wanted 1, found 2"),
-        (_without("streaks"), "streaks: Field required"),
-        (_without("truncation", "fades_end"), "truncation.fades_end: Field required"),
+        (_without("format"), "format: wanted 2, found None"),
+        (_with(1, "format"), "format: wanted 2, found 1"),
+        (_without("checks_dropped"), "checks_dropped: Field required"),
+        (_without("truncation", "columns"), "truncation.columns: Field required"),
+        (_with(torch.ones(3) > 0, "removed"), r"removed: wanted \[14\], found \[3\]"),
+        (
+            _with(torch.ones(14) > 0, "removed"),
+            r"truncation.frozen: wanted \[0\], found \[14\]",
+        ),
+        (
+            _with(torch.tensor([14]), "removal", "schedule", "waiting"),
+            "removal.schedule.waiting: these are no channels",
+        ),
         (_with(1, "more"), "more: Extra inputs are not permitted"),
         (_with("now", "training", "step"), "training.step: Input should be a valid integer"),
         (_with("later", "phase"), "phase: Input should be 'dense'"),
@@ -98,7 +108,7 @@ def test_a_state_that_is_not_whole_is_refused(
 
 @pytest.mark.parametrize("state", [None, 3, {}, []])
 def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
-    with pytest.raises(CheckpointError, match="format: wanted 1, found None"):
+    with pytest.raises(CheckpointError, match="format: wanted 2, found None"):
         _engine().load_state_dict(state)
 
 
@@ -112,9 +122,12 @@ def test_a_state_of_another_network_is_refused() -> None:
     [
         ({"search": {"every": "2ba", "prune_ratio": 0.3}}, "search.prune_ratio: 0.5 -> 0.3"),
         ({"search": {"every": "3ba"}}, "search.every: '2ba' -> '3ba'"),
-        ({"truncation": {"motion": "hold"}}, "truncation.motion: 'fade' -> 'hold'"),
+        (
+            {"truncation": {"frozen_weights": "hold"}},
+            "truncation.frozen_weights: 'remove' -> 'hold'",
+        ),
         ({"search": {"every": "2ba", "ratios": {"conv1": 0.1}}}, r"ratios: \{\} -> \{'conv1'"),
-        ({"ticket": {"settle": "1ba", "round_to": 2}}, "ticket.round_to: 8 -> 2"),
+        ({"ticket": {"round_to": 2}}, "ticket.round_to: 8 -> 2"),
     ],
 )
 def test_other_settings_are_refused_with_each_of_them(settings: dict[str, Any], said: str) -> None:
@@ -123,7 +136,7 @@ def test_other_settings_are_refused_with_each_of_them(settings: dict[str, Any], 
 
 
 def test_settings_of_the_draw_may_change() -> None:
-    engine = _engine(ticket={"settle": "7ba", "recalibrate_batches": 2})
+    engine = _engine(ticket={"recalibrate_batches": 2})
     engine.load_state_dict(_state())
     assert engine.step == 3 and engine.phase == "truncate"
 
@@ -145,7 +158,7 @@ def test_an_epoch_of_another_length_is_refused() -> None:
     engine = worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.05),
-        WormConfig(truncation={"fade": "2ba"}, search={"every": "2ba"}, ticket={"settle": "1ba"}),
+        WormConfig(truncation={**at_once(2)}, search={"every": "2ba"}),
         example_inputs=random_images(1),
         steps_per_epoch=12,
     )
@@ -177,12 +190,12 @@ def test_inputs_that_are_not_plain_are_left_out_with_a_warning(
 
 
 def test_nested_inputs_come_back_as_they_were() -> None:
-    engine = _engine(_Sized(), ticket={"settle": "1ba", "recalibrate_batches": 2})
+    engine = _engine(_Sized(), ticket={"recalibrate_batches": 2})
     size = {"a": [torch.ones(2), (3, None)], 4: "x"}
     for images in (random_images(1), random_images(2), random_images(3)):
         engine.model(images, size=size)
     state = through_a_file(engine.state_dict())
-    again = _engine(_Sized(), ticket={"settle": "1ba", "recalibrate_batches": 2})
+    again = _engine(_Sized(), ticket={"recalibrate_batches": 2})
     again.load_state_dict(state)
     calls = engine._training.calls, again._training.calls
     assert [len(positional[0]) for positional, *_ in calls[1]] == [2, 3]
@@ -202,7 +215,7 @@ def _parallel(truncation: dict[str, Any]) -> Engine:
     return worm_dist.attach(
         model,
         SGD(model.parameters(), lr=0.05, momentum=0.9),
-        WormConfig(truncation={"fade": "2ba", **truncation}, ticket={"settle": "1ba"}),
+        WormConfig(truncation={**at_once(2), **truncation}),
         example_inputs=random_images(1),
     )
 
@@ -213,9 +226,9 @@ def _differing() -> list[str]:
     _, state = _state_on({})
     said = []
     for change in (
-        lambda s: s["streaks"].add_(1),
+        lambda s: s["checks_dropped"].add_(1),
         lambda s: s["truncation"].update(generation=9),
-        lambda s: s.pop("streaks"),
+        lambda s: s.pop("checks_dropped"),
     ):
         mine = copy.deepcopy(state)
         if rank == 1:
@@ -231,10 +244,10 @@ def test_ranks_that_bring_different_states_all_stop(ranks: Ranks) -> None:
     other, mine = ranks(2, _differing)
     for said in (*other, *mine[:2]):
         assert said.startswith("DivergenceError: ") and "load_state_dict" in said
-    assert "state of group streaks: rank 1 differs" in other[0]
+    assert "state of group checks_dropped: rank 1 differs" in other[0]
     assert "state of group truncation: rank 1 differs" in other[1]
     assert "rank 1 differs" in other[2]
-    assert mine[2].startswith("CheckpointError: load_state_dict: streaks: Field required")
+    assert mine[2].startswith("CheckpointError: load_state_dict: checks_dropped: Field required")
 
 
 def _of_rank_zero(truncation: dict[str, Any]) -> Any:
@@ -282,7 +295,7 @@ def test_one_process_goes_on_from_two(ranks: Ranks) -> None:
     engine = worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.05, momentum=0.9),
-        WormConfig(truncation={"fade": "2ba"}, ticket={"settle": "1ba"}),
+        WormConfig(truncation={**at_once(2)}),
         example_inputs=random_images(1),
     )
     engine.load_state_dict(saved["engine"])

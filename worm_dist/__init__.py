@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import (
         BackendError,
         CheckpointError,
+        CollapseError,
         ConfigError,
         DivergenceError,
         NonFiniteError,
@@ -31,6 +32,7 @@ __all__ = [
     "BackendError",
     "ChannelGroup",
     "CheckpointError",
+    "CollapseError",
     "ConfigError",
     "DivergenceError",
     "Engine",

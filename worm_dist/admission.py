@@ -11,7 +11,7 @@ from .errors import ConfigError
 from .search.groups import Groups
 from .search.mask import Mask
 
-__all__ = ["agreed_mask", "require_live_survivors"]
+__all__ = ["agreed_mask", "require_live_survivors", "require_reversible"]
 
 
 def agreed_mask(
@@ -54,6 +54,23 @@ def require_live_survivors(groups: Groups, mask: Mask, frozen: Tensor) -> None:
             raise ConfigError(
                 f"draw: group {name}: no channel that the mask keeps is live; a network without "
                 "this layer cannot train on. Raise search.floor or give another mask"
+            )
+
+
+def require_reversible(groups: Groups, mask: Mask, irreversible: Tensor, when: str) -> None:
+    """What has begun to leave does not come back.
+
+    Args:
+        irreversible: bool ``[num_channels]``, the channels that the mask must drop.
+
+    Raises:
+        ConfigError: it keeps one of them.
+    """
+    for name, back in groups.split(irreversible & mask.keep).items():
+        if bool(back.any()):
+            raise ConfigError(
+                f"{when}: group {name}: the mask keeps a channel that has begun to leave, or has "
+                "left; such channels do not come back"
             )
 
 

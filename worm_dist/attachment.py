@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from .observer import Observer, Traffic
 from .optimizer_state import OptimizerState
 from .search.groups import Groups
 from .ticket.carry import Cargo
+from .ticket.collapse import Liveness
 from .ticket.statistics import Call, recalibrate
 from .ticket.surgery import Cut, remove_channels
 from .ticket.transplant import forget, transplant
@@ -36,11 +37,13 @@ def require_countable(config: WormConfig) -> None:
     Raises:
         ConfigError: it is needed and cannot be counted.
     """
-    needed = (config.truncation.fade, config.ticket.settle)
-    in_epochs = any(interval.unit == "ep" for interval in needed)
-    if config.truncation.motion == "fade" and in_epochs and config.search.every.unit == "ba":
+    truncation, every = config.truncation, config.search.every
+    gradual = truncation.removes and truncation.removal.schedule == "gradual"
+    duration = truncation.removal.duration
+    in_epochs = not isinstance(duration, Interval) or duration.unit == "ep"
+    if gradual and in_epochs and every.unit == "ba":
         raise ConfigError(
-            "attach: truncation.fade or ticket.settle is in epochs, but search.every is not; give "
+            "attach: truncation.removal.duration is in epochs, but search.every is not; give "
             "steps_per_epoch"
         )
 
@@ -79,9 +82,11 @@ class Attachment:
         self.traffic = Traffic()
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
+        self._is_told = steps_per_epoch is not None
         self._last_check = 0
         self._wrapped_at = 0
         self._went_on = False
+        self._recalibrates = True
         self._step_bytes = self.wrapping.step_bytes
         self._dense_bytes = self._step_bytes
 
@@ -129,9 +134,16 @@ class Attachment:
             )
         return interval.steps(self._steps_per_epoch or 1)
 
-    def measure_epoch(self) -> None:
-        """A check begins; where nobody said how long an epoch is, the first steps between two
-        checks do."""
+    @property
+    def check_is_due(self) -> bool:
+        """Whether it is time for the next check.  Before the first step, and where the length of an
+        epoch is needed and nobody said it, it is whenever it is asked for."""
+        if not self.step or (self._check_every.unit == "ep" and not self._is_told):
+            return True
+        return self.step - self._last_check >= self.num_steps(self._check_every)
+
+    def begin_check(self) -> None:
+        """Where nobody said how long an epoch is, the first steps between two checks do."""
         since_last_check = self.step - self._last_check
         self._last_check = self.step
         if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
@@ -191,6 +203,11 @@ class Attachment:
         return self._observer.calls
 
     @property
+    def num_elements(self) -> int:
+        """Of all parameters that train."""
+        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    @property
     def names(self) -> dict[Tensor, str]:
         """Of the parameters."""
         return {parameter: name for name, parameter in self.network.named_parameters()}
@@ -225,8 +242,14 @@ class Attachment:
                     f"draw: copies[{number}] is not a copy of the network: parameter {odd} differs"
                 )
 
-    def shrink(self, cuts: Sequence[Cut], copies: Sequence[nn.Module]) -> None:
-        """Remove channels; optimizer, statistics, copies and wrapper follow.  Collective."""
+    def shrink(self, cuts: Sequence[Cut], copies: Sequence[nn.Module], is_complete: bool) -> None:
+        """Remove channels; optimizer, statistics, copies and wrapper follow.  Collective.
+
+        Args:
+            cuts: of the network as it is now.
+            copies: that are cut alike.
+            is_complete: nothing more will be removed: gates are folded, and inputs forgotten.
+        """
         before = dict(self.network.named_parameters())
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
@@ -236,24 +259,59 @@ class Attachment:
         after = dict(self.network.named_parameters())
         if cargo is None:
             transplant(self.stepping.optimizer, before, after, cuts)
-            forget(self.stepping.optimizer, {gate.scale for _, gate in gates_of(self.network)})
-        else:
-            cargo.fold_gates(self.network)
-        fold_gates(self.network)
-        after = dict(self.network.named_parameters())
-        if cargo is not None:
-            cargo.replace_parameters(after)
         for copy in copies:
             remove_channels(copy, cuts)
-            fold_gates(copy)
-        if self._observer.calls:
-            for network in (self.network, *copies):
-                recalibrate(network, self._observer.calls, self.ranks)
-        self.forget_inputs()
+        if is_complete:
+            self._fold_gates(cargo, copies)
+            after = dict(self.network.named_parameters())
+        if cargo is not None:
+            cargo.replace_parameters(after)
+        self.recalibrate(copies)
+        if is_complete:
+            self.forget_inputs()
         self.wrap_again()
         if cargo is not None:
             cargo.unload(self.stepping, after)
         self._observer.listen(self.stepping)
+
+    def _fold_gates(self, cargo: Cargo | None, copies: Sequence[nn.Module]) -> None:
+        if cargo is None:
+            forget(self.stepping.optimizer, {gate.scale for _, gate in gates_of(self.network)})
+        else:
+            cargo.fold_gates(self.network)
+        for network in (self.network, *copies):
+            fold_gates(network)
+
+    def recalibrate(self, copies: Sequence[nn.Module] = ()) -> None:
+        """Estimate BatchNorm statistics anew from the newest inputs, if any are remembered.
+        Collective."""
+        if self._observer.calls and self._recalibrates:
+            for network in (self.network, *copies):
+                recalibrate(network, self._observer.calls, self.ranks)
+
+    def recalibrate_alive(self, groups: Groups, told: set[str]) -> None:
+        """The same, of a network that must answer.  Collective.
+
+        Args:
+            groups: of the network as it is now.
+            told: groups that have been warned of; those that are now are added.
+
+        Raises:
+            CollapseError: on every rank, if the network puts out the same whatever it is given.
+        """
+        if self._observer.calls:
+            with Liveness(self.network, groups) as liveness:
+                recalibrate(self.network, self._observer.calls, self.ranks, liveness.look)
+            liveness.require(self.ranks, f"check at step {self.step}", told)
+
+    @contextmanager
+    def without_recalibration(self) -> Iterator[None]:
+        """Statistics stay as they are, also in a smaller network."""
+        self._recalibrates = False
+        try:
+            yield
+        finally:
+            self._recalibrates = True
 
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""

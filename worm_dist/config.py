@@ -31,6 +31,7 @@ __all__ = [
     "Count",
     "ElbowConfig",
     "Factor",
+    "RemovalConfig",
     "SearchConfig",
     "Settings",
     "TicketConfig",
@@ -41,6 +42,14 @@ __all__ = [
     "shortened",
 ]
 
+_NOW_CALLED: Mapping[str, str] = {
+    "truncation.motion": "is called truncation.frozen_weights now, and its 'fade' is 'remove'",
+    "truncation.fade": "channels leave one after another now; give truncation.removal.duration",
+    "truncation.channels": "is gone; channels that were dropped for longest leave first",
+    "ticket.settle": "is gone; the ticket is drawn when the last dropped channel is zero",
+}
+"""Settings that there were, and what to say of each."""
+
 _LONGEST_TEXT, _LONGEST_KEY, _LONGEST_NUMBER = 1500, 100, 30
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 3, 100
@@ -48,6 +57,17 @@ _SHORT.maxlevel, _SHORT.maxstring = 3, 100
 IntervalField = Annotated[
     Interval,
     BeforeValidator(Interval.parse),
+    PlainSerializer(str, return_type=str),
+]
+
+
+def _duration(text: object) -> object:
+    return text if text == "auto" else Interval.parse(text)
+
+
+DurationField = Annotated[
+    Interval | Literal["auto"],
+    BeforeValidator(_duration),
     PlainSerializer(str, return_type=str),
 ]
 
@@ -60,7 +80,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
     "worm-paper": {
         "search": {"elbow": {"min_masks": 5}, "grouping": "layer"},
-        "truncation": {"mode": "soft", "ratio": 0.003, "channels": "newest"},
+        "truncation": {"mode": "soft", "ratio": 0.003},
         "ticket": {"round_to": 1},
     },
     "early-bird": {"truncation": {"mode": "off"}},
@@ -68,9 +88,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each preset changes of the defaults.
 
-``worm``: hard truncation with fading.  ``worm-paper``: the published algorithm (PMLR 262:232-240),
-soft truncation of the scales once the window is full.  ``early-bird``: search only (arXiv
-1909.11957).  ``dense``: no search at all.
+``worm``: hard truncation and gradual removal.  ``worm-paper``: the published algorithm (PMLR
+262:232-240), soft truncation of the scales once the window is full.  ``early-bird``: search only
+(arXiv 1909.11957).  ``dense``: no search at all.
 """
 
 
@@ -158,21 +178,40 @@ class SearchConfig(Settings):
         return self
 
 
+class RemovalConfig(Settings):
+    """How dropped channels leave while the others train: gradual pruning (arXiv 1710.01878)."""
+
+    schedule: Literal["gradual", "one_shot"] = "gradual"
+    """From the elbow on one after another, or all at the elbow, by the draw itself."""
+    duration: DurationField = "auto"
+    """From the beginning of the first channel to the end of the last one: many at first, fewer and
+    fewer later (a cubic schedule).  ``auto`` is an epoch, but not less than 100 steps."""
+    fade_steps: Annotated[int, Field(ge=1, le=50)] = 4
+    """Optimizer steps in which the scale of a channel goes to exact zero.  A layer lives on its
+    fading channels until they are zero, so long fades destroy networks."""
+    stage: float = Field(default=0.25, gt=0, le=1)
+    """The network is made smaller whenever this share of all dropped channels has become zero; 1
+    waits for the last of them."""
+    pause_above: float = Field(default=2.0, ge=1, le=1e6)
+    """No further channel begins while the training loss is above so many times its level at the
+    elbow (see ``Engine.watch``)."""
+    patience: IntervalField = Interval(1, "ep")
+    """After so long a pause no further channel leaves: what has left is the ticket."""
+
+
 class TruncationConfig(Settings):
     """What frozen channels stop doing."""
 
     mode: Literal["hard", "soft", "off"] = "hard"
     ratio: float = Field(default=0.003, ge=0, le=1)
     """Soft mode: what remains of the gradients of a dropped channel's scale and shift."""
-    channels: Literal["newest", "static"] = "newest"
-    """Freeze what the newest mask drops, or only what every mask in the window drops."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
     """Freeze the norm's scale and shift; also the filters that feed it; also the consumers' input
     columns.  Soft mode knows only ``norm``."""
-    motion: Literal["fade", "hold", "free"] = "fade"
-    """A frozen channel fades to exact zero, is held bit for bit, or still moves by the optimizer's
-    momentum and decay and by the penalty."""
-    fade: IntervalField = Interval(1, "ep")
+    frozen_weights: Literal["remove", "hold", "free"] = "remove"
+    """Frozen channels leave one after another, are held bit for bit, or still move by the
+    optimizer's momentum and decay and by the penalty."""
+    removal: RemovalConfig = RemovalConfig()
     compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """Hard mode, from ``attach`` on: round live gradients for the all-reduce, or send PowerSGD's
     approximation of them (arXiv 1905.13727).  torch allows one communication hook, so its own
@@ -180,12 +219,17 @@ class TruncationConfig(Settings):
     compression_rank: Count = Field(default=1, ge=1)
     """PowerSGD: columns of the thin matrices that are sent for every matrix of gradients."""
 
+    @property
+    def removes(self) -> bool:
+        """Whether dropped channels leave by themselves, before they are drawn."""
+        return self.mode == "hard" and self.frozen_weights == "remove"
+
     @model_validator(mode="before")
     @classmethod
     def _without_freezing(cls, values: Any) -> Any:
-        """Modes that freeze nothing have one scope and one motion; ``hard`` has the defaults."""
+        """Modes that freeze nothing have one scope and one rule; ``hard`` has the defaults."""
         if isinstance(values, Mapping) and values.get("mode") in ("soft", "off"):
-            return {"scope": "norm", "motion": "free", **values}
+            return {"scope": "norm", "frozen_weights": "free", **values}
         return values
 
     @model_validator(mode="after")
@@ -194,7 +238,7 @@ class TruncationConfig(Settings):
             f"{key} {value!r} contradicts mode {self.mode!r}, which freezes nothing"
             for key, value, only in (
                 ("scope", self.scope, "norm"),
-                ("motion", self.motion, "free"),
+                ("frozen_weights", self.frozen_weights, "free"),
             )
             if self.mode != "hard" and value != only
         ]
@@ -214,13 +258,12 @@ class TruncationConfig(Settings):
 
 
 class TicketConfig(Settings):
-    """When the ticket is drawn, and what is done at once after."""
+    """What is done at once when the ticket is drawn."""
 
-    settle: IntervalField = Interval(1, "ep")
-    """How long after the fade's end the network trains before it may be drawn."""
     recalibrate_batches: Count = Field(default=8, ge=0)
-    """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew after
-    the draw; the engine keeps references to them while it searches.  0 turns it off."""
+    """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew while
+    channels leave and at a draw; the engine keeps references to them while it searches.  0 turns it
+    off."""
     round_to: Count = Field(default=8, ge=1)
     """Groups of more than four times as many channels keep a multiple of this many, which hardware
     likes; the search's masks are rounded so, up or down, as near to p as that allows.  1 turns it
@@ -288,6 +331,8 @@ def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
     key = ".".join(str(part) for part in mistake["loc"]) or "config"
     key = shortened(key if key.isprintable() else ascii(key), _LONGEST_KEY)
     if mistake["type"] == "extra_forbidden":
+        if key in _NOW_CALLED:
+            return f"{key}: {_NOW_CALLED[key]}"
         near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{key}: unknown key{hint}"

@@ -8,7 +8,6 @@ zero decides, all act alike.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .admission import agreed_mask, require_live_survivors
+from .admission import agreed_mask, require_live_survivors, require_reversible
 from .attachment import Attachment, require_countable
 from .cluster.agree import bits
 from .config import WormConfig
@@ -28,12 +27,17 @@ from .search.groups import ChannelGroup, Groups
 from .search.history import Finding, History
 from .search.mask import Mask
 from .search.ranking import Ranking
+from .search.remaining_channels import RemainingChannels
+from .search.removal_order import removal_order
 from .search.usage import Usage
 from .state import plain_settings
 from .ticket.file import save_ticket
-from .ticket.surgery import Cut, cuts_of, ungated
+from .ticket.surgery import cuts_of, shapes_of, ungated
+from .ticket.transplant import kept_places, select
 from .ticket.trial import agreed_groups
-from .truncation.truncation import Truncation, first_reduction
+from .truncation.loss_guard import LossGuard
+from .truncation.removal import Removal
+from .truncation.truncation import Truncation, first_reduction, state_left
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
@@ -85,7 +89,7 @@ class Engine(Resumable):
         config: the settings.
         groups: the channel groups of the dense network, each with name, num_channels, members.
         phase: where the run is.
-        mask: the newest mask, None before the first check.
+        mask: the newest mask over the dense network's channels, None before the first check.
     """
 
     def __init__(
@@ -123,101 +127,140 @@ class Engine(Resumable):
         self._training.require_optimized(self.groups)
         if self.groups:
             self._ranking = Ranking(config, network, self.groups, score)
-        looks = search.enabled and self._training.wrapping.finds_unused
-        self._usage = Usage(network, self._ranking.scales) if looks else None
         self._history = History(config.search)
-        self._streaks = torch.zeros(self.groups.num_channels, dtype=torch.int64)
-        self._truncation = Truncation(
-            config.truncation, self._training.wrapping, self._training.stepping, self.groups
+        self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
+        self._channels = RemainingChannels(self.groups)
+        self._dense_shapes = shapes_of(network)
+        self._num_dense_elements = self._training.num_elements
+        self._guard = LossGuard(config.truncation.removal.pause_above)
+        self._removal = Removal(
+            config.truncation.removal, self._ranks, self._guard, self._training.num_steps
         )
-        self._training.reduction = self._truncation.reduction
-        self._cuts: tuple[Cut, ...] = ()
+        self._follow_network()
         self._verdict = Verdict(self.phase)
         self._penalised = False
         self._attached = True
+        self._told_dead: set[str] = set()
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
         self._training.listen(
-            num_calls, self._before_step, self._truncation.hold, self._truncation.after_step
+            num_calls,
+            self._before_step,
+            lambda step, owners: self._truncation.hold(step, owners),
+            self._after_step,
         )
 
     # ---- the algorithm -------------------------------------------------------------------------
 
     def check(self) -> Verdict:
-        """Score, cut, agree, decide, act.  Collective: every rank calls it, as often as
-        ``search.every`` says.
+        """Score, cut, agree, decide, act.  Collective: every rank calls it, as often as the others:
+        after every step, or less often.
 
-        Costs one all-reduce of the scores, one comparison of digests and one broadcast of a
-        verdict of fixed size; nothing without a search and after the draw.
+        While the search goes on a mask is cut whenever ``search.every`` has passed; where its
+        length in steps is not known, at every call.  That costs one all-reduce of the scores, one
+        comparison of digests and one broadcast of a verdict of fixed size.  While channels leave no
+        other mask is cut.  BatchNorm statistics lag behind then, and are estimated anew as for a
+        draw, as often, so that a test after a check means something.  Other calls cost nothing.
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
             DivergenceError: the ranks differ in scales or masks; names ranks and group.
+            CollapseError: while channels leave, if the network has come to put out the same
+                whatever it is given.
         """
         if not self._searching:
             return self._verdict
-        self._training.measure_epoch()
+        is_due = self._training.check_is_due
+        cuts_mask = is_due and not self._removes
+        if is_due:
+            self._training.begin_check()
+        if cuts_mask:
+            self._verdict = self._next_mask()
+        self._verdict = self._completed(self._verdict, new_mask=cuts_mask)
+        if self._removes and (is_due or self._verdict.stage or self._verdict.ticket):
+            self._training.recalibrate_alive(self._channels.groups, self._told_dead)
+        return self._verdict
+
+    def _next_mask(self) -> Verdict:
         scores = self._ranking.scores()
-        average = self._ranks.mean(scores)
-        candidates, mask, floored = self._ranking.cut(average, self._truncation.lost)
+        shared = self._ranks.mean(torch.cat([scores, self._guard.levels(scores.device)]))
+        average, losses = shared[: len(scores)], shared[len(scores) :]
+        candidates, mask, floored = self._ranking.cut(average, self._irreversible)
+        checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
+        order = removal_order(
+            ~mask.keep & ~self._irreversible, checks_dropped, self._ranking.importance(average)
+        )
         in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
         self._ranks.require_equal(
-            {"scale": bits(self._ranking.replicated(scores)), "mask": bits(mask), **in_force},
+            {
+                "scale": bits(self._ranking.replicated(scores)),
+                "mask": bits(mask),
+                "order of removal": {"(all)": order.numpy().tobytes()},
+                **in_force,
+            },
             f"check at step {self.step}",
         )
         verdict = Verdict.decode(
             self._ranks.decided_by_rank_zero(
-                lambda: self._judge(candidates, mask, floored).encode(), Verdict.SIZE
+                lambda: self._judge(candidates, floored).encode(), Verdict.SIZE
             )
         )
-        self._streaks = torch.where(mask.keep, 0, self._streaks + 1)
-        if verdict.phase is Phase.TRUNCATE:
-            newest = self.config.truncation.channels == "newest" or verdict.settled
-            self._freeze(~mask.keep if newest else self._streaks >= self.config.search.window)
+        self._checks_dropped = checks_dropped
         self.mask, self.phase = mask, verdict.phase
-        self._verdict = self._completed(verdict)
-        return self._verdict
+        if self.phase is Phase.TRUNCATE:
+            self._truncate(order, losses)
+        return verdict
 
-    def _judge(self, candidates: Mask, mask: Mask, floored: tuple[str, ...]) -> Verdict:
-        """Rank zero's decision: truncation starts at the elbow, the ticket is drawn when the masks
-        have settled and the network has lived without its faded channels for a while."""
+    def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
+        """Rank zero's decision: truncation starts at the elbow; where nothing leaves by itself, the
+        ticket is drawn when the masks have settled, or at once."""
         finding = self._history.record(self.step, candidates, floored)
-        truncates = self.config.truncation.mode != "off"
-        starts = truncates and finding.elbow and self.phase is Phase.SEARCH
+        truncation = self.config.truncation
+        at_elbow = finding.elbow and self.phase is Phase.SEARCH
+        one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
+        starts = at_elbow and truncation.mode != "off" and not one_shot
         return Verdict(
             phase=Phase.TRUNCATE if starts else self.phase,
-            ticket=finding.settled and self._at_rest(mask),
-            elbow=starts,
+            ticket=at_elbow if one_shot else finding.settled and not truncation.removes,
+            elbow=at_elbow and truncation.mode != "off",
             settled=finding.settled,
             distance_mean=finding.distance_mean,
             distance_max=finding.distance_max,
         )
 
     def truncate(self, mask: Mask) -> None:
-        """Freeze the channels that a mask from elsewhere drops, from the next step on.
+        """Freeze the channels that a mask from elsewhere drops, from the next step on; they leave
+        as if the search had dropped them, in the order of what ``search.score`` says.  Where frozen
+        channels do not leave, the next ``check`` goes on from there.
 
-        Collective, agreed by digest like any other mask.  The next ``check`` goes on from there.
+        Collective, agreed by digest like any other mask.  Channels that have yet to leave may be
+        exchanged by another mask.
 
         Raises:
-            ConfigError: the mask is not of these groups or keeps a channel whose fade has begun,
+            ConfigError: the mask is not of these groups or keeps a channel that has begun to leave,
                 or the settings or the phase do not allow truncation.
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("truncate")
         if self.config.truncation.mode == "off":
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
-        mask = agreed_mask(self._ranks, self.groups, mask, f"truncate at step {self.step}")
-        for name, back in self.groups.split(self._truncation.lost & mask.keep).items():
-            if bool(back.any()):
-                raise ConfigError(
-                    f"truncate: group {name}: the mask keeps a channel whose fade has begun; faded "
-                    "channels do not come back"
-                )
-        self._freeze(~mask.keep)
+        where = f"truncate at step {self.step}"
+        mask = agreed_mask(self._ranks, self.groups, mask, where)
+        require_reversible(self.groups, mask, self._irreversible, where)
+        scores = self._ranking.scores()
+        shared = self._ranks.mean(torch.cat([scores, self._guard.levels(scores.device)]))
+        importance = self._ranking.importance(shared[: len(scores)])
+        order = removal_order(~mask.keep & ~self._irreversible, self._checks_dropped, importance)
+        self._ranks.require_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
         self.mask, self.phase = mask, Phase.TRUNCATE
-        self._verdict = self._completed(dataclasses.replace(self._verdict, phase=self.phase))
+        self._truncate(order, shared[len(scores) :])
+        verdict = dataclasses.replace(self._verdict, phase=self.phase)
+        self._verdict = self._completed(verdict)
 
     def draw(self, mask: Mask | None = None, copies: Sequence[nn.Module] = ()) -> None:
-        """Remove the dropped channels for good and go on with the smaller network.  Collective.
+        """Remove channels for good and go on with the smaller network.  Collective.
+
+        After ``verdict.stage`` those go that have left so far, and the others go on leaving; after
+        ``verdict.ticket`` the last ones go, and the ticket is drawn.
 
         ``model`` becomes the smaller network in a wrapper with the same arguments; the optimizer
         keeps the state of every surviving element; BatchNorm statistics are estimated anew from
@@ -225,24 +268,34 @@ class Engine(Resumable):
         step are dropped.
 
         Args:
-            mask: from elsewhere; default the one that a verdict said is the ticket.
+            mask: from elsewhere: all that it drops goes, and the ticket is drawn.
             copies: networks like this one that must follow, such as the ``module`` of an
                 ``AveragedModel``, as many on every rank; they are cut alike and their statistics
                 estimated alike.
 
         Raises:
-            ConfigError: there is no ticket yet, the mask is not of these groups, a group would be
-                left without a live channel, or a copy is not like the network.  Nothing has been
-                changed then.
+            ConfigError: no channel has left yet, the mask is not of these groups or keeps a channel
+                that has been removed, a group would be left without a live channel, or a copy is
+                not like the network.  Nothing has been changed then.
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("draw")
-        mask = self._ticket() if mask is None else mask
-        mask = agreed_mask(self._ranks, self.groups, mask, f"draw at step {self.step}", copies)
-        require_live_survivors(self.groups, mask, self._truncation.frozen)
+        self._verdict = self._completed(self._verdict)
+        is_complete = mask is not None or self._verdict.ticket
+        where = f"draw at step {self.step}"
+        mask = self._what_has_left() if mask is None else mask
+        mask = agreed_mask(self._ranks, self.groups, mask, where, copies)
+        require_reversible(self.groups, mask, self._channels.removed, where)
+        frozen = self._channels.in_dense(self._truncation.frozen)
+        require_live_survivors(self.groups, mask, frozen)
         self._training.require_alike(copies)
-        self._shrink(mask, copies)
-        self._verdict = Verdict(Phase.TICKET, generation=self._verdict.generation)
+        self._shrink(mask, copies, is_complete)
+        generation = self._verdict.generation
+        self._verdict = (
+            Verdict(Phase.TICKET, generation=generation)
+            if is_complete
+            else self._completed(self._verdict)
+        )
 
     def penalty(self) -> Tensor:
         """``search.l1`` times the L1 norm of the scales, a scalar: add it to the loss.
@@ -256,6 +309,18 @@ class Engine(Resumable):
         self._penalised = True
         used = None if self._usage is None else self._usage.take()
         return self.config.search.l1 * self._ranking.penalty(used)
+
+    def watch(self, loss: Tensor) -> None:
+        """Tell the engine the loss of a forward pass, of this rank's data and without the penalty.
+
+        If every rank does so in every step, channels wait while the loss says that it hurts
+        (``truncation.removal.pause_above``).  Nothing waits for the device here.
+
+        Args:
+            loss: a scalar on any device.
+        """
+        if self._searching:
+            self._guard.watch(loss)
 
     # ---- what has been seen, and leaving ---------------------------------------------------------
 
@@ -274,6 +339,15 @@ class Engine(Resumable):
     def step(self) -> int:
         """Optimizer steps since ``attach``."""
         return self._training.step
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``check`` has something to do or to say: a mask to cut, or that ``draw`` may be
+        called."""
+        if not self._searching:
+            return False
+        verdict = self._completed(self._verdict)
+        return self._training.check_is_due or verdict.stage or verdict.ticket
 
     @property
     def traffic(self) -> Traffic:
@@ -299,8 +373,8 @@ class Engine(Resumable):
         """
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError("save_ticket: nothing has been drawn yet")
-        network = self._training.network
-        save_ticket(Path(folder), network, self.groups, self.mask, self._cuts, model)
+        cuts = ungated(cuts_of(self.groups, self.mask, self._dense_shapes))
+        save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
 
     def detach(self) -> nn.Module:
         """Take every hook away.  Collective if a communication hook was needed: torch cannot
@@ -324,40 +398,97 @@ class Engine(Resumable):
         searching = self.config.search.enabled and self.phase is not Phase.TICKET
         return searching and self._attached
 
-    def _freeze(self, frozen: Tensor) -> None:
-        """Adopt a generation.  Its bits are agreed on by now, so packed buffers will match."""
-        truncation = self.config.truncation
-        fade_steps = self._training.num_steps(truncation.fade) if truncation.motion == "fade" else 0
-        self._truncation.adopt(frozen, self.step, fade_steps)
+    @property
+    def _removes(self) -> bool:
+        """Whether dropped channels are leaving."""
+        return self.phase is Phase.TRUNCATE and self.config.truncation.removes
+
+    @property
+    def _irreversible(self) -> Tensor:
+        """bool ``[num_channels]``: channels that have begun to leave, or are gone."""
+        return self._channels.in_dense(self._truncation.irreversible)
+
+    def _truncate(self, order: Tensor, losses: Tensor) -> None:
+        """Adopt the mask.  Its bits are agreed on by now, so packed buffers will match."""
+        self._freeze_dropped()
+        if self._removes:
+            self._removal.start(order, self.step, losses)
+            self._let_leave()
+
+    def _freeze_dropped(self) -> None:
+        assert self.mask is not None
+        self._truncation.freeze(self._channels.of(~self.mask.keep))
         self._training.reduction = self._truncation.reduction
 
-    def _shrink(self, mask: Mask, copies: Sequence[nn.Module]) -> None:
-        cuts = cuts_of(self.groups, mask, self._training.network)
+    def _let_leave(self) -> None:
+        """Channels whose turn it is begin to leave; where the loss has stopped that, the others
+        stay."""
+        device = next(self._training.network.parameters()).device
+        begin = self._removal.begin(self.step, device)
+        if begin.numel():
+            self._truncation.begin(self._channels.numbers(begin), self.step)
+        if not self._removal.num_waiting:
+            self.mask = Mask.from_vector(self.groups.sizes, ~self._irreversible)
+            self._freeze_dropped()
+
+    def _shrink(self, mask: Mask, copies: Sequence[nn.Module], is_complete: bool) -> None:
+        """Cut the network to what a mask over the dense network's channels keeps."""
+        left = self._channels.mask_of(mask)
+        cuts = cuts_of(self._channels.groups, left, shapes_of(self._training.network))
+        truncation = None if is_complete else self._truncation.state_dict(self.step)
         self._let_go()
-        self._training.shrink(cuts, copies)
-        self._cuts = ungated(cuts)
-        self._training.reduction = first_reduction(self.config.truncation, self._training.wrapping)
-        self.mask, self.phase = mask, Phase.TICKET
+        self._training.shrink(cuts, copies, is_complete)
+        self._channels.remove(mask)
+        if truncation is None:
+            first = first_reduction(self.config.truncation, self._training.wrapping)
+            self._training.reduction = first
+            self.mask, self.phase = mask, Phase.TICKET
+            return
+        network = self._training.network
+        self._ranking.follow(network, self._channels.groups, self._channels.removed)
+        self._follow_network()
+        kept = kept_places(cuts)
+        self._truncation.load_state_dict(
+            state_left(truncation, left.keep, lambda name, whole: select(whole, kept.get(name, {})))
+        )
+        self._training.reduction = self._truncation.reduction
+
+    def _follow_network(self) -> None:
+        """Truncate the network as it is now."""
+        training, search = self._training, self.config.search
+        self._share_left = training.num_elements / self._num_dense_elements
+        self._truncation = Truncation(
+            self.config.truncation, training.wrapping, training.stepping, self._channels.groups
+        )
+        training.reduction = self._truncation.reduction
+        looks = search.enabled and training.wrapping.finds_unused
+        self._usage = Usage(training.network, self._ranking.scales) if looks else None
 
     def _let_go(self) -> None:
-        """Take the hooks away that the draw or the user ends."""
+        """Take the hooks away that a draw or the user ends."""
         self._truncation.remove()
         if self._usage is not None:
             self._usage.remove()
 
-    def _at_rest(self, mask: Mask) -> bool:
-        """Whether the dropped channels have been still for ``ticket.settle``, if they fade."""
-        still_since = self._truncation.still_since(mask)
-        if math.isinf(still_since):
-            return still_since < 0
-        return self.step - still_since >= self._training.num_steps(self.config.ticket.settle)
-
-    def _completed(self, verdict: Verdict) -> Verdict:
-        """A verdict with what each rank knows by itself."""
+    def _completed(self, verdict: Verdict, new_mask: bool = False) -> Verdict:
+        """A verdict with what each rank knows by itself; what was news once is so no more."""
+        truncation = self._truncation
+        zero = truncation.zero(self.step)
+        num_dropped = 0 if self.mask is None else self.mask.num_channels - self.mask.num_kept
+        num_zero = int(zero.sum())
+        num_left = self._channels.num_removed + num_zero
+        is_over = self._removes and num_left == num_dropped > 0
+        share = self.config.truncation.removal.stage
         return dataclasses.replace(
             verdict,
-            generation=self._truncation.generation,
-            live_fraction=self._truncation.live_fraction,
+            new_mask=new_mask,
+            elbow=new_mask and verdict.elbow,
+            ticket=is_over if self._removes else verdict.ticket,
+            stage=self._removes and not is_over and num_zero >= max(1.0, share * num_dropped),
+            generation=truncation.generation,
+            live_fraction=truncation.live_fraction * self._share_left,
+            left_fraction=num_left / num_dropped if self._removes and num_dropped else 0.0,
+            paused=self._removes and self._removal.is_paused,
         )
 
     def _forget_pass(self) -> None:
@@ -369,6 +500,23 @@ class Engine(Resumable):
         self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False
 
+    def _after_step(self, step: int) -> None:
+        self._truncation.after_step(step)
+        self._guard.after_step()
+        if self.phase is Phase.TRUNCATE and self._removal.num_waiting:
+            self._let_leave()
+
+    def _what_has_left(self) -> Mask:
+        if not (self._verdict.stage or self._verdict.ticket) or self.mask is None:
+            raise ConfigError(
+                "draw: no check has found the ticket yet; wait for verdict.stage or "
+                "verdict.ticket, or give the mask to draw: engine.draw(mask)"
+            )
+        if self._verdict.ticket:
+            return self.mask
+        zero = self._channels.in_dense(self._truncation.zero(self.step))
+        return Mask.from_vector(self.groups.sizes, ~zero)
+
     def _require_not_detached(self, what: str) -> None:
         if not self._attached:
             raise ConfigError(f"{what}: the engine has been detached")
@@ -377,11 +525,3 @@ class Engine(Resumable):
         self._require_not_detached(what)
         if self.phase is Phase.TICKET:
             raise ConfigError(f"{what}: the ticket has been drawn already")
-
-    def _ticket(self) -> Mask:
-        if not self._verdict.ticket or self.mask is None:
-            raise ConfigError(
-                "draw: no check has found the ticket yet; wait for verdict.ticket, or give the "
-                "mask to draw: engine.draw(mask)"
-            )
-        return self.mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "CollapseError",
     "ConfigError",
     "DivergenceError",
     "NonFiniteError",
@@ -50,3 +51,9 @@ class BackendError(WormError, RuntimeError):
     """The processes cannot work together: launcher, process group, wrapper, device."""
 
     exit_code = 6
+
+
+class CollapseError(WormError, RuntimeError):
+    """The network no longer answers, or answers no better than a constant would."""
+
+    exit_code = 7

@@ -18,9 +18,12 @@ from .observer import Traffic
 from .search.groups import Groups
 from .search.history import History
 from .search.mask import Mask
+from .search.remaining_channels import RemainingChannels
 from .state import FORMAT, digests_of, require_valid
 from .ticket.calls import calls_from, plain_calls
 from .ticket.statistics import Call
+from .truncation.loss_guard import LossGuard
+from .truncation.removal import Removal
 from .truncation.truncation import Truncation
 from .verdict import Phase, Verdict
 
@@ -38,8 +41,11 @@ class Resumable(ABC):
     _settings: dict[str, Any]
     _steps_per_epoch: int | None
     _truncation: Truncation
+    _removal: Removal
+    _guard: LossGuard
+    _channels: RemainingChannels
     _history: History
-    _streaks: Tensor
+    _checks_dropped: Tensor
     _verdict: Verdict
 
     @property
@@ -51,7 +57,7 @@ class Resumable(ABC):
     def traffic(self) -> Traffic: ...
 
     @abstractmethod
-    def _shrink(self, mask: Mask, copies: Sequence[nn.Module]) -> None: ...
+    def _shrink(self, mask: Mask, copies: Sequence[nn.Module], is_complete: bool) -> None: ...
 
     @abstractmethod
     def _forget_pass(self) -> None: ...
@@ -86,7 +92,9 @@ class Resumable(ABC):
             "groups": {name: digest.hex() for name, digest in self.groups.digests.items()},
             "phase": str(self.phase),
             "mask": None if self.mask is None else self.mask.keep.clone(),
-            "streaks": self._streaks.clone(),
+            "removed": self._channels.removed.clone(),
+            "checks_dropped": self._checks_dropped.clone(),
+            "removal": self._removal.state_dict(),
             "verdict": {**dataclasses.asdict(self._verdict), "phase": str(self._verdict.phase)},
             "training": self._training.state_dict(),
             "truncation": None if drawn else self._truncation.state_dict(self.step),
@@ -96,6 +104,7 @@ class Resumable(ABC):
                 "world_size": ranks.size,
                 "inputs": plain_calls(self._training.calls),
                 "reduction": reduction and reduction.state_dict(self._training.names),
+                "losses": self._guard.losses_of_rank(),
             },
         }
         ranks.sent_bytes = traffic.control_bytes  # a checkpoint is no check
@@ -122,8 +131,8 @@ class Resumable(ABC):
             copies: networks like the dense one that are cut like it; as for ``draw``.
 
         Raises:
-            ConfigError: the engine is not a new one, or has other settings; only those of the draw,
-                ``ticket.settle`` and ``ticket.recalibrate_batches``, may have changed.
+            ConfigError: the engine is not a new one, or has other settings; only
+                ``ticket.recalibrate_batches`` may have changed.
             CheckpointError: the state is not one, is of another network, or lacks what this rank
                 needs.  Nothing has been changed then.
             DivergenceError: the ranks bring different states.
@@ -224,19 +233,24 @@ class Resumable(ABC):
         training, keep = self._training, state["mask"]
         training.load_state_dict(state["training"], calls)
         mask = None if keep is None else Mask.from_vector(self.groups.sizes, keep)
-        if state["truncation"] is None:
-            assert mask is not None
-            training.forget_inputs()  # the statistics are estimated already
-            self._shrink(mask, copies)
-        else:
-            self._truncation.load_state_dict(state["truncation"], self.step)
+        removed, is_complete = state["removed"].to("cpu"), state["truncation"] is None
+        if is_complete or bool(removed.any()):
+            with training.without_recalibration():  # the statistics are estimated already
+                left = Mask.from_vector(self.groups.sizes, ~removed)
+                self._shrink(left, copies, is_complete)
+        if not is_complete:
+            self._truncation.load_state_dict(state["truncation"])
             training.reduction = self._truncation.reduction
+        self._removal.load_state_dict(state["removal"])
         training.take_over_buckets(state["training"])
         sending = None if own is None else own["reduction"]
         if training.reduction is not None and sending is not None:
             training.reduction.load_state_dict(sending, training.network)
         self.mask, self.phase = mask, Phase(state["phase"])
-        self._streaks = state["streaks"].to("cpu", copy=True)
+        self._checks_dropped = state["checks_dropped"].to("cpu", copy=True)
+        if own is not None:
+            device = next(training.network.parameters()).device
+            self._guard.load_losses(own["losses"], device)
         self._verdict = Verdict(**{**state["verdict"], "phase": Phase(state["verdict"]["phase"])})
         if self._ranks.rank == 0:
             self._history.load_state_dict(state["history"])

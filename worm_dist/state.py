@@ -18,9 +18,9 @@ from .verdict import Phase
 
 __all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid"]
 
-FORMAT = 1
+FORMAT = 2
 
-_MAY_CHANGE = frozenset({"ticket.settle", "ticket.recalibrate_batches"})
+_MAY_CHANGE = frozenset({"ticket.recalibrate_batches"})
 """Settings of the draw that is still to come."""
 
 _RANKS_OWN = ("history", "rank")
@@ -45,13 +45,17 @@ _Count = Annotated[int, Field(ge=0)]
 
 class _Verdict(_Part):
     phase: Phase = Field(strict=False)
+    stage: bool
     ticket: bool
+    new_mask: bool
     elbow: bool
     settled: bool
     distance_mean: float | None
     distance_max: float | None
     generation: _Count
     live_fraction: float
+    left_fraction: float
+    paused: bool
 
 
 class _Traffic(_Part):
@@ -71,20 +75,43 @@ class _Training(_Part):
 
 
 class _Fade(_Part):
-    channels: _Flags
-    over_at: _Count
-    num_steps: Annotated[int, Field(gt=0)]
-    start: dict[str, Tensor] | None
+    over_at: Tensor
+    under_way: _Flags
+    starts: dict[str, Tensor] | None
+
+
+class _Columns(_Part):
+    dropped: _Flags
+    probed: _Flags
+    sent_for_good: _Flags
+    num_probes: _Count
 
 
 class _Truncation(_Part):
     generation: _Count
     frozen: _Flags
-    silent: _Flags
-    fades: list[_Fade]
-    fades_end: _Count | None
-    listens: bool
-    times_heard: _Count
+    removal: _Fade | None
+    columns: _Columns
+    probes: bool
+
+
+class _Schedule(_Part):
+    waiting: Tensor
+    num_begun: _Count
+    began_at: _Count
+    duration: _Count
+
+
+class _Guard(_Part):
+    limit: float
+    paused_at: _Count | None
+
+
+class _Removal(_Part):
+    schedule: _Schedule
+    guard: _Guard
+    patience: _Count
+    allowed_at: _Count | None
 
 
 class _Finding(_Part):
@@ -133,6 +160,7 @@ class _Rank(_Part):
     world_size: _Count
     inputs: list[_Call] | None
     reduction: _Reduction | None
+    losses: list[float]
 
 
 class _State(_Part):
@@ -141,7 +169,9 @@ class _State(_Part):
     groups: dict[str, str]
     phase: Phase = Field(strict=False)
     mask: _Flags | None
-    streaks: Tensor
+    removed: _Flags
+    checks_dropped: Tensor
+    removal: _Removal
     verdict: _Verdict
     training: _Training
     truncation: _Truncation | None
@@ -230,16 +260,26 @@ def _require_groups(state: _State, groups: Groups) -> None:
         )
     if list(state.groups) != list(here):
         raise CheckpointError("load_state_dict: groups: they come in another order here")
-    vectors: dict[str, Tensor | None] = {"mask": state.mask, "streaks": state.streaks}
-    if state.truncation is not None:
-        vectors["truncation.frozen"] = state.truncation.frozen
-        vectors["truncation.silent"] = state.truncation.silent
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (groups.num_channels,):
+    dense = groups.num_channels
+    vectors = {"mask": (state.mask, dense), "checks_dropped": (state.checks_dropped, dense)}
+    vectors["removed"] = (state.removed, dense)
+    truncation = state.truncation
+    if truncation is not None and state.removed.shape == (dense,):
+        left = dense - int(state.removed.sum())
+        vectors["truncation.frozen"] = (truncation.frozen, left)
+        for name in ("dropped", "probed", "sent_for_good"):
+            vectors[f"truncation.columns.{name}"] = (getattr(truncation.columns, name), left)
+        if truncation.removal is not None:
+            vectors["truncation.removal.over_at"] = (truncation.removal.over_at, left)
+            vectors["truncation.removal.under_way"] = (truncation.removal.under_way, left)
+    for name, (vector, size) in vectors.items():
+        if vector is not None and vector.shape != (size,):
             raise CheckpointError(
-                f"load_state_dict: {name}: wanted [{groups.num_channels}], found "
-                f"{list(vector.shape)}"
+                f"load_state_dict: {name}: wanted [{size}], found {list(vector.shape)}"
             )
+    waiting = state.removal.schedule.waiting
+    if waiting.dim() != 1 or not bool(((waiting >= 0) & (waiting < dense)).all()):
+        raise CheckpointError("load_state_dict: removal.schedule.waiting: these are no channels")
     if (state.phase is Phase.TICKET) != (state.truncation is None):
         raise CheckpointError(f"load_state_dict: truncation: it contradicts phase {state.phase}")
     if state.phase is Phase.TICKET and state.mask is None:

@@ -34,23 +34,33 @@ class Verdict:
 
     Attributes:
         phase: from now on.
+        stage: channels have left, and may be removed while others go on leaving: call
+            ``engine.draw()``.
         ticket: the ticket may be drawn: call ``engine.draw()``.
+        new_mask: a mask was cut at this very check.
         elbow: truncation starts at this very check.
         settled: every distance in a full window is below the threshold.
         distance_mean, distance_max: of the newest mask to the older ones in the window, 0 to 1;
             None before the second mask.
         generation: number of sets of slices that have been left out of the all-reduce.
-        live_fraction: elements whose gradients are still averaged, of all that train.
+        live_fraction: elements whose gradients are still averaged, of all that train in the dense
+            network.
+        left_fraction: dropped channels that have left, of all that the mask drops.
+        paused: no further channel leaves for now, because the loss has risen.
     """
 
     phase: Phase
+    stage: bool = False
     ticket: bool = False
+    new_mask: bool = False
     elbow: bool = False
     settled: bool = False
     distance_mean: float | None = None
     distance_max: float | None = None
     generation: int = 0
     live_fraction: float = 1.0
+    left_fraction: float = 0.0
+    paused: bool = False
 
     SIZE: ClassVar[int] = 6
     """Numbers in ``encode``."""

@@ -16,6 +16,7 @@ import worm_dist
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Outcome, Ranks
+from tests.settings import at_once
 from worm_dist import DivergenceError, Engine, Mask, WormConfig
 from worm_dist.search.ranking import Ranking
 
@@ -40,9 +41,8 @@ def _attached(**search: Any) -> Engine:
     return worm_dist.attach(
         model,
         SGD(model.parameters(), lr=0.05),
-        WormConfig(search=search, truncation={"motion": "hold"}),
+        WormConfig(search=search, truncation={"frozen_weights": "hold"}),
         example_inputs=random_images(1),
-        steps_per_epoch=10,
     )
 
 
@@ -209,11 +209,9 @@ def test_a_score_that_is_no_number_on_one_rank_stops_all(ranks: Ranks) -> None:
         assert "group conv1" in outcome.text and outcome.seconds < 10
 
 
-def _settle_without_knowing_an_epoch() -> None:
+def _remove_without_knowing_an_epoch() -> None:
     model = DistributedDataParallel(Residual())
-    config = WormConfig(
-        search={"every": "2ba", "window": 2}, truncation={"fade": "1ba"}, ticket={"settle": "1ep"}
-    )
+    config = WormConfig(search={"every": "2ba", "window": 2})
     optimizer = SGD(model.parameters(), lr=0.01)
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     for step in range(8):
@@ -224,9 +222,9 @@ def _settle_without_knowing_an_epoch() -> None:
 
 
 def test_an_epoch_of_unknown_length_is_refused_by_every_rank(ranks: Ranks) -> None:
-    """Rank zero alone decided whether the network had settled, and alone found that it could not
-    tell how long an epoch is; the others waited for its verdict."""
-    for outcome in ranks.outcomes(2, _settle_without_knowing_an_epoch, group_timeout=4):
+    """Rank zero alone decided whether the ticket was found, and alone noticed that it could not tell
+    how long an epoch is; the others waited for its verdict."""
+    for outcome in ranks.outcomes(2, _remove_without_knowing_an_epoch, group_timeout=4):
         assert outcome.error == "ConfigError", str(outcome)
         assert "give steps_per_epoch" in outcome.text
 
@@ -305,8 +303,9 @@ def test_a_check_costs_two_all_reduces_and_one_broadcast_however_long_the_histor
 ) -> None:
     for seen in ranks(world_size, _collectives_of_each_check, 12):
         assert all(counts == {"all_reduce": 2, "broadcast": 1} for counts, _ in seen)
-        # 14 scores; [d, -d] of two digests at first, then of three: the mask in force is new.
-        assert {size for _, size in seen[1:]} == {14 * 4 + 2 * 3 * 4 * 8 + 6 * 8}
+        # 14 scores and what the ranks know of the loss; [d, -d] of three digests at first, then of
+        # four: the mask in force is new.
+        assert {size for _, size in seen[1:]} == {(14 + 3) * 4 + 2 * 4 * 4 * 8 + 6 * 8}
 
 
 def _check_after_the_draw() -> bool:

@@ -27,7 +27,7 @@ def _run(compiled: bool) -> tuple[list[int], list[torch.Tensor], list[int]]:
     counter = CompileCounterWithBackend("aot_eager")
     called: Any = torch.compile(network, backend=counter) if compiled else network
     model = DistributedDataParallel(called) if dist.is_initialized() else called
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     frames, sent = [], []

@@ -28,7 +28,7 @@ def _engine(compression: str) -> Engine:
     network: nn.Module = Residual()
     randomise(network, seed=1)
     model = DistributedDataParallel(network)
-    config = WormConfig(truncation={"motion": "hold", "compression": compression})
+    config = WormConfig(truncation={"frozen_weights": "hold", "compression": compression})
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     return worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
 
@@ -110,7 +110,7 @@ def _other_rank_leaves(compression: str) -> None:
     network = Residual()
     # Without this the forward pass would notice first.
     model = DistributedDataParallel(network, forward_sync_buffers=False)
-    config = WormConfig(truncation={"motion": "hold", "compression": compression})
+    config = WormConfig(truncation={"frozen_weights": "hold", "compression": compression})
     optimizer = SGD(model.parameters(), lr=0.05)
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     engine.truncate(mask_dropping(engine.groups, 0, 3, 9))

@@ -54,7 +54,7 @@ def _attached(arguments: dict[str, Any], momentum: float = 0.9, **config: Any) -
     randomise(network, seed=3)
     model = _wrap(network, arguments)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=0.01)
-    config = {"truncation": {"motion": "hold"}, **config}
+    config = {"truncation": {"frozen_weights": "hold"}, **config}
     return worm_dist.attach(
         model, optimizer, WormConfig(**config), example_inputs=random_images(1), steps_per_epoch=4
     )
@@ -276,11 +276,11 @@ def test_after_detach_no_hook_is_left_and_training_is_plain(
 
 
 def _whole_run() -> tuple[list[str], list[Any], dict[str, tuple[int, ...]]]:
-    """Search, fade and draw by verdict alone, as a user's loop does."""
+    """Search, remove in stages and draw by verdict alone, as a user's loop does."""
     engine = _attached(
         {},
         search={"prune_ratio": 0.4, "window": 3, "l1": 0.01},
-        truncation={"fade": "1ep", "channels": "newest"},
+        truncation={"removal": {"duration": "10ba", "fade_steps": 2, "stage": 0.4}},
     )
     phases: list[str] = []
     verdicts = []
@@ -289,7 +289,7 @@ def _whole_run() -> tuple[list[str], list[Any], dict[str, tuple[int, ...]]]:
         verdict = engine.check()
         phases.append(str(verdict.phase))
         verdicts.append(verdict)
-        if verdict.ticket:
+        if verdict.stage or verdict.ticket:
             engine.draw()
     return phases, verdicts, {n: tuple(p.shape) for n, p in _bare(engine.model).named_parameters()}
 
@@ -305,9 +305,10 @@ def test_a_whole_run_goes_through_its_phases_in_order(ranks: Ranks, world_size: 
     assert sum(verdict.ticket for verdict in verdicts) == 1
     # 14 channels, int(0.4 * 14) of them gone.
     assert shapes["stem.weight"][0] + shapes["conv1.weight"][0] == 14 - 5
-    # The draw waits for the fade's epoch and for the settling epoch after it.
-    drawn = next(n for n, verdict in enumerate(verdicts) if verdict.ticket)
-    assert drawn >= phases.index("truncate") + 2
+    # What has left after an epoch is a stage; the last ones leave in the second.
+    elbow = phases.index("truncate")
+    assert [n - elbow for n, verdict in enumerate(verdicts) if verdict.stage] == [1]
+    assert [n - elbow for n, verdict in enumerate(verdicts) if verdict.ticket] == [2]
 
 
 def _attach_where_it_cannot(how: str) -> None:

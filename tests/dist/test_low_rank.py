@@ -21,6 +21,7 @@ import worm_dist
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import live_flags, mask_dropping
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
 DENSE: tuple[int, ...] = ()
@@ -99,15 +100,15 @@ def _torchs_own(torchs: TorchsOwn, bucket: GradBucket) -> torch.futures.Future[T
     return done
 
 
-def _engine(rank: int = 1, motion: str = "hold", fade: str = "1ba", **changes: Any) -> Engine:
+def _engine(rank: int = 1, rule: str = "hold", **changes: Any) -> Engine:
     torch.manual_seed(0)
     network: nn.Module = Residual()
     randomise(network, seed=3)
     arguments = changes.pop("wrapper", {})
-    truncation = {"compression": "powersgd", "compression_rank": rank, "motion": motion, **changes}
+    truncation = {"compression": "powersgd", "compression_rank": rank, "frozen_weights": rule, **changes}
     model = DistributedDataParallel(network, **arguments)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    config = WormConfig(truncation={"fade": fade, **truncation})
+    config = WormConfig(truncation=truncation)
     return worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
 
 
@@ -254,7 +255,7 @@ def test_a_bucket_in_which_nothing_lives_is_not_sent_and_counts(
 
 def _behind_faded_channels() -> tuple[list[bool], list[int]]:
     """Whether all weights are finite, and bytes sent, in every step."""
-    engine = _engine(motion="fade", fade="2ba")
+    engine = _engine(rule="remove", **at_once(2))
     engine.truncate(mask_dropping(engine.groups, *INNER))
     finite, sent = [], []
     for _ in range(8):
@@ -361,7 +362,7 @@ def _digits() -> dict[tuple[str, bool], float]:
     for compression, draws in product(("none", "powersgd"), (False, True)):
         torch.manual_seed(0)
         model = DistributedDataParallel(Plain(12, 16))
-        config = WormConfig(truncation={"compression": compression, "fade": "10ba"})
+        config = WormConfig(truncation={"compression": compression, **at_once(10)})
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         schedule = LinearLR(optimizer, 1, 0, total_iters=num_steps)
         engine = worm_dist.attach(model, optimizer, config, example_inputs=images[:1])

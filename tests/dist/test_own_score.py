@@ -15,6 +15,7 @@ from torch.optim import SGD
 import worm_dist
 from tests.nets import Normless, random_images
 from tests.ranks import Outcome, Ranks
+from tests.settings import at_once
 from worm_dist import ConfigError, DivergenceError, WormConfig
 from worm_dist.search.groups import ChannelGroup
 
@@ -41,8 +42,7 @@ def _engine(score: Any) -> worm_dist.Engine:
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     config = WormConfig(
         search={"prune_ratio": _RATIO, "window": 2, "l1": 1.0},
-        truncation={"fade": "1ba"},
-        ticket={"settle": "1ba"},
+        truncation={**at_once(1)},
     )
     return worm_dist.attach(
         model,

@@ -55,7 +55,7 @@ def _train_both(
     engine = worm_dist.attach(
         model,
         optimizers[0],
-        WormConfig(truncation={"motion": "hold", "scope": scope}),
+        WormConfig(truncation={"frozen_weights": "hold", "scope": scope}),
         example_inputs=random_images(1),
         steps_per_epoch=10,
     )
@@ -161,7 +161,7 @@ def _train_with_no_sync(arguments: dict[str, Any]) -> tuple[float, int, int]:
     engine = worm_dist.attach(
         model,
         optimizer,
-        WormConfig(truncation={"motion": "hold"}),
+        WormConfig(truncation={"frozen_weights": "hold"}),
         example_inputs=random_images(1),
         steps_per_epoch=10,
     )

@@ -29,7 +29,7 @@ def _engine(dtype: torch.dtype = torch.float32) -> Engine:
     randomise(network, seed=1)
     network.to(dtype)
     model = DistributedDataParallel(network) if dist.is_initialized() else network
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     example = random_images(1).to(dtype)
     return worm_dist.attach(model, optimizer, config, example_inputs=example)

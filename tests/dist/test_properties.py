@@ -81,7 +81,7 @@ def _holds(cases: list[dict[str, Any]]) -> list[str]:
             network, bucket_cap_mb=case["bucket_cap_mb"], find_unused_parameters=True
         )
         optimizer: Optimizer = OPTIMIZERS[case["optimizer"]](model.parameters())
-        config = WormConfig(truncation={"motion": "hold", "scope": case["scope"]})
+        config = WormConfig(truncation={"frozen_weights": "hold", "scope": case["scope"]})
         example = random_images(1)
         engine = worm_dist.attach(model, optimizer, config, example_inputs=example)
         for generation in range(3):

@@ -17,6 +17,7 @@ from tests.nets import Flattening, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.resuming import Course, transformer
+from tests.settings import at_once
 from worm_dist import WormConfig
 
 FADE_STEPS = 3
@@ -94,8 +95,8 @@ def _decided(
     """Masks from elsewhere: the second comes while what the first drops is fading."""
     config = WormConfig(
         search={"every": "2ba", "l1": 0.01},
-        truncation={"fade": f"{FADE_STEPS}ba", **truncation},
-        ticket={"recalibrate_batches": 3, "settle": "1ba"},
+        truncation={**at_once(FADE_STEPS), **truncation},
+        ticket={"recalibrate_batches": 3},
     )
     course = Course(
         num_steps=17,
@@ -109,12 +110,12 @@ def _decided(
 @pytest.mark.parametrize(
     ("truncation", "optimizer", "net", "wrapper"),
     [
-        ({"motion": "fade"}, "sgd", "residual", {}),
-        ({"motion": "fade"}, "adamw", "flattening", {"bucket_cap_mb": 0.001}),
-        ({"motion": "hold", "scope": "coupled"}, "adamw", "residual", {}),
-        ({"motion": "free"}, "sgd", "residual", {}),
+        ({"frozen_weights": "remove"}, "sgd", "residual", {}),
+        ({"frozen_weights": "remove"}, "adamw", "flattening", {"bucket_cap_mb": 0.001}),
+        ({"frozen_weights": "hold", "scope": "coupled"}, "adamw", "residual", {}),
+        ({"frozen_weights": "free"}, "sgd", "residual", {}),
         ({"mode": "soft"}, "adamw", "residual", {}),
-        ({"motion": "fade"}, "sgd", "transformer", {}),
+        ({"frozen_weights": "remove"}, "sgd", "transformer", {}),
         ({"compression": "bf16"}, "sgd", "residual", {}),
         ({"compression": "powersgd"}, "adamw", "residual", {}),
         (
@@ -135,7 +136,7 @@ def test_broken_off_anywhere_it_ends_the_same(
 
 @pytest.mark.parametrize(
     ("truncation", "net"),
-    [({"motion": "fade"}, "residual"), ({"compression": "powersgd"}, "flattening")],
+    [({"frozen_weights": "remove"}, "residual"), ({"compression": "powersgd"}, "flattening")],
     ids=["fade", "powersgd"],
 )
 def test_after_a_rehearsal_more_than_two_ranks_add_in_the_same_order(
@@ -158,14 +159,14 @@ def _searched(truncation: dict[str, Any]) -> tuple[list[str], list[str]]:
             "prune_ratio": 0.4,
             "l1": 0.05,
         },
-        truncation={"fade": f"{FADE_STEPS}ba", **truncation},
-        ticket={"recalibrate_batches": 3, "settle": "2ba"},
+        truncation={**at_once(FADE_STEPS), **truncation},
+        ticket={"recalibrate_batches": 3},
     )
     phases: list[str] = []
 
     def check(trainee: Parallel) -> Any:
         verdict = trainee.engine.check()
-        if verdict.ticket:
+        if verdict.stage or verdict.ticket:
             trainee.engine.draw()
         phases.append(trainee.engine.phase.value)
         return verdict
@@ -178,7 +179,7 @@ def _searched(truncation: dict[str, Any]) -> tuple[list[str], list[str]]:
     return course.resumed(lambda: Parallel(config, "sgd")), phases[:8]
 
 
-@pytest.mark.parametrize("truncation", [{}, {"mode": "soft"}, {"channels": "static"}])
+@pytest.mark.parametrize("truncation", [{}, {"mode": "soft"}, {"removal": {"duration": "6ba", "fade_steps": 2, "stage": 0.3}}])
 def test_masks_verdicts_and_distances_are_the_same_too(
     ranks: Ranks, truncation: dict[str, Any]
 ) -> None:

@@ -17,6 +17,7 @@ import worm_dist
 from tests.nets import Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import WormConfig
 
 
@@ -95,7 +96,6 @@ def _run(preset: str, changes: Mapping[str, Any], frozen: tuple[int, ...]) -> Se
         preset,
         search=search | changes.get("search", {}),
         truncation=changes.get("truncation", {}),
-        ticket={"settle": "1ba"},
     )
     engine = worm_dist.attach(
         DistributedDataParallel(network),
@@ -117,7 +117,7 @@ def _run(preset: str, changes: Mapping[str, Any], frozen: tuple[int, ...]) -> Se
             assert engine.mask is not None
             exact = dict(engine.history[-1].mask.items()) if engine.history else {}
             checks.append(Check(engine.phase.value, exact, dict(engine.mask.items())))
-            if verdict.ticket:
+            if verdict.stage or verdict.ticket:
                 engine.draw()
             elif frozen and len(checks) == 1:
                 engine.truncate(mask_dropping(engine.groups, *frozen))
@@ -126,16 +126,18 @@ def _run(preset: str, changes: Mapping[str, Any], frozen: tuple[int, ...]) -> Se
     return Seen(checks, drawn, engine.mask.digest)
 
 
-_RUNS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...]]] = {
-    "fade": ("worm", {}, ()),
-    "fade, static": ("worm", {"truncation": {"channels": "static"}}, ()),
-    "fade, by weights": ("worm", {"search": {"score": "weight_norm"}}, ()),
-    "fade, each layer": ("worm", {"search": {"threshold": "layer"}}, ()),
-    "hold": ("worm", {"truncation": {"motion": "hold"}}, ()),
-    "early-bird": ("early-bird", {}, ()),
-    "fade, a mask from elsewhere": ("worm", {}, (0, 1, 2, 60, 95, 150)),
+# Masks are exchanged twice while channels leave.
+_SLOWLY: Mapping[str, Any] = {
+    "truncation": {"removal": {"duration": "6ba", "fade_steps": 1, "stage": 0.5}}
 }
-_FADES = [name for name in _RUNS if name.startswith("fade")]
+_RUNS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...]]] = {
+    "removed": ("worm", _SLOWLY, ()),
+    "removed, by weights": ("worm", {**_SLOWLY, "search": {"score": "weight_norm"}}, ()),
+    "removed, each layer": ("worm", {**_SLOWLY, "search": {"threshold": "layer"}}, ()),
+    "hold": ("worm", {"truncation": {"frozen_weights": "hold"}}, ()),
+    "early-bird": ("early-bird", {}, ()),
+    "removed, a mask from elsewhere": ("worm", _SLOWLY, (0, 1, 2, 60, 95, 150)),
+}
 
 
 def _all_runs() -> dict[str, Seen]:
@@ -190,46 +192,15 @@ def test_the_network_is_drawn_in_blocks(everyone: list[dict[str, Seen]], name: s
         assert 48 + 44 + 72 + 40 + 20 - sum(seen.drawn.values()) >= 0.3 * 224
 
 
-@pytest.mark.parametrize("name", _FADES)
-def test_what_has_begun_to_fade_never_comes_back(
-    everyone: list[dict[str, Seen]], name: str
-) -> None:
-    """What a mask drops fades at once, or if it has been dropped in the whole window."""
-    window = 4 if "static" in name else 1
-    fading = {
-        group: torch.zeros_like(kept) for group, kept in everyone[0][name].checks[0].mask.items()
-    }
-    streaks = {group: torch.zeros_like(kept, dtype=torch.int64) for group, kept in fading.items()}
-    for check in everyone[0][name].checks:
-        for group, kept in check.mask.items():
-            assert not bool((kept & fading[group]).any()), group
-            streaks[group] = torch.where(kept, 0, streaks[group] + 1)
-            if check.phase == "truncate":
-                fading[group] |= streaks[group] >= window
-    assert sum(int(channels.sum()) for channels in fading.values()) >= 50
-
-
-@pytest.mark.parametrize("name", ["fade", "fade, by weights", "fade, each layer"])
-def test_the_masks_come_to_rest_when_the_fade_begins(
-    everyone: list[dict[str, Seen]], name: str
-) -> None:
-    """What rounding had spared was dropped later, a few channels at each check."""
-    first, *others = [c.mask for c in everyone[0][name].checks if c.phase == "truncate"]
-    for other in others:
-        assert all(torch.equal(other[group], kept) for group, kept in first.items())
-
-
-@pytest.mark.parametrize("channels", ["newest", "static"])
-def test_where_no_layer_is_large_the_share_is_dropped_to_the_channel(channels: str) -> None:
-    """What had begun to fade was taken for the whole mask if it was four channels short of the
+def test_where_no_layer_is_large_the_share_is_dropped_to_the_channel() -> None:
+    """What had begun to leave was taken for the whole mask if it was four channels short of the
     share or less, as it may be where layers are rounded: here it would be more than half of it."""
     torch.manual_seed(0)
     network = Residual()
     optimizer = SGD(network.parameters(), lr=0.1)
     config = WormConfig(
         search={"prune_ratio": 0.4, "window": 2},
-        truncation={"fade": "1ba", "channels": channels},
-        ticket={"settle": "1ba"},
+        truncation=at_once(1),
     )
     images = random_images(4)
     engine = worm_dist.attach(network, optimizer, config, example_inputs=images, steps_per_epoch=1)

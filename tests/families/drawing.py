@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import worm_dist
 from tests.families.families import Family, Inputs
 from tests.families.finding import Finding, structure_of
+from tests.settings import at_once
 from worm_dist import Mask, WormConfig
 from worm_dist.engine import Engine
 from worm_dist.gates import gates_of
@@ -39,7 +40,7 @@ def draw(family: Family, number: int, folder: Path) -> Finding:
     _look_trained(network)
     config = WormConfig(
         search={"score": family.score},
-        truncation={"fade": "1ba"},
+        truncation={**at_once(1)},
         ticket={"recalibrate_batches": 0},
     )
     start = time.perf_counter()

@@ -31,13 +31,14 @@ ALL_PHASES: dict[str, Any] = {
     "search.elbow.min_masks": 2,
     "search.elbow.margin": 0.3,
     "search.l1": 0.01,
-    "truncation.fade": "3ba",
-    "ticket.settle": "2ba",
+    "truncation.removal.duration": "8ba",
+    "truncation.removal.fade_steps": 2,
+    "truncation.removal.stage": 0.5,
     "ticket.round_to": 1,
     "model.arguments": "{widths: [8, M, 16]}",
 }
-"""Eight steps an epoch: truncation starts at step 4, fades are over at 7 and silent columns leave,
-the ticket is drawn at step 10."""
+"""Eight steps an epoch: truncation starts at step 4, what has left by step 6 is a stage, and the
+ticket is drawn at step 10."""
 
 
 def under_zero(stage: int) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def last_state(run: Path) -> Any:
     newest = Shelf(run / "checkpoints").newest()
     assert newest is not None
     state = newest.read("run")
-    del state["seconds"], state["result"]["seconds"]
+    del state["tally"]["run_seconds"], state["tally"]["phase_seconds"]
+    del state["result"]["seconds"]
     return state
 
 

@@ -37,7 +37,7 @@ def test_ranks_with_other_masks_end_alike(driver: Driver, cut: Act) -> None:
     a rank whose buffer is of another size, and add up other channels where the sizes are the same.
     """
     fault = Fault.do(cut, rank=1, step=3).at("worm_dist.search.ranking:Ranking.cut")
-    ends = driver(2, Run((fault,), {**ALL_PHASES, "truncation.motion": "hold"}))
+    ends = driver(2, Run((fault,), {**ALL_PHASES, "truncation.frozen_weights": "hold"}))
     assert [(end.exitcode, len(end.errors)) for end in ends] == [(4, 1), (4, 0)]
     assert "(check at step 4): mask of group features.0: rank 1 differs" in ends[0].said
     assert max(end.seconds for end in ends) < busy(5)

@@ -49,7 +49,7 @@ def _gone_on_with(folder: Path, settings: Mapping[str, Any], steps: list[int]) -
             {"optimizer.name": "adamw", "optimizer.lr": 0.01, "truncation.compression": "powersgd"},
             [3, 5, 11],
         ),
-        (2, {"data.num_workers": 2, "truncation.motion": "hold"}, [5]),
+        (2, {"data.num_workers": 2, "truncation.frozen_weights": "hold"}, [5]),
     ],
     ids=["worm", "three", "powersgd", "loaders"],
 )

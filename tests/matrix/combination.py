@@ -33,7 +33,7 @@ Dropped = tuple[int, ...] | None
 
 _SCRIPT: Mapping[str, tuple[Dropped, ...]] = {
     "hold": ((0, 3, 9), (3, 4, 10, 12), None),  # channels 0 and 9 thaw again
-    "fade": ((0, 3, 9), None),
+    "remove": ((0, 3, 9), (0, 3, 4, 9, 12)),  # while channels leave, checks cut no other mask
     "free": ((0, 3, 9), (3, 4, 10, 12), None),
 }
 
@@ -48,7 +48,7 @@ class Recipe:
         clip: what is done to the averaged gradients before the step.
         loss_scale: initial scale of a ``GradScaler``; None for none.
         overflow_at: the step in which rank 1's loss is infinite.
-        listens_again: steps more until faded channels' columns leave, since it was heard.
+        probes_again: steps more until faded channels' columns leave, since it was heard.
         detours: whether ``forward`` takes the argument ``detour``.
         without_detour: for some steps, the ranks whose forward pass leaves a layer out.
     """
@@ -58,7 +58,7 @@ class Recipe:
     clip: Callable[[Iterable[nn.Parameter]], object] | None = None
     loss_scale: float | None = None
     overflow_at: int | None = None
-    listens_again: int = 0
+    probes_again: int = 0
     detours: bool = False
     without_detour: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -81,9 +81,9 @@ class Combination:
         dtype, memory_format: of weights and inputs.
         compiled: the network is compiled inside its wrapper.
         recipe: how a step is made.
-        search, truncation: settings; ``motion`` is not among them.
-        motions: each is one run, from the search to the ticket; "free" also stands for soft mode.
-        script: for each motion, what is frozen one generation after the other.
+        search, truncation: settings; ``rule`` is not among them.
+        rules: each is one run, from the search to the ticket; "free" also stands for soft mode.
+        script: for each rule, what is frozen one generation after the other.
         search_steps: before the first generation.
         tolerance: relative, of live slices; 0 where the sums are exact.
         absent: invariants that make no sense here, with the reason.
@@ -102,15 +102,15 @@ class Combination:
     recipe: Recipe = Recipe()
     search: Mapping[str, Any] = field(default_factory=lambda: {"prune_ratio": 0.4})
     truncation: Mapping[str, Any] = field(default_factory=dict)
-    motions: tuple[str, ...] = ("hold", "fade")
+    rules: tuple[str, ...] = ("hold", "remove")
     script: Mapping[str, tuple[Dropped, ...]] = field(default_factory=dict)
     search_steps: int = 2
     tolerance: float = 0.0
     absent: Mapping[str, str] = field(default_factory=dict)
     wrong: Mapping[str, str] = field(default_factory=dict)
 
-    def generations(self, motion: str) -> tuple[Dropped, ...]:
-        return self.script.get(motion, _SCRIPT[motion])
+    def generations(self, rule: str) -> tuple[Dropped, ...]:
+        return self.script.get(rule, _SCRIPT[rule])
 
     def remark(self, invariant: str) -> str | None:
         """What has to be said of a cell besides whether it holds."""
@@ -126,7 +126,7 @@ class Combination:
             return "one process has nobody to agree with"
         if invariant == "bytes" and self.wrapper is None:
             return "nothing is sent"
-        if invariant in ("held", "state") and self.motions == ("free",):
+        if invariant in ("held", "state") and self.rules == ("free",):
             return "frozen slices move on, as they are told to"
         if invariant == "schedule" and self.scheduler is None:
             return "shown in two rows: schedulers do not see what else differs"

@@ -72,7 +72,7 @@ _CLIP_VALUES: Any = partial(clip_grad_value_, clip_value=0.001)
 _ALL_BUT_ONE_EACH = (*range(1, 8), *range(9, 14))
 _ALL_BUT_OTHERS = (*range(7), *range(8, 13))
 _INNER_GROUP = tuple(range(8, 14))
-_BY_CHECKS: Mapping[str, Any] = {"hold": (None, None, None, None), "fade": (None, None)}
+_BY_CHECKS: Mapping[str, Any] = {"hold": (None, None, None, None), "remove": (None,)}
 _STATELESS = {"state": "plain SGD has no state"}
 _NOTHING = "nothing is frozen"
 _NONE_FROZEN = {"held": _NOTHING, "state": _NOTHING}
@@ -120,9 +120,10 @@ PRECISION = (
     Combination("GradScaler, overflow, fused SGD", optimizer=_FUSED_SGD, recipe=_OVERFLOW),
     Combination("GradScaler, overflow, fused AdamW", optimizer=_FUSED, recipe=_OVERFLOW),
     Combination(
-        "GradScaler, overflow, listening",
-        recipe=Recipe(loss_scale=2.0**8, overflow_at=7, listens_again=1),
-        motions=("fade",),
+        "GradScaler, overflow, probing",
+        recipe=Recipe(loss_scale=2.0**8, overflow_at=5, probes_again=1),
+        rules=("remove",),
+        script={"remove": ((0, 3, 9),)},
     ),
     Combination(
         "GradScaler, overflow, clip",
@@ -134,7 +135,7 @@ STEPS = (
     Combination("no_sync, 3 passes", recipe=Recipe(passes=3)),
     Combination("clip_grad_norm_", recipe=Recipe(clip=_CLIP)),
     Combination("clip_grad_value_", recipe=Recipe(clip=_CLIP_VALUES)),
-    Combination("torch.compile inside", compiled=True, motions=("hold",)),
+    Combination("torch.compile inside", compiled=True, rules=("hold",)),
     Combination("channels_last", memory_format=torch.channels_last),
     Combination(
         "channels_last, scope coupled",
@@ -180,22 +181,22 @@ TRUNCATION = (
     Combination("scope coupled", truncation={"scope": "coupled"}),
     Combination("compression bf16", truncation={"compression": "bf16"}),
     Combination("compression fp16", truncation={"compression": "fp16"}),
-    Combination("motion free", motions=("free",), truncation={"motion": "free"}),
-    Combination("mode soft", motions=("free",), truncation=_SOFT),
+    Combination("rule free", rules=("free",), truncation={"frozen_weights": "free"}),
+    Combination("mode soft", rules=("free",), truncation=_SOFT),
 )
 
 MASKS = (
     Combination(
-        "a group frozen whole", motions=("hold",), script={"hold": (_INNER_GROUP, (0, 3, 9))}
+        "a group frozen whole", rules=("hold",), script={"hold": (_INNER_GROUP, (0, 3, 9))}
     ),
     Combination(
         "all but a channel a group",
-        script={"hold": (_ALL_BUT_ONE_EACH, _ALL_BUT_OTHERS), "fade": (_ALL_BUT_ONE_EACH,)},
+        script={"hold": (_ALL_BUT_ONE_EACH, _ALL_BUT_OTHERS), "remove": (_ALL_BUT_ONE_EACH,)},
     ),
     Combination(
         "nothing frozen",
         search={"prune_ratio": 0.0},
-        script={"hold": ((),), "fade": ((),)},
+        script={"hold": ((),), "remove": ((),)},
         absent=_NONE_FROZEN,
     ),
     Combination(
@@ -210,24 +211,24 @@ MASKS = (
         "a bucket without life",
         wrapper=_wrapper(bucket_cap_mb=0.0001),
         truncation={"scope": "coupled"},
-        motions=("hold",),
+        rules=("hold",),
         script={"hold": (_INNER_GROUP, (0, 3, 9))},
     ),
     Combination("frozen before the first step", optimizer=_ADAMW, search_steps=0),
 )
 
-_ALL_MOTIONS = ("hold", "fade", "free")
+_ALL_RULES = ("hold", "remove", "free")
 _BY_WEIGHTS: Mapping[str, Any] = {"prune_ratio": 0.4, "score": "weight_norm"}
 
 NETWORKS = (
-    Combination("a convolution in groups", network=Grouped, motions=_ALL_MOTIONS),
+    Combination("a convolution in groups", network=Grouped, rules=_ALL_RULES),
     Combination(
         "a convolution in groups, AdamW, coupled",
         network=Grouped,
         optimizer=_ADAMW,
         truncation={"scope": "coupled"},
     ),
-    Combination("norms of several groups", network=Stacking, motions=_ALL_MOTIONS),
+    Combination("norms of several groups", network=Stacking, rules=_ALL_RULES),
     Combination(
         "norms of several groups, by layer",
         network=Stacking,
@@ -237,7 +238,7 @@ NETWORKS = (
     Combination(
         "gates, SGD",
         network=gated,
-        motions=_ALL_MOTIONS,
+        rules=_ALL_RULES,
         scheduler=lambda o: OneCycleLR(o, max_lr=0.1, total_steps=40),
     ),
     Combination("gates, AdamW, bf16 autocast", network=gated, optimizer=_ADAMW, recipe=_AUTOCAST),
@@ -250,10 +251,10 @@ NETWORKS = (
     ),
     Combination("gates, scope norm", network=gated, truncation={"scope": "norm"}),
     Combination("gates, scope coupled", network=gated, truncation={"scope": "coupled"}),
-    Combination("gates, mode soft", network=gated, motions=("free",), truncation=_SOFT),
-    Combination("gates, find_unused", network=gated, wrapper=_FINDS_UNUSED, motions=("hold",)),
+    Combination("gates, mode soft", network=gated, rules=("free",), truncation=_SOFT),
+    Combination("gates, find_unused", network=gated, wrapper=_FINDS_UNUSED, rules=("hold",)),
     Combination("gates, bare module, no group", network=gated, world_size=NO_GROUP, wrapper=None),
-    Combination("no norms", network=Normless, search=_BY_WEIGHTS, motions=_ALL_MOTIONS),
+    Combination("no norms", network=Normless, search=_BY_WEIGHTS, rules=_ALL_RULES),
     Combination(
         "no norms, AdamW, coupled, 2 passes",
         network=Normless,
@@ -267,7 +268,7 @@ NETWORKS = (
         "no norms, mode soft",
         network=Normless,
         search=_BY_WEIGHTS,
-        motions=("free",),
+        rules=("free",),
         truncation=_SOFT,
     ),
 )
@@ -276,7 +277,7 @@ WORLDS = (
     Combination("bare module, no group", world_size=NO_GROUP, wrapper=None),
     Combination("1 rank", world_size=1),
     Combination("3 ranks", world_size=3, tolerance=1e-5),
-    Combination("4 ranks", world_size=4, tolerance=1e-5, motions=("hold",)),
+    Combination("4 ranks", world_size=4, tolerance=1e-5, rules=("hold",)),
 )
 
 TOGETHER = (

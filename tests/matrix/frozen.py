@@ -23,7 +23,8 @@ class Frozen:
     Attributes:
         flags: for every parameter a bool tensor of its shape, False where it is frozen.
         lost: bool ``[num_channels]``, channels whose fade has begun.
-        sent_whole_until: the step after which nobody hears faded channels any more.
+        sent_until: int64 ``[num_channels]``, the step after which what reads a channel is not sent
+            any more.
     """
 
     def __init__(self, trainee: Trainee, groups: Groups, config: TruncationConfig) -> None:
@@ -33,7 +34,7 @@ class Frozen:
         self._fades: list[tuple[str, Tensor, Tensor, int]] = []
         self.lost = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.flags = live_flags(trainee.network, groups, self.lost, config.scope)
-        self.sent_whole_until = 0
+        self.sent_until = torch.full(self.lost.shape, 2**62)
         self._take_values()
 
     def freeze(self, mask: Mask) -> None:
@@ -42,12 +43,13 @@ class Frozen:
         self.flags = live_flags(network, groups, frozen, self._config.scope)
         self._take_values()
         begins = frozen & ~self.lost
-        if self._config.motion == "fade" and bool(begins.any()):
+        if self._config.frozen_weights == "remove" and bool(begins.any()):
             since = self._trainee.num_steps
             for name, flag in live_flags(network, groups, begins, "norm").items():
                 if not bool(flag.all()):
                     self._fades.append((name, ~flag, self._values[name], since))
-            self.sent_whole_until = since + FADE_STEPS + 1 + self._trainee.recipe.listens_again
+            again = self._trainee.recipe.probes_again
+            self.sent_until[begins] = since + FADE_STEPS + 1 + again
             self.lost = self.lost | begins
 
     @property

@@ -48,7 +48,6 @@ class Pair:
             self.trainee.optimizer,
             config,
             example_inputs=images_like(self.trainee.network, 1),
-            steps_per_epoch=10,
         )
         self.trainee.penalty = lambda detour: engine.penalty()
         self.reference = Reference(combination, engine.groups, config)
@@ -57,7 +56,7 @@ class Pair:
         self._num_shakes = 0
         self._which = which
         self._off = config.truncation.mode == "off"
-        self._moves_on = config.truncation.motion == "free"
+        self._moves_on = config.truncation.frozen_weights == "free"
 
     @property
     def where(self) -> str:
@@ -70,7 +69,8 @@ class Pair:
             self._num_shakes += 1
             for network in (self.trainee.network, reference.network):
                 _shake(network, engine.groups, self._frozen.flags, self._num_shakes)
-        engine.check()
+        if not (engine.phase == "truncate" and engine.config.truncation.removes):
+            engine.check()
         assert engine.mask is not None
         self.findings.masks.append(engine.mask.digest)
         if dropped is not None:

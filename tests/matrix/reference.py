@@ -56,7 +56,7 @@ class Reference(Trainee):
     @torch.no_grad()
     def before_step(self) -> None:
         """Frozen scales that are free feel the penalty, which went with their other gradients."""
-        if self._truncation.motion == "free" and self._truncation.mode == "hard":
+        if self._truncation.frozen_weights == "free" and self._truncation.mode == "hard":
             for name in self._scales:
                 scale, frozen = self.network.get_parameter(name), ~self.frozen.flags[name]
                 if scale.grad is not None:
@@ -65,7 +65,7 @@ class Reference(Trainee):
     @torch.no_grad()
     def after_step(self) -> None:
         """Frozen slices and their optimizer state are written back."""
-        if self._truncation.motion == "free":
+        if self._truncation.frozen_weights == "free":
             return
         for name, values in self.frozen.values.items():
             parameter = self.network.get_parameter(name)
@@ -82,8 +82,7 @@ class Reference(Trainee):
         for flag in flags.values():
             if self._truncation.mode != "hard":
                 flag.fill_(True)
-        if self.num_steps > self.frozen.sent_whole_until:
-            self._take_out_columns_of(self.frozen.lost, flags)
+        self._take_out_columns_of(self.frozen.sent_until < self.num_steps, flags)
         return passes * sum(
             int(flags[name].sum()) * self.bytes_of(parameter)
             for name, parameter in self.network.named_parameters()

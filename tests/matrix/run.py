@@ -8,39 +8,40 @@ from tests.matrix.drawing import draw_and_train_on
 from tests.matrix.findings import Findings
 from tests.matrix.frozen import FADE_STEPS
 from tests.matrix.pair import Pair
+from tests.settings import at_once
 
 __all__ = ["run"]
 
 # Between two checks.  The last fade needs time to end, a step to be listened to, one to send less.
 _STEPS = 2
-_LAST_STEPS = {"hold": 2, "free": 2, "fade": FADE_STEPS + 3}
+_LAST_STEPS = {"hold": 2, "free": 2, "remove": FADE_STEPS + 3}
 
 
 def run(name: str) -> Findings:
     """All that is seen of a combination on this rank."""
     combination = COMBINATIONS[name]
     findings = Findings()
-    for motion in combination.motions:
+    for rule in combination.rules:
         with findings.of(*(invariant for invariant in INVARIANTS if invariant != "off")):
-            _search_truncate_draw(combination, motion, findings)
+            _search_truncate_draw(combination, rule, findings)
     if combination.why_not("off") is None:
         with findings.of("off"):
             _without_truncation(combination, findings)
     return findings
 
 
-def _search_truncate_draw(combination: Combination, motion: str, findings: Findings) -> None:
-    truncation = {"motion": motion, **combination.truncation}
-    if motion == "fade":
-        truncation["fade"] = f"{FADE_STEPS}ba"
-    pair = Pair(combination, truncation, findings, f"{motion}, ")
+def _search_truncate_draw(combination: Combination, rule: str, findings: Findings) -> None:
+    truncation = {"frozen_weights": rule, **combination.truncation}
+    if rule == "remove":
+        truncation |= at_once(FADE_STEPS)
+    pair = Pair(combination, truncation, findings, f"{rule}, ")
     pair.train(combination.search_steps)
-    *first, last = combination.generations(motion)
+    *first, last = combination.generations(rule)
     for dropped in first:
         pair.freeze(dropped)
         pair.train(_STEPS)
     pair.freeze(last)
-    pair.train(_LAST_STEPS[motion])
+    pair.train(_LAST_STEPS[rule])
     with findings.of("draw"):
         draw_and_train_on(pair)
 

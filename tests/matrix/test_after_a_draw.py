@@ -23,7 +23,7 @@ def test_channels_last_stays_channels_last() -> None:
     """Else every convolution after the draw turns its weight round again in each step."""
     network = Residual().to(memory_format=torch.channels_last)
     optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9)
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
     images = random_images(4).to(memory_format=torch.channels_last)
     network(images).square().mean().backward()
@@ -45,7 +45,7 @@ def _train_with_sharded_state() -> str:
         engine = worm_dist.attach(
             model,
             optimizer,
-            WormConfig(truncation={"motion": "hold"}),
+            WormConfig(truncation={"frozen_weights": "hold"}),
             example_inputs=random_images(1),
         )
     except worm_dist.BackendError as refusal:

@@ -62,7 +62,7 @@ def _engine(make: Make) -> Engine:
     network = Residual()
     randomise(network, seed=3)
     network.double()
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     example = random_images(1).double()
     return worm_dist.attach(network, make(network), config, example_inputs=example)
 
@@ -156,7 +156,7 @@ def _train_by_different_masks() -> tuple[Tensor, Tensor, Tensor]:
     randomise(network, seed=3)
     model = DistributedDataParallel(network)
     optimizer = SGD(model.parameters(), lr=0.05)
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     engine.truncate(mask_dropping(engine.groups, dist.get_rank()))
     images = random_images(4, seed=dist.get_rank())

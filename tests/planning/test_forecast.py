@@ -14,6 +14,7 @@ from torch.optim import SGD
 import worm_dist
 from tests.nets import random_images
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import Mask, WormConfig
 from worm_dist.models import build_model
 from worm_dist.planning.estimate import Link
@@ -24,12 +25,12 @@ from worm_dist.training.gating import gated
 from worm_dist.training.measure import count_parameters
 
 SHAPE = (1, 8, 8)
-FADE = {"truncation": {"fade": "2ba"}, "ticket": {"settle": "1ba"}}
+FADE = {"truncation": {**at_once(2)}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vgg_small": ("vgg_small", FADE),
     "resnet20": ("resnet20", FADE),
-    "held columns": ("resnet20", {"truncation": {"motion": "hold", "scope": "coupled"}}),
-    "rounded": ("vgg_small", {"truncation": {"fade": "2ba", "compression": "bf16"}}),
+    "held columns": ("resnet20", {"truncation": {"frozen_weights": "hold", "scope": "coupled"}}),
+    "rounded": ("vgg_small", {"truncation": {**at_once(2), "compression": "bf16"}}),
     "gated": ("vit_small", FADE),
     "ranked by weights": ("vit_small", FADE | {"search": {"score": "weight_norm"}}),
 }
@@ -167,7 +168,6 @@ def test_remarks_say_what_the_figures_leave_out() -> None:
     assert remarks() == ""
     assert "PowerSGD" in remarks(compression="powersgd")
     assert "fp16" in remarks(compression="fp16")
-    assert "fewer may be frozen" in remarks(channels="static")
 
 
 def test_a_remark_says_that_norms_of_a_group_need_not_agree() -> None:

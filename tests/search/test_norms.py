@@ -16,6 +16,7 @@ import worm_dist
 from tests.nets import Plain, randomise
 from tests.oracles import live_flags, mask_dropping
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import ConfigError, Engine, WormConfig
 
 DROPPED = (0, 3, 7, 12)  # two of the first group's six channels, two of the second's eight
@@ -43,7 +44,7 @@ def _images(*sides: int, seed: int = 0) -> Tensor:
 def _attached(network: nn.Module, example: Tensor) -> Engine:
     randomise(network, seed=1)
     optimizer = SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    config = WormConfig(truncation={"fade": f"{FADE_STEPS}ba"}, ticket={"recalibrate_batches": 0})
+    config = WormConfig(truncation={**at_once(FADE_STEPS)}, ticket={"recalibrate_batches": 0})
     return worm_dist.attach(
         network, optimizer, config, example_inputs=example, steps_per_epoch=FADE_STEPS
     )
@@ -233,7 +234,7 @@ def test_norms_without_running_statistics_are_norms() -> None:
     engine = worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.05),
-        WormConfig(truncation={"fade": "1ba"}),
+        WormConfig(truncation={**at_once(1)}),
         example_inputs=images[:1],
         steps_per_epoch=1,
     )

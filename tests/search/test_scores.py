@@ -108,15 +108,15 @@ def test_layer_by_layer_a_coupled_channel_goes_only_where_all_its_norms_drop_it(
     randomise(network, seed=4)
     groups = find_groups(network, random_images(1))
     score = LayerScales(network, groups)
-    assert score.sizes == {"bn0": 8, "bn2": 8, "bn1": 6}
-    candidates, _ = cut(score(), score.sizes, 0.5, floor=0)
+    assert score.candidates.sizes == {"bn0": 8, "bn2": 8, "bn1": 6}
+    candidates, _ = cut(score(), score.candidates.sizes, 0.5, floor=0)
 
-    scales = {name: getattr(network, name).weight.detach().abs() for name in score.sizes}
+    scales = {name: getattr(network, name).weight.detach().abs() for name in score.candidates.sizes}
     everything = torch.cat(list(scales.values()))
     threshold = everything.sort().values[int(len(everything) * 0.5) - 1]
     for name, size in scales.items():
         assert torch.equal(candidates[name], size > threshold), name
-    mask = score.channels(candidates)
+    mask = score.candidates.mask(candidates)
     assert torch.equal(mask["stem"], candidates["bn0"] | candidates["bn2"])
     assert torch.equal(mask["conv1"], candidates["bn1"])
     assert mask.num_kept > candidates.num_kept / 22 * 14  # so fewer channels go than p says
@@ -127,7 +127,7 @@ def test_channels_that_are_lost_are_lost_in_each_of_their_norms() -> None:
     score = LayerScales(network, find_groups(network, random_images(1)))
     lost = torch.zeros(14, dtype=torch.bool)
     lost[[1, 9]] = True  # of the tied group, and of the inner one
-    assert score.candidates(lost).nonzero().flatten().tolist() == [1, 8 + 1, 16 + 1]
+    assert score.candidates.flags(lost).nonzero().flatten().tolist() == [1, 8 + 1, 16 + 1]
 
 
 def test_without_norms_the_weights_that_make_a_channel_rank_it() -> None:

@@ -23,12 +23,13 @@ from tests.nets import (
     randomise,
 )
 from tests.oracles import mask_dropping
+from tests.settings import at_once
 from worm_dist import ConfigError, Mask, WormConfig
 from worm_dist.models import build_model
 from worm_dist.search.cut import cut
 from worm_dist.search.groups import Groups
 from worm_dist.search.scores import ChannelScales
-from worm_dist.ticket.surgery import cuts_of, remove_channels
+from worm_dist.ticket.surgery import cuts_of, remove_channels, shapes_of
 from worm_dist.ticket.trial import find_drawable_groups as find_groups
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -79,7 +80,7 @@ def test_outputs_are_those_of_the_masked_dense_network(name: str, seed: int, rat
     masked = _masked(network, groups, mask)
     with torch.no_grad():
         expected = masked(images)
-        remove_channels(network, cuts_of(groups, mask, network))
+        remove_channels(network, cuts_of(groups, mask, shapes_of(network)))
         got = network(images)
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -93,7 +94,7 @@ def test_every_group_shrinks_to_what_the_mask_keeps(name: str) -> None:
     groups = find_groups(network, random_images(1, side=32))
     mask = _search_mask(network, groups, 0.5)
     sizes = {key: p.shape for key, p in network.named_parameters()}
-    remove_channels(network, cuts_of(groups, mask, network))
+    remove_channels(network, cuts_of(groups, mask, shapes_of(network)))
     # A norm behind a concatenation is in several groups.
     left = {norm.module: sizes[f"{norm.module}.weight"][0] for g in groups for norm in g.norms}
     for group in groups:
@@ -114,14 +115,14 @@ def test_every_group_shrinks_to_what_the_mask_keeps(name: str) -> None:
 def test_a_mask_that_keeps_everything_cuts_nothing() -> None:
     network = Plain()
     groups = find_groups(network, random_images(1))
-    assert cuts_of(groups, mask_dropping(groups), network) == ()
+    assert cuts_of(groups, mask_dropping(groups), shapes_of(network)) == ()
 
 
 def test_a_group_without_a_survivor_is_refused() -> None:
     network = Plain(first=3)
     groups = find_groups(network, random_images(1))
     with pytest.raises(ConfigError, match="group conv1: the mask keeps none of its 3 channels"):
-        cuts_of(groups, mask_dropping(groups, 0, 1, 2), network)
+        cuts_of(groups, mask_dropping(groups, 0, 1, 2), shapes_of(network))
 
 
 def test_what_does_not_train_does_not_train_after_the_cut() -> None:
@@ -129,7 +130,7 @@ def test_what_does_not_train_does_not_train_after_the_cut() -> None:
     network.bn1.bias.requires_grad_(False)
     groups = find_groups(network, random_images(1))
     before = {name: p.requires_grad for name, p in network.named_parameters()}
-    remove_channels(network, cuts_of(groups, mask_dropping(groups, 0, 9), network))
+    remove_channels(network, cuts_of(groups, mask_dropping(groups, 0, 9), shapes_of(network)))
     assert {name: p.requires_grad for name, p in network.named_parameters()} == before
 
 
@@ -138,7 +139,7 @@ def test_a_faded_network_is_drawn_without_any_jump() -> None:
     torch.manual_seed(0)
     network = Residual()
     randomise(network, seed=1)
-    config = WormConfig(truncation={"fade": "3ba"}, ticket={"recalibrate_batches": 0})
+    config = WormConfig(truncation={**at_once(3)}, ticket={"recalibrate_batches": 0})
     engine = worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.05, momentum=0.9),

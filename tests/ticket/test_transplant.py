@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 def _attach(network: nn.Module, optimizer: Optimizer) -> Engine:
-    config = WormConfig(truncation={"motion": "hold"}, ticket={"recalibrate_batches": 0})
+    config = WormConfig(truncation={"frozen_weights": "hold"}, ticket={"recalibrate_batches": 0})
     return worm_dist.attach(
         network, optimizer, config, example_inputs=random_images(1), steps_per_epoch=10
     )

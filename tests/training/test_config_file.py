@@ -18,11 +18,15 @@ def test_values_are_replaced_by_their_dotted_names(tmp_path: Path) -> None:
     path = _file(tmp_path, "name: a\nsearch:\n  prune_ratio: 0.3\n  window: 4\n")
     config = read_run_config(
         path,
-        [("search.prune_ratio", "0.4"), ("truncation.motion", "hold"), ("search.every", "20ba")],
+        [
+            ("search.prune_ratio", "0.4"),
+            ("truncation.frozen_weights", "hold"),
+            ("search.every", "20ba"),
+        ],
     )
     assert config.search.prune_ratio == 0.4
     assert config.search.window == 4
-    assert config.truncation.motion == "hold"
+    assert config.truncation.frozen_weights == "hold"
     assert str(config.search.every) == "20ba"
 
 
@@ -61,7 +65,10 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
         ("just words\n", "key: value"),
         ("epochs: 1\nepochs: 2\n", "line 2: key given twice: epochs"),
         ("1: 2\n", "key: value"),
-        ("truncation:\n  mode: soft\n  motion: fade\n", "motion 'fade' contradicts mode 'soft'"),
+        (
+            "truncation:\n  mode: soft\n  frozen_weights: remove\n",
+            "frozen_weights 'remove' contradicts",
+        ),
         ("search:\n  prune_ratio: 0.8\n  floor: 0.3\n", "contradict"),
         ("search: 3\n", "search:"),
         ("preset: fast\n", "preset:"),

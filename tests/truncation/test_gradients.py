@@ -55,7 +55,7 @@ def test_accumulated_passes_are_truncated_once_each() -> None:
 
 
 def test_hard_truncation_writes_zeros_even_over_infinities() -> None:
-    engine = _attached(mode="hard", motion="hold")
+    engine = _attached(mode="hard", frozen_weights="hold")
     engine.truncate(mask_dropping(engine.groups, 1))
     network = engine.model
     network.bn0.weight.grad = None
@@ -65,7 +65,7 @@ def test_hard_truncation_writes_zeros_even_over_infinities() -> None:
 
 
 def test_the_next_generation_replaces_the_last() -> None:
-    engine = _attached(mode="hard", motion="hold", scope="norm")
+    engine = _attached(mode="hard", frozen_weights="hold", scope="norm")
     engine.truncate(mask_dropping(engine.groups, 1))
     engine.truncate(mask_dropping(engine.groups, 2))
     gradient = _gradients(engine)["bn0.weight"]

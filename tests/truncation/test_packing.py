@@ -9,6 +9,7 @@ from torch.optim import SGD
 from tests.nets import Flattening, Residual, Separable, Upsampling, random_images
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import WormConfig, attach
 from worm_dist.ticket.trial import find_drawable_groups as find_groups
 from worm_dist.truncation.packing import Packing
@@ -170,7 +171,7 @@ def _in_channels_last(view: bool) -> tuple[list[str], int, int]:
     images = random_images(4).to(memory_format=torch.channels_last)
     model = DistributedDataParallel(networks[0], gradient_as_bucket_view=view)
     optimizer = SGD(model.parameters(), lr=0.05)
-    config = WormConfig(truncation={"scope": "coupled", "motion": "hold"})
+    config = WormConfig(truncation={"scope": "coupled", "frozen_weights": "hold"})
     engine = attach(model, optimizer, config, example_inputs=images[:1])
     mask = mask_dropping(engine.groups, 0, 3, 9)
     engine.truncate(mask)
@@ -183,7 +184,7 @@ def _in_channels_last(view: bool) -> tuple[list[str], int, int]:
         if not torch.equal(p.grad, networks[1].get_parameter(name).grad)
     ]
 
-    config = WormConfig(truncation={"fade": "1ba"})
+    config = WormConfig(truncation={**at_once(1)})
     engine = attach(engine.detach(), optimizer, config, example_inputs=images[:1])
     engine.truncate(mask)
     for _ in range(4):

@@ -24,6 +24,7 @@ class Expected:
         flags: for every parameter a bool tensor of its shape, False where it is frozen.
         lost: bool ``[num_channels]``, channels whose fade has begun.
         over_at: the step with which the last fade ends, 0 if there was none.
+        zero_at: int64 ``[num_channels]``, the step with which a channel's fade ends.
     """
 
     def __init__(self, trainee: Trainee, groups: Groups, scope: str, fades: bool) -> None:
@@ -36,6 +37,7 @@ class Expected:
         self.lost = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.flags = live_flags(trainee.network, groups, self.lost, scope)
         self.over_at = 0
+        self.zero_at = torch.full(self.lost.shape, 2**62)
 
     def freeze(self, mask: Mask) -> None:
         """From the next step on, what the mask drops is frozen and the rest is live."""
@@ -49,6 +51,7 @@ class Expected:
                 if not bool(flag.all()):
                     self._fades.append((name, ~flag, self._values[name], since))
             self.over_at = since + FADE_STEPS
+            self.zero_at[begins] = self.over_at
             self.lost = self.lost | begins
 
     def fold_gates(self, values: dict[str, Tensor]) -> None:

@@ -45,8 +45,8 @@ class Row:
         optimizer: of a network's parameters; None for the one that ``settings`` name.
         passes: forward and backward passes a step.
         style: how the passes are made; see ``Trainee.step``.
-        search, truncation: the engine's settings; ``motion`` is not among them.
-        motions: each is one run, from the search to the ticket; one of them where the row is about
+        search, truncation: the engine's settings; ``rule`` is not among them.
+        rules: each is one run, from the search to the ticket; one of them where the row is about
             how gradients get there.
         frozen: channels to freeze, counted over all groups, one generation after the other, where
             it matters which.
@@ -67,7 +67,7 @@ class Row:
     style: Literal["engine", "torch", "coalesced", "unmanaged"] = "engine"
     search: Mapping[str, Any] = field(default_factory=dict)
     truncation: Mapping[str, Any] = field(default_factory=dict)
-    motions: tuple[str, ...] = ("hold", "fade")
+    rules: tuple[str, ...] = ("hold", "remove")
     frozen: tuple[tuple[int, ...], ...] = ()
     overflow_at: int | None = None
     world_size: int = 2

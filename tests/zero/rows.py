@@ -106,7 +106,7 @@ def _gates_apart(kind: Any, **settings: Any) -> Any:
 
 _INNER_GROUP = tuple(range(8, 14))
 _HOLD = ("hold",)
-_FADE = ("fade",)
+_REMOVE = ("remove",)
 _ADAMW = _of(AdamW, lr=0.01, weight_decay=0.1)
 _CLIP = {"gradient_clipping": 0.05}
 _TINY: Mapping[str, Any] = {"reduce_bucket_size": 100}  # some layers are larger
@@ -121,26 +121,26 @@ STAGE_0 = (
     Row(
         "0: groups, AdamW, 2 passes", 0, optimizer=_groups(AdamW, lr=0.01), passes=2, like_ddp=True
     ),
-    Row("0: clipped", 0, motions=_HOLD, settings=_CLIP),
+    Row("0: clipped", 0, rules=_HOLD, settings=_CLIP),
     Row(
         "0: prescaled",
         0,
-        motions=_HOLD,
+        rules=_HOLD,
         settings={"prescale_gradients": True, "gradient_predivide_factor": 1},
     ),
-    Row("0: sent as bf16", 0, motions=_HOLD, settings={"communication_data_type": "bf16"}),
+    Row("0: sent as bf16", 0, rules=_HOLD, settings={"communication_data_type": "bf16"}),
     Row("0: bf16, SGD, 2 passes, clipped", 0, "bf16", settings=_CLIP, passes=2),
     Row(
         "0: bf16, AdamW, sent as fp32",
         0,
         "bf16",
-        motions=_FADE,
+        rules=_REMOVE,
         optimizer=_ADAMW,
         settings={"communication_data_type": "fp32"},
     ),
-    Row("0: bf16, a number, AdamW", 0, "bf16", motions=_FADE, network=Tempered, optimizer=_ADAMW),
-    Row("0: bf16, a frozen shift", 0, "bf16", motions=_FADE, network=frozen_shift),
-    Row("0: bf16, overflow", 0, "bf16", motions=_FADE, overflow_at=4),
+    Row("0: bf16, a number, AdamW", 0, "bf16", rules=_REMOVE, network=Tempered, optimizer=_ADAMW),
+    Row("0: bf16, a frozen shift", 0, "bf16", rules=_REMOVE, network=frozen_shift),
+    Row("0: bf16, overflow", 0, "bf16", rules=_REMOVE, overflow_at=4),
     Row("0: gates", 0, network=gated, like_ddp=True),
     Row(
         "0: bf16, gates apart",
@@ -149,8 +149,8 @@ STAGE_0 = (
         network=gated,
         optimizer=_gates_apart(SGD, lr=0.05, momentum=0.9),
     ),
-    Row("0: no norms", 0, network=Normless, search=_BY_WEIGHTS, motions=_FADE, like_ddp=True),
-    Row("0: 1 rank", 0, motions=_FADE, world_size=1, settings=_CLIP),
+    Row("0: no norms", 0, network=Normless, search=_BY_WEIGHTS, rules=_REMOVE, like_ddp=True),
+    Row("0: 1 rank", 0, rules=_REMOVE, world_size=1, settings=_CLIP),
 )
 
 STAGE_1 = (
@@ -159,7 +159,7 @@ STAGE_1 = (
     Row(
         "1: one by one, tiny buckets",
         1,
-        motions=_HOLD,
+        rules=_HOLD,
         zero={**_ONE_BY_ONE, **_TINY},
         like_ddp=True,
     ),
@@ -168,7 +168,7 @@ STAGE_1 = (
         1,
         network=_plain,  # partitions meet within the second norm's scale
         frozen=((0, 3, 13), (0, 3, 4, 13, 15)),  # behind it too
-        motions=_FADE,
+        rules=_REMOVE,
         zero={**_OVERLAP, **_TINY},
         optimizer=_groups(SGD, lr=0.05, momentum=0.9),
         like_ddp=True,
@@ -176,11 +176,11 @@ STAGE_1 = (
     Row(
         "1: sent as bf16, one by one",
         1,
-        motions=_HOLD,
+        rules=_HOLD,
         zero=_ONE_BY_ONE,
         settings={"communication_data_type": "bf16"},
     ),
-    Row("1: overlap, 2 passes", 1, motions=_HOLD, zero=_OVERLAP, passes=2, like_ddp=True),
+    Row("1: overlap, 2 passes", 1, rules=_HOLD, zero=_OVERLAP, passes=2, like_ddp=True),
     Row(
         "1: a number apart, AdamW",
         1,
@@ -191,18 +191,18 @@ STAGE_1 = (
     Row(
         "1: momentum for matrices",
         1,
-        motions=_HOLD,
+        rules=_HOLD,
         optimizer=_momentum_for_matrices,
         like_ddp=True,
     ),
-    Row("1: a frozen norm", 1, motions=_HOLD, network=frozen_norm, like_ddp=True),
-    Row("1: a frozen shift", 1, motions=_FADE, network=frozen_shift, like_ddp=True),
-    Row("1: bf16, a frozen shift", 1, "bf16", motions=_FADE, network=frozen_shift),
-    Row("1: a frozen convolution", 1, motions=_FADE, network=frozen_convolution, like_ddp=True),
+    Row("1: a frozen norm", 1, rules=_HOLD, network=frozen_norm, like_ddp=True),
+    Row("1: a frozen shift", 1, rules=_REMOVE, network=frozen_shift, like_ddp=True),
+    Row("1: bf16, a frozen shift", 1, "bf16", rules=_REMOVE, network=frozen_shift),
+    Row("1: a frozen convolution", 1, rules=_REMOVE, network=frozen_convolution, like_ddp=True),
     Row(
         "1: amsgrad, DeepSpeed's own optimizer",
         1,
-        motions=_HOLD,
+        rules=_HOLD,
         optimizer=None,
         settings={
             "optimizer": {
@@ -223,7 +223,7 @@ STAGE_1 = (
         "1: bf16, round robin, 2 passes",
         1,
         "bf16",
-        motions=_FADE,
+        rules=_REMOVE,
         zero={"round_robin_gradients": True},
         passes=2,
     ),
@@ -241,26 +241,26 @@ STAGE_1 = (
         optimizer=_gates_apart(SGD, lr=0.05, momentum=0.9),
         like_ddp=True,
     ),
-    Row("1: bf16, gates", 1, "bf16", network=gated, motions=_FADE),
+    Row("1: bf16, gates", 1, "bf16", network=gated, rules=_REMOVE),
     Row(
         "1: no norms, tiny buckets",
         1,
         network=Normless,
         search=_BY_WEIGHTS,
         zero=_TINY,
-        motions=_FADE,
+        rules=_REMOVE,
         like_ddp=True,
     ),
-    Row("1: 3 ranks", 1, motions=_FADE, world_size=3, tolerance=1e-4),
+    Row("1: 3 ranks", 1, rules=_REMOVE, world_size=3, tolerance=1e-4),
 )
 
 STAGE_2 = (
     Row("2: SGD", 2, like_ddp=True),
-    Row("2: whole, tiny buckets", 2, motions=_FADE, zero={**_WHOLE, **_TINY}, like_ddp=True),
+    Row("2: whole, tiny buckets", 2, rules=_REMOVE, zero={**_WHOLE, **_TINY}, like_ddp=True),
     Row(
         "2: one by one, tiny buckets, AdamW",
         2,
-        motions=_HOLD,
+        rules=_HOLD,
         zero={**_ONE_BY_ONE, **_TINY},
         optimizer=_ADAMW,
         like_ddp=True,
@@ -280,16 +280,16 @@ STAGE_2 = (
         style="torch",
         passes=2,
     ),
-    Row("2: scope norm", 2, motions=_FADE, truncation={"scope": "norm"}, like_ddp=True),
-    Row("2: coalesced passes", 2, motions=_HOLD, style="coalesced", passes=2),
-    Row("2: unmanaged passes", 2, motions=_FADE, style="unmanaged", passes=2),
+    Row("2: scope norm", 2, rules=_REMOVE, truncation={"scope": "norm"}, like_ddp=True),
+    Row("2: coalesced passes", 2, rules=_HOLD, style="coalesced", passes=2),
+    Row("2: unmanaged passes", 2, rules=_REMOVE, style="unmanaged", passes=2),
     Row("2: bf16, AdamW, 2 passes, clipped", 2, "bf16", optimizer=_ADAMW, passes=2, settings=_CLIP),
-    Row("2: bf16, accumulated in fp32", 2, "bf16", motions=_HOLD, settings=_IN_FP32, passes=2),
+    Row("2: bf16, accumulated in fp32", 2, "bf16", rules=_HOLD, settings=_IN_FP32, passes=2),
     Row(
         "2: bf16, accumulated in fp32, whole",
         2,
         "bf16",
-        motions=_FADE,
+        rules=_REMOVE,
         zero=_WHOLE,
         settings={**_IN_FP32, "communication_data_type": "fp32"},
         optimizer=_of(AdamW, lr=0.01, weight_decay=0.1, fused=True),
@@ -298,14 +298,14 @@ STAGE_2 = (
         "2: bf16, accumulated in fp32, one by one",
         2,
         "bf16",
-        motions=_HOLD,
+        rules=_HOLD,
         zero={**_ONE_BY_ONE, **_TINY},
         settings=_IN_FP32,
         passes=2,
     ),
-    Row("2: flattening", 2, motions=_FADE, network=_flattening, like_ddp=True),
-    Row("2: depthwise, overlap", 2, motions=_HOLD, network=Separable, zero=_OVERLAP, like_ddp=True),
-    Row("2: concatenating", 2, motions=_FADE, network=Concatenating, zero=_TINY, like_ddp=True),
+    Row("2: flattening", 2, rules=_REMOVE, network=_flattening, like_ddp=True),
+    Row("2: depthwise, overlap", 2, rules=_HOLD, network=Separable, zero=_OVERLAP, like_ddp=True),
+    Row("2: concatenating", 2, rules=_REMOVE, network=Concatenating, zero=_TINY, like_ddp=True),
     Row("2: gates, tiny buckets", 2, network=gated, zero=_TINY, like_ddp=True),
     Row(
         "2: gates apart, AdamW, overlap",
@@ -313,7 +313,7 @@ STAGE_2 = (
         network=gated,
         optimizer=_gates_apart(AdamW, lr=0.01),
         zero=_OVERLAP,
-        motions=_HOLD,
+        rules=_HOLD,
         like_ddp=True,
     ),
     Row(
@@ -331,13 +331,13 @@ STAGE_2 = (
         network=Normless,
         search=_BY_WEIGHTS,
         optimizer=_ADAMW,
-        motions=_FADE,
+        rules=_REMOVE,
     ),
-    Row("2: 1 rank", 2, motions=_HOLD, world_size=1, settings=_CLIP),
+    Row("2: 1 rank", 2, rules=_HOLD, world_size=1, settings=_CLIP),
     Row(
         "2: 4 ranks, a partition without life",
         2,
-        motions=_HOLD,
+        rules=_HOLD,
         zero=_TINY,
         truncation={"scope": "coupled"},
         frozen=(_INNER_GROUP, (0, 3, 9)),

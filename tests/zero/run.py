@@ -9,6 +9,7 @@ import worm_dist
 from tests.matrix.findings import Findings
 from tests.nets import random_images
 from tests.oracles import folded, folded_name, is_gate, live_flags, mask_dropping
+from tests.settings import at_once
 from tests.zero.payload import Overheard, Payload, dense_payload_of, payload_of
 from tests.zero.reference import FADE_STEPS, Expected, Reference
 from tests.zero.row import COLUMNS, Row
@@ -21,11 +22,11 @@ __all__ = ["run"]
 _SEARCH_STEPS = 2
 _FROZEN = {
     "hold": ((0, 3, 9, 13), (3, 4, 10, 13)),  # channels 0 and 9 thaw again
-    "fade": ((0, 3, 13), (0, 3, 4, 9, 13)),
+    "remove": ((0, 3, 13), (0, 3, 4, 9, 13)),
 }
 """Channels to freeze, counted over all groups, one generation after the other.  Two partitions of
 the residual network meet within channel 13."""
-_STEPS = {"hold": (3, 3), "fade": (2, FADE_STEPS + 3)}
+_STEPS = {"hold": (3, 3), "remove": (2, FADE_STEPS + 3)}
 """In each generation.  The last fade needs time to end, a step to be listened to, and one to send
 less."""
 _STEPS_AFTER_DRAW = 3
@@ -44,27 +45,27 @@ def run(names: tuple[str, ...]) -> dict[str, Findings]:
     found = {}
     for name in names:
         found[name] = findings = Findings()
-        for motion in ROWS[name].motions:
+        for rule in ROWS[name].rules:
             with findings.of(*COLUMNS):
-                _Course(ROWS[name], motion, overheard, findings).run()
+                _Course(ROWS[name], rule, overheard, findings).run()
     return found
 
 
 class _Course:
     """One training, from the search to the ticket and beyond."""
 
-    def __init__(self, row: Row, motion: str, overheard: Overheard, findings: Findings) -> None:
+    def __init__(self, row: Row, rule: str, overheard: Overheard, findings: Findings) -> None:
         self._row = row
-        self._motion = motion
+        self._rule = rule
         self._overheard = overheard
         self._findings = findings
         self._number = 0
         self.trainee = Trainee(row)
-        truncation = {"motion": motion, "fade": f"{FADE_STEPS}ba", **row.truncation}
+        truncation = {"frozen_weights": rule, **at_once(FADE_STEPS), **row.truncation}
         self._config = WormConfig(search=row.search, truncation=truncation)
         self.engine = self._attached(self.trainee)
         scope = self._config.truncation.scope
-        fades = motion == "fade"
+        fades = rule == "remove"
         self.reference = Reference(row, self.engine.groups, scope, fades)
         self._expected = Expected(self.trainee, self.engine.groups, scope, fades)
         self.parallel: Parallel | None = None
@@ -78,8 +79,8 @@ class _Course:
     def run(self) -> None:
         for _ in range(_SEARCH_STEPS):
             self._step()
-        frozen = self._row.frozen or _FROZEN[self._motion]
-        for dropped, num_steps in zip(frozen, _STEPS[self._motion], strict=True):
+        frozen = self._row.frozen or _FROZEN[self._rule]
+        for dropped, num_steps in zip(frozen, _STEPS[self._rule], strict=True):
             groups = self.engine.groups
             here = [channel for channel in dropped if channel < groups.num_channels]
             self._freeze(mask_dropping(groups, *here))
@@ -98,7 +99,6 @@ class _Course:
             trainee.optimizer if isinstance(trainee, Parallel) else None,
             self._config,
             example_inputs=random_images(1).to(self._row.dtype),
-            steps_per_epoch=10,
         )
 
     # ---- while it truncates ----------------------------------------------------------------------
@@ -157,14 +157,14 @@ class _Course:
             return self._dense
         flags = self._expected.flags
         reduced = {name: flag.clone() for name, flag in flags.items()}
-        network, lost = self.trainee.network, self._expected.lost
+        # A step after they have become zero channels are probed, then what reads them leaves.
+        unheard = self._expected.zero_at < self.trainee.num_steps - 1
+        self._take_out_columns(reduced, unheard)
+        network, moving = self.trainee.network, self._expected.lost & ~unheard
         fades = {
             name: not bool(flag.all())
-            for name, flag in live_flags(network, self.engine.groups, lost, "norm").items()
+            for name, flag in live_flags(network, self.engine.groups, moving, "norm").items()
         }
-        if 0 < self._expected.over_at < self.trainee.num_steps - 1:
-            self._take_out_columns(reduced)
-            fades = dict.fromkeys(fades, False)
         # Vectors are told whole, and so is what fades until that is over.
         gathered = {
             name: flag if flag.dim() > 1 and not fades[name] else torch.ones_like(flag)
@@ -172,13 +172,13 @@ class _Course:
         }
         return payload_of(self._row, self.trainee.groups, reduced, gathered)
 
-    def _take_out_columns(self, flags: dict[str, Tensor]) -> None:
+    def _take_out_columns(self, flags: dict[str, Tensor], unheard: Tensor) -> None:
         """Nobody hears faded channels, so nothing comes back to the columns that read them."""
         groups = self.engine.groups
-        for group, lost in zip(groups, groups.split(self._expected.lost).values()):
+        for group, here in zip(groups, groups.split(unheard).values()):
             for consumer in group.consumers:
                 for name, dim in consumer.parameters:
-                    for place in consumer.positions[lost].flatten().tolist():
+                    for place in consumer.positions[here].flatten().tolist():
                         flags[name].select(dim, place).fill_(False)
 
     def _expect_bytes(self, handed_over: int, expected: Payload) -> None:
@@ -281,7 +281,7 @@ class _Course:
             sound = bool(mine[name].isfinite().all())
             moved = not parameter.requires_grad or not torch.equal(mine[name], self._drawn[name])
             self._findings.expect("draw", sound and moved, f"{where}: {name} does not train")
-        if self._motion != "fade":
+        if self._rule != "remove":
             return
         theirs = _folded_inside(theirs)
         for key, value in mine.items():
@@ -299,7 +299,7 @@ class _Course:
 
     @property
     def _where(self) -> str:
-        return f"{self._motion}, step {self._number}"
+        return f"{self._rule}, step {self._number}"
 
 
 def _folded_inside(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class Training:
             self.engine = worm_dist.attach(
                 self.first,
                 self.optimizer,
-                WormConfig(truncation={"motion": "hold"}),
+                WormConfig(truncation={"frozen_weights": "hold"}),
                 example_inputs=self.images(1),
                 steps_per_epoch=4,
             )

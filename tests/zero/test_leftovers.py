@@ -48,7 +48,7 @@ def _around(network: nn.Module, stage: int, precision: str) -> Any:
 
 
 def _attach(model: Any, images: Tensor) -> worm_dist.Engine:
-    config = WormConfig(truncation={"motion": "hold"})
+    config = WormConfig(truncation={"frozen_weights": "hold"})
     return worm_dist.attach(model, config=config, example_inputs=images, steps_per_epoch=4)
 
 

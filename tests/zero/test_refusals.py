@@ -171,9 +171,9 @@ CASES: Mapping[str, Case] = {
         optimizer=None,
     ),
     "no optimizer": Case("the engine has no optimizer", 0, optimizer=None),
-    "motion free": Case(
-        "truncation.motion 'free' is not there for DeepSpeed",
-        config={"truncation": {"motion": "free"}},
+    "rule free": Case(
+        "truncation.frozen_weights 'free' is not there for DeepSpeed",
+        config={"truncation": {"frozen_weights": "free"}},
     ),
     "compression": Case(
         "truncation.compression 'bf16' is not there for DeepSpeed; set communication_data_type",

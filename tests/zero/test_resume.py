@@ -22,6 +22,7 @@ from tests.nets import Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.resuming import Course, differences, through_a_file, transformer
+from tests.settings import at_once
 from tests.zero.building import engine_around, settings_of
 from worm_dist import WormConfig
 
@@ -117,11 +118,11 @@ def _slower(trainee: Sharded) -> None:
         group["lr"] /= 2
 
 
-def _config(motion: str) -> WormConfig:
+def _config(rule: str) -> WormConfig:
     return WormConfig(
         search={"every": "2ba", "l1": 0.01},
-        truncation={"fade": f"{FADE_STEPS}ba", "motion": motion},
-        ticket={"recalibrate_batches": 3, "settle": "1ba"},
+        truncation={**at_once(FADE_STEPS), "frozen_weights": rule},
+        ticket={"recalibrate_batches": 3},
     )
 
 
@@ -135,28 +136,28 @@ EVENTS = {
 
 
 def _broken_off(
-    stage: int, precision: str, optimizer: str, motion: str, net: Callable[[], nn.Module]
+    stage: int, precision: str, optimizer: str, rule: str, net: Callable[[], nn.Module]
 ) -> list[str]:
     # In a fade, while silent columns are listened to, once they have left, after the draw.
     course = Course(num_steps=14, events=EVENTS, saved_at=[3, 7, 8, 12])
-    return course.resumed(lambda: Sharded(stage, precision, optimizer, _config(motion), net))
+    return course.resumed(lambda: Sharded(stage, precision, optimizer, _config(rule), net))
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "optimizer", "motion", "net"),
+    ("stage", "precision", "optimizer", "rule", "net"),
     [
-        (0, "fp32", "sgd", "fade", Residual),
+        (0, "fp32", "sgd", "remove", Residual),
         (0, "bf16", "adamw", "hold", Residual),
-        (1, "fp32", "adamw", "fade", Residual),
-        (1, "bf16", "adamw", "fade", Residual),
+        (1, "fp32", "adamw", "remove", Residual),
+        (1, "bf16", "adamw", "remove", Residual),
         (2, "fp32", "sgd", "hold", Residual),
-        (2, "bf16", "sgd", "fade", transformer),
+        (2, "bf16", "sgd", "remove", transformer),
     ],
 )
 def test_broken_off_anywhere_it_ends_the_same(
-    ranks: Ranks, stage: int, precision: str, optimizer: str, motion: str, net: Any
+    ranks: Ranks, stage: int, precision: str, optimizer: str, rule: str, net: Any
 ) -> None:
-    for found in ranks(2, _broken_off, stage, precision, optimizer, motion, net):
+    for found in ranks(2, _broken_off, stage, precision, optimizer, rule, net):
         assert not found, "\n".join(found[:20])
 
 
@@ -168,7 +169,7 @@ def _elsewhere() -> list[str]:
 
 def _from_to(stage: int | None, other: int | None) -> list[str]:
     found = []
-    whole = Sharded(stage, "fp32", "adamw", _config("fade"))
+    whole = Sharded(stage, "fp32", "adamw", _config("remove"))
     states, end = {}, 14
     for number in range(end):
         if number in (3, 12):
@@ -176,7 +177,7 @@ def _from_to(stage: int | None, other: int | None) -> list[str]:
         EVENTS.get(number, id)(whole)
         whole.step(number)
     for first, state in states.items():
-        again = Sharded(other, "fp32", "adamw", _config("fade"))
+        again = Sharded(other, "fp32", "adamw", _config("remove"))
         again.load(state)
         for number in range(first, end):
             EVENTS.get(number, id)(again)

@@ -19,6 +19,7 @@ from torch.optim import SGD
 import worm_dist
 from tests.nets import Residual, gated, random_images, randomise
 from tests.ranks import Ranks
+from tests.settings import at_once
 from tests.zero.building import engine_around, settings_of
 from worm_dist import WormConfig
 
@@ -52,9 +53,9 @@ class _Loop:
             settings = settings_of(int(way.split()[1]), **(bf16 if way.endswith("bf16") else {}))
             model = engine_around(self._network, self._optimizer, settings)
         search = {"prune_ratio": 0.4, "every": "2ba", "window": 3, "settled": 0.3, "l1": 0.01}
-        changes: dict[str, Any] = {"search": search, "ticket": {"settle": "1ba"}}
+        changes: dict[str, Any] = {"search": search}
         if preset == "worm":
-            changes["truncation"] = {"fade": "2ba"}
+            changes["truncation"] = {**at_once(2)}
         if preset == "worm-paper":
             search |= {"window": 4, "elbow": {"min_masks": 3}}
         if preset == "dense":

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from ..config import TruncationConfig, WormConfig
+from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine import attach
 from ..interval import Interval
 from ..search.groups import Groups
@@ -61,6 +61,9 @@ Batch = tuple[Tensor, Tensor]
 
 Step = Callable[[], object]
 """Forward, backward, all-reduce, optimizer; collective."""
+
+
+_AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,10 @@ def _worm(
     """Our engine, with the given share of every group's channels live; the others are held, or have
     faded."""
     model, optimizer = training(build)
-    truncation = TruncationConfig(
-        motion="fade" if fades else "hold", fade=Interval(1, "ba"), compression=compression
+    truncation = (
+        TruncationConfig(removal=_AT_ONCE, compression=compression)
+        if fades
+        else TruncationConfig(frozen_weights="hold", compression=compression)
     )
     engine = attach(
         model,

@@ -50,7 +50,7 @@ def _contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Conten
         model = _engine(build, stage, batch)
         yield Contender(_name(stage, None), _step(model, batch), lambda: None, None)
         model = _engine(build, stage, batch)
-        config = WormConfig(truncation=TruncationConfig(motion="hold"))
+        config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
         engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
         engine.truncate(keeping(engine.groups, HALF))
         yield Contender(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)

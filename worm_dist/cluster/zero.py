@@ -151,10 +151,10 @@ class Zero:
         Raises:
             BackendError: naming the first one.
         """
-        if truncation.mode == "hard" and truncation.motion == "free":
+        if truncation.mode == "hard" and truncation.frozen_weights == "free":
             raise BackendError(
-                "attach: truncation.motion 'free' is not there for DeepSpeed, whose optimizers "
-                "keep gradients elsewhere; choose fade or hold"
+                "attach: truncation.frozen_weights 'free' is not there for DeepSpeed, whose "
+                "optimizers keep gradients elsewhere; choose remove or hold"
             )
         if truncation.compression != "none":
             raise BackendError(

@@ -10,7 +10,7 @@ from torch import nn
 from ..gates import fold_gates
 from ..search.groups import ChannelGroup, Groups, Member
 from ..search.mask import Mask
-from ..ticket.surgery import cuts_of, remove_channels
+from ..ticket.surgery import cuts_of, remove_channels, shapes_of
 
 __all__ = ["drawn"]
 
@@ -31,7 +31,7 @@ def drawn(network: nn.Module, groups: Groups, mask: Mask) -> tuple[nn.Module, Gr
         ConfigError: the mask keeps nothing of a group.
     """
     ticket = copy.deepcopy(network)
-    remove_channels(ticket, cuts_of(groups, mask, ticket))
+    remove_channels(ticket, cuts_of(groups, mask, shapes_of(ticket)))
     fold_gates(ticket)
     return ticket, Groups([_ungated(group) for group in groups], groups.dense)
 

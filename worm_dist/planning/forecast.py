@@ -94,8 +94,6 @@ class Forecast:
             remarks.append(f"gradients are sent in {truncation.compression}; dense is without that")
         if truncation.compression == "powersgd":
             remarks.append("bytes are those before PowerSGD's approximation, which sends far fewer")
-        if "truncated" in self.costs and truncation.channels == "static":
-            remarks.append("static channels: fewer may be frozen than the ticket drops")
         return remarks
 
     def as_dict(self) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def _plans(
     if truncation.mode != "hard":
         return {}
     plans: dict[Stage, Plan] = {"truncated": Plan(network, groups, frozen, truncation.scope)}
-    if truncation.motion == "fade":
+    if truncation.removes:
         plans["faded"] = Plan(network, groups, frozen, truncation.scope, frozen)
     return plans
 

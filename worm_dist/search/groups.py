@@ -11,6 +11,7 @@ are those of the whole, unpruned network.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .mask import Mask
 
 __all__ = ["ChannelGroup", "Groups", "Member"]
 
@@ -129,6 +132,22 @@ class Groups(Sequence[ChannelGroup]):
         rest = [group for group in self._groups if group.name not in reasons]
         return Groups(rest, self.dense | left)
 
+    def left_by(self, mask: Mask) -> Groups:
+        """The groups of the network that is left when the channels which a mask drops have been
+        removed: the same members, their places counted anew.
+
+        Args:
+            mask: of these groups; it keeps a channel of each.
+        """
+        gone: dict[tuple[str, int], list[Tensor]] = {}
+        for group in self._groups:
+            for member in group.members:
+                places = member.positions[~mask[group.name]].flatten()
+                for parameter in member.parameters:
+                    gone.setdefault(parameter, []).append(places)
+        removed = {parameter: torch.cat(places).unique() for parameter, places in gone.items()}
+        return Groups([_left(group, mask[group.name], removed) for group in self], self.dense)
+
     @property
     def digests(self) -> dict[str, bytes]:
         """The structure of each group: equal if and only if ranks mean the same slices."""
@@ -146,3 +165,19 @@ class Groups(Sequence[ChannelGroup]):
 
     def __len__(self) -> int:
         return len(self._groups)
+
+
+def _left(
+    group: ChannelGroup, kept: Tensor, removed: Mapping[tuple[str, int], Tensor]
+) -> ChannelGroup:
+    """A group without the channels that are not kept.
+
+    Args:
+        removed: of every sliced dimension of a parameter, the places that go, ascending.
+    """
+    members = []
+    for member in group.members:
+        places = member.positions[kept]
+        shifts = torch.searchsorted(removed[member.parameters[0]], places)
+        members.append(dataclasses.replace(member, positions=places - shifts))
+    return dataclasses.replace(group, num_channels=int(kept.sum()), members=tuple(members))

@@ -7,7 +7,7 @@ they are the scales of every norm by itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import Literal
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..config import SearchConfig
 from ..errors import ConfigError, NonFiniteError, WormError
+from .candidates import Candidates, NormCandidates
 from .groups import ChannelGroup, Groups
 from .index import ScaleIndex
-from .mask import Mask
 
 __all__ = ["ChannelScales", "LayerScales", "OwnScore", "Score", "WeightNorm", "score_of"]
 
@@ -28,15 +28,15 @@ class Score(ABC):
     """Ranks candidates.
 
     Attributes:
-        sizes: candidates of each group, or of each norm.
+        candidates: what is ranked.
         replicated: whether every rank must find the same bits: scores are of weights, not of data.
         failure: what to say if scores are not finite; None if only the weights can be to blame.
     """
 
     replicated = True
 
-    def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
-        self.sizes = dict(sizes)
+    def __init__(self, candidates: Candidates, device: torch.device) -> None:
+        self.candidates = candidates
         self.failure: WormError | None = None
         self._device = device
 
@@ -56,18 +56,6 @@ class Score(ABC):
             return torch.zeros((), device=self._device)
         return torch.cat(scales).abs().sum()
 
-    def candidates(self, channels: Tensor) -> Tensor:
-        """Of flags for all channels, bool ``[num_channels]``, those of the candidates."""
-        return channels
-
-    def channels(self, candidates: Mask) -> Mask:
-        """The mask over the groups' channels that a mask over candidates means."""
-        return candidates
-
-    def of_channels(self, scores: Tensor) -> Tensor:
-        """The scores of candidates as scores of channels, float ``[num_channels]``."""
-        return scores
-
 
 class ChannelScales(Score):
     """The size of what scales a channel: |gamma| of its norms, or its gate; of coupled ones the
@@ -79,7 +67,7 @@ class ChannelScales(Score):
 
     def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
         self._index = ScaleIndex(network, groups)
-        super().__init__(groups.sizes, self._index.device)
+        super().__init__(Candidates(groups.sizes), self._index.device)
         self._largest = coupling == "max"
 
     @torch.no_grad()
@@ -103,10 +91,9 @@ class LayerScales(Score):
 
     def __init__(self, network: nn.Module, groups: Groups) -> None:
         self._index = ScaleIndex(network, groups)
-        super().__init__(self._index.counts, self._index.device)
-        self._groups = groups
-        self._places_TN = self._index.places_TN.cpu()
-        self._present_TN = self._index.present_TN.cpu()
+        index = self._index
+        places = index.places_TN.cpu(), index.present_TN.cpu()
+        super().__init__(NormCandidates(index.counts, groups.sizes, *places), index.device)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -115,18 +102,6 @@ class LayerScales(Score):
     @property
     def scales(self) -> list[nn.Parameter]:
         return self._index.scales
-
-    def candidates(self, channels: Tensor) -> Tensor:
-        flags = torch.zeros(sum(self.sizes.values()), dtype=torch.bool)
-        flags[self._places_TN[self._present_TN & channels]] = True
-        return flags
-
-    def channels(self, candidates: Mask) -> Mask:
-        keep = (candidates.keep[self._places_TN] & self._present_TN).any(dim=0)
-        return Mask.from_vector(self._groups.sizes, keep)
-
-    def of_channels(self, scores: Tensor) -> Tensor:
-        return scores.cpu()[self._places_TN].masked_fill(~self._present_TN, 0).amax(dim=0)
 
 
 class WeightNorm(Score):
@@ -139,7 +114,7 @@ class WeightNorm(Score):
 
     def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
         parameters = dict(network.named_parameters())
-        super().__init__(groups.sizes, next(iter(parameters.values())).device)
+        super().__init__(Candidates(groups.sizes), next(iter(parameters.values())).device)
         self._largest = coupling == "max"
         self._sources = [
             [
@@ -175,7 +150,7 @@ class OwnScore(Score):
         network: nn.Module,
         groups: Groups,
     ) -> None:
-        super().__init__(groups.sizes, next(network.parameters()).device)
+        super().__init__(Candidates(groups.sizes), next(network.parameters()).device)
         self._score = score
         self._network = network
         self._groups = groups
@@ -192,7 +167,7 @@ class OwnScore(Score):
             # The others must not wait for this rank: what is not a number stops them all.
             where = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             self.failure = ConfigError(f"attach: score failed: {where}{error}")
-            return torch.full((sum(self.sizes.values()),), torch.nan, device=self._device)
+            return torch.full((self.candidates.number,), torch.nan, device=self._device)
 
     def _of_group(self, group: ChannelGroup) -> Tensor:
         scores = self._score(self._network, group)

@@ -6,7 +6,7 @@ without new ones the accuracy after a draw says little.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> None:
+def recalibrate(
+    network: nn.Module,
+    calls: Collection[Call],
+    ranks: Ranks,
+    look: Callable[[Any, Any], None] | None = None,
+) -> None:
     """Replace the running statistics by those over the given batches, pooled over the ranks.
 
     Only the norms see training mode; dropout and the like stay off.
@@ -32,9 +37,10 @@ def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> No
         network: not wrapped; changed in place.
         calls: the batches of this rank, at least one and as many as on every other rank.
         ranks: whose statistics are pooled.
+        look: is given what each batch puts in, and what the network puts out for it.
     """
     norms = [m for m in network.modules() if isinstance(m, Norm) and m.running_mean is not None]
-    if not norms:
+    if not norms and look is None:
         return
     modes = {module: module.training for module in network.modules()}
     momenta = {norm: norm.momentum for norm in norms}
@@ -43,18 +49,22 @@ def recalibrate(network: nn.Module, calls: Collection[Call], ranks: Ranks) -> No
         norm.reset_running_stats()
         norm.momentum = 1.0  # running statistics are those of the newest batch
         norm.train()
-    moments = torch.zeros_like(_moments(norms))
+    moments = [torch.zeros_like(_moments(norms))] if norms else []
     for positional, keywords, (device, dtype, enabled) in calls:
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            network(*positional, **keywords)
-        moments += _moments(norms)
-    mean, square = ranks.mean(moments / len(calls)).to(moments.device)
-    sizes = [norm.num_features for norm in norms]
-    variance = square - mean.square()
-    for norm, new_mean, new_variance in zip(norms, mean.split(sizes), variance.split(sizes)):
-        _tensor(norm.running_mean).copy_(new_mean)
-        _tensor(norm.running_var).copy_(new_variance)
-        norm.momentum = momenta[norm]
+            output = network(*positional, **keywords)
+        if look is not None:
+            look((positional, keywords), output)
+        for sums in moments:
+            sums += _moments(norms)
+    for sums in moments:
+        mean, square = ranks.mean(sums / len(calls)).to(sums.device)
+        sizes = [norm.num_features for norm in norms]
+        variance = square - mean.square()
+        for norm, new_mean, new_variance in zip(norms, mean.split(sizes), variance.split(sizes)):
+            _tensor(norm.running_mean).copy_(new_mean)
+            _tensor(norm.running_var).copy_(new_variance)
+            norm.momentum = momenta[norm]
     for module, training in modes.items():
         module.training = training
 

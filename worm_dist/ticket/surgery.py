@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ..search.groups import Groups
 from ..search.mask import Mask
 from .heads import keep_heads
 
-__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "ungated"]
+__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "shapes_of", "ungated"]
 
 _Conv = nn.modules.conv._ConvNd
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -41,13 +41,22 @@ class Cut:
         assert self.kept.dtype == torch.bool and bool(self.kept.any()), self.parameter
 
 
-def cuts_of(groups: Groups, mask: Mask, network: nn.Module) -> tuple[Cut, ...]:
-    """All cuts that a mask makes, from the indices of the one unpruned network.
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter, by name."""
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def cuts_of(groups: Groups, mask: Mask, shapes: Mapping[str, torch.Size]) -> tuple[Cut, ...]:
+    """All cuts that a mask makes.
+
+    Args:
+        groups: of the network that is cut.
+        mask: of these groups.
+        shapes: of that network's parameters, by name.
 
     Raises:
         ConfigError: a group would lose all its channels.
     """
-    parameters = dict(network.named_parameters())
     cuts: dict[tuple[str, int], Cut] = {}
     for group in groups:
         if not bool(mask[group.name].any()):
@@ -59,7 +68,7 @@ def cuts_of(groups: Groups, mask: Mask, network: nn.Module) -> tuple[Cut, ...]:
             dropped = member.positions[~mask[group.name]].flatten()
             for name, dim in member.parameters:
                 if (name, dim) not in cuts:
-                    everything = torch.ones(parameters[name].shape[dim], dtype=torch.bool)
+                    everything = torch.ones(shapes[name][dim], dtype=torch.bool)
                     cuts[name, dim] = Cut(member.module, name, dim, everything)
                 cuts[name, dim].kept[dropped] = False
     return tuple(cut for cut in cuts.values() if not bool(cut.kept.all()))

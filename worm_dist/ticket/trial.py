@@ -25,7 +25,7 @@ from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
 from ..search.training_mode import deciding_modules, in_training
-from .surgery import cuts_of, remove_channels
+from .surgery import cuts_of, remove_channels, shapes_of
 
 __all__ = ["agreed_groups", "find_drawable_groups"]
 
@@ -148,7 +148,7 @@ class _Trial:
         network = copy.deepcopy(self._network)
         _silence(network, tried, mask)
         expected = self._outputs(network)
-        remove_channels(network, cuts_of(self._groups, mask, network))
+        remove_channels(network, cuts_of(self._groups, mask, shapes_of(network)))
         try:
             outputs = self._outputs(network)
         except Exception as error:  # whatever a foreign forward may raise

@@ -58,6 +58,20 @@ class Journal:
     def phase(self, epoch: float, step: int, phase: Phase) -> None:
         self._write(event="phase", epoch=epoch, step=step, phase=phase)
 
+    def removal(self, epoch: float, step: int, verdict: Verdict) -> None:
+        self._write(
+            event="removal",
+            epoch=epoch,
+            step=step,
+            generation=verdict.generation,
+            live_fraction=verdict.live_fraction,
+            left_fraction=verdict.left_fraction,
+            paused=verdict.paused,
+        )
+
+    def stage(self, epoch: float, step: int, num_parameters: int) -> None:
+        self._write(event="stage", epoch=epoch, step=step, parameters=num_parameters)
+
     def _write(self, **entry: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,32 @@ __all__ = ["Score", "Speed", "count_flops", "count_parameters", "evaluate", "tot
 
 @dataclass(frozen=True)
 class Score:
-    """On the test split: ``accuracy`` and mean ``loss``."""
+    """On the test split.
+
+    Attributes:
+        accuracy: share of the samples, 0 to 1.
+        loss: mean over the samples.
+        chance, chance_loss: accuracy and loss of the best constant answer.
+        num_samples: of the split.
+        answers: whether what the network puts out depends on what it is given.
+    """
 
     accuracy: float
     loss: float
+    chance: float
+    chance_loss: float
+    num_samples: int
+    answers: bool
+
+    @property
+    def is_chance(self) -> bool:
+        """No better than a constant answer, up to three standard deviations of luck."""
+        deviation = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
+        return not self.answers or self.accuracy <= self.chance + 3 * deviation
+
+
+_TOLERANCE = 1e-6
+"""Of the largest output: by how much outputs differ through rounding alone."""
 
 
 class Speed:
@@ -44,7 +67,11 @@ class Speed:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loader: DataLoader[Any], device: torch.device, halt: Halt
+    network: nn.Module,
+    loader: DataLoader[Any],
+    num_classes: int,
+    device: torch.device,
+    halt: Halt,
 ) -> Score:
     """Score the network on the test split, each rank its share.  Collective.
 
@@ -59,6 +86,7 @@ def evaluate(
     training, dtype = network.training, next(network.parameters()).dtype
     network.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
+    counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
     for inputs, targets in loader:
         if halt.wanted:
             totals[3] = 1  # the others may have as few batches as they like left
@@ -67,12 +95,23 @@ def evaluate(
         logits = network(inputs.to(device, dtype, non_blocking=True)).float()
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(dim=1) == targets).sum()
-        totals[:3] += torch.stack([correct, loss, torch.tensor(len(targets), device=device)])
+        spread = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()
+        totals[:3] += torch.stack([correct, loss, spread])
+        counts += torch.bincount(targets, minlength=num_classes)
     network.train(training)
-    correct_sum, loss_sum, count, num_stopped = total_over_ranks(totals).tolist()
+    everything = total_over_ranks(torch.cat([totals, counts])).tolist()
+    correct_sum, loss_sum, num_spread, num_stopped, *per_class = everything
     if num_stopped:
         raise Stopped
-    return Score(correct_sum / count, loss_sum / count)
+    count = sum(per_class)
+    return Score(
+        accuracy=correct_sum / count,
+        loss=loss_sum / count,
+        chance=max(per_class) / count,
+        chance_loss=-sum(n / count * math.log(n / count) for n in per_class if n),
+        num_samples=int(count),
+        answers=num_spread > 0,
+    )
 
 
 def total_over_ranks(values: Tensor) -> Tensor:

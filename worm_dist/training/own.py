@@ -39,6 +39,7 @@ def own_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
         "random": random_state(),
         "losses": losses.tolist(),
         "reduction": engine["rank"]["reduction"],
+        "watched": engine["rank"]["losses"],
     }
 
 
@@ -57,7 +58,12 @@ def own_of(everyone: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     if len(everyone) == dist.get_world_size():
         return everyone[rank]
     sums = [sum(column) for column in zip(*(own["losses"] for own in everyone))]
-    return {"random": None, "losses": sums if rank == 0 else [0.0, 0.0], "reduction": None}
+    return {
+        "random": None,
+        "losses": sums if rank == 0 else [0.0, 0.0],
+        "reduction": None,
+        "watched": everyone[0]["watched"],
+    }
 
 
 def without_own(engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def with_own(
         "world_size": dist.get_world_size(),
         "inputs": calls,
         "reduction": own["reduction"],
+        "losses": own["watched"],
     }
     return {**engine, "rank": rank}
 

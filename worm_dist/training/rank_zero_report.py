@@ -132,6 +132,22 @@ class RankZeroReport(Report):
                 self._console.event, f"elbow at epoch {epoch:g}: truncation starts", engine.phase
             )
 
+    def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
+        words = (epoch, engine.step, verdict)
+        self._unwritten.spare(JOURNAL, self._journal.removal, *words)
+        values = {
+            "search/live_fraction": verdict.live_fraction,
+            "removal/left_fraction": verdict.left_fraction,
+            "removal/paused": float(verdict.paused),
+        }
+        self._board.scalars(engine.step, values)
+
+    def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
+        words = (epoch, engine.step, num_parameters)
+        self._unwritten.spare(JOURNAL, self._journal.stage, *words)
+        text = f"stage at epoch {epoch:g}: {num_parameters:,} parameters are left so far"
+        self._say(self._console.event, text)
+
     def drawn(self, engine: Engine, result: Result) -> None:
         self._say(
             self._console.event,
@@ -171,6 +187,9 @@ class RankZeroReport(Report):
         if self._board.lost:
             self._unwritten.note("TensorBoard", self._board.lost)
         result.unwritten = self._unwritten.names
+        if result.at_chance:
+            text = "the network is no better than a constant answer, and nothing has been won"
+            self._say(self._console.event, text)
         content = result.as_dict()
         self._unwritten.spare(RESULT, self._write, content)
         self._say(self._console.summary, content, self._folder)

@@ -33,6 +33,12 @@ class Report:
     def phase(self, epoch: float, engine: Engine) -> None:
         """Another phase has begun."""
 
+    def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
+        """A check has looked how far the dropped channels have left."""
+
+    def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
+        """The network has become smaller, and has so many parameters; others will follow."""
+
     def drawn(self, engine: Engine, result: Result) -> None:
         """The ticket has been drawn."""
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Accuracy", "Count", "Result", "Seconds", "TrafficResult", "versions"]
+__all__ = ["Accuracy", "Count", "Flops", "Result", "Seconds", "TrafficResult", "versions"]
 
 
 @dataclass
@@ -24,6 +24,13 @@ class Accuracy:
 class Count:
     dense: int | None = None
     ticket: int | None = None
+
+
+@dataclass
+class Flops(Count):
+    """Of one forward pass on one sample; ``mean`` is over all steps of the run."""
+
+    mean: int | None = None
 
 
 @dataclass
@@ -57,11 +64,11 @@ class Result:
 
     Attributes:
         status: ``running``, then ``ticket``, ``not_found`` (searched, but found none) or ``dense``.
+        at_chance: the network ended no better than a constant answer.
         data: names the split.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
         live_fraction: elements that were still averaged while truncated, of all that train.
-        flops: floating point operations of one forward pass on one sample; a multiply and an add
-            are two.
+        flops: floating point operations; a multiply and an add are two.
         unwritten: files of the run that are missing or end early, because the disk refused.
     """
 
@@ -71,13 +78,14 @@ class Result:
     backend: str
     data: str
     status: str = "running"
+    at_chance: bool | None = None
     checks: int = 0
     elbow_epoch: float | None = None
     ticket_epoch: float | None = None
     live_fraction: float | None = None
     accuracy: Accuracy = field(default_factory=Accuracy)
     parameters: Count = field(default_factory=Count)
-    flops: Count = field(default_factory=Count)
+    flops: Flops = field(default_factory=Flops)
     traffic: TrafficResult = field(default_factory=TrafficResult)
     seconds: Seconds = field(default_factory=Seconds)
     mask_digest: str | None = None
@@ -90,7 +98,7 @@ class Result:
             setattr(self, name, saved[name])
         self.accuracy = Accuracy(**saved["accuracy"])
         self.parameters = Count(**saved["parameters"])
-        self.flops = Count(**saved["flops"])
+        self.flops = Flops(**saved["flops"])
         self.traffic = TrafficResult(**saved["traffic"])
         self.seconds = Seconds(**saved["seconds"])
 

@@ -20,7 +20,6 @@ _MAY_CHANGE = (
     "distributed.startup_timeout_seconds",
     "distributed.timeout_seconds",
     "divergence.check_every",
-    "ticket.settle",
     "ticket.recalibrate_batches",
 )
 """Besides those of ``checkpoint``: how long to train, what to wait for, where things are, and the

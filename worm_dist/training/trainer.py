@@ -16,8 +16,9 @@ from ..cluster.agree import Ranks, Together
 from ..cluster.halt import Halt, Stopped
 from ..cluster.launch import Place
 from ..cluster.progress import Progress
-from ..errors import CheckpointError, NonFiniteError
+from ..errors import CheckpointError, CollapseError, NonFiniteError
 from ..models import build_model
+from ..ticket.collapse import REMEDY
 from ..verdict import Phase
 from .data import load_data, test_loader, train_loader
 from .data.likeness import require_same_data
@@ -47,7 +48,10 @@ from .wrapped import averaged_gradients, backend_name, backward, num_passes, ste
 
 __all__ = ["Trainer"]
 
-FORMAT = 1
+FORMAT = 2
+
+_SHARE_OF_CHANCE = 0.95
+"""Of the loss of the best constant answer: above it, nothing worth speaking of is known."""
 
 
 class Trainer:
@@ -110,7 +114,6 @@ class Trainer:
         self._sample = torch.zeros(1, *data.sample_shape, device=device, dtype=self._dtype)
         steps_per_epoch = len(self._train)
         self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
-        self._check_every = config.search.every.steps(steps_per_epoch)
         self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
         self._finite = Finite(device, self._ranks)
@@ -129,7 +132,8 @@ class Trainer:
             data=data.description,
         )
         self.result.parameters.dense = count_parameters(self._network)
-        self.result.flops.dense = count_flops(self._network, self._sample)
+        self._measure_network()
+        self.result.flops.dense = self._flops
         self._at = Position()
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
         self._tally = Tally(self.result)
@@ -159,6 +163,7 @@ class Trainer:
     def _complete(self) -> None:
         self._tally.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
+        self.result.at_chance = self._at.at_chance
 
     def _train_epoch(self) -> None:
         """What is left of the epoch's steps."""
@@ -175,12 +180,12 @@ class Trainer:
             self._progress.started()
             self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
             at.batch += 1
-            self._tally.count(self.engine.phase, self.engine.traffic)
+            self._tally.count(self.engine.phase, self.engine.traffic, self._flops)
             self._speed.count(self._config.data.batch_size)
             self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._compare_every == 0:
                 self.require_sound()
-            if self.engine.step % self._check_every == 0:
+            if self.engine.is_due:
                 self._check()
             self._reach("the next batch")
             self._halt.pass_by()
@@ -200,12 +205,32 @@ class Trainer:
         self._progress.reach(f"the test after epoch {at.epoch + 1}")
         score = self._score()
         self.result.accuracy.final = score.accuracy
+        self._require_better_than_chance(score, loss_sum / count)
         at.epoch, at.batch = at.epoch + 1, 0
         self._losses.zero_()
         self._report.trained(self.engine.step, loss_sum / count, speed)
         self._report.epoch(at.epoch, self.engine, score)
         if self.engine.step % self._save_every == 0 or at.epoch == self._config.epochs:
             self._save(score.accuracy)
+
+    def _require_better_than_chance(self, score: Score, loss: float) -> None:
+        """What has been learnt must not be lost for good, in training as in the test.  Right after
+        a published draw it may be, for an epoch or two.
+
+        Raises:
+            CollapseError: on every rank.
+        """
+        at, drawn = self._at, self.result.ticket_epoch
+        has_just_drawn = drawn is not None and at.epoch + 1 - drawn < 2
+        is_lost = score.is_chance and loss > _SHARE_OF_CHANCE * score.chance_loss
+        if not score.answers or (is_lost and at.has_learnt and not has_just_drawn):
+            raise CollapseError(
+                f"epoch {at.epoch + 1}, step {self.engine.step}: the network is no better than a "
+                f"constant answer: training loss {loss:.4g}, test accuracy {score.accuracy:.4f}"
+                f"{'' if score.answers else ', and all outputs are the same'}; {REMEDY}"
+            )
+        at.has_learnt = at.has_learnt or not score.is_chance
+        at.at_chance = score.is_chance
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One optimizer step; returns the data loss of this rank, detached."""
@@ -218,6 +243,7 @@ class Trainer:
         for part, wanted in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
                 loss = nn.functional.cross_entropy(self.engine.model(part), wanted)
+            self.engine.watch(loss)
             backward(self.engine, loss + self.engine.penalty())
             total += loss.detach() / passes
             self._finite.look(self.engine.step + 1, total, averaged_gradients(self.engine))
@@ -243,20 +269,25 @@ class Trainer:
 
     def _check(self) -> None:
         before = self.engine.phase
-        if before in (Phase.DENSE, Phase.TICKET):
-            return
         self._finite.settle()
         self._progress.reach(f"the check at step {self.engine.step}")
         verdict = self.engine.check()
         epoch = self._epoch()
-        self.result.checks += 1
-        self._report.check(epoch, self.engine, verdict)
+        if verdict.new_mask:
+            self.result.checks += 1
+            self._report.check(epoch, self.engine, verdict)
         if verdict.phase is not before:
             self._tally.close(before)
             self.result.elbow_epoch = epoch
             self._report.phase(epoch, self.engine)
         if verdict.phase is Phase.TRUNCATE:
             self.result.live_fraction = verdict.live_fraction
+            self._report.removal(epoch, self.engine, verdict)
+        if verdict.stage:
+            self._progress.reach(f"a stage of the draw at step {self.engine.step}")
+            self.engine.draw()
+            self._measure_network()
+            self._report.stage(epoch, self.engine, count_parameters(self._network))
         if verdict.ticket:
             self._at.draws = True
             self._draw()
@@ -270,15 +301,21 @@ class Trainer:
             self._tally.close(self.engine.phase)
             self.engine.draw()
             result.ticket_epoch = epoch
+            self._measure_network()
             result.parameters.ticket = count_parameters(self._network)
-            result.flops.ticket = count_flops(self._network, self._sample)
+            result.flops.ticket = self._flops
         result.accuracy.after_draw = self._score().accuracy
         self._report.phase(epoch, self.engine)
         self._report.drawn(self.engine, result)
         self._at.draws = False
 
+    def _measure_network(self) -> None:
+        """What one sample costs in the network as it is now."""
+        self._flops = count_flops(self._network, self._sample)
+
     def _score(self) -> Score:
-        return evaluate(self._network, self._test, self._device, self._halt)
+        num_classes = self.model_arguments["num_classes"]
+        return evaluate(self._network, self._test, num_classes, self._device, self._halt)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -307,7 +344,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "ranks": everyone,
             "result": self.result.as_dict(),
-            "seconds": self._tally.state_dict(),
+            "tally": self._tally.state_dict(),
             "report": self._report.state_dict(self.engine),
         }
 
@@ -331,12 +368,13 @@ class Trainer:
         self._at = Position(**state["at"])
         own, engine = own_of(state["ranks"]), state["engine"]
         self.engine.load_state_dict(with_own(engine, own, self._newest_inputs(engine)))
+        self._measure_network()
         self._network.load_state_dict(state["network"])
         self.engine.load_optimizer_state(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._losses = torch.tensor(own["losses"], dtype=torch.float64, device=self._device)
         self.result.go_on_from(state["result"])
-        self._tally.load_state_dict(state["seconds"])
+        self._tally.load_state_dict(state["tally"])
         restore_random(own["random"], self._config.seed, self.engine.step)
         if self.engine.step:
             self._network.train()

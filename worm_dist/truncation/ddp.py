@@ -32,8 +32,8 @@ class PackedReduction(Reduction, OwnState):
         self.averaging = averaging
         self._packings: dict[tuple[int, ...], Packing | None] = {}
 
-    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
-        super().adopt(plan, moving)
+    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+        super().adopt(plan, held, moving)
         self._packings.clear()
 
     def remove(self) -> None:
@@ -99,7 +99,7 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
     if state.rests:
         return completed(bucket.buffer()).then(lambda _: bucket.buffer())
     payload = state.payload(bucket)
-    state.note(zip(bucket.parameters(), payload.gradients))
+    state.probe_bucket(zip(bucket.parameters(), payload.gradients))
     averaged, sent_bytes = state.averaging.start(payload)
     state.sent_bytes += sent_bytes
     state.dense_bytes += payload.whole.numel() * payload.whole.element_size()

@@ -15,13 +15,13 @@ __all__ = ["Reduction"]
 
 
 class Reduction:
-    """Sends what lives, counts it, and can listen to what is about to leave.
+    """Sends what lives, counts it, and can look for gradients in what is about to be dropped.
 
     Attributes:
         plan: which slices live in the generation in force; None sends everything.
-        heard: float ``[1]`` on the gradients' device, above zero once a slice that was listened to
-            had a gradient; None while nothing is listened to.
-        num_buckets_heard: buckets listened to so far.
+        nonzero_seen: float ``[1]`` on the gradients' device, above zero once a slice that is probed
+            had a gradient; None while nothing is probed.
+        num_buckets_probed: buckets looked at so far.
         sent_bytes, dense_bytes: bytes handed to collectives, and bytes that would have been if
             everything lived and nothing were compressed, since ``take_bytes``.
         rests: gradients stay on their rank, and nothing is counted or remembered, for now.
@@ -29,44 +29,43 @@ class Reduction:
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
-        self.heard: Tensor | None = None
-        self.num_buckets_heard = 0
+        self.nonzero_seen: Tensor | None = None
+        self.num_buckets_probed = 0
         self.sent_bytes = 0
         self.dense_bytes = 0
         self.rests = False
-        self._listened: Mapping[Tensor, Block] = {}
+        self._probed: Mapping[Tensor, Block] = {}
 
-    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
         """Send by another plan from the next backward pass on; the ranks have agreed on it.
 
         Args:
-            moving: parameters whose frozen slices move until ``silence``.
+            plan: which gradients are sent.
+            held: which weights change, if these are others: columns whose gradients are not sent
+                may still decay.
+            moving: parameters of which frozen slices change all the same.
         """
         self.plan = plan
-        self.heard = None
+        self.nonzero_seen = None
 
-    def listen(self, plan: Plan, device: torch.device) -> None:
+    def probe(self, plan: Plan, device: torch.device) -> None:
         """Note in the next backward passes whether a slice that this plan freezes has a gradient
         on this rank."""
-        self._listened = plan.blocks
-        self.heard = torch.zeros(1, device=device)
-        self.num_buckets_heard = 0
+        self._probed = plan.blocks
+        self.nonzero_seen = torch.zeros(1, device=device)
+        self.num_buckets_probed = 0
 
-    def silence(self, plan: Plan) -> None:
-        """Leave out also what was listened to and not heard."""
-        self.adopt(plan)
-
-    def note(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Listen to one bucket, parameters with their gradients, before it is averaged.
+    def probe_bucket(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Look at one bucket, parameters with their gradients, before it is averaged.
         Synchronises nothing."""
-        if self.heard is None:
+        if self.nonzero_seen is None:
             return
-        self.num_buckets_heard += 1
+        self.num_buckets_probed += 1
         for parameter, gradient in gradients:
-            block = self._listened.get(parameter)
+            block = self._probed.get(parameter)
             for dim, frozen in block.frozen.items() if block is not None else ():
                 # NaN is not zero either.
-                self.heard += (gradient.index_select(dim, frozen) != 0).any()
+                self.nonzero_seen += (gradient.index_select(dim, frozen) != 0).any()
 
     def take_bytes(self) -> tuple[int, int]:
         """Bytes sent, and bytes of a dense step, since the last call."""
@@ -98,4 +97,5 @@ class Reduction:
     def remove(self) -> None:
         """Send everything from now on."""
         self.plan = None
-        self.heard = None
+        self.nonzero_seen = None
+        self._probed = {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,29 +13,23 @@ from ..cluster.wrap import Bare, DataParallel, Wrapping
 from ..cluster.zero import Zero
 from ..config import TruncationConfig
 from ..search.groups import Groups
-from ..search.mask import Mask
 from .averaging import AllReduce, Averaging
 from .ddp import PackedReduction, packed_allreduce
+from .frozen_weights import Free, FrozenWeights, Held, Removed
 from .gradients import GradientHooks
 from .low_rank import LowRank
-from .motion import Fade, Free, Hold, Motion
 from .plan import Plan
 from .reduction import Reduction
 from .zero import ZeroReduction
+from .zero_columns import ZeroColumns
 
-__all__ = ["Truncation", "first_reduction"]
-
-logger = logging.getLogger(__name__)
-
-
-_TIMES_LISTENED = 3
-"""How often what should be silent is heard before it is believed."""
+__all__ = ["Truncation", "first_reduction", "state_left"]
 
 _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Truncation:
-    """Frozen channels and everything that follows from them; none before the first ``adopt``.
+    """Frozen channels and everything that follows from them; none before the first ``freeze``.
 
     Attributes:
         generation: how many sets of slices have been left out of the all-reduce.
@@ -57,54 +49,47 @@ class Truncation:
         self._network = wrapping.network
         self._ranks = wrapping.ranks
         self._groups = groups
-        self._motion = _motion(config, wrapping.network, stepping, groups)
+        self._weights = _frozen_weights(config, wrapping.network, stepping, groups)
+        self._columns = ZeroColumns(groups.num_channels)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.reduction = first_reduction(config, wrapping)
         self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
         self._live_fraction = 1.0
-        self._fades_end = math.inf
-        self._times_heard = 0
-        self._silent = torch.zeros_like(self.frozen)
 
     @property
-    def lost(self) -> Tensor:
-        """bool ``[num_channels]``: channels that cannot be kept any more."""
-        return self._motion.lost
+    def irreversible(self) -> Tensor:
+        """bool ``[num_channels]``: channels that have begun to leave, and cannot be kept."""
+        return self._weights.irreversible
 
     @property
     def live_fraction(self) -> float:
         """Live elements of all that train.  Soft truncation freezes nothing."""
         return self._live_fraction
 
-    def adopt(self, frozen: Tensor, step: int, fade_steps: int) -> None:
-        """Freeze these channels and those that fade already; others thaw.
+    def zero(self, step: int) -> Tensor:
+        """bool ``[num_channels]``: channels that put out exact zeros after this step."""
+        return self._weights.zero_since() <= step
+
+    def freeze(self, frozen: Tensor) -> None:
+        """Freeze these channels and those that have begun to leave; others thaw.
 
         The ranks must have agreed on the bits of ``frozen``: buffers are packed by them.
 
         Args:
             frozen: bool ``[num_channels]``.
-            step: optimizer steps so far.
-            fade_steps: how long a fade that begins now takes.
         """
-        frozen = frozen | self.lost
-        if torch.equal(frozen, self.frozen):
-            return
-        self.generation += 1
-        plan = self._truncate(frozen)
-        self._motion.freeze(frozen, plan, step, fade_steps)
-        # Columns that had left come back for a moment if others begin to fade.
-        self._fades_end = step + fade_steps if self._config.motion == "fade" else math.inf
-        self._times_heard = 0
+        frozen = frozen | self.irreversible
+        if not torch.equal(frozen, self.frozen):
+            self.generation += 1
+            self.frozen = frozen
+            plan = self._truncate_gradients()
+            self._weights.freeze(frozen, plan)
 
-    def _truncate(self, frozen: Tensor) -> Plan:
-        self.frozen = frozen
-        self._silent = torch.zeros_like(frozen)
-        plan = Plan(self._network, self._groups, frozen, self._config.scope)
-        if self._config.mode == "hard":
-            self._live_fraction = plan.live_fraction
-        self._truncate_gradients(plan, self._motion.moving(frozen))
-        return plan
+    def begin(self, channels: Tensor, step: int) -> None:
+        """Frozen channels, int64, begin to leave after this step."""
+        assert isinstance(self._weights, Removed) and bool(self.frozen[channels].all())
+        self._weights.begin(channels, step)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The generation in force after this step, in plain values, the same on all ranks.
@@ -115,101 +100,99 @@ class Truncation:
         return {
             "generation": self.generation,
             "frozen": self.frozen.clone(),
-            "silent": self._silent.clone(),
-            "fades": self._motion.fades(step, self._ranks),
-            "fades_end": None if math.isinf(self._fades_end) else int(self._fades_end),
-            "listens": self.reduction is not None and self.reduction.heard is not None,
-            "times_heard": self._times_heard,
+            "removal": self._weights.state_dict(step, self._ranks),
+            "columns": self._columns.state_dict(),
+            "probes": self.reduction is not None and self.reduction.nonzero_seen is not None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.  Weights and the optimizer's state may be loaded later, but before
         the next step."""
         self.generation = state["generation"]
         if self.generation == 0:
             return
-        plan = self._truncate(state["frozen"].to("cpu", copy=True))
-        self._motion.resume(self.frozen, plan, state["fades"])
-        if self.reduction is not None and bool(state["silent"].any()):
-            self._leave_out(self.reduction, state["silent"].to("cpu", copy=True))
-        self._fades_end = math.inf if state["fades_end"] is None else state["fades_end"]
-        self._times_heard = state["times_heard"]
-        if self.reduction is not None and state["listens"]:
-            self._listen(self.reduction, self._motion.silent(step))
+        self.frozen = state["frozen"].to("cpu", copy=True)
+        self._weights.load_state_dict(state["removal"])
+        self._columns.load_state_dict(state["columns"])
+        plan = self._truncate_gradients()
+        self._weights.freeze(self.frozen, plan)
+        if self.reduction is not None and state["probes"]:
+            self._probe(state["columns"]["probed"].to("cpu"))
 
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
-        self._motion.before_step(penalty)
+        self._weights.before_step(penalty)
 
     def hold(self, step: int, owners: Owners) -> None:
         """The ``step``-th optimizer step has just moved these tensors, or all."""
-        self._motion.hold(step, owners)
+        self._weights.hold(step, owners)
 
     def after_step(self, step: int) -> None:
-        """Just after the ``step``-th optimizer step."""
-        if self.reduction is not None and self._fades_end <= step:
-            self._silence(self.reduction, step)
-
-    def _silence(self, reduction: Reduction, step: int) -> None:
-        """Leave out what a faded channel's consumers would send, once it is seen to be nothing.
-
-        The step after a fade's end all ranks listen to these columns; then they agree on what was
-        heard, by one number, and the columns leave.  A faded channel puts out exact zeros, so the
-        gradients of the columns that read it are exact zeros, and nothing changes but the payload:
-        it is the ticket's own size before the ticket is drawn.
-        """
-        silent = self._motion.silent(step)
-        if reduction.heard is None:
-            self._listen(reduction, silent)
-        elif reduction.num_buckets_heard and not self._ranks.any(reduction.heard):
-            self._fades_end = math.inf
+        """Just after the ``step``-th optimizer step: columns that read nothing but zeros leave."""
+        if self.reduction is None or not isinstance(self._weights, Removed):
+            return
+        if self._columns.seen(self.reduction, self._ranks, step):
             self.generation += 1
-            self._leave_out(reduction, silent)
-        elif reduction.num_buckets_heard:
-            # Once may be an overflow, for which a loss scaler skips a step.
-            self._times_heard += 1
-            self._listen(reduction, silent)
-            if self._times_heard == _TIMES_LISTENED:
-                self._fades_end = math.inf
-                logger.warning(
-                    "step %d: faded channels still reach the layers behind them, whose columns "
-                    "stay in the gradient all-reduce",
-                    step,
-                )
-
-    def _leave_out(self, reduction: Reduction, silent: Tensor) -> None:
-        self._silent = silent
-        plan = Plan(self._network, self._groups, self.frozen, self._config.scope, silent)
-        self._live_fraction = plan.live_fraction
-        reduction.silence(plan)
-
-    def _listen(self, reduction: Reduction, silent: Tensor) -> None:
-        nothing = torch.zeros_like(silent)
-        columns = Plan(self._network, self._groups, nothing, self._config.scope, silent)
-        reduction.listen(columns, next(self._network.parameters()).device)
-
-    def still_since(self, mask: Mask) -> float:
-        """The step since which no channel that the mask drops has moved: -inf if dropped channels
-        do not fade, inf if one has yet to begin."""
-        return self._motion.still_since(~mask.keep)
+            self._truncate_gradients()
+        if self.reduction.nonzero_seen is None:
+            self._columns.probe(self.zero(step), self.frozen, self._probe)
 
     def remove(self) -> None:
         """Leave gradients and weights alone from now on."""
         self._hooks.remove()
         if self.reduction is not None:
             self.reduction.remove()
-        self._motion = Motion(self._groups.num_channels)
+        self.reduction = None
+        self._weights = FrozenWeights(self._groups.num_channels)
         # The wrapper holds buckets as large as the dense network; let go of it.
         self._wrapping = Bare(self._network)
 
-    def _truncate_gradients(self, plan: Plan, moving: Collection[Tensor]) -> None:
+    def _truncate_gradients(self) -> Plan:
+        """Returns which slices are frozen."""
+        frozen, scope = self.frozen, self._config.scope
+        held = plan = Plan(self._network, self._groups, frozen, scope)
+        if bool(self._columns.dropped.any()):
+            plan = Plan(self._network, self._groups, frozen, scope, self._columns.dropped)
+        if self._config.mode == "hard":
+            self._live_fraction = plan.live_fraction
         if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
             self._hooks.adopt(plan)
-            return
-        if self.reduction is None:
-            # Not before it is needed: while nothing is frozen, DDP averages by itself.
-            self.reduction = _register_reduction(self._config, self._wrapping)
-        self.reduction.adopt(plan, moving)
+        else:
+            if self.reduction is None:
+                # Not before it is needed: while nothing is frozen, DDP averages by itself.
+                self.reduction = _register_reduction(self._config, self._wrapping)
+            # What reads zeros for good reads channels that will not move again.
+            moving = self._weights.moving(frozen & ~self._columns.dropped)
+            self.reduction.adopt(plan, held, moving)
+        return held
+
+    def _probe(self, zero: Tensor) -> None:
+        assert self.reduction is not None
+        nothing = torch.zeros_like(zero)
+        columns = Plan(self._network, self._groups, nothing, self._config.scope, zero)
+        self.reduction.probe(columns, next(self._network.parameters()).device)
+
+
+def state_left(
+    state: Mapping[str, Any], kept: Tensor, left_of: Callable[[str, Tensor], Tensor]
+) -> dict[str, Any]:
+    """The state of a truncation once channels have been removed.
+
+    Args:
+        state: of a ``Truncation``.
+        kept: bool ``[num_channels]``, the channels that are left.
+        left_of: what is left of a tensor of the shape of the parameter with this name.
+    """
+    removal, columns = state["removal"], state["columns"]
+    if removal is not None:
+        starts = removal["starts"]
+        removal = {
+            "over_at": removal["over_at"][kept],
+            "under_way": removal["under_way"][kept],
+            "starts": starts and {name: left_of(name, start) for name, start in starts.items()},
+        }
+    columns = {k: v[kept] if isinstance(v, Tensor) else v for k, v in columns.items()}
+    return {**state, "frozen": state["frozen"][kept], "removal": removal, "columns": columns}
 
 
 def first_reduction(config: TruncationConfig, wrapping: Wrapping) -> Reduction | None:
@@ -235,13 +218,13 @@ def _register_reduction(config: TruncationConfig, wrapping: DataParallel | Zero)
     return reduction
 
 
-def _motion(
+def _frozen_weights(
     config: TruncationConfig, network: nn.Module, stepping: Stepping, groups: Groups
-) -> Motion:
+) -> FrozenWeights:
     if config.mode != "hard":
-        return Motion(groups.num_channels)
-    if config.motion == "fade":
-        return Fade(stepping, network, groups)
-    if config.motion == "hold":
-        return Hold(stepping, groups.num_channels)
+        return FrozenWeights(groups.num_channels)
+    if config.frozen_weights == "remove":
+        return Removed(stepping, network, groups, config.removal.fade_steps)
+    if config.frozen_weights == "hold":
+        return Held(stepping, groups.num_channels)
     return Free(stepping, network, groups)

@@ -55,9 +55,8 @@ class ZeroReduction(Reduction):
         super().__init__()
         self._packings: dict[tuple[object, ...], Packing | None] = {}
         self._gather: PackedGather | None = None
-        self._frozen_plan: Plan | None = None
         self._bucket: tuple[Tensor, Spans] | None = None
-        self._bucket_is_noted = False
+        self._bucket_is_probed = False
         wrapper = wrapping.wrapper
         self._wrapper = wrapper
         self._overrides: list[Override] = []
@@ -76,20 +75,13 @@ class ZeroReduction(Reduction):
         override = Override(target, name, lambda *a, **k: function(override.original, *a, **k))
         self._overrides.append(override)
 
-    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
-        super().adopt(plan, moving)
+    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+        super().adopt(plan, held, moving)
         self._packings.clear()
-        self._frozen_plan = plan
+        # Columns whose gradients are not reduced are not held: decay goes on moving them, on the
+        # rank that steps them, so the others have to be told.
         if self._gather is not None:
-            self._gather.adopt(plan, moving)
-
-    def silence(self, plan: Plan) -> None:
-        super().adopt(plan)
-        self._packings.clear()
-        # What has faded is zero everywhere.  The columns that leave are not held: decay goes on
-        # moving them, on the rank that steps them, so the others have to be told.
-        if self._gather is not None and self._frozen_plan is not None:
-            self._gather.adopt(self._frozen_plan)
+            self._gather.adopt(held or plan, moving)
 
     def remove(self) -> None:
         super().remove()
@@ -117,7 +109,7 @@ class ZeroReduction(Reduction):
         def reduce(elements: Tensor) -> None:
             original([elements], *arguments)
 
-        self.note(zip((span.parameter for span in spans), gradients))
+        self.probe_bucket(zip((span.parameter for span in spans), gradients))
         if not self._reduced(spans, gradients, element_size, reduce):
             original(small_bucket, *arguments)
 
@@ -130,7 +122,7 @@ class ZeroReduction(Reduction):
         places = self._wrapper.ipg_buckets[communication_data_type].params
         parameters = [self._wrapper.bit16_groups[group][place] for group, place, _ in places]
         self._bucket = tensor, tuple(Span(p, 0, p.numel()) for p in parameters)
-        self._bucket_is_noted = False
+        self._bucket_is_probed = False
         original(tensor, communication_data_type)
         self._bucket = None
 
@@ -138,7 +130,7 @@ class ZeroReduction(Reduction):
         self, original: Callable[..., Tensor], tensor: Tensor, communication_data_type: torch.dtype
     ) -> Tensor:
         """Without reduce_scatter: the whole tensor at once."""
-        _, spans = self._listened_bucket()
+        _, spans = self._probed_bucket()
         rounded = tensor.to(communication_data_type)
 
         def reduce(elements: Tensor) -> None:
@@ -160,7 +152,7 @@ class ZeroReduction(Reduction):
     ) -> Tensor:
         """With reduce_scatter: slices of the tensor, each for the rank whose partition it is in;
         reduced together, or to their ranks alone."""
-        tensor, everything = self._listened_bucket()
+        tensor, everything = self._probed_bucket()
         spans = tuple(
             span
             for part in bucket
@@ -179,13 +171,13 @@ class ZeroReduction(Reduction):
             return original(bucket, communication_data_type, **keywords)
         return rounded
 
-    def _listened_bucket(self) -> tuple[Tensor, Spans]:
-        """The bucket that is being reduced; listened to once, though its slices come in turn."""
+    def _probed_bucket(self) -> tuple[Tensor, Spans]:
+        """The bucket that is being reduced; probed once, though its slices come in turn."""
         assert self._bucket is not None
         tensor, spans = self._bucket
-        if not self._bucket_is_noted:
-            self._bucket_is_noted = True
-            self.note(zip((span.parameter for span in spans), _pieces(tensor, spans)))
+        if not self._bucket_is_probed:
+            self._bucket_is_probed = True
+            self.probe_bucket(zip((span.parameter for span in spans), _pieces(tensor, spans)))
         return self._bucket
 
     # ---- all stages ------------------------------------------------------------------------------

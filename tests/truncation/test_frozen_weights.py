@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 import worm_dist
 from tests.nets import Residual, random_images, randomise
 from tests.oracles import live_flags, mask_dropping, zero_frozen
+from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
 DROPPED = (0, 3, 4, 9, 12)  # three of the tied group's eight channels, two of the inner six
@@ -93,9 +94,9 @@ def _flags(engine: Engine, *dropped: int) -> dict[str, Tensor]:
 def test_held_is_held_and_live_is_exact(name: str, scope: str, clip: bool) -> None:
     network, reference = _network(), _network()
     engine = _attach(
-        network, OPTIMIZERS[name](list(network.parameters())), motion="hold", scope=scope
+        network, OPTIMIZERS[name](list(network.parameters())), frozen_weights="hold", scope=scope
     )
-    other = _attach(reference, SGD(reference.parameters()), motion="hold", scope=scope)
+    other = _attach(reference, SGD(reference.parameters()), frozen_weights="hold", scope=scope)
     flags = _flags(other, *DROPPED)
     other.detach()
     optimizer = OPTIMIZERS[name](list(reference.parameters()))
@@ -132,7 +133,7 @@ def test_held_is_held_and_live_is_exact(name: str, scope: str, clip: bool) -> No
 @pytest.mark.fault(19, "the same while it fades")
 def test_fade_reaches_exact_zero_in_equal_steps_while_filters_are_held(name: str) -> None:
     network, num_steps = _network(), 7
-    engine = _attach(network, OPTIMIZERS[name](list(network.parameters())), fade=f"{num_steps}ba")
+    engine = _attach(network, OPTIMIZERS[name](list(network.parameters())), **at_once(num_steps))
     _train(engine, range(3))
     engine.truncate(mask_dropping(engine.groups, *DROPPED))
     start, flags = _values(network), _flags(engine, *DROPPED)
@@ -149,7 +150,7 @@ def test_fade_reaches_exact_zero_in_equal_steps_while_filters_are_held(name: str
 
 def test_a_fade_that_begins_later_ends_later() -> None:
     network = _network()
-    engine = _attach(network, SGD(network.parameters(), lr=0.05), fade="4ba")
+    engine = _attach(network, SGD(network.parameters(), lr=0.05), **at_once(4))
     engine.truncate(mask_dropping(engine.groups, 0))
     _train(engine, range(2))
     start = _values(network)
@@ -164,11 +165,11 @@ def test_a_fade_that_begins_later_ends_later() -> None:
 
 def test_a_channel_whose_fade_has_begun_does_not_come_back() -> None:
     network = _network()
-    engine = _attach(network, SGD(network.parameters(), lr=0.05), fade="4ba")
+    engine = _attach(network, SGD(network.parameters(), lr=0.05), **at_once(4))
     engine.truncate(mask_dropping(engine.groups, 0, 3))
     _train(engine, range(1))
     before = engine.mask
-    with pytest.raises(worm_dist.ConfigError, match=r"group stem: .*fade has begun"):
+    with pytest.raises(worm_dist.ConfigError, match=r"group stem: .*begun to leave"):
         engine.truncate(mask_dropping(engine.groups, 3))
     assert engine.mask == before
     with torch.no_grad():  # however good its score
@@ -181,7 +182,7 @@ def test_a_channel_whose_fade_has_begun_does_not_come_back() -> None:
 def test_a_thawed_channel_starts_with_zero_momentum_and_its_old_second_moment(name: str) -> None:
     network = _network()
     optimizer = OPTIMIZERS[name](list(network.parameters()))
-    engine = _attach(network, optimizer, motion="hold")
+    engine = _attach(network, optimizer, frozen_weights="hold")
     _train(engine, range(4))
     old = {key: copy.deepcopy(optimizer.state[p]) for key, p in network.named_parameters()}
     engine.truncate(mask_dropping(engine.groups, 0, 9))
@@ -209,7 +210,7 @@ def test_a_channel_frozen_before_the_first_step_is_held_too() -> None:
     """The optimizer has no state yet when the channel freezes."""
     network = _network()
     engine = _attach(
-        network, OPTIMIZERS["adamw-foreach"](list(network.parameters())), motion="hold"
+        network, OPTIMIZERS["adamw-foreach"](list(network.parameters())), frozen_weights="hold"
     )
     engine.truncate(mask_dropping(engine.groups, *DROPPED))
     start, flags = _values(network), _flags(engine, *DROPPED)
@@ -222,7 +223,7 @@ def test_a_channel_frozen_before_the_first_step_is_held_too() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_free_moves_by_momentum_decay_and_penalty_alone(name: str, with_penalty: bool) -> None:
     network, reference = _network(), _network()
-    engine = _attach(network, OPTIMIZERS[name](list(network.parameters())), motion="free")
+    engine = _attach(network, OPTIMIZERS[name](list(network.parameters())), frozen_weights="free")
     optimizer = OPTIMIZERS[name](list(reference.parameters()))
     scales = [reference.bn0.weight, reference.bn2.weight, reference.bn1.weight]
     engine.truncate(mask_dropping(engine.groups, *DROPPED))
@@ -243,7 +244,7 @@ def test_free_moves_by_momentum_decay_and_penalty_alone(name: str, with_penalty:
 
 def test_what_does_not_fade_needs_no_length_of_an_epoch() -> None:
     network = Residual()
-    config = WormConfig(search={"every": "5ba"}, truncation={"motion": "hold"})
+    config = WormConfig(search={"every": "5ba"}, truncation={"frozen_weights": "hold"})
     optimizer = SGD(network.parameters(), lr=0.1)
     engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
     engine.truncate(mask_dropping(engine.groups, 1))

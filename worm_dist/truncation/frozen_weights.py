@@ -1,4 +1,4 @@
-"""Motion: what frozen slices do instead of training, whatever the optimizer does.
+"""Frozen weights: what frozen slices do instead of training, whatever the optimizer does.
 
 A zero gradient alone does not keep a weight still: momentum and weight decay go on moving it.  So
 after every optimizer step the frozen slices are written back.  All rules are local and
@@ -7,8 +7,7 @@ deterministic; no rank needs to be told.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,26 +16,31 @@ from torch import Tensor, nn
 from ..cluster.agree import Ranks
 from ..cluster.stepping import Owners, Shard, Stepping
 from ..search.groups import Groups
-from .fading import Fading
+from .fade import NEVER, Fade
 from .plan import Block, Plan
 
-__all__ = ["Fade", "Free", "Hold", "Motion"]
+__all__ = ["Free", "FrozenWeights", "Held", "Removed"]
 
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 
 
-class Motion:
+class FrozenWeights:
     """Frozen slices move as the optimizer says: the rule of soft truncation, which freezes nothing.
 
     Attributes:
-        lost: bool ``[num_channels]``: channels that cannot thaw any more.
+        irreversible: bool ``[num_channels]``: channels that cannot thaw any more.
     """
 
     def __init__(self, num_channels: int) -> None:
-        self.lost = torch.zeros(num_channels, dtype=torch.bool)
+        self.irreversible = torch.zeros(num_channels, dtype=torch.bool)
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
-        """Take over the channels in ``frozen`` (bool ``[num_channels]``) after this step."""
+    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+        """These channels are frozen from now on, and no others.
+
+        Args:
+            frozen: bool ``[num_channels]``.
+            plan: of the generation.
+        """
 
     def moving(self, frozen: Tensor) -> Collection[Tensor]:
         """The parameters of which frozen slices move, if these channels are frozen."""
@@ -45,30 +49,24 @@ class Motion:
     def before_step(self, penalty: float) -> None:
         """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
 
-    def fades(self, step: int, ranks: Ranks) -> list[dict[str, Any]]:
-        """The fades that have begun up to this step, for ``resume``; the same on all ranks.
-        Collective if the ranks share the stepping."""
-        return []
-
-    def resume(self, frozen: Tensor, plan: Plan, fades: Sequence[Mapping[str, Any]]) -> None:
-        """Go on with these frozen channels and fades.  Weights and optimizer state may be loaded
-        later, but before the next step."""
-        self.freeze(frozen, plan, 0, 0)
-
     def hold(self, step: int, owners: Owners) -> None:
         """The ``step``-th optimizer step has just moved these tensors, or all."""
 
-    def silent(self, step: int) -> Tensor:
-        """bool ``[num_channels]``: channels that put out exact zeros after this step."""
-        return torch.zeros_like(self.lost)
+    def zero_since(self) -> Tensor:
+        """int64 ``[num_channels]``: the step after which a channel puts out exact zeros."""
+        return torch.full(self.irreversible.shape, NEVER)
 
-    def still_since(self, dropped: Tensor) -> float:
-        """The step since which none of these channels fades: -inf if they never did, inf if one
-        has yet to begin."""
-        return -math.inf
+    def state_dict(self, step: int, ranks: Ranks) -> dict[str, Any] | None:
+        """What does not follow from frozen channels and weights, in plain values, the same on all
+        ranks.  Collective if the ranks share the stepping."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a state; ``freeze`` follows.  Weights and the optimizer's state may be loaded
+        later, but before the next step."""
 
 
-class Hold(Motion):
+class Held(FrozenWeights):
     """Frozen slices stay bit for bit.
 
     A channel that thaws starts with zero momentum and with the second moment it had when it froze:
@@ -82,7 +80,7 @@ class Hold(Motion):
         self._plan: Plan | None = None
         self._held: list[_HeldSlices] | None = []
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
+    def freeze(self, frozen: Tensor, plan: Plan) -> None:
         # What is held is looked at when it is about to move: until then a checkpoint may be loaded.
         self._plan, self._held = plan, None
 
@@ -101,49 +99,56 @@ class Hold(Motion):
                 slices.restore(self._stepping.moments(slices.shard))
 
 
-class Fade(Hold):
-    """What scales a channel goes to exact zero in N equal steps; everything else is held.
+class Removed(Held):
+    """Frozen slices are held until their channel begins to leave; then what scales it goes to exact
+    zero within a few steps, and it does not come back.
 
-    Step a of N leaves (N - a) / N of the value at the start.  Geometric fades are unsafe: the norm
-    amplifies a channel again however small its scale is, and a layer may come to live on its
-    frozen channels alone.  Only exact zero is zero.  A channel whose fade has begun is lost.
+    Args:
+        fade_steps: how many steps that takes.
     """
 
-    def __init__(self, stepping: Stepping, network: nn.Module, groups: Groups) -> None:
+    def __init__(
+        self, stepping: Stepping, network: nn.Module, groups: Groups, fade_steps: int
+    ) -> None:
         super().__init__(stepping, groups.num_channels)
         self._network = network
         self._groups = groups
-        self._over_at = torch.zeros(groups.num_channels, dtype=torch.int64)
-        self._fades: list[Fading] = []
+        self._fade = Fade(stepping, groups.num_channels, fade_steps)
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
-        super().freeze(frozen, plan, step, fade_steps)
-        begins = frozen & ~self.lost
-        if bool(begins.any()):
-            self._begin(begins, step + fade_steps, fade_steps)
+    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+        super().freeze(frozen, plan)
+        self._fade.follow(self._network, self._groups, self._scales(frozen))
+
+    def begin(self, channels: Tensor, step: int) -> None:
+        """Frozen channels begin to leave after this step.
+
+        Args:
+            channels: int64, of those that are frozen.
+        """
+        self.irreversible[channels] = True
+        self._fade.begin(channels, step)
 
     def moving(self, frozen: Tensor) -> Collection[Tensor]:
         return self._scales(frozen).blocks.keys()
 
-    def fades(self, step: int, ranks: Ranks) -> list[dict[str, Any]]:
-        return [fading.state(step, ranks, self._names) for fading in self._fades]
+    def before_step(self, penalty: float) -> None:
+        super().before_step(penalty)
+        self._fade.before_step()
 
-    def resume(self, frozen: Tensor, plan: Plan, fades: Sequence[Mapping[str, Any]]) -> None:
-        for fade in fades:
-            channels = fade["channels"].to("cpu", copy=True)
-            fading = self._begin(channels, fade["over_at"], fade["num_steps"])
-            if fade["start"] is not None:
-                names = self._names
-                fading.start_from({p: fade["start"][names[p]] for p in fading.parameters})
-        super().resume(frozen, plan, fades)
+    def hold(self, step: int, owners: Owners) -> None:
+        super().hold(step, owners)
+        self._fade.write(step, owners)
 
-    def _begin(self, channels: Tensor, over_at: int, num_steps: int) -> Fading:
-        self._over_at[channels] = over_at
-        self.lost = self.lost | channels
-        plan = self._scales(channels)
-        fading = Fading(self._stepping, channels, plan, over_at, num_steps)
-        self._fades.append(fading)
-        return fading
+    def zero_since(self) -> Tensor:
+        return self._fade.over_at
+
+    def state_dict(self, step: int, ranks: Ranks) -> dict[str, Any]:
+        return self._fade.state_dict(step, ranks, self._names)
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        assert state is not None
+        self._fade.load_state_dict(state, dict(self._network.named_parameters()))
+        self.irreversible = self._fade.over_at < NEVER
 
     def _scales(self, channels: Tensor) -> Plan:
         """What scales these channels is frozen in it."""
@@ -153,28 +158,8 @@ class Fade(Hold):
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self._network.named_parameters()}
 
-    def before_step(self, penalty: float) -> None:
-        super().before_step(penalty)
-        for fading in self._fades:
-            fading.start()
 
-    def hold(self, step: int, owners: Owners) -> None:
-        super().hold(step, owners)
-        for fading in self._fades:
-            fading.write(step, owners)
-
-    def silent(self, step: int) -> Tensor:
-        return self.lost & (self._over_at <= step)
-
-    def still_since(self, dropped: Tensor) -> float:
-        if not bool(dropped.any()):
-            return -math.inf
-        if not bool(self.lost[dropped].all()):
-            return math.inf
-        return int(self._over_at[dropped].max())
-
-
-class Free(Motion):
+class Free(FrozenWeights):
     """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
     and the penalty does, locally: what arrives through the loss is truncated with the rest."""
 
@@ -189,7 +174,7 @@ class Free(Motion):
         }
         self._frozen: Mapping[Tensor, Tensor] = {}
 
-    def freeze(self, frozen: Tensor, plan: Plan, step: int, fade_steps: int) -> None:
+    def freeze(self, frozen: Tensor, plan: Plan) -> None:
         self._frozen = {p: b.frozen[0] for p, b in plan.blocks.items() if p in self._scales}
 
     @torch.no_grad()

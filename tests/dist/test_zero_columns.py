@@ -17,9 +17,10 @@ import worm_dist
 from tests.nets import Flattening, Residual, Separable, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
+from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 from worm_dist.cluster.stepping import Owners
-from worm_dist.truncation.motion import Fade
+from worm_dist.truncation.frozen_weights import Removed
 from worm_dist.truncation.truncation import Truncation
 
 FADE_STEPS = 4
@@ -37,7 +38,7 @@ def _engine(net: str, optimizer: str, **wrapper: Any) -> Engine:
         if optimizer == "sgd"
         else AdamW(parameters, lr=0.01, weight_decay=0.1)
     )
-    config = WormConfig(truncation={"fade": f"{FADE_STEPS}ba"})
+    config = WormConfig(truncation={**at_once(FADE_STEPS)})
     engine = worm_dist.attach(model, made, config, example_inputs=random_images(1))
     engine.truncate(mask_dropping(engine.groups, 0, 2, 3, 9))
     return engine
@@ -65,10 +66,10 @@ def _state(engine: Engine) -> dict[str, Any]:
 def _with_and_without(net: str, optimizer: str, wrapper: dict[str, Any]) -> Any:
     engine = _engine(net, optimizer, **wrapper)
     sent = _train(engine, FADE_STEPS + 7)
-    silence, Truncation._silence = Truncation._silence, lambda *_: None  # type: ignore[method-assign]
+    after_step, Truncation.after_step = Truncation.after_step, lambda *_: None  # type: ignore[method-assign]
     reference = _engine(net, optimizer, **wrapper)
     dense_columns = _train(reference, FADE_STEPS + 7)
-    Truncation._silence = silence  # type: ignore[method-assign]
+    Truncation.after_step = after_step  # type: ignore[method-assign]
     state, expected = _state(engine), _state(reference)
     engine.draw(engine.mask)
     ticket = sum(p.numel() for p in engine.model.parameters())
@@ -104,16 +105,16 @@ def _heard_on_rank_one() -> tuple[list[int], list[str]]:
     engine = _engine("residual", "sgd")
     if dist.get_rank() == 1:
         # What must not happen: a channel that counts as faded is still heard, on one rank alone.
-        hold = Fade.hold
+        hold = Removed.hold
 
-        def loud(self: Fade, step: int, owners: Owners) -> None:
+        def loud(self: Removed, step: int, owners: Owners) -> None:
             hold(self, step, owners)
             with torch.no_grad():
                 network = engine.model.module
                 assert isinstance(network, Residual)
                 network.bn0.bias[0] = 0.5
 
-        Fade.hold = loud  # type: ignore[method-assign]
+        Removed.hold = loud  # type: ignore[method-assign]
     return _train(engine, FADE_STEPS + 4), warnings
 
 
@@ -121,4 +122,4 @@ def test_what_one_rank_still_hears_stays_on_every_rank(ranks: Ranks) -> None:
     """Checked, not assumed: and the ranks must not pack differently because of it."""
     for sent, warnings in ranks(2, _heard_on_rank_one):
         assert len(set(sent)) == 1
-        assert len(warnings) == 1 and "faded channels still reach" in warnings[0]
+        assert len(warnings) == 1 and "removed channels still reach" in warnings[0]
