@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .bench.ledger.command import add_parsers as add_ledger_parsers
+from .bench.ledger.command import run as run_ledger
 from .cluster.launchers import started_by
 from .cluster.voice import Told, leave, tell
 from .config import shortened
@@ -76,12 +78,17 @@ def _parse(
     planner = add_parser(commands)
     bench = commands.add_parser(
         "bench",
-        help="measure side by side with plain DDP, on two ranks",
+        help="measure side by side with plain DDP on two ranks, or whole runs",
         allow_abbrev=False,
     )
-    bench.add_argument("benchmark", choices=("wire", "step", "overhead", "zero", "checkpoint"))
-    bench.add_argument("--quick", action="store_true", help="a small network and few rounds")
-    bench.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    for name in ("wire", "step", "overhead", "zero", "checkpoint"):
+        two_ranks = benchmarks.add_parser(name, allow_abbrev=False)
+        two_ranks.add_argument(
+            "--quick", action="store_true", help="a small network and few rounds"
+        )
+        two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
+    add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
     strict = {"bench": bench, "plan": planner}
     if options.command in strict:
@@ -130,6 +137,9 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.benchmark in ("ledger", "grid"):
+        run_ledger(options)
+        return 0
     from .bench.run import run
 
     default = Path("runs") / ("bench-quick" if options.quick else "bench")

@@ -186,9 +186,10 @@ class RemovalConfig(Settings):
     duration: DurationField = "auto"
     """From the beginning of the first channel to the end of the last one: many at first, fewer and
     fewer later (a cubic schedule).  ``auto`` is an epoch, but not less than 100 steps."""
-    fade_steps: Annotated[int, Field(ge=1, le=50)] = 4
-    """Optimizer steps in which the scale of a channel goes to exact zero.  A layer lives on its
-    fading channels until they are zero, so long fades destroy networks."""
+    fade_steps: Annotated[int, Field(ge=1, le=8)] = 4
+    """Optimizer steps in which the scale of a channel goes to exact zero.  The norm behind them
+    makes up for what channels lose that fade together, and the network lives on them until they are
+    zero; so long fades destroy networks."""
     stage: float = Field(default=0.25, gt=0, le=1)
     """The network is made smaller whenever this share of all dropped channels has become zero; 1
     waits for the last of them."""

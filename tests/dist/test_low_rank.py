@@ -362,7 +362,7 @@ def _digits() -> dict[tuple[str, bool], float]:
     for compression, draws in product(("none", "powersgd"), (False, True)):
         torch.manual_seed(0)
         model = DistributedDataParallel(Plain(12, 16))
-        config = WormConfig(truncation={"compression": compression, **at_once(10)})
+        config = WormConfig(truncation={"compression": compression, **at_once(8)})
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         schedule = LinearLR(optimizer, 1, 0, total_iters=num_steps)
         engine = worm_dist.attach(model, optimizer, config, example_inputs=images[:1])

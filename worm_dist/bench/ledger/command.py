@@ -1,0 +1,77 @@
+"""Command: ``bench ledger``, and ``bench grid``, from the command line to the rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+
+__all__ = ["add_parsers", "run"]
+
+_RATIO = 0.5
+_SEEDS = (1, 2, 3)
+
+
+def add_parsers(benchmarks: Any) -> None:
+    """Tell argparse of both."""
+    ledger = benchmarks.add_parser(
+        "ledger",
+        help="accuracy, operations and bytes of whole runs under every rule",
+        allow_abbrev=False,
+    )
+    ledger.add_argument("--subject", action="append", help="repeat it; default: all")
+    ledger.add_argument("--rule", action="append", help="repeat it; default: all")
+    ledger.add_argument("--ratio", action="append", type=float, help=f"default: {_RATIO}")
+    ledger.add_argument("--seed", action="append", type=int, help="default: 1, 2 and 3")
+    grid = benchmarks.add_parser(
+        "grid",
+        help="removals early and late, slow and absurdly fast: what becomes of the network",
+        allow_abbrev=False,
+    )
+    for parser in (ledger, grid):
+        parser.add_argument("--quick", action="store_true", help="the digits, one seed: minutes")
+        parser.add_argument("--workers", type=int, help="processes; default: one for each core")
+        parser.add_argument("--out", type=Path, help="default: runs/BENCHMARK, what is there stays")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train what is missing, and print the table.
+
+    Raises:
+        ConfigError: there is no such subject or rule.
+    """
+    from .grid import grid_orders, summary
+    from .rule import RULES
+    from .run import Order
+    from .run import run as train_rows
+    from .subject import SUBJECTS
+    from .table import markdown
+
+    name = f"{options.benchmark}-quick" if options.quick else options.benchmark
+    folder = options.out or Path("runs") / name
+    num_workers = options.workers or os.cpu_count() or 1
+    if options.benchmark == "grid":
+        print(summary(train_rows(grid_orders(options.quick), folder, num_workers)))
+        return
+    subjects = _known(options.subject, SUBJECTS, "subject")
+    if options.quick:
+        subjects = [subject for subject in subjects if "digits" in subject]
+    orders = [
+        Order(subject, RULES[rule], ratio, seed)
+        for subject in subjects
+        for ratio in options.ratio or (_RATIO,)
+        for seed in options.seed or (_SEEDS[:1] if options.quick else _SEEDS)
+        for rule in _known(options.rule, RULES, "rule")
+    ]
+    print(markdown(train_rows(orders, folder, num_workers)))
+
+
+def _known(wanted: Sequence[str] | None, there: Any, what: str) -> list[str]:
+    for name in wanted or ():
+        if name not in there:
+            raise ConfigError(f"bench: there is no {what} {name!r}; there are {', '.join(there)}")
+    return list(wanted or there)

@@ -1,0 +1,82 @@
+"""Grid: removals under settings that nobody would choose, to see that no network is destroyed in
+silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from ...config import merge
+from .row import Row
+from .rule import Rule, triggered_at
+from .run import Order
+from .subject import SUBJECTS
+
+__all__ = ["PACES", "grid_orders", "outcome", "summary"]
+
+PACES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "at once": {"duration": "1ba", "fade_steps": 1},
+    "one long fade": {"duration": "8ba", "fade_steps": 8},
+    "four epochs": {"duration": "4ep"},
+}
+_TRIGGERS = (1, 3, 6)
+_RATIOS = (0.3, 0.5, 0.7, 0.9)
+_EPOCHS = 12
+_CHANCE = 0.15
+"""A tenth, and what luck adds."""
+
+
+def grid_orders(quick: bool) -> list[Order]:
+    """Every network on every data set, under every pace, trigger and ratio."""
+    subjects = [name for name in SUBJECTS if "digits" in name or not quick]
+    triggers, ratios = ((3,), (0.5, 0.9)) if quick else (_TRIGGERS, _RATIOS)
+    return [
+        Order(subject, _rule(trigger, pace), ratio, seed=1, epochs=_EPOCHS)
+        for subject, trigger, pace, ratio in product(subjects, triggers, PACES, ratios)
+    ]
+
+
+def _rule(trigger: float, pace: str) -> Rule:
+    # The floor leaves room for the largest ratio.
+    changes = merge(triggered_at(trigger), {"truncation": {"removal": dict(PACES[pace])}})
+    return Rule(
+        f"{pace}, from epoch {trigger}", changes=merge(changes, {"search": {"floor": 0.05}})
+    )
+
+
+def outcome(row: Row) -> str:
+    """What became of a network, in a word."""
+    if row.error:
+        return row.error.partition(":")[0]
+    if row.final <= _CHANCE:
+        return "at chance, in silence"
+    if row.left_fraction < 1 and row.ticket_epoch is None:
+        return "still leaving"
+    return "paused, trains on" if row.paused_steps else "trains on"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table: for every subject and pace how many cells came to what, and the lowest
+    accuracy of those that ended."""
+    lines = [
+        "| subject | pace | cells | outcome | lowest, mean accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for subject in dict.fromkeys(row.key.subject for row in rows):
+        for pace in PACES:
+            here = [
+                row
+                for row in rows
+                if row.key.subject == subject and row.key.rule.startswith(f"{pace},")
+            ]
+            if not here:
+                continue
+            counts = Counter(map(outcome, here))
+            told = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+            ended = [row.final for row in here if not row.error]
+            figures = f"{min(ended):.3f}, {sum(ended) / len(ended):.3f}" if ended else "–"
+            lines.append(f"| {subject} | {pace} | {len(here)} | {told} | {figures} |")
+    return "\n".join(lines)

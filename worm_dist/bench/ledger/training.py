@@ -1,0 +1,144 @@
+"""Training: one row, by the loop of the README."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ... import attach
+from ...engine import Engine
+from ...errors import WormError
+from ...training.measure import count_flops, count_parameters
+from .row import Key, Row
+from .rule import Rule
+from .subject import Samples, Subject
+
+__all__ = ["train"]
+
+_BATCH = 500
+"""Of the validation."""
+
+
+def train(subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int | None) -> Row:
+    """Train on one rank.  Its gradients go through the same packing as on many, so that bytes are
+    counted.
+
+    Args:
+        epochs: instead of the subject's own.
+    """
+    row = Row(Key(subject.name, rule.name, prune_ratio, seed))
+    began = time.perf_counter()
+    run = _Run(subject, rule, prune_ratio, seed, epochs or subject.epochs, row)
+    try:
+        run.train()
+    except WormError as error:
+        row.error = f"{type(error).__name__}: {error}"
+    run.complete()
+    row.seconds = round(time.perf_counter() - began, 1)
+    return row
+
+
+class _Run:
+    def __init__(
+        self, subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int, row: Row
+    ) -> None:
+        self._row = row
+        self._seed = seed
+        self._epochs = epochs
+        self._samples: Samples = subject.samples()
+        self._batch_size = subject.batch_size
+        torch.manual_seed(seed)
+        dense = subject.build(1.0)
+        sample = self._samples.images[:1]
+        self._dense = count_parameters(dense), count_flops(dense, sample)
+        torch.manual_seed(seed)
+        self._network = subject.build(rule.width)
+        self._network_flops = count_flops(self._network, sample)
+        model = DistributedDataParallel(self._network)
+        optimizer: Optimizer = (
+            AdamW(model.parameters(), subject.learning_rate, weight_decay=0.05)
+            if subject.adamw
+            else SGD(model.parameters(), subject.learning_rate, momentum=0.9, weight_decay=5e-4)
+        )
+        self._steps = len(self._samples.images) // subject.batch_size
+        self._schedule = CosineAnnealingLR(optimizer, epochs * self._steps)
+        self._engine: Engine = attach(
+            model,
+            optimizer,
+            rule.config(prune_ratio),
+            example_inputs=sample,
+            steps_per_epoch=self._steps,
+        )
+        self._num_steps = 0
+        self._flops = 0
+
+    def train(self) -> None:
+        for epoch in range(self._epochs):
+            random = torch.Generator().manual_seed(1000 * self._seed + epoch)
+            order = torch.randperm(len(self._samples.images), generator=random)
+            losses = [self._step(batch) for batch in order.split(self._batch_size)[: self._steps]]
+            self._row.losses.append(round(sum(losses) / len(losses), 4))
+            self._row.accuracies.append(self._accuracy())
+
+    def _step(self, batch: Tensor) -> float:
+        engine, row = self._engine, self._row
+        logits = engine.model(self._samples.images[batch])
+        loss = nn.functional.cross_entropy(logits, self._samples.classes[batch])
+        engine.watch(loss)
+        (loss + engine.penalty()).backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        self._schedule.step()
+        self._num_steps += 1
+        self._flops += self._network_flops
+        before = engine.phase
+        verdict = engine.check()
+        row.paused_steps += verdict.paused
+        row.left_fraction = max(row.left_fraction, verdict.left_fraction)
+        if verdict.phase != before:
+            row.elbow_epoch = engine.step / self._steps
+        if engine.phase != "ticket" and (verdict.stage or verdict.ticket):
+            self._draw(last=verdict.ticket)
+        return float(loss.detach())
+
+    def _draw(self, last: bool) -> None:
+        engine, row = self._engine, self._row
+        before = self._logits()
+        engine.draw()
+        after = self._logits()
+        row.change_at_draw = max(row.change_at_draw, float((before - after).abs().max()))
+        self._network_flops = count_flops(self._network, self._samples.images[:1])
+        if last:
+            row.ticket_epoch = engine.step / self._steps
+            row.before_draw, row.after_draw = self._share_right(before), self._share_right(after)
+
+    def complete(self) -> None:
+        """Shares of what a dense network has, computes and sends."""
+        row, traffic = self._row, self._engine.traffic
+        parameters, flops = self._dense
+        row.parameters = count_parameters(self._network) / parameters
+        row.flops = self._network_flops / flops
+        if self._num_steps:
+            row.run_flops = self._flops / self._num_steps / flops
+            row.run_bytes = traffic.total_sent_bytes / (self._num_steps * 4 * parameters)
+
+    def _accuracy(self) -> float:
+        return self._share_right(self._logits())
+
+    def _share_right(self, logits: Tensor) -> float:
+        right = logits.argmax(dim=1) == self._samples.validation_classes
+        return round(float(right.float().mean()), 4)
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        self._network.eval()
+        parts: list[Tensor] = [
+            self._network(images) for images in self._samples.validation_images.split(_BATCH)
+        ]
+        self._network.train()
+        return torch.cat(parts)
