@@ -477,7 +477,7 @@ class Engine(Resumable):
         num_dropped = 0 if self.mask is None else self.mask.num_channels - self.mask.num_kept
         num_zero = int(zero.sum())
         num_left = self._channels.num_removed + num_zero
-        is_over = self._removes and num_left == num_dropped > 0
+        is_over = self._removes and num_left == num_dropped
         share = self.config.truncation.removal.stage
         return dataclasses.replace(
             verdict,
@@ -487,7 +487,7 @@ class Engine(Resumable):
             stage=self._removes and not is_over and num_zero >= max(1.0, share * num_dropped),
             generation=truncation.generation,
             live_fraction=truncation.live_fraction * self._share_left,
-            left_fraction=num_left / num_dropped if self._removes and num_dropped else 0.0,
+            left_fraction=num_left / max(1, num_dropped) if self._removes else 0.0,
             paused=self._removes and self._removal.is_paused,
         )
 

@@ -73,7 +73,7 @@ def _resnet(width: float) -> nn.Module:
     return ResNet(_NUM_CLASSES, 1, [round(width * c) for c in (16, 32, 64)], blocks_per_stage=1)
 
 
-def _vit(image_size: int) -> Callable[[float], nn.Module]:
+def _vit(image_size: int, patch_size: int) -> Callable[[float], nn.Module]:
     def build(width: float) -> nn.Module:
         heads = max(1, round(6 * width))
         return add_gates(
@@ -81,6 +81,7 @@ def _vit(image_size: int) -> Callable[[float], nn.Module]:
                 _NUM_CLASSES,
                 1,
                 image_size=image_size,
+                patch_size=patch_size,
                 num_heads=heads,
                 hidden_dim=8 * heads,
                 mlp_dim=round(192 * width),
@@ -129,13 +130,13 @@ SUBJECTS: Mapping[str, Subject] = {
     for subject in (
         _on_fashion("vgg", 50_000, _vgg),
         _on_fashion("resnet", 50_000, _resnet),
-        _on_fashion("vit", 50_000, _vit(14)),
+        _on_fashion("vit", 50_000, _vit(14, 7)),
         _on_fashion("vgg", 10_000, _vgg),
         _on_fashion("resnet", 10_000, _resnet),
-        _on_fashion("vit", 10_000, _vit(14)),
+        _on_fashion("vit", 10_000, _vit(14, 7)),
         Subject("vgg, digits", _digits, _small_vgg, 16),
         Subject("resnet, digits", _digits, _resnet, 16),
-        Subject("vit, digits", _digits, _vit(8), 30, learning_rate=0.002, adamw=True),
+        Subject("vit, digits", _digits, _vit(8, 2), 30, learning_rate=0.002, adamw=True),
     )
 }
 """By name.  Fashion-MNIST has 781 or 156 steps an epoch, the digits 17."""

@@ -1,0 +1,74 @@
+"""No run ends at chance without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.faults.trainers import small_trainer
+from tests.ranks import Ranks
+from worm_dist import CollapseError
+from worm_dist.training.measure import Score
+
+
+def _trained(settings: dict[str, Any]) -> dict[str, Any]:
+    return small_trainer(**settings).run().as_dict()
+
+
+@pytest.mark.parametrize("preset", ["dense", "worm"])
+def test_a_network_that_decays_to_nothing_stops_every_rank(ranks: Ranks, preset: str) -> None:
+    """Weights that lose nine tenths of themselves in every step."""
+    optimizer = {"lr": 0.1, "momentum": 0.0, "weight_decay": 9.0}
+    settings = {"preset": preset, "epochs": 4, "optimizer": optimizer}
+    one, other = ranks.outcomes(2, _trained, settings)
+    assert one.error == other.error == "CollapseError", str(one)
+    assert one.text == other.text
+    assert "the network is no better than a constant answer: training loss" in one.text
+    assert "all outputs are the same" in one.text and "lower learning rate" in one.text
+
+
+def _judged(settings: dict[str, Any]) -> list[str]:
+    """What is said of a test at chance with different pasts."""
+    trainer = small_trainer(**settings)
+    lost = Score(0.1, 2.3, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
+    better = Score(0.5, 1.6, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
+    said = []
+    for scores, loss, drawn in (
+        ((lost,), 2.3, None),  # it has not learnt yet
+        ((better, lost), 1.5, None),  # it still learns: statistics lag behind
+        ((better, lost), 2.3, 0.5),  # right after a published draw
+        ((better, lost), 2.3, None),
+    ):
+        trainer._at.has_learnt, trainer.result.ticket_epoch = False, drawn
+        try:
+            for score in scores:
+                trainer._require_better_than_chance(score, loss if score is lost else 1.6)
+            said.append("")
+        except CollapseError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_was_learnt_must_not_be_lost_for_good(ranks: Ranks) -> None:
+    for *fine, lost in ranks(2, _judged, {}):
+        assert fine == ["", "", ""]
+        assert "epoch 1, step 0: the network is no better than a constant answer" in lost
+
+
+def test_what_has_never_been_learnt_is_said_at_the_end(ranks: Ranks) -> None:
+    settings = {"preset": "dense", "epochs": 1, "optimizer": {"lr": 1e-9}}
+    for result in ranks(2, _trained, settings):
+        assert result["status"] == "dense" and result["at_chance"] is True
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "answers", "is_chance"),
+    [(0.10, True, True), (0.14, True, True), (0.16, True, False), (0.99, False, True)],
+)
+def test_chance_is_what_a_constant_answer_and_luck_come_to(
+    accuracy: float, answers: bool, is_chance: bool
+) -> None:
+    """Of 360 images of ten classes."""
+    score = Score(accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, answers=answers)
+    assert score.is_chance is is_chance
