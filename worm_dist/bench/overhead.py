@@ -9,10 +9,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import WormConfig
+from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine import Engine, attach
+from ..interval import Interval
 from ..models import build_model
-from .contenders import DDP, Batch, Contender, Step, dense, training
+from ..verdict import Phase
+from .contenders import (
+    DDP,
+    HALF,
+    WARM_UP,
+    Batch,
+    Contender,
+    Step,
+    dense,
+    keeping,
+    training,
+)
 from .panel import Panel, Spread, rows
 from .place import Link, over_ranks
 from .scale import Scale, alternate
@@ -37,7 +49,7 @@ def overhead(scale: Scale) -> Panel:
         unit="s",
         rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
         setting={"network": link.network, "rounds": len(measured[0])},
-        figures=_check(scale),
+        figures={**_check(scale), **_stages(scale)},
     )
 
 
@@ -80,7 +92,9 @@ def _check(scale: Scale) -> dict[str, float]:
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = torch.randn(1, 3, 32, 32)
-    engine = attach(model, optimizer, WormConfig(), example_inputs=images, steps_per_epoch=1)
+    # Where frozen channels leave, checks cut no other mask.
+    config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
+    engine = attach(model, optimizer, config, example_inputs=images, steps_per_epoch=1)
     before = _num_collectives(model.process_group)
     engine.check()
     collectives = _num_collectives(model.process_group) - before
@@ -93,6 +107,36 @@ def _check(scale: Scale) -> dict[str, float]:
         "check, median (ms)": 1000 * Spread.of(slowest).median,
         "check, third quartile (ms)": 1000 * Spread.of(slowest).high,
         "check that starts truncation (ms)": 1000 * max(slowest),
+    }
+
+
+def _stages(scale: Scale) -> dict[str, float]:
+    """What a stage of the draw costs, the new wrapper included, beside a dense step."""
+    batch = scale.batch()
+    model, optimizer = training(scale.build)
+    step = dense(model, optimizer, batch)
+    for _ in range(WARM_UP):
+        step()
+    steps = [seconds_of(step) for _ in range(scale.rounds)]
+    removal = RemovalConfig(duration=Interval(8, "ba"), fade_steps=1, stage=0.1)
+    config = WormConfig(truncation=TruncationConfig(removal=removal))
+    engine = attach(model, optimizer, config, example_inputs=batch[0][:1], steps_per_epoch=100)
+    engine.truncate(keeping(engine.groups, HALF))
+    draws = []
+    while engine.phase is not Phase.TICKET:
+        dense(engine.model, optimizer, batch)()
+        verdict = engine.check()
+        if verdict.stage or verdict.ticket:
+            draws.append(seconds_of(engine.draw))
+    slowest_steps, slowest_draws = (
+        over_ranks([steps], dist.ReduceOp.MAX)[0],
+        over_ranks([draws], dist.ReduceOp.MAX)[0],
+    )
+    step_ms, stage_ms = (1000 * Spread.of(s).median for s in (slowest_steps, slowest_draws))
+    return {
+        "stages of the draw": len(draws),
+        "stage, median (ms)": stage_ms,
+        "stage, in dense steps": stage_ms / step_ms,
     }
 
 
