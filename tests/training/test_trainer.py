@@ -114,6 +114,17 @@ def test_a_run_without_a_figure_says_null(ranks: Ranks) -> None:
     ):
         assert result[part][key] is None
     assert result["elbow_epoch"] is result["ticket_epoch"] is result["live_fraction"] is None
+    assert "no elbow in 2 checks" in result["reason"]
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_ends_while_channels_leave_says_how_many(ranks: Ranks) -> None:
+    """A schedule longer than the training ended with a network half removed, and no word."""
+    _, result, *_ = _run(ranks, 2, ("epochs", "4"), ("truncation.removal.duration", "3ep"))
+    assert (result["status"], result["elbow_epoch"]) == ("not_found", 3)
+    assert 0 < result["left_fraction"] < 1
+    assert "elbow came at epoch 3" in result["reason"]
+    assert "% of the dropped channels had left" in result["reason"]
 
 
 def _small_run(settings: dict[str, Any]) -> dict[str, Any]:

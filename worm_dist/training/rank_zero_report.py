@@ -190,6 +190,8 @@ class RankZeroReport(Report):
         if result.at_chance:
             text = "the network is no better than a constant answer, and nothing has been won"
             self._say(self._console.event, text)
+        if result.reason is not None:
+            self._say(self._console.event, result.reason)
         content = result.as_dict()
         self._unwritten.spare(RESULT, self._write, content)
         self._say(self._console.summary, content, self._folder)

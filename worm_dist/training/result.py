@@ -64,10 +64,13 @@ class Result:
 
     Attributes:
         status: ``running``, then ``ticket``, ``not_found`` (searched, but found none) or ``dense``.
+        reason: for ``not_found``; what the search lacked, and what to do.
         at_chance: the network ended no better than a constant answer.
         data: names the split.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
         live_fraction: elements that were still averaged while truncated, of all that train.
+        left_fraction: dropped channels that had left at the newest check, of all; None where
+            channels do not leave one after another.
         flops: floating point operations; a multiply and an add are two.
         unwritten: files of the run that are missing or end early, because the disk refused.
     """
@@ -78,11 +81,13 @@ class Result:
     backend: str
     data: str
     status: str = "running"
+    reason: str | None = None
     at_chance: bool | None = None
     checks: int = 0
     elbow_epoch: float | None = None
     ticket_epoch: float | None = None
     live_fraction: float | None = None
+    left_fraction: float | None = None
     accuracy: Accuracy = field(default_factory=Accuracy)
     parameters: Count = field(default_factory=Count)
     flops: Flops = field(default_factory=Flops)
@@ -94,13 +99,35 @@ class Result:
 
     def go_on_from(self, saved: Mapping[str, Any]) -> None:
         """Take over what an earlier part of the run has found, from ``as_dict``."""
-        for name in ("checks", "elbow_epoch", "ticket_epoch", "live_fraction", "unwritten"):
+        for name in (
+            "checks",
+            "elbow_epoch",
+            "ticket_epoch",
+            "live_fraction",
+            "left_fraction",
+            "unwritten",
+        ):
             setattr(self, name, saved[name])
         self.accuracy = Accuracy(**saved["accuracy"])
         self.parameters = Count(**saved["parameters"])
         self.flops = Flops(**saved["flops"])
         self.traffic = TrafficResult(**saved["traffic"])
         self.seconds = Seconds(**saved["seconds"])
+
+    def why_not_found(self) -> str:
+        """What the search of a run lacked that ended before its draw, and what to do."""
+        if self.elbow_epoch is None:
+            return (
+                f"no ticket: no elbow in {self.checks} checks; train for more epochs, or set "
+                "search.elbow.trigger"
+            )
+        lacked = "the mask had not settled"
+        if self.left_fraction is not None:
+            lacked = f"{self.left_fraction:.0%} of the dropped channels had left"
+        return (
+            f"no ticket: the elbow came at epoch {self.elbow_epoch:g}, and {lacked} when training "
+            "ended; more epochs and --resume with its newest checkpoint go on"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -163,6 +163,8 @@ class Trainer:
     def _complete(self) -> None:
         self._tally.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
+        if self.result.status == "not_found":
+            self.result.reason = self.result.why_not_found()
         self.result.at_chance = self._at.at_chance
 
     def _train_epoch(self) -> None:
@@ -282,6 +284,8 @@ class Trainer:
             self._report.phase(epoch, self.engine)
         if verdict.phase is Phase.TRUNCATE:
             self.result.live_fraction = verdict.live_fraction
+            if self._config.truncation.removes:
+                self.result.left_fraction = verdict.left_fraction
             self._report.removal(epoch, self.engine, verdict)
         if verdict.stage:
             self._progress.reach(f"a stage of the draw at step {self.engine.step}")
