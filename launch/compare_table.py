@@ -14,11 +14,16 @@ Result = Mapping[str, Any]
 COLUMNS: Mapping[str, Callable[[Result, Result], float | None]] = {
     "truncated from epoch": lambda run, _: run["elbow_epoch"],
     "drawn at epoch": lambda run, _: run["ticket_epoch"],
-    "accuracy after the draw": lambda run, _: run["accuracy"]["after_draw"],
-    "accuracy at the end": lambda run, _: run["accuracy"]["final"],
+    "accuracy before the draw": lambda run, _: run["accuracy"]["before_draw"],
+    "after it": lambda run, _: run["accuracy"]["after_draw"],
+    "at the end": lambda run, _: run["accuracy"]["final"],
     "parameters": lambda run, dense: (
         (run["parameters"]["ticket"] or run["parameters"]["dense"]) / dense["parameters"]["dense"]
     ),
+    "FLOPs": lambda run, dense: (
+        (run["flops"]["ticket"] or run["flops"]["dense"]) / dense["flops"]["dense"]
+    ),
+    "FLOPs of the whole run": lambda run, dense: run["flops"]["mean"] / dense["flops"]["dense"],
     "bytes of the whole run": lambda run, dense: (
         run["traffic"]["total_bytes"] / dense["traffic"]["total_bytes"]
     ),

@@ -16,12 +16,14 @@ _EPOCHS_AFTER = 5
 
 
 def _dip(row: Row, dense: Row | None) -> float | None:
-    """How far the deepest epoch from the elbow to five after the draw is under dense, in points."""
+    """How far the deepest epoch from the elbow to five after the draw is under dense, in points,
+    both with statistics estimated anew."""
     if dense is None or row.elbow_epoch is None:
         return None
     end = row.ticket_epoch if row.ticket_epoch is not None else len(row.accuracies)
-    epochs = range(int(row.elbow_epoch), min(len(row.accuracies), int(end) + _EPOCHS_AFTER))
-    return max((100 * (dense.accuracies[e] - row.accuracies[e]) for e in epochs), default=None)
+    ours, theirs = row.estimated_accuracies, dense.estimated_accuracies
+    epochs = range(int(row.elbow_epoch), min(len(ours), int(end) + _EPOCHS_AFTER))
+    return max((100 * (theirs[epoch] - ours[epoch]) for epoch in epochs), default=None)
 
 
 def _fall(row: Row, dense: Row | None) -> float | None:
@@ -30,7 +32,7 @@ def _fall(row: Row, dense: Row | None) -> float | None:
     An epoch's end that lies less than half an epoch before the draw is not that epoch."""
     if row.ticket_epoch is None or row.after_draw is None or row.ticket_epoch < 1.5:
         return None
-    return 100 * (row.accuracies[round(row.ticket_epoch - 1) - 1] - row.after_draw)
+    return 100 * (row.estimated_accuracies[round(row.ticket_epoch - 1) - 1] - row.after_draw)
 
 
 _COLUMNS: Mapping[str, tuple[_Figure, int]] = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import update_bn
 
 from ... import attach
 from ...engine import Engine
@@ -22,6 +25,8 @@ __all__ = ["train"]
 
 _BATCH = 500
 """Of the validation."""
+_BATCHES = 8
+"""From which statistics are estimated anew after an epoch."""
 
 
 def train(subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int | None) -> Row:
@@ -81,9 +86,11 @@ class _Run:
         for epoch in range(self._epochs):
             random = torch.Generator().manual_seed(1000 * self._seed + epoch)
             order = torch.randperm(len(self._samples.images), generator=random)
-            losses = [self._step(batch) for batch in order.split(self._batch_size)[: self._steps]]
+            batches = order.split(self._batch_size)[: self._steps]
+            losses = [self._step(batch) for batch in batches]
             self._row.losses.append(round(sum(losses) / len(losses), 4))
             self._row.accuracies.append(self._accuracy())
+            self._row.estimated_accuracies.append(self._estimated_accuracy(batches[-_BATCHES:]))
 
     def _step(self, batch: Tensor) -> float:
         engine, row = self._engine, self._row
@@ -129,6 +136,19 @@ class _Run:
 
     def _accuracy(self) -> float:
         return self._share_right(self._logits())
+
+    def _estimated_accuracy(self, batches: Sequence[Tensor]) -> float:
+        """With the statistics of the newest batches; the network is left as it was.  They are also
+        the newest that the engine remembers, so it sees nothing new."""
+        norms = [
+            m for m in self._network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        saved = [copy.deepcopy(norm.state_dict()) for norm in norms]
+        update_bn([self._samples.images[batch] for batch in batches], self._network)
+        accuracy = self._accuracy()
+        for norm, state in zip(norms, saved):
+            norm.load_state_dict(state)
+        return accuracy
 
     def _share_right(self, logits: Tensor) -> float:
         right = logits.argmax(dim=1) == self._samples.validation_classes
