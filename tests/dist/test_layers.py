@@ -70,7 +70,9 @@ def _run(name: str, preset: str, changes: dict[str, Any]) -> Seen:
     randomise(network, seed=4)
     optimizer = SGD(network.parameters(), lr=0.1, momentum=0.9)
     search = {"prune_ratio": _RATIO, "window": 4, "settled": 0.2, "l1": 0.01, "every": "2ba"}
-    config = WormConfig.preset(preset, search=search | changes)
+    removal = {"removal": {"duration": "4ba", "fade_steps": 2}}
+    truncation = removal if preset == "worm" else {}
+    config = WormConfig.preset(preset, search=search | changes, truncation=truncation)
     engine = worm_dist.attach(
         DistributedDataParallel(network),
         optimizer,
