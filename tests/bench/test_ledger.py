@@ -45,7 +45,7 @@ def test_no_removal_destroys_a_network(ranks: Ranks, subject: str) -> None:
     assert len(rows) == 3
     for row in rows:
         assert outcome(row) in ("trains on", "paused, trains on"), row
-        assert row.final > 0.85, row
+        assert row.final > 0.6, row  # a network that was destroyed stays at a tenth
         assert row.ticket_epoch is not None and row.before_draw == row.after_draw, row
         assert row.change_at_draw < 1e-4
 
