@@ -173,7 +173,7 @@ def test_the_optimizer_goes_on_with_folded_weights() -> None:
     weight = network.get_parameter(f"{reader}.weight")
     momentum = optimizer.state[weight]["momentum_buffer"]
     before = weight.detach().clone()
-    network.zero_grad(set_to_none=False)
+    weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert torch.equal(weight, before.add(momentum, alpha=-0.1))
 

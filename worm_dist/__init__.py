@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CollapseError,
         ConfigError,
         DivergenceError,
+        DrawError,
         NonFiniteError,
         WormError,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "CollapseError",
     "ConfigError",
     "DivergenceError",
+    "DrawError",
     "Engine",
     "Mask",
     "NonFiniteError",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,16 @@ from .cluster.stepping import Owners, Stepping
 from .cluster.wrap import DataParallel, Wrapping, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
-from .gates import fold_gates, gates_of
 from .interval import Interval
 from .observer import Observer, Traffic
 from .optimizer_state import OptimizerState
 from .search.groups import Groups
-from .ticket.carry import Cargo
+from .ticket.calls import Call, RememberedCalls
 from .ticket.collapse import Liveness
-from .ticket.statistics import Call, recalibrate
-from .ticket.surgery import Cut, remove_channels
-from .ticket.transplant import forget, transplant
+from .ticket.statistics import recalibrate
 from .truncation.reduction import Reduction
 
-__all__ = ["Attachment", "require_countable"]
+__all__ = ["Attachment", "Wrapped", "require_countable"]
 
 
 def require_countable(config: WormConfig) -> None:
@@ -48,19 +45,30 @@ def require_countable(config: WormConfig) -> None:
         )
 
 
+class Wrapped(NamedTuple):
+    """A network in its wrapper, and how that is stepped."""
+
+    model: nn.Module
+    wrapping: Wrapping
+    stepping: Stepping
+
+
 class Attachment:
     """What is trained, how it is wrapped, and what is heard of it.
 
     Args:
         model: wrapped, or bare on a single process.
         optimizer: of its parameters; a DeepSpeed engine has its own.
+        example_inputs: as for ``attach``.
         check_every: how often the engine checks.
         steps_per_epoch: None if it has to be counted between checks.
 
     Attributes:
-        model: wrapped; another one after ``shrink`` and ``wrap_again``.
+        model: wrapped; another one after ``go_on_in`` and ``go_back``.
+        example_inputs: the network can be run on them.
         network: not wrapped; always the same object.
         ranks: the processes that train together.
+        trained: parameters of the network that train at some time.
         stepping: what the optimizer steps.
         reduction: how gradients are sent, where it is not left to the wrapper.
         traffic: bytes of the last step, and of all.
@@ -70,6 +78,7 @@ class Attachment:
         self,
         model: nn.Module,
         optimizer: Optimizer | None,
+        example_inputs: Any,
         check_every: Interval,
         steps_per_epoch: int | None,
     ) -> None:
@@ -78,6 +87,8 @@ class Attachment:
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
         self.stepping: Stepping = self.wrapping.stepping_of(optimizer)
+        self.trained = self.wrapping.averaged
+        self.example_inputs = example_inputs
         self.reduction: Reduction | None = None
         self.traffic = Traffic()
         self._check_every = check_every
@@ -86,18 +97,17 @@ class Attachment:
         self._last_check = 0
         self._wrapped_at = 0
         self._went_on = False
-        self._recalibrates = True
         self._step_bytes = self.wrapping.step_bytes
         self._dense_bytes = self._step_bytes
 
     def listen(
         self,
-        num_calls: int,
+        remembered: RememberedCalls,
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
     ) -> None:
-        """Hear of every step from now on, and remember the newest ``num_calls`` inputs."""
+        """Hear of every step from now on, and remember the newest inputs."""
 
         def stepped(step: int) -> None:
             after_step(step)
@@ -110,7 +120,8 @@ class Attachment:
 
         # Inputs are seen outside of what torch.compile compiles.
         called = self.wrapping.called
-        self._observer = Observer(called, self.stepping, num_calls, before_step, hold, stepped)
+        self._observer = Observer(called, self.stepping, remembered, before_step, hold, stepped)
+        self.recalibrates = remembered.is_on
 
     @property
     def optimizer(self) -> Optimizer:
@@ -195,7 +206,11 @@ class Attachment:
 
     def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
         self.optimizer_state.write(state)
-        self._observer.listen(self.stepping)  # and DeepSpeed is told where moments are
+        self.follow_optimizer()  # and DeepSpeed is told where moments are
+
+    def follow_optimizer(self) -> None:
+        """Hear of the steps of the optimizer as it is now."""
+        self._observer.listen(self.stepping)
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -204,8 +219,8 @@ class Attachment:
 
     @property
     def num_elements(self) -> int:
-        """Of all parameters that train."""
-        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        """Of all parameters that train at some time."""
+        return sum(parameter.numel() for parameter in self.trained)
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -242,52 +257,35 @@ class Attachment:
                     f"draw: copies[{number}] is not a copy of the network: parameter {odd} differs"
                 )
 
-    def shrink(self, cuts: Sequence[Cut], copies: Sequence[nn.Module], is_complete: bool) -> None:
-        """Remove channels; optimizer, statistics, copies and wrapper follow.  Collective.
-
-        Args:
-            cuts: of the network as it is now.
-            copies: that are cut alike.
-            is_complete: nothing more will be removed: gates are folded, and inputs forgotten.
-        """
-        before = dict(self.network.named_parameters())
+    def drop_gradients(self) -> None:
+        """Those that wait for a step are of the whole network."""
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
-        cargo = Cargo(self.stepping, before, cuts, self.ranks) if self.stepping.copies else None
-        self.wrapping.release()
-        remove_channels(self.network, cuts)
-        after = dict(self.network.named_parameters())
-        if cargo is None:
-            transplant(self.stepping.optimizer, before, after, cuts)
-        for copy in copies:
-            remove_channels(copy, cuts)
-        if is_complete:
-            self._fold_gates(cargo, copies)
-            after = dict(self.network.named_parameters())
-        if cargo is not None:
-            cargo.replace_parameters(after)
-        self.recalibrate(copies)
-        if is_complete:
-            self.forget_inputs()
-        self.wrap_again()
-        if cargo is not None:
-            cargo.unload(self.stepping, after)
-        self._observer.listen(self.stepping)
 
-    def _fold_gates(self, cargo: Cargo | None, copies: Sequence[nn.Module]) -> None:
-        if cargo is None:
-            forget(self.stepping.optimizer, {gate.scale for _, gate in gates_of(self.network)})
-        else:
-            cargo.fold_gates(self.network)
-        for network in (self.network, *copies):
-            fold_gates(network)
+    def wrapped_again(self) -> Wrapped:
+        """The network as it is now in a new wrapper with the old one's arguments and no hooks."""
+        with self._observer.deaf():
+            model = self.wrapping.wrapped_again()
+        wrapping = wrapping_of(model)
+        return Wrapped(model, wrapping, wrapping.stepping_of(self.stepping.optimizer))
 
-    def recalibrate(self, copies: Sequence[nn.Module] = ()) -> None:
-        """Estimate BatchNorm statistics anew from the newest inputs, if any are remembered.
-        Collective."""
-        if self._observer.calls and self._recalibrates:
-            for network in (self.network, *copies):
-                recalibrate(network, self._observer.calls, self.ranks)
+    def go_on_in(self, again: Wrapped) -> None:
+        """Train the network in its new wrapper; the old one is dead."""
+        old = self.wrapping
+        self.model, self.wrapping, self.stepping = again
+        old.retire()
+        self.reduction = None
+        self.trained &= frozenset(self.network.parameters())  # gates may have gone
+        self._step_bytes = self.wrapping.step_bytes
+        self._wrapped_at, self._went_on = self.step, False
+
+    def go_back(self) -> None:
+        """The network is again as it was; so is its wrapper, or another takes its place with the
+        same communication hooks."""
+        self.model = self.wrapping.revive()
+        self.wrapping = wrapping_of(self.model)
+        self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
+        self._wrapped_at, self._went_on = self.step, False
 
     def recalibrate_alive(self, groups: Groups, told: set[str]) -> None:
         """The same, of a network that must answer.  Collective.
@@ -299,32 +297,15 @@ class Attachment:
         Raises:
             CollapseError: on every rank, if the network puts out the same whatever it is given.
         """
-        if self._observer.calls:
+        where = f"check at step {self.step}"
+        if self.recalibrates:
             with Liveness(self.network, groups) as liveness:
-                recalibrate(self.network, self._observer.calls, self.ranks, liveness.look)
-            liveness.require(self.ranks, f"check at step {self.step}", told)
-
-    @contextmanager
-    def without_recalibration(self) -> Iterator[None]:
-        """Statistics stay as they are, also in a smaller network."""
-        self._recalibrates = False
-        try:
-            yield
-        finally:
-            self._recalibrates = True
+                recalibrate(self.network, self.calls, self.ranks, where, liveness.look)
+            liveness.require(self.ranks, where, told)
 
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""
         self._observer.forget_inputs()
-
-    def wrap_again(self) -> None:
-        """Put the network into a new wrapper with the old one's arguments and no hooks."""
-        self.model = self.wrapping.wrapped_again()
-        self.wrapping = wrapping_of(self.model)
-        self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
-        self.reduction = None
-        self._wrapped_at, self._went_on = self.step, False
-        self._step_bytes = self.wrapping.step_bytes
 
     def remove(self) -> None:
         """Hear nothing of the training, and leave its gradients alone, from now on."""

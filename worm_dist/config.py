@@ -263,8 +263,11 @@ class TicketConfig(Settings):
 
     recalibrate_batches: Count = Field(default=8, ge=0)
     """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew while
-    channels leave and at a draw; the engine keeps references to them while it searches.  0 turns it
-    off."""
+    channels leave and at a draw; the engine keeps references to them while it searches, copies
+    where they are written to.  0 turns it off."""
+    recalibrate_memory_mb: Count = Field(default=256, ge=1)
+    """So many MiB may these batches take on a rank, where they are; fewer are kept if they are
+    larger, but always the last one."""
     round_to: Count = Field(default=8, ge=1)
     """Groups of more than four times as many channels keep a multiple of this many, which hardware
     likes; the search's masks are rounded so, up or down, as near to p as that allows.  1 turns it

@@ -20,17 +20,20 @@ from .admission import agreed_mask, require_live_survivors, require_reversible
 from .attachment import Attachment, require_countable
 from .cluster.agree import bits
 from .config import WormConfig
+from .draw import draw
 from .errors import ConfigError
 from .observer import Traffic
 from .resumable import Resumable
 from .search.groups import ChannelGroup, Groups
 from .search.history import Finding, History
 from .search.mask import Mask
+from .search.nested import mapped
 from .search.ranking import Ranking
 from .search.remaining_channels import RemainingChannels
 from .search.removal_order import removal_order
 from .search.usage import Usage
 from .state import plain_settings
+from .ticket.calls import RememberedCalls
 from .ticket.file import save_ticket
 from .ticket.surgery import cuts_of, shapes_of, ungated
 from .ticket.transplant import kept_places, select
@@ -104,7 +107,11 @@ class Engine(Resumable):
         self.config = config
         self.mask: Mask | None = None
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
-        self._training = Attachment(model, optimizer, config.search.every, steps_per_epoch)
+        # A draw is rehearsed with them; by then a loop may have written others to the same place.
+        remembered = mapped(example_inputs, lambda tensor: tensor.detach().clone())
+        self._training = Attachment(
+            model, optimizer, remembered, config.search.every, steps_per_epoch
+        )
         self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
         own = None if score is None else getattr(score, "__qualname__", type(score).__name__)
@@ -143,7 +150,7 @@ class Engine(Resumable):
         self._told_dead: set[str] = set()
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
         self._training.listen(
-            num_calls,
+            RememberedCalls(num_calls, config.ticket.recalibrate_memory_mb << 20),
             self._before_step,
             lambda step, owners: self._truncation.hold(step, owners),
             self._after_step,
@@ -278,6 +285,9 @@ class Engine(Resumable):
                 that has been removed, a group would be left without a live channel, or a copy is
                 not like the network.  Nothing has been changed then.
             DivergenceError: the ranks bring different masks.
+            DrawError: a rehearsal on a copy put out something else, or something failed on one of
+                the ranks.  Network, optimizer and statistics are as they were then, on all of them;
+                go on with ``model``.
         """
         self._require_attached("draw")
         self._verdict = self._completed(self._verdict)
@@ -289,7 +299,7 @@ class Engine(Resumable):
         frozen = self._channels.in_dense(self._truncation.frozen)
         require_live_survivors(self.groups, mask, frozen)
         self._training.require_alike(copies)
-        self._shrink(mask, copies, is_complete)
+        self._shrink(mask, copies, is_complete, where)
         generation = self._verdict.generation
         self._verdict = (
             Verdict(Phase.TICKET, generation=generation)
@@ -383,11 +393,13 @@ class Engine(Resumable):
         Returns:
             The model to go on with, also in ``model``.
         """
-        hooked = self._training.reduction is not None and self._training.wrapping.keeps_hooks
-        self._training.remove()
+        training = self._training
+        hooked = training.reduction is not None and training.wrapping.keeps_hooks
+        training.remove()
         self._let_go()
         if hooked:
-            self._training.wrap_again()
+            training.wrapping.release()
+            training.go_on_in(training.wrapped_again())
         self._attached = False
         return self.model
 
@@ -431,13 +443,28 @@ class Engine(Resumable):
             self.mask = Mask.from_vector(self.groups.sizes, ~self._irreversible)
             self._freeze_dropped()
 
-    def _shrink(self, mask: Mask, copies: Sequence[nn.Module], is_complete: bool) -> None:
+    def _shrink(
+        self,
+        mask: Mask,
+        copies: Sequence[nn.Module],
+        is_complete: bool,
+        where: str,
+        is_restored: bool = False,
+    ) -> None:
         """Cut the network to what a mask over the dense network's channels keeps."""
         left = self._channels.mask_of(mask)
         cuts = cuts_of(self._channels.groups, left, shapes_of(self._training.network))
         truncation = None if is_complete else self._truncation.state_dict(self.step)
+        draw(
+            self._training,
+            self._channels.groups,
+            left,
+            copies,
+            where,
+            is_complete=is_complete,
+            is_restored=is_restored,
+        )
         self._let_go()
-        self._training.shrink(cuts, copies, is_complete)
         self._channels.remove(mask)
         if truncation is None:
             first = first_reduction(self.config.truncation, self._training.wrapping)
@@ -458,7 +485,11 @@ class Engine(Resumable):
         training, search = self._training, self.config.search
         self._share_left = training.num_elements / self._num_dense_elements
         self._truncation = Truncation(
-            self.config.truncation, training.wrapping, training.stepping, self._channels.groups
+            self.config.truncation,
+            training.wrapping,
+            training.stepping,
+            self._channels.groups,
+            training.trained,
         )
         training.reduction = self._truncation.reduction
         looks = search.enabled and training.wrapping.finds_unused

@@ -12,6 +12,7 @@ __all__ = [
     "CollapseError",
     "ConfigError",
     "DivergenceError",
+    "DrawError",
     "NonFiniteError",
     "WormError",
 ]
@@ -57,3 +58,9 @@ class CollapseError(WormError, RuntimeError):
     """The network no longer answers, or answers no better than a constant would."""
 
     exit_code = 7
+
+
+class DrawError(WormError, RuntimeError):
+    """Channels cannot be removed; network, optimizer and statistics are as they were."""
+
+    exit_code = 8

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from .errors import ConfigError
 from .search.attention import find_attentions, weight_of
 from .search.feed_forward import find_feed_forwards
+from .storage import replace_data
 
 __all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gates_of", "remove_gates"]
 
@@ -109,7 +110,7 @@ def fold_gates(network: nn.Module) -> None:
 
 @torch.no_grad()
 def absorb_gates(network: nn.Module) -> None:
-    """Multiply every gate into its weight, in place, and set it to one.
+    """Multiply every gate into its weight, and set it to one.
 
     Raises:
         ConfigError: a gated layer has another parametrization too.
@@ -117,8 +118,8 @@ def absorb_gates(network: nn.Module) -> None:
     _require_alone(network)
     for reader, gate in gates_of(network):
         original = network.get_parameter(weight_of(network, reader))
-        original.copy_(gate(original))
-        gate.scale.fill_(1)
+        replace_data(original, gate(original))
+        replace_data(gate.scale, torch.ones_like(gate.scale))
 
 
 def remove_gates(network: nn.Module) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from .cluster.stepping import Handle, Owners, Stepping
-from .ticket.statistics import Call
+from .ticket.calls import Call, RememberedCalls
 
 __all__ = ["Observer", "Traffic"]
 
@@ -49,9 +47,9 @@ class Observer:
     """Counts optimizer steps and remembers the newest inputs.
 
     Args:
-        network: not wrapped; its training inputs are remembered, by reference.
+        network: not wrapped; its training inputs are remembered.
         stepping: its steps are counted.
-        num_calls: how many of the newest inputs to remember.
+        remembered: is told of them.
         before_step, hold, after_step: called around every optimizer step, with its number; ``hold``
             as soon as weights have moved.
 
@@ -64,13 +62,14 @@ class Observer:
         self,
         network: nn.Module,
         stepping: Stepping,
-        num_calls: int,
+        remembered: RememberedCalls,
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
     ) -> None:
         self.step = 0
-        self._remembered = _Remembered(num_calls)
+        self._is_deaf = False
+        self._remembered = remembered
         self._before_step = before_step
         self._hold = hold
         self._after_step = after_step
@@ -87,8 +86,19 @@ class Observer:
         for handle in self._steps:
             handle.remove()
         self._steps = stepping.listen(
-            self._before_step, lambda owners: self._hold(self.step + 1, owners), self._stepped
+            lambda: None if self._is_deaf else self._before_step(),
+            lambda owners: None if self._is_deaf else self._hold(self.step + 1, owners),
+            lambda: None if self._is_deaf else self._stepped(),
         )
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within, steps are none of the training's: DeepSpeed takes one while it is built."""
+        self._is_deaf = True
+        try:
+            yield
+        finally:
+            self._is_deaf = False
 
     def _stepped(self) -> None:
         self.step += 1
@@ -97,37 +107,15 @@ class Observer:
     def go_on_from(self, step: int, calls: Sequence[Call]) -> None:
         """As if ``step`` steps had been taken, and these had been the newest inputs."""
         self.step = step
-        self._remembered.calls.clear()
-        self._remembered.calls.extend(calls)
+        self._remembered.replace(calls)
 
     def forget_inputs(self) -> None:
         """Remember no inputs from now on."""
         self._inputs.remove()
-        self._remembered.calls.clear()
+        self._remembered.replace(())
 
     def remove(self) -> None:
         """Hear nothing from now on."""
         self.forget_inputs()
         for handle in self._steps:
             handle.remove()
-
-
-class _Remembered:
-    """A hook that keeps the newest inputs.
-
-    It belongs to the network and so goes where its copies go, to an AveragedModel or a file; a copy
-    of it remembers nothing and knows nothing of the training.
-    """
-
-    def __init__(self, num_calls: int) -> None:
-        self.calls: deque[Call] = deque(maxlen=num_calls)
-
-    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network.training:
-            device = next(network.parameters()).device.type
-            autocast = torch.is_autocast_enabled(device)
-            precision = (device, torch.get_autocast_dtype(device), autocast)
-            self.calls.append((args, kwargs, precision))
-
-    def __reduce__(self) -> tuple[type[_Remembered], tuple[int]]:
-        return _Remembered, (0,)

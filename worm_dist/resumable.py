@@ -20,8 +20,7 @@ from .search.history import History
 from .search.mask import Mask
 from .search.remaining_channels import RemainingChannels
 from .state import FORMAT, digests_of, require_valid
-from .ticket.calls import calls_from, plain_calls
-from .ticket.statistics import Call
+from .ticket.calls import Call, calls_from, plain_calls
 from .truncation.loss_guard import LossGuard
 from .truncation.removal import Removal
 from .truncation.truncation import Truncation
@@ -57,7 +56,14 @@ class Resumable(ABC):
     def traffic(self) -> Traffic: ...
 
     @abstractmethod
-    def _shrink(self, mask: Mask, copies: Sequence[nn.Module], is_complete: bool) -> None: ...
+    def _shrink(
+        self,
+        mask: Mask,
+        copies: Sequence[nn.Module],
+        is_complete: bool,
+        where: str,
+        is_restored: bool = False,
+    ) -> None: ...
 
     @abstractmethod
     def _forget_pass(self) -> None: ...
@@ -132,7 +138,8 @@ class Resumable(ABC):
 
         Raises:
             ConfigError: the engine is not a new one, or has other settings; only
-                ``ticket.recalibrate_batches`` may have changed.
+                ``ticket.recalibrate_batches`` and ``ticket.recalibrate_memory_mb`` may have
+                changed.
             CheckpointError: the state is not one, is of another network, or lacks what this rank
                 needs.  Nothing has been changed then.
             DivergenceError: the ranks bring different states.
@@ -235,9 +242,8 @@ class Resumable(ABC):
         mask = None if keep is None else Mask.from_vector(self.groups.sizes, keep)
         removed, is_complete = state["removed"].to("cpu"), state["truncation"] is None
         if is_complete or bool(removed.any()):
-            with training.without_recalibration():  # the statistics are estimated already
-                left = Mask.from_vector(self.groups.sizes, ~removed)
-                self._shrink(left, copies, is_complete)
+            left = Mask.from_vector(self.groups.sizes, ~removed)
+            self._shrink(left, copies, is_complete, "load_state_dict", is_restored=True)
         if not is_complete:
             self._truncation.load_state_dict(state["truncation"])
             training.reduction = self._truncation.reduction

@@ -20,7 +20,7 @@ __all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid
 
 FORMAT = 2
 
-_MAY_CHANGE = frozenset({"ticket.recalibrate_batches"})
+_MAY_CHANGE = frozenset({"ticket.recalibrate_batches", "ticket.recalibrate_memory_mb"})
 """Settings of the draw that is still to come."""
 
 _RANKS_OWN = ("history", "rank")
@@ -153,6 +153,7 @@ class _Call(_Part):
     device: str
     dtype: str
     autocast: bool
+    training_norms: list[str]
 
 
 class _Rank(_Part):

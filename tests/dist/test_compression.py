@@ -73,7 +73,7 @@ def _run(compression: str) -> list[tuple[bool, int, int, int]]:
         live = sum(p.numel() for p in network.parameters())
         if stage in dropped:
             plan = Plan(network, engine.groups, frozen, "producer")
-            live = plan.num_live
+            live = plan.num_live(network.parameters())
             for parameter, gradient in zip(network.parameters(), expected):
                 if parameter in plan.blocks:
                     for dim, places in plan.blocks[parameter].frozen.items():

@@ -66,7 +66,7 @@ def _packed_and_by_hand(autocast: bool, dtype: torch.dtype) -> tuple[bool, int, 
     gradients = _gradients(engine.model, images, autocast)
     engine.optimizer.step()
     equal = all(torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
-    return equal, engine.traffic.sent_bytes, plan.num_live * dtype.itemsize
+    return equal, engine.traffic.sent_bytes, plan.num_live(network.parameters()) * dtype.itemsize
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,9 @@ def _step(engine: Any, network: nn.Module, plan: Plan, images: Tensor) -> list[s
         if parameter.grad is not None and not torch.equal(parameter.grad, gradient)
     ]
     engine.optimizer.step()
-    if engine.traffic.sent_bytes != 4 * plan.num_live:
-        wrong.append(f"{engine.traffic.sent_bytes} bytes sent for {plan.num_live} live elements")
+    num_live = plan.num_live(network.parameters())
+    if engine.traffic.sent_bytes != 4 * num_live:
+        wrong.append(f"{engine.traffic.sent_bytes} bytes sent for {num_live} live elements")
     return wrong
 
 

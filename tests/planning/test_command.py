@@ -52,7 +52,11 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["dropped"]["by"] == "settings"
     assert plan["dropped"]["prune_ratio"] == plan["dropped"]["ratio_reached"] == 0.25
     assert plan["settings"]["search"]["score"] == "scale"
-    assert plan["settings"]["ticket"] == {"recalibrate_batches": 8, "round_to": 8}
+    assert plan["settings"]["ticket"] == {
+        "recalibrate_batches": 8,
+        "recalibrate_memory_mb": 256,
+        "round_to": 8,
+    }
     first = plan["groups"][0]
     assert (first["name"], first["num_channels"], first["num_kept"]) == ("features.0", 32, 24)
     assert (first["producers"], first["norms"]) == (["features.0"], ["features.1"])

@@ -16,11 +16,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel
 
 import worm_dist
+from tests.failing import BROKEN, PLACES, broken
 from tests.nets import Residual, random_images
 from tests.oracles import mask_dropping
 from tests.ranks import Outcome, Ranks
+from tests.resuming import differences
 from tests.zero.building import engine_around, settings_of
-from worm_dist import BackendError, WormConfig
+from worm_dist import BackendError, DrawError, WormConfig
 
 Stage = tuple[int, str]
 
@@ -198,6 +200,52 @@ def _dead(stage: int, precision: str) -> list[str]:
     return said
 
 
+def _undone(stage: int, precision: str) -> list[str]:
+    """What is wrong after a draw has failed at each place in turn, and then succeeds."""
+    alone, failing = Training(stage, precision), Training(stage, precision)
+    wrong: list[str] = []
+    for training in (alone, failing):
+        training.step(0, 1)
+        training.engine.truncate(mask_dropping(training.engine.groups, *_DROPPED))
+        training.step(2)
+    for number, place in enumerate(PLACES):
+        if "the optimizer" in place:
+            continue  # it is cut on the way from one of DeepSpeed's engines to the next
+        before = _outcome(failing)
+        # DeepSpeed's engine is built by all ranks together, so there it may not fail on one alone.
+        rank = None if place == "before the new wrapper" else 1
+        try:
+            with broken(place, rank):
+                failing.draw()
+        except DrawError as error:
+            where = "ranks 0, 1: " if rank is None else "rank 1: "
+            if BROKEN not in str(error) or where not in str(error):
+                wrong.append(f"{place}: {error}")
+        else:
+            wrong.append(f"{place}: drawn")
+        wrong += differences(before, _outcome(failing), place)
+        for training in (alone, failing):
+            training.step(3 + number)
+        wrong += differences(_outcome(alone), _outcome(failing), f"{place}, a step later")
+    for training in (alone, failing):
+        training.draw()
+        training.step(50, 51)
+    return [*wrong, *differences(_outcome(alone), _outcome(failing), "in the end")]
+
+
+def _outcome(training: Training) -> dict[str, Any]:
+    modules = training.network.named_modules()
+    return {
+        "weights": training.weights,
+        "buffers": [buffer.clone() for buffer in training.network.buffers()],
+        "modes": {name: (type(module), module.training) for name, module in modules},
+        "phase": training.engine.phase.value,
+        "rates": training.model.get_lr(),
+        "steps": training.model.global_steps,
+        "sent": training.engine.traffic.total_sent_bytes,
+    }
+
+
 def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
     return {
         (stage, precision): {
@@ -208,6 +256,7 @@ def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
             "between passes": _between_passes(stage, precision),
             "changed batch": _changed_batch(stage, precision),
             "dead": _dead(stage, precision),
+            "undone": _undone(stage, precision),
         }
         for stage, precision in _STAGES
     }
@@ -266,6 +315,13 @@ def test_a_draw_between_passes_drops_what_waits(everyone: list[dict[str, Any]]) 
 
 def test_a_batch_size_that_was_changed_stays(everyone: list[dict[str, Any]]) -> None:
     assert [seen["changed batch"] for seen in everyone] == [(24, 3), (24, 3)]
+
+
+def test_a_draw_that_fails_anywhere_leaves_everything_as_it_was(
+    everyone: list[dict[str, Any]],
+) -> None:
+    for seen in everyone:
+        assert seen["undone"] == []
 
 
 def test_what_was_before_the_draw_says_so(everyone: list[dict[str, Any]]) -> None:

@@ -160,7 +160,8 @@ def _worm(
     # A faded channel's columns in the layers behind it need not be sent either.
     scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
     plan = Plan(model.module, engine.groups, ~mask.keep, scope)
-    ideal = {"none": plan.live_fraction, "bf16": plan.live_fraction / 2}.get(compression)
+    live = plan.live_fraction(list(model.module.parameters()))
+    ideal = {"none": live, "bf16": live / 2}.get(compression)
     suffix = {"none": "", "bf16": " bf16", "powersgd": " PowerSGD"}[compression]
     return Contender(
         f"worm {100 * share:.0f} %{' faded' if fades else ''}{suffix}",

@@ -65,6 +65,13 @@ class Ranks(Protocol):
             1``.
         """
 
+    def failures(self, own: str) -> list[str]:
+        """What went wrong on which ranks; empty if nothing did.
+
+        Args:
+            own: what went wrong on this one; empty if nothing did.
+        """
+
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``.
 
@@ -94,6 +101,9 @@ class Alone:
 
     def differences(self, said: Mapping[str, str]) -> list[str]:
         return []
+
+    def failures(self, own: str) -> list[str]:
+        return [own] if own else []
 
     def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         return decide()
@@ -152,6 +162,14 @@ class Together:
                 values = (f"{text} on {_counted(on)}" for text, on in holders.items())
                 lines.append(f"{name} is {', '.join(values)}")
         return lines
+
+    def failures(self, own: str) -> list[str]:
+        if not self.any(torch.tensor([float(bool(own))])):
+            return []
+        ranks: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(self._gathered(own)):
+            ranks.setdefault(theirs, []).append(rank)
+        return [f"{_counted(on)}: {text}" for text, on in ranks.items() if text]
 
     def _all_have(self, numbers: Tensor) -> bool:
         """Whether int64 ``[n]`` of 32 bits each are equal on all ranks."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from ..config import TruncationConfig
 from ..errors import BackendError, ConfigError
 from .agree import Alone, Ranks, Together
 from .stepping import Stepping
+from .trained import only_these_train
 from .zero import Zero, is_zero
 
 __all__ = ["Bare", "DataParallel", "OwnState", "Wrapping", "wrapping_of"]
@@ -38,6 +40,11 @@ class Bare:
     step_bytes = 0
     keeps_hooks = False
 
+    @property
+    def averaged(self) -> frozenset[Tensor]:
+        """The parameters whose gradients are sent: none here; those that may train."""
+        return frozenset(self.network.parameters())
+
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Nothing to ask: no gradients are sent."""
 
@@ -56,6 +63,13 @@ class Bare:
         """The network as it is now, ready for training."""
         return self.called
 
+    def retire(self) -> None:
+        """Nothing is left behind."""
+
+    def revive(self) -> nn.Module:
+        """The network, which is again as it was."""
+        return self.called
+
 
 class DataParallel:
     """torch's DistributedDataParallel.
@@ -64,6 +78,7 @@ class DataParallel:
         model: the wrapper.
         called: what it calls: the network, or what torch.compile made of it.
         network: the network itself.
+        averaged: the parameters whose gradients are averaged.
         finds_unused: a forward pass may leave parameters out, and is searched for them.
     """
 
@@ -74,6 +89,7 @@ class DataParallel:
         self.finds_unused: bool = model.find_unused_parameters
         self.process_group: dist.ProcessGroup = model.process_group
         self.ranks: Ranks = Together(self.process_group, model.device)
+        self.averaged = _averaged(model)
 
     keeps_hooks = True
     """torch cannot unregister a communication hook; only a new wrapper is rid of it."""
@@ -81,8 +97,7 @@ class DataParallel:
     @property
     def step_bytes(self) -> int:
         """What a dense step hands to the all-reduce."""
-        trained = (p for p in self.network.parameters() if p.requires_grad)
-        return sum(p.numel() * p.element_size() for p in trained)
+        return sum(p.numel() * p.element_size() for p in self.averaged)
 
     def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
         """How this optimizer steps.
@@ -97,7 +112,9 @@ class DataParallel:
         return stepping.optimizer
 
     def release(self) -> None:
-        """What the wrapper holds goes with it."""
+        """Gradients are not averaged any more.  Parameters that nothing is cut from keep the nodes
+        that two reducers would hear."""
+        self.model._remove_autograd_hooks()
 
     def require_fit(self, truncation: TruncationConfig) -> None:
         """A wrapper has one place for a communication hook; the user's is never replaced.
@@ -122,17 +139,29 @@ class DataParallel:
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now in a new wrapper with the same arguments, and with the user's
-        communication hook if there is one.
+        communication hook if there is one."""
+        return self._wrapped(lambda state: not isinstance(state, OwnState))
 
-        The old wrapper is dead after this.  Its hooks must go although it may live on in a
-        variable of the user's: parameters that nothing was cut from are still the same objects,
-        and two reducers would average their gradients.
-        """
-        self.model._remove_autograd_hooks()
+    def retire(self) -> None:
+        """The wrapper is dead; a variable of the user's may keep it, but not its buckets."""
         self.model.register_forward_pre_hook(_refuse)
-        model = DistributedDataParallel(self.called, **_arguments(self.model))
+        self.model.reducer = None  # type: ignore[assignment]
+        self.model.logger = None
+
+    def revive(self) -> nn.Module:
+        """The network, which is again as it was, in a new wrapper with all communication hooks of
+        the old one; that one is dead."""
+        model = self._wrapped(lambda state: True)
+        self.retire()
+        return model
+
+    def _wrapped(self, keeps: Callable[[object], bool]) -> DistributedDataParallel:
+        """In a new wrapper, which averages what this one does, whatever trains at the moment.  No
+        collective: the ranks hold the same network and prove it elsewhere."""
+        with only_these_train(self.network, self.averaged):
+            model = DistributedDataParallel(self.called, **_arguments(self.model))
         for hook, state in self.model._comm_hooks:
-            if not isinstance(state, OwnState):
+            if keeps(state):
                 model.register_comm_hook(state, hook)
         return model
 
@@ -187,6 +216,12 @@ def _refuse(model: nn.Module, args: Any) -> None:
     )
 
 
+def _averaged(model: DistributedDataParallel) -> frozenset[Tensor]:
+    """What its reducer has been built for, which says so only through its buckets."""
+    buckets = model.reducer._get_zeros_like_grad_buckets()
+    return frozenset(parameter for bucket in buckets for parameter in bucket.parameters())
+
+
 def _not_compiled(module: nn.Module) -> nn.Module:
     """What torch.compile was given."""
     inner = getattr(module, "_orig_mod", module)
@@ -218,4 +253,6 @@ def _arguments(model: DistributedDataParallel) -> dict[str, Any]:
     arguments[buffers] = getattr(model, buffers)
     if not getattr(model, "bucket_bytes_cap_default", False):
         arguments["bucket_cap_mb"] = model.bucket_bytes_cap / 2**20
+    if "init_sync" in known:
+        arguments["init_sync"] = False
     return arguments

@@ -23,6 +23,7 @@ from ..config import TruncationConfig
 from ..errors import BackendError, ConfigError
 from .agree import Ranks, Together
 from .stepping import Stepping
+from .trained import only_these_train
 from .zero_stepping import CopyStepping, PartitionStepping
 
 __all__ = ["Zero", "is_zero"]
@@ -88,6 +89,7 @@ class Zero:
         model: the engine.
         called: what it calls: the network, or what torch.compile made of it.
         network: the network itself.
+        averaged: the parameters whose gradients are reduced.
         finds_unused: never: DeepSpeed reduces what has no gradient as zeros.
         stage: of ZeRO.
         wrapper: the engine's optimizer, in stage 0 perhaps a torch optimizer.
@@ -113,13 +115,14 @@ class Zero:
             if self.stage == 0
             else PartitionStepping(self.wrapper)
         )
+        self.averaged = frozenset(self._stepping.parameters)
 
     @property
     def step_bytes(self) -> int:
         """What a dense step hands to collectives: gradients, and in stages 1 and 2 this rank's
         partitions of the weights."""
         sent = self.model.communication_data_type.itemsize
-        gradients = sum(p.numel() * sent for p in self.network.parameters() if p.requires_grad)
+        gradients = sum(p.numel() * sent for p in self.averaged)
         if self.stage == 2:  # reduces in every pass
             gradients *= self.model.gradient_accumulation_steps()
         if not self._stepping.shared or self.ranks.size == 1:
@@ -172,15 +175,19 @@ class Zero:
             )
 
     def release(self) -> None:
-        """Take the engine apart before its network is cut; it is dead after this.
+        """Take the engine's hooks off its network before that is cut."""
+        engine = self.model
+        for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+            hook.remove()
+        engine.destroy()
+
+    def retire(self) -> None:
+        """The engine is dead.
 
         Variables of the user's may keep it and its optimizer for as long as they train; the dense
         network and its master weights must not stay in memory with them.
         """
         engine, optimizer = self.model, self._stepping.optimizer
-        for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
-            hook.remove()
-        engine.destroy()
         engine.optimizer = None
         engine.param_names = {}
         engine.register_forward_pre_hook(_refuse)
@@ -188,6 +195,15 @@ class Zero:
             vars(self.wrapper).clear()
             self.wrapper.optimizer = optimizer  # learning rates can still be read
             self.wrapper.step = self.wrapper.zero_grad = _refuse
+        gc.collect()  # engines hold themselves in circles, with all their buffers
+
+    def revive(self) -> nn.Module:
+        """The engine, whose network and torch optimizer are again as they were, hooks and all."""
+        if self.stage:
+            self.wrapper._grad_acc_hooks = []
+            self.wrapper.create_gradient_handling_hooks()
+        model: nn.Module = self.model
+        return model
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now in a new engine with the same settings and torch optimizer.
@@ -203,12 +219,12 @@ class Zero:
             settings.pop(section, None)
         for name in _BATCH_SIZES:  # may have been changed since
             settings[name] = getattr(old, name)()
-        model, *_ = deepspeed.initialize(
-            model=self.called, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        with only_these_train(self.network, self.averaged):
+            model, *_ = deepspeed.initialize(
+                model=self.called, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         for name in _CARRIED:
             setattr(model, name, getattr(old, name))
-        gc.collect()  # engines hold themselves in circles, with all their buffers
         again: nn.Module = model
         return again
 

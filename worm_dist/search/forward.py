@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nested import tensors_in
+
 __all__ = ["floats", "run", "undisturbed"]
 
 
@@ -23,15 +25,7 @@ def run(network: nn.Module, example_inputs: Any) -> Any:
 
 def floats(output: Any) -> Iterator[Tensor]:
     """The floating point tensors in what a network takes or puts out, however nested."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from floats(part)
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from floats(part)
+    return (each for each in tensors_in(output) if each.is_floating_point() and each.numel())
 
 
 @contextmanager

@@ -1,32 +1,157 @@
-"""Calls: the newest inputs of a network, in plain values and back.
+"""Calls: the newest inputs of a network, remembered while it trains.
 
-Statistics are estimated anew from them at the draw, so a run that is resumed shortly before it
-needs them too.
+Statistics are estimated anew from them, and a draw is rehearsed with them; so a run that is resumed
+shortly before a draw needs them too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .statistics import Call
+from ..search.nested import mapped, tensors_in
 
-__all__ = ["calls_from", "plain_calls"]
+__all__ = ["Call", "Norm", "RememberedCalls", "calls_from", "plain_calls"]
 
 logger = logging.getLogger(__name__)
 
 _LEAVES = (bool, int, float, str, type(None))
+
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward pass in training mode.
+
+    Attributes:
+        positional, keywords: arguments, without a graph.
+        device, dtype, autocast: type of the device, and whether and how it computed in mixed
+            precision.
+        training_norms: names of the norms that were in training mode.
+        versions: of the tensors among the arguments when they were remembered; empty if they are
+            copies, which nobody else can change.
+    """
+
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    device: str
+    dtype: torch.dtype
+    autocast: bool
+    training_norms: frozenset[str] = frozenset()
+    versions: tuple[tuple[Tensor, int], ...] = ()
+
+    @property
+    def is_intact(self) -> bool:
+        """Nobody has written to the arguments since."""
+        return all(tensor._version == version for tensor, version in self.versions)
+
+    def run(self, network: nn.Module) -> Any:
+        """What a network puts out for the same arguments."""
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
+            return network(*self.positional, **self.keywords)
+
+
+class RememberedCalls:
+    """A forward pre-hook that keeps the newest inputs.
+
+    They are kept by reference as long as nobody writes to them.  A loop that copies every batch
+    into one buffer, or a network that normalises its inputs in place, is noticed one pass later;
+    from then on they are copied.
+
+    It belongs to the network and so goes where its copies go, to an AveragedModel or a file; a copy
+    of it remembers nothing and knows nothing of the training.
+
+    Args:
+        num_calls: how many to keep.
+        most_bytes: that all of them may take; the newest is kept whatever it takes.
+    """
+
+    def __init__(self, num_calls: int, most_bytes: int) -> None:
+        self._calls: deque[Call] = deque(maxlen=num_calls)
+        self._most_bytes = most_bytes
+        self._copies = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is remembered."""
+        return self._calls.maxlen != 0
+
+    @property
+    def calls(self) -> list[Call]:
+        """Oldest first; none that has been written to since."""
+        return [call for call in self._calls if call.is_intact]
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not network.training or not self.is_on:
+            return
+        given = list(tensors_in((args, kwargs)))
+        if not self._copies:
+            self._copies = self._must_copy(given)
+        if len(intact := self.calls) < len(self._calls):
+            self.replace(intact)
+        positional, keywords = mapped((args, kwargs), _copied if self._copies else Tensor.detach)
+        kept = [] if self._copies else list(tensors_in((positional, keywords)))
+        device = next(network.parameters()).device.type
+        self._calls.append(
+            Call(
+                positional,
+                keywords,
+                device,
+                torch.get_autocast_dtype(device),
+                torch.is_autocast_enabled(device),
+                frozenset(
+                    name
+                    for name, module in network.named_modules()
+                    if isinstance(module, Norm) and module.training
+                ),
+                tuple((tensor, tensor._version) for tensor in kept),
+            )
+        )
+        self._bound()
+
+    def _must_copy(self, given: Sequence[Tensor]) -> bool:
+        """Whether what is remembered has been written to, or is about to be."""
+        if any(tensor.is_inference() for tensor in given):
+            return True
+        places = {tensor.data_ptr() for tensor in given if tensor.numel()}
+        again = any(t.data_ptr() in places for call in self._calls for t, _ in call.versions)
+        return again or not all(call.is_intact for call in self._calls)
+
+    def _bound(self) -> None:
+        sizes = [
+            sum(tensor.nbytes for tensor in tensors_in((call.positional, call.keywords)))
+            for call in self._calls
+        ]
+        while len(sizes) > 1 and sum(sizes) > self._most_bytes:
+            self._calls.popleft()
+            sizes.pop(0)
+
+    def replace(self, calls: Sequence[Call]) -> None:
+        """As if these had been the newest calls."""
+        self._calls.clear()
+        self._calls.extend(calls)
+
+    def __reduce__(self) -> tuple[type[RememberedCalls], tuple[int, int]]:
+        return RememberedCalls, (0, 0)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
     """Dicts, lists, tuples, numbers, strings and tensors; None, with a warning, if the network is
     called with anything else."""
     plain = []
-    for positional, keywords, (device, dtype, autocast) in calls:
+    for call in calls:
         on_cpu: list[bool] = []
 
         def noted(tensor: Tensor, on_cpu: list[bool] = on_cpu) -> Tensor:
@@ -34,7 +159,7 @@ def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
             return tensor.detach()
 
         try:
-            arguments = _mapped([list(positional), dict(keywords)], noted)
+            _require_plain([list(call.positional), dict(call.keywords)])
         except TypeError as error:
             logger.warning(
                 "inputs that hold a %s are not in the engine's state: resumed, it has to see "
@@ -44,11 +169,12 @@ def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
             return None
         plain.append(
             {
-                "arguments": arguments,
+                "arguments": mapped([list(call.positional), dict(call.keywords)], noted),
                 "on_cpu": on_cpu,
-                "device": device,
-                "dtype": str(dtype).removeprefix("torch."),
-                "autocast": autocast,
+                "device": call.device,
+                "dtype": str(call.dtype).removeprefix("torch."),
+                "autocast": call.autocast,
+                "training_norms": sorted(call.training_norms),
             }
         )
     return plain
@@ -63,25 +189,30 @@ def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Ca
         def placed(tensor: Tensor, on_cpu: Any = on_cpu) -> Tensor:
             return tensor if next(on_cpu) else tensor.to(device)
 
-        positional, keywords = _mapped(call["arguments"], placed)
-        precision = call["device"], getattr(torch, call["dtype"]), call["autocast"]
-        calls.append((tuple(positional), keywords, precision))
+        positional, keywords = mapped(call["arguments"], placed)
+        calls.append(
+            Call(
+                tuple(positional),
+                keywords,
+                call["device"],
+                getattr(torch, call["dtype"]),
+                call["autocast"],
+                frozenset(call["training_norms"]),
+            )
+        )
     return calls
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with every tensor replaced.
-
-    Raises:
-        TypeError: naming the type of what is not plain.
+def _require_plain(value: Any) -> None:
+    """Raises:
+    TypeError: naming the type of what is not plain.
     """
     kind = type(value)
-    if isinstance(value, Tensor):
-        return function(value)
-    if kind in _LEAVES:
-        return value
     if kind in (list, tuple):
-        return kind(_mapped(part, function) for part in value)
-    if kind is dict and all(type(key) in (str, int) for key in value):
-        return {key: _mapped(part, function) for key, part in value.items()}
-    raise TypeError(kind.__name__)
+        for part in value:
+            _require_plain(part)
+    elif kind is dict and all(type(key) in (str, int) for key in value):
+        for part in value.values():
+            _require_plain(part)
+    elif not isinstance(value, Tensor) and kind not in _LEAVES:
+        raise TypeError(kind.__name__)

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..search.attention import find_attentions
 from ..search.groups import Groups
 from ..search.mask import Mask
+from ..storage import replace_data
 from .heads import keep_heads
 
 __all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "shapes_of", "ungated"]
@@ -86,7 +87,7 @@ def ungated(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
 
 @torch.no_grad()
 def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Cut the network in place; its modules stay, their parameters are replaced by smaller ones.
+    """Cut the network in place; its modules and parameters stay the same objects.
 
     Raises:
         ConfigError: a head of attention would be cut in two; then nothing is changed.
@@ -96,9 +97,9 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
         owner_name, _, attribute = cut.parameter.rpartition(".")
         owner = network.get_submodule(owner_name)
         places = cut.kept.nonzero().flatten()
-        whole = getattr(owner, attribute)
-        left = laid_like(whole.index_select(cut.dim, places.to(whole.device)), whole)
-        setattr(owner, attribute, nn.Parameter(left, whole.requires_grad))
+        whole = owner.get_parameter(attribute)
+        left = whole.index_select(cut.dim, places.to(whole.device))
+        replace_data(whole, laid_like(left, whole))
         if isinstance(owner, _Norm) and attribute == "weight":
             _cut_statistics(owner, places)
     for cut in cuts:

@@ -1,38 +1,28 @@
 """Trial: which groups can be drawn without changing what the network computes.
 
-Behind a sigmoid, a softmax over channels, a branch without a norm or a width written into the
-code, dropping a channel is not the same as its scale and shift being zero.  Rather than to know
-every operation, some channels are dropped from a copy of the network, then all others, and the
-outputs are compared with those of the whole network with the same channels silenced.
+Some channels are dropped from a copy of the network, then all others (see ``rehearsal``).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cluster.agree import Ranks
 from ..config import SearchConfig
 from ..errors import ConfigError, DivergenceError
 from ..search.choice import chosen
-from ..search.forward import floats, run, undisturbed
+from ..search.forward import undisturbed
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
-from ..search.training_mode import deciding_modules, in_training
-from .surgery import cuts_of, remove_channels, shapes_of
+from .rehearsal import Rehearsal
 
 __all__ = ["agreed_groups", "find_drawable_groups"]
-
-# Of the largest output.  Double precision tells rounding from everything else; single precision
-# does not, above all where a GPU rounds convolutions to ten bits.
-_TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
-_COARSE_TOLERANCE = 1e-2
 
 
 def agreed_groups(
@@ -111,21 +101,8 @@ class _Trial:
 
     def __init__(self, network: nn.Module, groups: Groups, example_inputs: Any) -> None:
         self._groups = groups
-        # Of the modules in training mode whether what is put out then is the same every time.
-        self._modes: dict[tuple[str, ...], bool] = {(): True}
-        try:
-            self._network = copy.deepcopy(network).double()
-            self._inputs = _double(example_inputs)
-            run(self._network, self._inputs)
-        except Exception:  # a forward that insists on its own precision
-            self._network = copy.deepcopy(network)
-            self._inputs = example_inputs
-        _unsettle(self._network)
-        deciding = deciding_modules(self._network, self._inputs)
-        if deciding:
-            self._modes[deciding] = True
-            one, other = self._outputs(self._network), self._outputs(self._network)
-            self._modes[deciding] = all(map(torch.equal, one, other))
+        self._rehearsal = Rehearsal(network, example_inputs)
+        _unsettle(self._rehearsal.network)
 
     def inexact(self, tried: Sequence[ChannelGroup], half: int) -> dict[str, str]:
         """Of the groups tried, those that must not be drawn, each with the reason."""
@@ -145,32 +122,7 @@ class _Trial:
     def _difference(self, tried: Sequence[ChannelGroup], half: int) -> str | None:
         """What is wrong once these groups have lost channels; None if nothing."""
         mask = _without_some(self._groups, tried, half)
-        network = copy.deepcopy(self._network)
-        _silence(network, tried, mask)
-        expected = self._outputs(network)
-        remove_channels(network, cuts_of(self._groups, mask, shapes_of(network)))
-        try:
-            outputs = self._outputs(network)
-        except Exception as error:  # whatever a foreign forward may raise
-            return f"without some of its channels the network fails: {error}"
-        for whole, drawn in zip(expected, outputs):
-            if whole.shape != drawn.shape:
-                return "its channels are what the network puts out"
-            tolerance = _TOLERANCE.get(whole.dtype, _COARSE_TOLERANCE)
-            # Written so that a NaN counts as a difference.
-            if not bool((whole - drawn).abs().max() <= tolerance * whole.abs().max()):
-                return "without some of its channels the network computes something else"
-        return None
-
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
-        """In eval mode, and in training mode if there more of the network runs; of what is random
-        only the shape."""
-        outputs: list[Tensor] = []
-        for deciding, exact in self._modes.items():
-            with in_training(network, deciding):
-                given = floats(run(network, self._inputs))
-                outputs += given if exact else map(torch.zeros_like, given)
-        return outputs
+        return self._rehearsal.difference(self._groups, mask, tried)
 
 
 def _without_some(groups: Groups, tried: Sequence[ChannelGroup], half: int) -> Mask:
@@ -199,23 +151,3 @@ def _unsettle(network: nn.Module) -> None:
         if bool((parameter == parameter.flatten()[0]).all()):
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise.to(parameter.device, parameter.dtype))
-
-
-def _silence(network: nn.Module, tried: Sequence[ChannelGroup], mask: Mask) -> None:
-    parameters = dict(network.named_parameters())
-    for group in tried:
-        for member in group.silencers:
-            places = member.positions[~mask[group.name]].flatten()
-            for name, dim in member.parameters:
-                parameters[name].index_fill_(dim, places.to(parameters[name].device), 0)
-
-
-def _double(inputs: Any) -> Any:
-    """The same inputs, floating point ones in double precision."""
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _double(part) for name, part in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_double(part) for part in inputs)
-    return inputs

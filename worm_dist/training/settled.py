@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "distributed.timeout_seconds",
     "divergence.check_every",
     "ticket.recalibrate_batches",
+    "ticket.recalibrate_memory_mb",
 )
 """Besides those of ``checkpoint``: how long to train, what to wait for, where things are, and the
 draw that is still to come."""

@@ -152,7 +152,7 @@ class Removed(Held):
 
     def _scales(self, channels: Tensor) -> Plan:
         """What scales these channels is frozen in it."""
-        return Plan(self._network, self._groups, channels, "norm", untrained=True)
+        return Plan(self._network, self._groups, channels, "norm")
 
     @property
     def _names(self) -> dict[Tensor, str]:

@@ -29,7 +29,7 @@ class GradientHooks:
         """Truncate by another plan from the next backward pass on."""
         self.remove()
         self._handles = [
-            parameter.register_hook(_truncation(block, self._ratio))
+            _registered(parameter, _truncation(block, self._ratio))
             for parameter, block in plan.blocks.items()
         ]
 
@@ -37,6 +37,14 @@ class GradientHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _registered(parameter: Tensor, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A hook that also truncates what trains only later."""
+    trains = parameter.requires_grad
+    handle: RemovableHandle = parameter.requires_grad_(True).register_hook(hook)
+    parameter.requires_grad_(trains)
+    return handle
 
 
 def _truncation(block: Block, ratio: float) -> Callable[[Tensor], Tensor]:

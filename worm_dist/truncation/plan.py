@@ -7,7 +7,7 @@ of those some columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -82,12 +82,10 @@ class Plan:
         scope: which slices of a frozen channel freeze.
         silent: bool ``[num_channels]``, frozen channels that put out exact zeros: the gradients of
             their consumers' columns are exact zeros too, so these need not be sent in any scope.
-        untrained: whether parameters that do not train have blocks too: they fade with the others.
 
     Attributes:
-        blocks: a block for every parameter with a frozen part, by parameter.
-        num_elements: elements of all parameters that train.
-        num_live: how many of them live.
+        blocks: a block for every parameter with a frozen part, by parameter; also for those that do
+            not train at the moment.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class Plan:
         frozen: Tensor,
         scope: Scope,
         silent: Tensor | None = None,
-        untrained: bool = False,
     ) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
@@ -116,17 +113,15 @@ class Plan:
         self.blocks: dict[Tensor, Block] = {
             parameters[name]: _block(parameters[name], along)
             for name, along in frozen_along.items()
-            if parameters[name].requires_grad or untrained
         }
-        trained = [p for p in parameters.values() if p.requires_grad]
-        self.num_elements = sum(p.numel() for p in trained)
-        self.num_live = sum(
-            self.blocks[p].num_live if p in self.blocks else p.numel() for p in trained
-        )
 
-    @property
-    def live_fraction(self) -> float:
-        return self.num_live / self.num_elements
+    def num_live(self, parameters: Iterable[Tensor]) -> int:
+        """How many elements of these parameters live."""
+        return sum(self.blocks[p].num_live if p in self.blocks else p.numel() for p in parameters)
+
+    def live_fraction(self, parameters: Collection[Tensor]) -> float:
+        """How many that is, of all their elements."""
+        return self.num_live(parameters) / sum(p.numel() for p in parameters)
 
 
 def _freezes(group: ChannelGroup, member: Member, scope: Scope) -> bool:

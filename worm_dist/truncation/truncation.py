@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Truncation:
     """Frozen channels and everything that follows from them; none before the first ``freeze``.
 
+    Args:
+        config: which slices freeze, and how.
+        wrapping: of the network.
+        stepping: of its optimizer.
+        groups: channel groups of the network.
+        trained: its parameters that train at some time.
+
     Attributes:
         generation: how many sets of slices have been left out of the all-reduce.
         frozen: bool ``[num_channels]``, the channels frozen now.
@@ -43,12 +50,14 @@ class Truncation:
         wrapping: Wrapping,
         stepping: Stepping,
         groups: Groups,
+        trained: Collection[Tensor],
     ) -> None:
         self._config = config
         self._wrapping: Wrapping = wrapping
         self._network = wrapping.network
         self._ranks = wrapping.ranks
         self._groups = groups
+        self._trained = trained
         self._weights = _frozen_weights(config, wrapping.network, stepping, groups)
         self._columns = ZeroColumns(groups.num_channels)
         self.generation = 0
@@ -64,7 +73,7 @@ class Truncation:
 
     @property
     def live_fraction(self) -> float:
-        """Live elements of all that train.  Soft truncation freezes nothing."""
+        """Live elements of all that are trained.  Soft truncation freezes nothing."""
         return self._live_fraction
 
     def zero(self, step: int) -> Tensor:
@@ -154,7 +163,7 @@ class Truncation:
         if bool(self._columns.dropped.any()):
             plan = Plan(self._network, self._groups, frozen, scope, self._columns.dropped)
         if self._config.mode == "hard":
-            self._live_fraction = plan.live_fraction
+            self._live_fraction = plan.live_fraction(self._trained)
         if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
             self._hooks.adopt(plan)
         else:
