@@ -16,6 +16,7 @@ from torch import nn
 from .flow import Stream, streams
 from .forward import floats, undisturbed
 from .graph import Graph
+from .nested import mapped
 from .stand_in import Port, PortPruner, standing_in
 from .training_mode import deciding_modules, in_training
 
@@ -122,16 +123,18 @@ class _Tracer:
         return [Coupled(stream, module is self._network) for stream in streams(graph)]
 
     def _run(self, module: nn.Module, call: _Call) -> Any:
+        args, kwargs = mapped((call.args, call.kwargs), lambda tensor: tensor.detach().clone())
         with in_training(self._network, self._deciding):
-            return module(*call.args, **call.kwargs)
+            return module(*args, **kwargs)
 
     def _calls(self, module: nn.Module, call: _Call) -> list[tuple[nn.Module, _Call]]:
         """The children that a call of the module calls, each with its first call."""
         calls: dict[nn.Module, _Call] = {}
 
         def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A list may grow once the child has read it: DenseNet's features do.
-            args = tuple(list(each) if isinstance(each, list) else each for each in args)
+            # A list may grow once the child has read it, as DenseNet's features do, and a tensor
+            # be written to.
+            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.detach().clone())
             calls.setdefault(child, _Call(args, kwargs))
 
         # A list of modules is never called itself.

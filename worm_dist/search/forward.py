@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from .nested import tensors_in
+from .nested import mapped, tensors_in
 
 __all__ = ["floats", "run", "undisturbed"]
 
 
 def run(network: nn.Module, example_inputs: Any) -> Any:
-    """One forward pass on one input, a tuple of inputs, or a dict of keyword inputs."""
-    if isinstance(example_inputs, Mapping):
-        return network(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return network(*example_inputs)
-    return network(example_inputs)
+    """One forward pass on one input, a tuple of inputs, or a dict of keyword inputs; they stay as
+    they are, even if the network writes to what it is given."""
+    inputs = mapped(example_inputs, lambda tensor: tensor.detach().clone())
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return network(*inputs)
+    return network(inputs)
 
 
 def floats(output: Any) -> Iterator[Tensor]:
@@ -31,11 +35,12 @@ def floats(output: Any) -> Iterator[Tensor]:
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
     """Within, the network is in eval mode; afterwards its modes, what trains, its hooks and the
-    random state are what they were, also after an error.
+    random states (torch's, Python's, numpy's) are what they were, also after an error.
 
     torch's fast path for transformers is off within: where inputs are padded it puts out zeros, the
     plain path does not, and a network that has lost heads takes the plain one.
     """
+    modules_random, numpys_random = random.getstate(), numpy.random.get_state()
     modes = {module: module.training for module in network.modules()}
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
     hooks = {module: list(module._forward_hooks) for module in network.modules()}
@@ -47,6 +52,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        random.setstate(modules_random)
+        numpy.random.set_state(numpys_random)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .attention import Attention, find_attentions, weight_of
+from .copying import scratch
 from .coupling import Coupled, coupled_layers
 from .flow import Layer
 from .forward import run, undisturbed
@@ -27,7 +28,7 @@ _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNor
 
 def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
     """The channel groups of a network: channels of convolutions, neurons of linear layers, heads
-    of attentions; maybe none.
+    of attentions; maybe none.  It is a copy that is looked at.
 
     Args:
         network: not wrapped.
@@ -35,8 +36,15 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
             network's device.  They are run through the network, in eval mode.
 
     Raises:
-        ConfigError: the network cannot be run with these inputs.
+        ConfigError: the network cannot be run with these inputs, or not be copied; parts of it are
+            TorchScript, or were made in inference mode.
     """
+    _require_modules(network)
+    with scratch(network) as apart:
+        return _groups(apart, example_inputs)
+
+
+def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     _require_runs(network, example_inputs)
     attentions, dense = find_attentions(network)
     opaque = [network.get_submodule(attention.module) for attention in attentions]
@@ -54,6 +62,21 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
     _name_the_uncalled(network, sets, [*opaque, *untraced], dense)
     order = {name: place for place, (name, _) in enumerate(network.named_modules())}
     return Groups(sorted(found, key=lambda group: order[group.name]), dense)
+
+
+def _require_modules(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"model: {name or 'it'} is TorchScript ({module.original_name}), which cannot be "
+                "looked into; give the module that torch.jit.script was given"
+            )
+    for name, parameter in network.named_parameters():
+        if parameter.is_inference():
+            raise ConfigError(
+                f"model: parameter {name} was made in inference mode and cannot be trained; build "
+                "the network outside of torch.inference_mode"
+            )
 
 
 def _require_runs(network: nn.Module, example_inputs: Any) -> None:

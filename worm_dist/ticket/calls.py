@@ -53,9 +53,10 @@ class Call:
         return all(tensor._version == version for tensor, version in self.versions)
 
     def run(self, network: nn.Module) -> Any:
-        """What a network puts out for the same arguments."""
+        """What a network puts out for the same arguments, which it may write to."""
+        positional, keywords = mapped((self.positional, self.keywords), _copied)
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
-            return network(*self.positional, **self.keywords)
+            return network(*positional, **keywords)
 
 
 class RememberedCalls:

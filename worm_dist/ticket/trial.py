@@ -16,7 +16,7 @@ from ..cluster.agree import Ranks
 from ..config import SearchConfig
 from ..errors import ConfigError, DivergenceError
 from ..search.choice import chosen
-from ..search.forward import undisturbed
+from ..search.copying import scratch
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.tracing import find_groups
@@ -73,8 +73,8 @@ def find_drawable_groups(
     """
     search = search or SearchConfig()
     groups = chosen(find_groups(network, example_inputs), search, any_group)
-    with undisturbed(network), torch.no_grad():
-        trial = _Trial(network, groups, example_inputs)
+    with scratch(network) as apart, torch.no_grad():
+        trial = _Trial(apart, groups, example_inputs)
         inexact: dict[str, str] = {}
         for half in (0, 1):
             rest = [group for group in groups if group.name not in inexact]
