@@ -218,7 +218,8 @@ class ListOfLayers(nn.Module):
         super().__init__()
         self.stem = _conv(3, 10)
         self.blocks = nn.ModuleList(_conv(10, 10) for _ in range(3))
-        self.heads = nn.ModuleDict({name: nn.Linear(10, 5) for name in ("fine", "coarse", "idle")})
+        self.heads = nn.ModuleDict({name: nn.Linear(10, 5) for name in ("fine", "coarse")})
+        self.heads["idle"] = nn.Linear(12, 5)  # as wide as nothing else
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.stem(images)

@@ -34,8 +34,9 @@ def floats(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Within, the network is in eval mode; afterwards its modes, what trains, its hooks and the
-    random states (torch's, Python's, numpy's) are what they were, also after an error.
+    """Within, the network is in eval mode; afterwards its modes, what trains, and the random states
+    (torch's, Python's, numpy's) are what they were, also after an error.  Hooks that a network
+    installs when it first runs stay, since it believes in them.
 
     torch's fast path for transformers is off within: where inputs are padded it puts out zeros, the
     plain path does not, and a network that has lost heads takes the plain one.
@@ -43,7 +44,6 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     modules_random, numpys_random = random.getstate(), numpy.random.get_state()
     modes = {module: module.training for module in network.modules()}
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
-    hooks = {module: list(module._forward_hooks) for module in network.modules()}
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
     network.eval()
@@ -59,6 +59,3 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, trained in trains.items():
             parameter.requires_grad_(trained)
-        for module, known in hooks.items():
-            for key in module._forward_hooks.keys() - set(known):
-                del module._forward_hooks[key]

@@ -17,6 +17,8 @@ from .flow import Layer
 from .forward import run, undisturbed
 from .groups import ChannelGroup, Groups, Member
 from .interleaving import interleaved
+from .reach import reasons_of_unreached
+from .training_mode import called_modules, deciding_modules, in_training
 
 __all__ = ["find_groups"]
 
@@ -61,7 +63,21 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     _name_the_rest(network, found, dense)
     _name_the_uncalled(network, sets, [*opaque, *untraced], dense)
     order = {name: place for place, (name, _) in enumerate(network.named_modules())}
-    return Groups(sorted(found, key=lambda group: order[group.name]), dense)
+    groups = Groups(sorted(found, key=lambda group: order[group.name]), dense)
+    reached = _reached(network, example_inputs)
+    reached |= {module for outer in opaque for module in outer.modules()}
+    return groups.without(reasons_of_unreached(network, reached, groups))
+
+
+def _reached(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
+    """The modules that run, in eval mode or while the network trains."""
+    with undisturbed(network):
+        reached = called_modules(network, example_inputs)
+        deciding = deciding_modules(network, example_inputs)
+        if deciding:
+            with in_training(network, deciding):
+                reached |= called_modules(network, example_inputs)
+    return reached
 
 
 def _require_modules(network: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .forward import run
 
-__all__ = ["deciding_modules", "in_training"]
+__all__ = ["called_modules", "deciding_modules", "in_training"]
 
 
 def deciding_modules(network: nn.Module, example_inputs: Any) -> tuple[str, ...]:
@@ -30,10 +30,10 @@ def deciding_modules(network: nn.Module, example_inputs: Any) -> tuple[str, ...]
     composed = tuple(
         name for name, module in network.named_modules() if any(True for _ in module.children())
     )
-    in_eval = _called(network, example_inputs)
+    in_eval = called_modules(network, example_inputs)
     try:
         with in_training(network, composed):
-            in_both = _called(network, example_inputs)
+            in_both = called_modules(network, example_inputs)
     except Exception:  # a forward that wants more while it trains, such as targets
         return ()
     return composed if in_both > in_eval else ()
@@ -52,7 +52,8 @@ def in_training(network: nn.Module, modules: Collection[str]) -> Iterator[None]:
             module.training = False
 
 
-def _called(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
+def called_modules(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
+    """The modules that a forward pass calls, in the modes they are in."""
     called: set[nn.Module] = set()
     handles = [
         module.register_forward_pre_hook(lambda module, args: called.add(module))

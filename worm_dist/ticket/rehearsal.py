@@ -71,6 +71,16 @@ class Rehearsal:
         silenced = copy.deepcopy(self.network)
         return difference(silenced, self._outputs, groups, mask, dropping)
 
+    def run(self) -> None:
+        """One forward pass of the copy, as it is."""
+        run(self.network, self._inputs)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the copy puts out numbers."""
+        outputs = self._outputs(self.network)
+        return all(bool(output.isfinite().all()) for output in outputs)
+
     def _outputs(self, network: nn.Module) -> list[Tensor]:
         """In eval mode, and in training mode if there more of the network runs; of what is random
         only the shape."""
