@@ -21,6 +21,7 @@ from .search.copying import copied
 from .search.forward import floats, undisturbed
 from .search.groups import Groups
 from .search.mask import Mask
+from .search.nested import mapped
 from .snapshot import Snapshot
 from .ticket.calls import Call
 from .ticket.carry import Cargo
@@ -139,8 +140,8 @@ def _rehearse(
                 f"be rehearsed ({_told(error)}); attach anew with inputs that it takes"
             ) from error
         reason = rehearsal.difference(groups, mask)
-        if reason is None and calls:
-            reason = _difference_on(calls[-1], network, groups, mask)
+        for call in _distinct(calls):
+            reason = reason or _difference_on(call, network, groups, mask)
     if reason is not None:
         dropped = [name for name in mask if not bool(mask[name].all())]
         raise DrawError(
@@ -148,6 +149,16 @@ def _rehearse(
             f"search.dense (channels go from {', '.join(dropped[:5])}"
             f"{', ...' if dropped[5:] else ''})"
         )
+
+
+def _distinct(calls: Sequence[Call]) -> list[Call]:
+    """Of calls that differ in nothing but the values of tensors, the newest."""
+
+    def form(call: Call) -> str:
+        arguments = (call.positional, dict(call.keywords))
+        return repr(mapped(arguments, lambda tensor: f"{tensor.dtype}, {tensor.dim()}d"))
+
+    return list({form(call): call for call in calls}.values())
 
 
 def _difference_on(call: Call, network: nn.Module, groups: Groups, mask: Mask) -> str | None:

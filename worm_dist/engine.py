@@ -47,7 +47,11 @@ __all__ = ["Engine", "attach"]
 
 OwnScore = Callable[[nn.Module, ChannelGroup], Tensor]
 
+# What is made in inference mode can never be trained; a loop may call the engine between its tests.
+_normally = torch.inference_mode(False)
 
+
+@_normally
 def attach(
     model: nn.Module,
     optimizer: Optimizer | None = None,
@@ -158,6 +162,7 @@ class Engine(Resumable):
 
     # ---- the algorithm -------------------------------------------------------------------------
 
+    @_normally
     def check(self) -> Verdict:
         """Score, cut, agree, decide, act.  Collective: every rank calls it, as often as the others:
         after every step, or less often.
@@ -234,6 +239,7 @@ class Engine(Resumable):
             distance_max=finding.distance_max,
         )
 
+    @_normally
     def truncate(self, mask: Mask) -> None:
         """Freeze the channels that a mask from elsewhere drops, from the next step on; they leave
         as if the search had dropped them, in the order of what ``search.score`` says.  Where frozen
@@ -263,6 +269,7 @@ class Engine(Resumable):
         verdict = dataclasses.replace(self._verdict, phase=self.phase)
         self._verdict = self._completed(verdict)
 
+    @_normally
     def draw(self, mask: Mask | None = None, copies: Sequence[nn.Module] = ()) -> None:
         """Remove channels for good and go on with the smaller network.  Collective.
 

@@ -23,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """The same nested value, of the same types, with every tensor replaced; what is none of the
     usual containers is left as it is."""
     if isinstance(value, Tensor):
