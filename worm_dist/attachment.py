@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .cluster.stepping import Owners, Stepping
-from .cluster.wrap import DataParallel, Wrapping, wrapping_of
+from .cluster.wrap import DataParallel, OwnState, Wrapping, wrapping_of
 from .config import WormConfig
 from .errors import ConfigError
 from .interval import Interval
@@ -87,6 +87,9 @@ class Attachment:
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
         self.stepping: Stepping = self.wrapping.stepping_of(optimizer)
+        # What the user steps may be a wrapper of what is heard.
+        own = self.wrapping.optimizer_of(self.stepping) is not self.stepping.optimizer
+        self._given = None if own else optimizer
         self.trained = self.wrapping.averaged
         self.example_inputs = example_inputs
         self.reduction: Reduction | None = None
@@ -126,7 +129,7 @@ class Attachment:
     @property
     def optimizer(self) -> Optimizer:
         """What the user steps; under DeepSpeed its wrapper of the torch optimizer."""
-        return self.wrapping.optimizer_of(self.stepping)
+        return self._given or self.wrapping.optimizer_of(self.stepping)
 
     @property
     def step(self) -> int:
@@ -153,9 +156,24 @@ class Attachment:
             return True
         return self.step - self._last_check >= self.num_steps(self._check_every)
 
+    @property
+    def since_last_check(self) -> int:
+        """Optimizer steps."""
+        return self.step - self._last_check
+
     def begin_check(self) -> None:
-        """Where nobody said how long an epoch is, the first steps between two checks do."""
-        since_last_check = self.step - self._last_check
+        """Where nobody said how long an epoch is, the first steps between two checks do.
+
+        Raises:
+            ConfigError: that would be one step.
+        """
+        since_last_check = self.since_last_check
+        if not self._is_told and self._check_every.unit == "ep" and since_last_check == 1:
+            raise ConfigError(
+                f"check: one step after the last one, and search.every is {self._check_every}. How "
+                "many steps an epoch has is not known: give attach(steps_per_epoch=...), and check "
+                "may be called after every step; or call it once an epoch"
+            )
         self._last_check = self.step
         if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
             self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
@@ -221,6 +239,12 @@ class Attachment:
     def num_elements(self) -> int:
         """Of all parameters that train at some time."""
         return sum(parameter.numel() for parameter in self.trained)
+
+    @property
+    def num_hooks(self) -> int:
+        """Communication hooks on the wrapper that are not ours."""
+        hooks = getattr(self.model, "_comm_hooks", ())
+        return sum(not isinstance(state, OwnState) for _, state in hooks)
 
     @property
     def names(self) -> dict[Tensor, str]:

@@ -41,6 +41,7 @@ from .ticket.trial import agreed_groups
 from .truncation.loss_guard import LossGuard
 from .truncation.removal import Removal
 from .truncation.truncation import Truncation, first_reduction, state_left
+from .usage_errors import UsageErrors, require_alone
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
@@ -116,6 +117,7 @@ class Engine(Resumable):
         self._training = Attachment(
             model, optimizer, remembered, config.search.every, steps_per_epoch
         )
+        require_alone(self._training.wrapping.called)
         self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
         own = None if score is None else getattr(score, "__qualname__", type(score).__name__)
@@ -151,8 +153,11 @@ class Engine(Resumable):
         self._verdict = Verdict(self.phase)
         self._penalised = False
         self._attached = True
+        self._has_checked = False
         self._told_dead: set[str] = set()
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
+        wants_penalty = search.enabled and search.l1 > 0 and bool(self.groups)
+        self._usage_errors = UsageErrors(self._training, wants_penalty)
         self._training.listen(
             RememberedCalls(num_calls, config.ticket.recalibrate_memory_mb << 20),
             self._before_step,
@@ -181,14 +186,18 @@ class Engine(Resumable):
         """
         if not self._searching:
             return self._verdict
+        self._usage_errors.require_heard()
         is_due = self._training.check_is_due
         cuts_mask = is_due and not self._removes
         if is_due:
+            self._require_training()
             self._training.begin_check()
         if cuts_mask:
             self._verdict = self._next_mask()
+        could_draw = self._verdict.stage or self._verdict.ticket
         self._verdict = self._completed(self._verdict, new_mask=cuts_mask)
-        if self._removes and (is_due or self._verdict.stage or self._verdict.ticket):
+        can_draw = self._verdict.stage or self._verdict.ticket
+        if self._removes and (is_due or (can_draw and not could_draw)):
             self._training.recalibrate_alive(self._channels.groups, self._told_dead)
         return self._verdict
 
@@ -254,6 +263,7 @@ class Engine(Resumable):
             DivergenceError: the ranks bring different masks.
         """
         self._require_attached("truncate")
+        self._usage_errors.require_unchanged("truncate")
         if self.config.truncation.mode == "off":
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
         where = f"truncate at step {self.step}"
@@ -297,6 +307,7 @@ class Engine(Resumable):
                 go on with ``model``.
         """
         self._require_attached("draw")
+        self._usage_errors.require_unchanged("draw")
         self._verdict = self._completed(self._verdict)
         is_complete = mask is not None or self._verdict.ticket
         where = f"draw at step {self.step}"
@@ -417,6 +428,14 @@ class Engine(Resumable):
         searching = self.config.search.enabled and self.phase is not Phase.TICKET
         return searching and self._attached
 
+    def _require_training(self) -> None:
+        """The training must be the one that the engine was attached to."""
+        errors, num_steps = self._usage_errors, self._training.since_last_check
+        errors.require_step(num_steps, is_first=not self._has_checked)
+        errors.require_unchanged(f"check at step {self.step}")
+        errors.warn_of_no_penalty()
+        self._has_checked = True
+
     @property
     def _removes(self) -> bool:
         """Whether dropped channels are leaving."""
@@ -473,6 +492,7 @@ class Engine(Resumable):
         )
         self._let_go()
         self._channels.remove(mask)
+        self._usage_errors.follow()
         if truncation is None:
             first = first_reduction(self.config.truncation, self._training.wrapping)
             self._training.reduction = first
@@ -535,6 +555,7 @@ class Engine(Resumable):
             self._usage.take()
 
     def _before_step(self) -> None:
+        self._usage_errors.note_step(self._penalised)
         self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
         self._penalised = False
 

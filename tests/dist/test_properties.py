@@ -39,7 +39,8 @@ class _Chain(nn.Module):
             self.convs.append(nn.Conv2d(before, after, 3, padding=1, bias=bool(after % 2)))
             self.norms.append(nn.BatchNorm2d(after))
         self.again = nn.Conv2d(widths[-1], widths[-1], 1) if residual else None
-        self.norm_again = nn.BatchNorm2d(widths[-1])
+        # Where it is unused it is as wide as nothing else, or other layers would stay dense for it.
+        self.norm_again = nn.BatchNorm2d(widths[-1] if residual else 97)
         self.head = nn.Linear(widths[-1], 4)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,17 +8,29 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.contract import _get_registry
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..config import TruncationConfig
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError
 from .agree import Alone, Ranks, Together
+from .optimizers import innermost
 from .stepping import Stepping
 from .trained import only_these_train
 from .zero import Zero, is_zero
 
 __all__ = ["Bare", "DataParallel", "OwnState", "Wrapping", "wrapping_of"]
+
+
+_OTHER_WAYS = {
+    "DataParallel": "nn.DataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel (FSDP)",
+    "FSDPModule": "fully_shard (FSDP2)",
+    "fully_shard": "fully_shard (FSDP2)",
+    "replicate": "replicate()",
+}
+"""Classes of modules, and contracts by which torch's functions mark them, with their names."""
 
 
 class Bare:
@@ -50,7 +62,7 @@ class Bare:
 
     def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
         """How this optimizer steps."""
-        return _stepping_of(optimizer)
+        return Stepping(innermost(optimizer))
 
     def optimizer_of(self, stepping: Stepping) -> Optimizer:
         """What the user steps."""
@@ -103,9 +115,9 @@ class DataParallel:
         """How this optimizer steps.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError, BackendError: there is none, or its steps and state cannot be seen.
         """
-        return _stepping_of(optimizer)
+        return Stepping(innermost(optimizer))
 
     def optimizer_of(self, stepping: Stepping) -> Optimizer:
         """What the user steps."""
@@ -178,6 +190,7 @@ def wrapping_of(model: nn.Module) -> Wrapping:
     """
     if is_zero(model):
         return Zero(model)
+    _require_whole(model)
     if isinstance(model, DistributedDataParallel):
         return DataParallel(model)
     if isinstance(_not_compiled(model), DistributedDataParallel):
@@ -194,15 +207,23 @@ def wrapping_of(model: nn.Module) -> Wrapping:
     return Bare(model)
 
 
-def _stepping_of(optimizer: Optimizer | None) -> Stepping:
-    if optimizer is None:
-        raise ConfigError("attach: give the optimizer; only a DeepSpeed engine has its own")
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+def _require_whole(model: nn.Module) -> None:
+    """Raises:
+    BackendError: parallel in a way that is not supported.
+    """
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        for kind, name in _OTHER_WAYS.items():
+            if kind in kinds or kind in (_get_registry(module) or {}):
+                raise BackendError(
+                    f"attach: the model is parallel by {name}, which is not supported; wrap it in "
+                    "DistributedDataParallel, or give it to deepspeed.initialize"
+                )
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise BackendError(
-            "attach: ZeroRedundancyOptimizer keeps parameters in places of its own, where the draw "
-            "does not find them; use DeepSpeed's ZeRO stage 1, or a torch optimizer"
+            "attach: parameters of the model are DTensors (tensor parallelism, FSDP2), which are "
+            "not supported; wrap the whole network in DistributedDataParallel"
         )
-    return Stepping(optimizer)
 
 
 class OwnState:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .flow import Stream, streams
 from .forward import floats, undisturbed
@@ -87,6 +87,8 @@ class _Tracer:
 
     def trace(self, module: nn.Module, call: _Call) -> list[Coupled]:
         """The sets of coupled channels in a module; what cannot be traced becomes opaque."""
+        if not any(True for _ in module.parameters()):
+            return []
         try:
             return self._coupled(module, call)
         except Exception as error:  # whatever a foreign tracer may raise
@@ -116,7 +118,7 @@ class _Tracer:
                 module,
                 example_inputs=call,
                 forward_fn=self._run,
-                output_transform=lambda out: [each for each in floats(out) if each.requires_grad],
+                output_transform=_with_a_gradient,
                 customized_pruners={Port: PortPruner()},
                 verbose=False,
             )
@@ -151,6 +153,18 @@ class _Tracer:
             for handle in handles:
                 handle.remove()
         return list(calls.items())
+
+
+def _with_a_gradient(output: Any) -> list[Tensor]:
+    """What the graph is followed from.
+
+    Raises:
+        ValueError: nothing, as where a detector finds nothing; its parts are traced then.
+    """
+    found = [each for each in floats(output) if each.requires_grad]
+    if not found:
+        raise ValueError("nothing that it puts out has a gradient")
+    return found
 
 
 def _is_container(module: nn.Module) -> bool:

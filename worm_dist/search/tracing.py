@@ -65,6 +65,11 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     order = {name: place for place, (name, _) in enumerate(network.named_modules())}
     groups = Groups(sorted(found, key=lambda group: order[group.name]), dense)
     reached = _reached(network, example_inputs)
+    if reached == {network} and any(True for _ in network.children()):
+        raise ConfigError(
+            "model: run as a copy, it calls none of its own modules: its forward is bound to the "
+            "modules of the network that it was copied from; define it in the class"
+        )
     reached |= {module for outer in opaque for module in outer.modules()}
     return groups.without(reasons_of_unreached(network, reached, groups))
 

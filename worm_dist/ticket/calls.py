@@ -72,9 +72,11 @@ class RememberedCalls:
     Args:
         num_calls: how many to keep.
         most_bytes: that all of them may take; the newest is kept whatever it takes.
+        belongs_to_an_engine: it is no copy.
     """
 
-    def __init__(self, num_calls: int, most_bytes: int) -> None:
+    def __init__(self, num_calls: int, most_bytes: int, belongs_to_an_engine: bool = True) -> None:
+        self.belongs_to_an_engine = belongs_to_an_engine
         self._calls: deque[Call] = deque(maxlen=num_calls)
         self._most_bytes = most_bytes
         self._copies = False
@@ -139,8 +141,8 @@ class RememberedCalls:
         self._calls.clear()
         self._calls.extend(calls)
 
-    def __reduce__(self) -> tuple[type[RememberedCalls], tuple[int, int]]:
-        return RememberedCalls, (0, 0)
+    def __reduce__(self) -> tuple[type[RememberedCalls], tuple[int, int, bool]]:
+        return RememberedCalls, (0, 0, False)
 
 
 def _copied(tensor: Tensor) -> Tensor:

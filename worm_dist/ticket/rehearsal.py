@@ -9,7 +9,8 @@ whole network with the same channels silenced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,13 +84,30 @@ class Rehearsal:
 
     def _outputs(self, network: nn.Module) -> list[Tensor]:
         """In eval mode, and in training mode if there more of the network runs; of what is random
-        only the shape."""
+        only the shape.  Where the network puts out nothing, as a detector that finds nothing, what
+        its parts put out."""
         outputs: list[Tensor] = []
         for deciding, exact in self._modes.items():
-            with in_training(network, deciding):
-                given = floats(run(network, self._inputs))
+            with in_training(network, deciding), _parts_overheard(network) as overheard:
+                given = list(floats(run(network, self._inputs)))
+                given = given or overheard
                 outputs += given if exact else map(torch.zeros_like, given)
         return outputs
+
+
+@contextmanager
+def _parts_overheard(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, what the network's immediate parts put out is added to the list."""
+    overheard: list[Tensor] = []
+    handles = [
+        part.register_forward_hook(lambda part, args, output: overheard.extend(floats(output)))
+        for part in network.children()
+    ]
+    try:
+        yield overheard
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def difference(
