@@ -48,6 +48,7 @@ class Pair:
             self.trainee.optimizer,
             config,
             example_inputs=images_like(self.trainee.network, 1),
+            steps_per_epoch=1,
         )
         self.trainee.penalty = lambda detour: engine.penalty()
         self.reference = Reference(combination, engine.groups, config)

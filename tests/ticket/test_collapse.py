@@ -23,11 +23,16 @@ def _engine(network: nn.Module, images: Tensor) -> Engine:
     randomise(network, seed=1)
     model: Any = DistributedDataParallel(network) if dist.is_initialized() else network
     config = WormConfig(
+        search={"l1": 0.0},
         truncation={"removal": {"duration": "40ba", "fade_steps": 1}},
         ticket={"recalibrate_batches": 3},
     )
     engine = worm_dist.attach(
-        model, SGD(model.parameters(), lr=1e-4), config, example_inputs=images[:1]
+        model,
+        SGD(model.parameters(), lr=1e-4),
+        config,
+        example_inputs=images[:1],
+        steps_per_epoch=1,
     )
     engine.truncate(mask_dropping(engine.groups, 0, 1))
     return engine
@@ -120,5 +125,7 @@ def test_outputs_may_be_of_any_form() -> None:
         engine.check()
     _kill(network.network.bn0)
     _kill(network.network.bn2)
+    engine.optimizer.zero_grad()
+    engine.optimizer.step()
     with pytest.raises(CollapseError, match=r"comes from network\.stem"):
         engine.check()
