@@ -106,9 +106,9 @@ def test_no_key_is_taken_for_an_argument() -> None:
 
 @pytest.mark.fault(13, "more mistakes than can be read")
 def test_of_very_many_mistakes_the_first_are_told() -> None:
-    mistakes = _mistakes(search={"dense": list(range(3000)), "score": "x" * 5000})
+    mistakes = _mistakes(search={"dense": list(range(3000)), "importance": "x" * 5000})
     assert mistakes[0] == (
-        "search.score: Input should be 'scale', 'norm_scale', 'gate' or 'weight_norm', got "
+        "search.importance: Input should be 'auto', 'norm_scale', 'gate' or 'weight_norm', got "
         f"'{'x' * 47}...{'x' * 48}'"
     )
     assert mistakes[1] == "search.dense.0: Input should be a valid string, got 0"

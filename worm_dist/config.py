@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _NOW_CALLED: Mapping[str, str] = {
+    "search.score": "is called search.importance now, and its 'scale' is 'auto'",
     "truncation.motion": "is called truncation.frozen_weights now, and its 'fade' is 'remove'",
     "truncation.fade": "channels leave one after another now; give truncation.removal.duration",
     "truncation.channels": "is gone; channels that were dropped for longest leave first",
@@ -127,10 +128,10 @@ class SearchConfig(Settings):
     """Which channels matter, and when that is known."""
 
     enabled: bool = True
-    score: Literal["scale", "norm_scale", "gate", "weight_norm"] = "scale"
-    """What ranks channels: the scales that there are, of norms and gates; only those of norms; only
-    gates; or the weights that make a channel, which needs neither.  ``attach`` takes a score of
-    your own."""
+    importance: Literal["auto", "norm_scale", "gate", "weight_norm"] = "auto"
+    """What ranks channels: the scales that there are, of norms and gates, and in a network that has
+    neither the weights that make a channel; only scales of norms; only gates; or only weights.
+    ``attach`` takes a score of your own."""
     grouping: Literal["group", "layer"] = "group"
     """Rank channels, coupled layers together, or the scales of each norm by itself as Early-Bird
     does: then a coupled channel is dropped only where all its norms drop it."""
@@ -171,9 +172,10 @@ class SearchConfig(Settings):
                     f"ratios: {pattern!r} {ratio:g} and floor {self.floor:g} contradict: together "
                     "they exceed 1"
                 )
-        if self.grouping == "layer" and self.score == "weight_norm":
+        if self.grouping == "layer" and self.importance == "weight_norm":
             raise ValueError(
-                "grouping 'layer' contradicts score 'weight_norm': only scales are those of a layer"
+                "grouping 'layer' contradicts importance 'weight_norm': only scales are those of a "
+                "layer"
             )
         return self
 

@@ -45,7 +45,6 @@ from .usage_errors import UsageErrors, require_alone
 from .verdict import Phase, Verdict
 
 __all__ = ["Engine", "attach"]
-
 OwnScore = Callable[[nn.Module, ChannelGroup], Tensor]
 
 # What is made in inference mode can never be trained; a loop may call the engine between its tests.
@@ -74,8 +73,8 @@ def attach(
             model's device; the network is traced with it.
         steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
             epochs: then it is counted between two checks.
-        score: of your own, instead of ``search.score``: called with the network and a group, it
-            gives floats ``[num_channels]``, higher for what is to be kept.  It may look at this
+        score: of your own, instead of ``search.importance``: called with the network and a group,
+            it gives floats ``[num_channels]``, higher for what is to be kept.  It may look at this
             rank's data; the ranks average it.
 
     Raises:
@@ -156,7 +155,9 @@ class Engine(Resumable):
         self._has_checked = False
         self._told_dead: set[str] = set()
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
-        wants_penalty = search.enabled and search.l1 > 0 and bool(self.groups)
+        wants_penalty = (
+            search.enabled and search.l1 > 0 and bool(self.groups) and bool(self._ranking.scales)
+        )
         self._usage_errors = UsageErrors(self._training, wants_penalty)
         self._training.listen(
             RememberedCalls(num_calls, config.ticket.recalibrate_memory_mb << 20),
@@ -251,8 +252,8 @@ class Engine(Resumable):
     @_normally
     def truncate(self, mask: Mask) -> None:
         """Freeze the channels that a mask from elsewhere drops, from the next step on; they leave
-        as if the search had dropped them, in the order of what ``search.score`` says.  Where frozen
-        channels do not leave, the next ``check`` goes on from there.
+        as if the search had dropped them, in the order of what ``search.importance`` says.  Where
+        frozen channels do not leave, the next ``check`` goes on from there.
 
         Collective, agreed by digest like any other mask.  Channels that have yet to leave may be
         exchanged by another mask.

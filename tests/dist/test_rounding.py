@@ -128,7 +128,7 @@ _SLOWLY: Mapping[str, Any] = {
 }
 _RUNS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "removed": ("worm", _SLOWLY),
-    "removed, by weights": ("worm", {**_SLOWLY, "search": {"score": "weight_norm"}}),
+    "removed, by weights": ("worm", {**_SLOWLY, "search": {"importance": "weight_norm"}}),
     "removed, each layer": ("worm", {**_SLOWLY, "search": {"threshold": "layer"}}),
     "hold": ("worm", {"truncation": {"frozen_weights": "hold"}}),
     "early-bird": ("early-bird", {}),

@@ -39,7 +39,7 @@ def draw(family: Family, number: int, folder: Path) -> Finding:
     network = family.built()
     _look_trained(network)
     config = WormConfig(
-        search={"score": family.score},
+        search={"importance": family.score},
         truncation={**at_once(1)},
         ticket={"recalibrate_batches": 0},
     )

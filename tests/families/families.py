@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Family"]
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
-_UNNORMED = "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without"
+_UNNORMED = "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it without"
 _LAYER_NORM = r"LayerNorm(2d)?: of all norms only BatchNorm's channels are dropped"
 _PUT_OUT = "its channels are what the network puts out"
 _UNCALLED = "it is never called, or not as a module"
@@ -41,7 +41,7 @@ class Family:
 
     make: Callable[[], nn.Module]
     draw_inputs: Callable[[torch.Generator], Inputs]
-    score: Literal["scale", "weight_norm"] = "scale"
+    score: Literal["auto", "weight_norm"] = "auto"
     dense: Mapping[str, str] = field(default_factory=dict)
     large: bool = False
 

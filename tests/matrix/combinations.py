@@ -218,7 +218,7 @@ MASKS = (
 )
 
 _ALL_RULES = ("hold", "remove", "free")
-_BY_WEIGHTS: Mapping[str, Any] = {"prune_ratio": 0.4, "score": "weight_norm"}
+_BY_WEIGHTS: Mapping[str, Any] = {"prune_ratio": 0.4, "importance": "weight_norm"}
 
 NETWORKS = (
     Combination("a convolution in groups", network=Grouped, rules=_ALL_RULES),

@@ -51,7 +51,7 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert plan["dropped"]["by"] == "settings"
     assert plan["dropped"]["prune_ratio"] == plan["dropped"]["ratio_reached"] == 0.25
-    assert plan["settings"]["search"]["score"] == "scale"
+    assert plan["settings"]["search"]["importance"] == "auto"
     assert plan["settings"]["ticket"] == {
         "recalibrate_batches": 8,
         "recalibrate_memory_mb": 256,

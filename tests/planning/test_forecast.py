@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "held columns": ("resnet20", {"truncation": {"frozen_weights": "hold", "scope": "coupled"}}),
     "rounded": ("vgg_small", {"truncation": {**at_once(2), "compression": "bf16"}}),
     "gated": ("vit_small", FADE),
-    "ranked by weights": ("vit_small", FADE | {"search": {"score": "weight_norm"}}),
+    "ranked by weights": ("vit_small", FADE | {"search": {"importance": "weight_norm"}}),
 }
 
 
@@ -136,7 +136,7 @@ def test_heads_and_neurons_are_groups_and_what_reads_them_is_not() -> None:
 
 
 def test_what_the_settings_leave_dense_is_not_searched() -> None:
-    search: dict[str, Any] = {"dense": ["features.7"], "score": "norm_scale"}
+    search: dict[str, Any] = {"dense": ["features.7"], "importance": "norm_scale"}
     found = forecast(Subject("vgg_small", SHAPE, 10, WormConfig(search=search)), None, None, None)
     assert "features.7" not in found.groups.sizes and "features.7" in found.others
     assert found.groups.dense == {"features.8": "search.dense has 'features.7'"}

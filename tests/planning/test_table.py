@@ -201,11 +201,11 @@ def test_the_score_is_the_one_that_the_settings_name() -> None:
     assert _titles("resnet20", coupling="max") == [largest, headings]
     by_layer = "Channel groups, ranked layer by layer by the size of their scales"
     assert _titles("resnet20", grouping="layer") == [by_layer, headings]
-    assert _titles("vit_small", score="gate") == [
+    assert _titles("vit_small", importance="gate") == [
         "Channel groups, ranked by the size of their gates",
         headings,
     ]
-    assert _titles("vit_small", score="weight_norm") == [
+    assert _titles("vit_small", importance="weight_norm") == [
         "Channel groups, ranked by the mean norm of the weights that make a channel",
         "producers channels dropped consumers",
     ]

@@ -35,14 +35,14 @@ def _groups(**search: object) -> Groups:
 @pytest.mark.parametrize(
     ("score", "names"),
     [
-        ("scale", ["stem", "encoder.self_attn", "encoder.linear1"]),
+        ("auto", ["stem", "encoder.self_attn", "encoder.linear1"]),
         ("norm_scale", ["stem"]),
         ("gate", ["encoder.self_attn", "encoder.linear1"]),
         ("weight_norm", ["stem", "encoder.self_attn", "encoder.linear1"]),
     ],
 )
 def test_a_score_ranks_the_groups_that_have_what_it_reads(score: str, names: list[str]) -> None:
-    groups = _groups(score=score)
+    groups = _groups(importance=score)
     assert [group.name for group in groups] == names
     left = {"norm", "encoder.self_attn", "encoder.linear1"} - set(names)
     assert left - {"norm"} <= groups.dense.keys()

@@ -14,6 +14,7 @@ from tests.nets import (
     random_images,
 )
 from worm_dist import ConfigError
+from worm_dist.config import SearchConfig
 from worm_dist.models import build_model
 from worm_dist.search.groups import ChannelGroup, Groups
 from worm_dist.ticket.trial import find_drawable_groups as find_groups
@@ -142,13 +143,18 @@ def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
         "bn1": "coupled with other (GroupNorm), which is not understood",
         "other": "GroupNorm: of all norms only BatchNorm's channels are dropped",
         "bn3": "bn3 has no scale that trains",
-        "grouped": "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without",
+        "grouped": "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it "
+        "without",
     }
 
 
-def test_a_network_without_scales_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^model: it has no channel group with a B"):
-        _groups(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+def test_a_network_without_scales_is_refused_where_only_they_count() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    for importance, what in (("norm_scale", "BatchNorm"), ("gate", "gate")):
+        search = SearchConfig(importance=importance)
+        with pytest.raises(ConfigError, match=rf"^model: it has no channel group with a {what}"):
+            find_groups(network, random_images(1), search)
+    assert find_groups(network, random_images(1)).sizes == {"0": 4}
 
 
 def test_inputs_that_do_not_fit_are_refused_with_the_cause() -> None:

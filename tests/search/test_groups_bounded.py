@@ -53,7 +53,7 @@ def test_an_unknown_attention_ends_with_a_reason(
             attentions.append(name)
     start = time.process_time()
     groups = find_drawable_groups(
-        network, torch.randn(2, 3, 14, 10), SearchConfig(score="weight_norm")
+        network, torch.randn(2, 3, 14, 10), SearchConfig(importance="weight_norm")
     )
     assert time.process_time() - start < 10
     assert [group.name.rpartition(".")[0] for group in groups] == [

@@ -106,7 +106,7 @@ class _AddedToTheInput(nn.Module):
 
 
 def test_channels_added_to_the_networks_input_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no channel group with a BatchNorm(.|\n)*bn: "):
+    with pytest.raises(ConfigError, match=r"no channel group of which(.|\n)*bn: "):
         find_groups(_AddedToTheInput(), random_images(1))
 
 

@@ -134,7 +134,7 @@ def test_without_norms_the_weights_that_make_a_channel_rank_it() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.ReLU(), nn.Conv2d(5, 2, 1)
     )
-    search = SearchConfig(score="weight_norm")
+    search = SearchConfig(importance="weight_norm")
     groups = find_groups(network, random_images(1), search)
     first = network[0].weight.detach().flatten(1).norm(dim=1)
     second = network[2].weight.detach().transpose(0, 1).flatten(1).norm(dim=1)

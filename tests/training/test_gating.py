@@ -29,7 +29,7 @@ def test_the_control_experiment_starts_from_the_same_network() -> None:
 
 @pytest.mark.parametrize("score", ["norm_scale", "weight_norm"])
 def test_a_score_that_counts_no_gates_needs_none(score: Any) -> None:
-    network = gated(build_model("vit_small", 10, 1, TINY), SearchConfig(score=score))
+    network = gated(build_model("vit_small", 10, 1, TINY), SearchConfig(importance=score))
     assert gates_of(network) == []
 
 

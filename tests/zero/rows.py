@@ -113,7 +113,7 @@ _TINY: Mapping[str, Any] = {"reduce_bucket_size": 100}  # some layers are larger
 _ONE_BY_ONE: Mapping[str, Any] = {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False}
 _WHOLE: Mapping[str, Any] = {"reduce_scatter": False}
 _OVERLAP: Mapping[str, Any] = {"overlap_comm": True}
-_BY_WEIGHTS: Mapping[str, Any] = {"score": "weight_norm"}
+_BY_WEIGHTS: Mapping[str, Any] = {"importance": "weight_norm"}
 _IN_FP32: Mapping[str, Any] = {"data_types": {"buffer_dtype": "bf16", "grad_accum_dtype": "fp32"}}
 
 STAGE_0 = (

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..config import WormConfig
 from ..models import OWN, TORCHVISION
+from ..search.choice import importance_of
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.rounding import ratio_reached
@@ -121,7 +122,7 @@ def _ranked_by(forecast: Forecast) -> str:
         + ["gates"] * any(group.gates for group in groups)
     )
     how = "largest " if search.coupling == "max" else "mean "
-    if search.score == "weight_norm":
+    if importance_of(search, groups) == "weight_norm":
         text = f"by the {how}norm of the weights that make a channel"
     elif search.grouping == "layer":
         text = f"layer by layer by the size of their {what}"
@@ -160,7 +161,9 @@ def _names(forecast: Forecast) -> dict[str, list[list[str]]]:
     """The columns of modules: of each group those that are in it."""
     members = [members_of(group) for group in forecast.groups]
     names = {"producers": [each["producers"] for each in members]}
-    if forecast.subject.worm.search.score != "weight_norm":  # that is of the producers
+    if (
+        importance_of(forecast.subject.worm.search, forecast.groups) != "weight_norm"
+    ):  # that is of the producers
         # A gate scales the weight of the layer in the next column.
         names["scored by"] = [each["norms"] + ["gate"] * len(each["gates"]) for each in members]
     return names | {"consumers": [each["consumers"] for each in members]}

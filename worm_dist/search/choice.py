@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 from ..config import SearchConfig
 from ..errors import ConfigError
 from .groups import ChannelGroup, Groups, Member
 
-__all__ = ["chosen"]
+__all__ = ["chosen", "importance_of"]
+
+
+Importance: TypeAlias = Literal["scale", "norm_scale", "gate", "weight_norm"]
 
 
 def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Groups:
@@ -17,8 +22,8 @@ def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Gro
 
     Args:
         groups: all of a network.
-        search: ``score``, ``coupling`` and ``dense`` choose.
-        any_group: whether a score of the user's own takes the place of ``score``.
+        search: ``importance``, ``coupling`` and ``dense`` choose.
+        any_group: whether a score of the user's own takes the place of ``importance``.
 
     Raises:
         ConfigError: a pattern of ``search.dense`` matches no module of any group.
@@ -29,23 +34,33 @@ def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Gro
         if not matched:
             raise ConfigError(_without_effect(pattern, groups))
         reasons |= dict.fromkeys(matched, f"search.dense has {pattern!r}")
+    importance = importance_of(search, groups)
     for group in groups:
         if group.tied and search.coupling == "skip":
             tied = "a sum ties it to other layers, and search.coupling is 'skip'"
             reasons.setdefault(group.name, tied)
-        unranked = None if any_group else _why_unranked(group, search)
+        unranked = None if any_group else _why_unranked(group, importance)
         if unranked:
             reasons.setdefault(group.name, unranked)
     return groups.without(reasons)
 
 
-def _why_unranked(group: ChannelGroup, search: SearchConfig) -> str | None:
-    if search.score == "norm_scale" and not group.norms:
-        return "it has no norm, and search.score is 'norm_scale'"
-    if search.score == "gate" and not group.gates:
-        return "it has no gate, and search.score is 'gate'"
-    if search.score == "scale" and not group.norms and not group.gates:
-        return "it has neither a norm nor a gate; search.score 'weight_norm' ranks it without"
+def importance_of(search: SearchConfig, groups: Sequence[ChannelGroup]) -> Importance:
+    """What ranks the channels of these groups; ``auto`` is settled by what they have."""
+    if search.importance != "auto":
+        return search.importance
+    has_scales = any(group.norms or group.gates for group in groups)
+    # Ranked layer by layer, it is the layers' scales that count.
+    return "scale" if has_scales or search.grouping == "layer" else "weight_norm"
+
+
+def _why_unranked(group: ChannelGroup, importance: Importance) -> str | None:
+    if importance == "norm_scale" and not group.norms:
+        return "it has no norm, and search.importance is 'norm_scale'"
+    if importance == "gate" and not group.gates:
+        return "it has no gate, and search.importance is 'gate'"
+    if importance == "scale" and not group.norms and not group.gates:
+        return "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it without"
     return None
 
 

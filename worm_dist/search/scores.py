@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import SearchConfig
 from ..errors import ConfigError, NonFiniteError, WormError
 from .candidates import Candidates, NormCandidates
+from .choice import importance_of
 from .groups import ChannelGroup, Groups
 from .index import ScaleIndex
 
@@ -196,7 +197,7 @@ def score_of(
     coupling: Coupling = "max" if search.coupling == "max" else "mean"
     if own is not None:
         return OwnScore(own, network, groups)
-    if search.score == "weight_norm":
+    if importance_of(search, groups) == "weight_norm":
         return WeightNorm(network, groups, coupling)
     if search.grouping == "layer":
         return LayerScales(network, groups)

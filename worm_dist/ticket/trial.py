@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..cluster.agree import Ranks
 from ..config import SearchConfig
 from ..errors import ConfigError, DivergenceError
-from ..search.choice import chosen
+from ..search.choice import chosen, importance_of
 from ..search.copying import scratch
 from ..search.forward import run
 from ..search.groups import ChannelGroup, Groups
@@ -61,6 +61,12 @@ def agreed_groups(
             ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
         raise
     ranks.require_equal({"structure": groups.digests}, "attach")
+    by_weights = bool(groups) and importance_of(search, groups) == "weight_norm"
+    if by_weights and search.importance == "auto" and not any_group and ranks.rank == 0:
+        logger.warning(
+            "attach: no group has a norm or a gate, so channels are ranked by the norm of the "
+            "weights that make them; search.importance 'weight_norm' says so without this line"
+        )
     return groups
 
 
@@ -94,17 +100,13 @@ def find_drawable_groups(
         groups = groups.without(trial.inexact())
     if not groups and not optional:
         because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
-        ranked_by = {
-            "scale": " with a BatchNorm or a gate to rank its channels by",
-            "norm_scale": " with a BatchNorm to rank its channels by",
-            "gate": " with a gate to rank its channels by",
-            "weight_norm": "",
-        }[search.score]
-        raise ConfigError(
-            f"model: it has no channel group{ranked_by}. worm_dist.add_gates(network), before it "
-            "is wrapped, gives a transformer gates; search.score 'weight_norm' needs neither"
-            f"{because}"
-        )
+        lacks = {
+            "norm_scale": "with a BatchNorm to rank its channels by; search.importance 'auto' "
+            "needs none",
+            "gate": "with a gate to rank its channels by; worm_dist.add_gates(network), before it "
+            "is wrapped, gives a transformer gates, and search.importance 'auto' needs none",
+        }.get(search.importance, "of which channels can be dropped")
+        raise ConfigError(f"model: it has no channel group {lacks}{because}")
     return groups
 
 

@@ -22,4 +22,4 @@ def gated(network: nn.Module, search: SearchConfig) -> nn.Module:
         ConfigError: as ``add_gates``.
     """
     has_parts = bool(find_attentions(network)[0] or find_feed_forwards(network))
-    return add_gates(network) if has_parts and search.score in ("scale", "gate") else network
+    return add_gates(network) if has_parts and search.importance in ("auto", "gate") else network
