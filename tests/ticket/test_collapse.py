@@ -123,9 +123,9 @@ def test_outputs_may_be_of_any_form() -> None:
         engine.model(random_images(4, seed=number))["loss"].backward()
         engine.optimizer.step()
         engine.check()
-    _kill(network.network.bn0)
-    _kill(network.network.bn2)
     engine.optimizer.zero_grad()
     engine.optimizer.step()
+    _kill(network.network.bn0)
+    _kill(network.network.bn2)
     with pytest.raises(CollapseError, match=r"comes from network\.stem"):
         engine.check()
