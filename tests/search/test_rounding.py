@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil
+from math import ceil, lcm
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def _allowed(case: Case) -> dict[str, list[int]]:
             if count * widths[name] >= round_to
             and (count * widths[name] % round_to == 0 or count == size)
         ]
-        large = size * widths[name] > 4 * round_to
+        large = size * widths[name] > 4 * lcm(widths[name], round_to)
         allowed[name] = counts if large and counts else [kept]
     return allowed
 
@@ -236,6 +236,14 @@ def test_blocks_are_counted_in_channels_of_the_network() -> None:
     mask, scores = _mask(heads=(13, 16))
     assert _counts(rounded(mask, scores, 8, 0.0, widths={"heads": 12})) == {"heads": 12}
     assert _counts(rounded(mask, scores, 4, 0.0, widths={"heads": 12})) == {"heads": 13}
+
+
+def test_a_group_of_a_few_wide_units_is_left_alone() -> None:
+    """Convolutions in groups of eight, 56 channels wide: a unit is seven of them, and a multiple of
+    eight only all of them.  Rounding kept those whole, and took what was missing from others."""
+    mask, scores = _mask(grouped=(4, 8), other=(32, 64))
+    result = rounded(mask, scores, 8, 0.0, widths={"grouped": 7, "other": 1})
+    assert _counts(result) == {"grouped": 4, "other": 32}
 
 
 def test_blocks_move_between_layers_that_were_cut_apart() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ def rounded(
     lost: Tensor | None = None,
     widths: Mapping[str, int] | None = None,
 ) -> Mask:
-    """The mask with counts that are multiples of ``round_to`` in every group of more than
-    ``4 * round_to`` channels; smaller groups are left alone.
+    """The mask with counts that are multiples of ``round_to`` in every group of more than four
+    blocks; in smaller groups, which are left alone, it would say more than the scores.
 
     A group keeps a multiple, at least one and what the floor protects, or all of its channels.
     The total is the mask's own up to half a block, and further only where no group can give or take
@@ -62,7 +63,7 @@ def rounded(
     own: dict[str, int] = {}
     for (name, kept), gone in zip(mask.items(), lost.split(channels)):
         size, width = kept.numel(), widths[name]
-        if is_rounded(size * width, round_to):
+        if is_rounded(size * width, lcm(width, round_to)):
             own[name] = int(kept.sum()) * width
             ladders[name] = [
                 count * width
@@ -78,9 +79,9 @@ def rounded(
     return Mask({name: resized.get(name, kept) for name, kept in mask.items()})
 
 
-def is_rounded(num_channels: int, round_to: int) -> bool:
+def is_rounded(num_channels: int, block: int) -> bool:
     """Whether a group of so many channels of the network is large enough to be rounded."""
-    return num_channels > _BLOCKS_OF_A_ROUNDED_GROUP * round_to
+    return num_channels > _BLOCKS_OF_A_ROUNDED_GROUP * block
 
 
 def ratio_reached(mask: Mask) -> float:
