@@ -40,5 +40,5 @@ def _wrong(folder: Path) -> str:
 
 def _structure(name: str) -> str:
     family = FAMILIES[name]
-    search = SearchConfig(score=family.score)
+    search = SearchConfig(importance=family.score)
     return structure_of(find_drawable_groups(family.built(), family.inputs(0), search))
