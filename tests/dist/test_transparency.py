@@ -113,9 +113,8 @@ def test_a_control_without_a_search_needs_nothing_to_rank() -> None:
     nothing was to be searched."""
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = SGD(network.parameters(), lr=0.1)
-    engine = worm_dist.attach(
-        network, optimizer, WormConfig.preset("dense"), example_inputs=torch.zeros(1, 4)
-    )
+    config = WormConfig.preset("dense", search={"importance": "norm_scale"})
+    engine = worm_dist.attach(network, optimizer, config, example_inputs=torch.zeros(1, 4))
     (engine.model(torch.ones(2, 4)).sum() + engine.penalty()).backward()
     engine.optimizer.step()
     assert not engine.groups and engine.check().phase == "dense"
