@@ -88,7 +88,7 @@ def draw(
             again = training.wrapped_again()
             if cargo is not None:
                 cargo.unload(again.stepping, after)
-    except Exception:
+    except BaseException:  # an interrupt too must not leave a network of mixed widths
         before.restore()
         training.go_back()
         raise

@@ -56,6 +56,25 @@ def test_statistics_are_those_of_all_samples_of_all_ranks(
         torch.testing.assert_close(variance, samples.var(dim=(0, 2, 3)), rtol=1 / 1024, atol=0)
 
 
+def _synchronised() -> tuple[Tensor, Tensor, bool]:
+    """Rank one has three batches and rank zero one."""
+    network = nn.Sequential(nn.SyncBatchNorm(3), nn.Conv2d(3, 2, 1))
+    batches = [0] if dist.get_rank() == 0 else [1, 2, 3]
+    recalibrate(network, [_call(_batch(number)) for number in batches], _ranks())
+    return network[0].running_mean, network[0].running_var, "forward" in vars(network[0])
+
+
+def test_ranks_with_other_numbers_of_batches_do_not_wait_in_a_synchronised_norm(
+    ranks: Ranks,
+) -> None:
+    """It gathers the moments of every batch while it trains."""
+    samples = torch.cat([_batch(number) for number in range(4)])
+    for mean, variance, is_patched in ranks(2, _synchronised):
+        torch.testing.assert_close(mean, samples.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(variance, samples.var(dim=(0, 2, 3)), rtol=1 / 1024, atol=0)
+        assert not is_patched
+
+
 def _draw_with_dropout() -> tuple[bool, bool, list[Tensor], bool]:
     torch.manual_seed(0)
     network = Flattening()

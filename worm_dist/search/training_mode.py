@@ -7,8 +7,9 @@ statistics of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 
 from .forward import run
 
-__all__ = ["called_modules", "deciding_modules", "in_training"]
+__all__ = ["called_modules", "deciding_modules", "in_training", "norms_in_training"]
+
+_Norm = nn.modules.batchnorm._BatchNorm
 
 
 def deciding_modules(network: nn.Module, example_inputs: Any) -> tuple[str, ...]:
@@ -50,6 +53,32 @@ def in_training(network: nn.Module, modules: Collection[str]) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = False
+
+
+@contextmanager
+def norms_in_training(norms: Sequence[_Norm]) -> Iterator[None]:
+    """Within, these norms are in training mode, and their running statistics those of this rank's
+    newest batch; afterwards modes and momenta are what they were, statistics are not.
+
+    A SyncBatchNorm issues collectives in training mode.  Ranks have run different numbers of
+    batches, and a forward pass may fail on one of them, so within it normalises by itself.
+    """
+    modes = {norm: (norm.training, norm.momentum) for norm in norms}
+    synced = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
+    forwards = {norm: vars(norm).get("forward") for norm in synced}
+    try:
+        for norm in norms:
+            norm.training, norm.momentum = True, 1.0
+        for norm in synced:
+            vars(norm)["forward"] = partial(_Norm.forward, norm)
+        yield
+    finally:
+        for norm, (training, momentum) in modes.items():
+            norm.training, norm.momentum = training, momentum
+        for norm, forward in forwards.items():
+            del vars(norm)["forward"]
+            if forward is not None:
+                vars(norm)["forward"] = forward
 
 
 def called_modules(network: nn.Module, example_inputs: Any) -> set[nn.Module]:

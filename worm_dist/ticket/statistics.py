@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster.agree import Ranks
-from ..search.training_mode import in_training
+from ..search.training_mode import in_training, norms_in_training
 from .calls import Call, Norm
 
 __all__ = ["Statistics", "recalibrate"]
@@ -184,22 +184,17 @@ def _only_norms_train(network: nn.Module, sums: _Sums) -> Iterator[None]:
     """Within, the network is in eval mode but for these norms, which tell of every batch; then
     everything is put back, their statistics too."""
     modes = {module: module.training for module in network.modules()}
-    momenta = {norm: norm.momentum for norm in sums.norms}
     buffers = [(buffer, buffer.clone()) for norm in sums.norms for buffer in norm.buffers()]
     handles = [norm.register_forward_hook(sums.note, with_kwargs=True) for norm in sums.norms]
     try:
         network.eval()
-        for norm in sums.norms:
-            norm.train()
-            norm.momentum = 1.0  # running statistics are those of the newest batch
-        yield
+        with norms_in_training(sums.norms):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
         for buffer, value in buffers:
             buffer.copy_(value)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..search.nested import mapped, tensors_in
+from ..search.training_mode import norms_in_training
 
 __all__ = ["corners", "other_inputs", "take_other_values", "unsettle"]
 
@@ -63,17 +64,12 @@ def take_other_values(network: nn.Module, run: Callable[[], Any]) -> None:
 
 
 def _estimate_statistics(norms: list[Any], run: Callable[[], Any]) -> None:
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.training, norm.momentum = True, 1.0
     try:
-        run()
+        with norms_in_training(norms):
+            run()
     except ValueError:  # a batch that has one value for each channel has no variance
         for norm in norms:
             norm.reset_running_stats()
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.training, norm.momentum = False, momentum
 
 
 def corners(example_inputs: Any) -> Any:
