@@ -87,7 +87,7 @@ class Attachment:
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
         self.stepping: Stepping = self.wrapping.stepping_of(optimizer)
-        # What the user steps may be a wrapper of what is heard.
+        # The user may step a wrapper of the optimizer that hooks are registered on.
         own = self.wrapping.optimizer_of(self.stepping) is not self.stepping.optimizer
         self._given = None if own else optimizer
         self.trained = self.wrapping.averaged

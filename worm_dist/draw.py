@@ -111,7 +111,7 @@ def _on_every_rank(ranks: Ranks, where: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the others must not wait for this rank
         failure = error
-    lines = ranks.failures("" if failure is None else _told(failure))
+    lines = ranks.failures("" if failure is None else _described(failure))
     if lines:
         raise DrawError(
             f"{where}: {'; '.join(lines)}. Network, optimizer and statistics are as they were; "
@@ -119,7 +119,7 @@ def _on_every_rank(ranks: Ranks, where: str) -> Iterator[None]:
         ) from failure
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return str(error) if isinstance(error, WormError) else f"{type(error).__name__}: {error}"
 
 
@@ -137,7 +137,7 @@ def _rehearse(
         except Exception as error:  # whatever a foreign forward may raise
             raise DrawError(
                 "the network cannot be run on the example inputs any more, so that a draw cannot "
-                f"be rehearsed ({_told(error)}); attach anew with inputs that it takes"
+                f"be rehearsed ({_described(error)}); attach anew with inputs that it takes"
             ) from error
         reason = rehearsal.difference(groups, mask)
         for call in _distinct(calls):

@@ -21,7 +21,7 @@ _REFUSED = {
 
 
 def innermost(optimizer: object) -> Optimizer:
-    """The torch optimizer whose steps are heard and whose state is cut.
+    """The torch optimizer that step hooks are registered on and whose state is cut.
 
     Args:
         optimizer: what is given to ``attach``.
