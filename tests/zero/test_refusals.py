@@ -71,6 +71,25 @@ class Experts(nn.Module):
         return logits
 
 
+class Complex(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(10, dtype=torch.complex64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (super().forward(images) * self.phase).real
+
+
+class Words(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 10, sparse=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        words: Tensor = self.words(torch.arange(images.shape[0]))
+        return super().forward(images) + words
+
+
 class OneRank:
     """As much of Megatron's ``mpu`` as DeepSpeed asks for."""
 
@@ -152,6 +171,12 @@ CASES: Mapping[str, Case] = {
         {"zero_optimization": {"zero_quantized_gradients": True}},
     ),
     "pipeline": Case("pipeline parallelism cuts the network into stages", network=_pipeline),
+    "complex": Case("complex parameters have not been proved exact", 0, network=Complex),
+    "sparse": Case(
+        "sparse gradients are reduced by another path",
+        0,
+        network=Words,
+    ),
     "experts": Case("experts (MoE) are reduced in groups of their own", 0, network=Experts),
     "tensor parallelism": Case(
         "tensor parallelism spreads a channel over ranks", arguments={"mpu": OneRank()}

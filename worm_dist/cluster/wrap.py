@@ -16,6 +16,7 @@ from ..config import TruncationConfig
 from ..errors import BackendError
 from .agree import Alone, Ranks, Together
 from .optimizers import innermost
+from .sparse_weights import sparse_weights
 from .stepping import Stepping
 from .trained import only_these_train
 from .zero import Zero, is_zero
@@ -148,6 +149,18 @@ class DataParallel:
                     f"attach: the communication hook {name} keeps a state "
                     f"({type(state).__name__}) that would not fit the network after a draw"
                 )
+        if truncation.compression == "powersgd":
+            self._require_low_rank()
+
+    def _require_low_rank(self) -> None:
+        sparse = sparse_weights(self.network)
+        for name, parameter in self.network.named_parameters():
+            if parameter in self.averaged and (parameter.is_complex() or parameter in sparse):
+                kind = "complex numbers" if parameter.is_complex() else "sparse gradients"
+                raise BackendError(
+                    f"attach: parameter {name} has {kind}, of which PowerSGD knows nothing; choose "
+                    "truncation.compression 'none' or 'bf16'"
+                )
 
     def wrapped_again(self) -> nn.Module:
         """The network as it is now in a new wrapper with the same arguments, and with the user's
@@ -239,6 +252,8 @@ def _refuse(model: nn.Module, args: Any) -> None:
 
 def _averaged(model: DistributedDataParallel) -> frozenset[Tensor]:
     """What its reducer has been built for, which says so only through its buckets."""
+    if sparse_weights(model.module):  # whose buckets are empty before the first pass
+        return frozenset(p for p in model._module_parameters if p.requires_grad)
     buckets = model.reducer._get_zeros_like_grad_buckets()
     return frozenset(parameter for bucket in buckets for parameter in bucket.parameters())
 

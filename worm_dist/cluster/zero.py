@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..config import TruncationConfig
 from ..errors import BackendError, ConfigError
 from .agree import Ranks, Together
+from .sparse_weights import sparse_weights
 from .stepping import Stepping
 from .trained import only_these_train
 from .zero_stepping import CopyStepping, PartitionStepping
@@ -271,6 +272,10 @@ def _refusals(engine: Any) -> Iterator[str]:
         yield "optimizer offload keeps gradients on the CPU, past the reduction points; turn it off"
     if zero.offload_param is not None and zero.offload_param.device != "none":
         yield "parameter offload moves the weights away; turn it off"
+    if any(parameter.is_complex() for parameter in engine.module.parameters()):
+        yield "complex parameters have not been proved exact; use DistributedDataParallel"
+    if sparse_weights(engine.module):
+        yield "sparse gradients are reduced by another path; make embeddings with sparse=False"
     if zero.zero_quantized_gradients:
         yield "quantized gradients have another reduction; turn zero_quantized_gradients off"
     if stage in (1, 2) and not zero.contiguous_gradients:

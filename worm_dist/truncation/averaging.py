@@ -89,7 +89,9 @@ class AllReduce:
             return completed(elements), 0
         # Scaled before the sum, by multiplication, as DDP itself does without a hook.
         elements.mul_(1 / dist.get_world_size(self._process_group))
-        wire = self._wire(payload)
+        if elements.is_complex():  # rounded as they are, they would lose their imaginary part
+            elements = torch.view_as_real(elements)
+        wire = self._wire(payload, elements)
         work = dist.all_reduce(wire, group=self._process_group, async_op=True)
         reduced: torch.futures.Future[list[Tensor]] = work.get_future()
 
@@ -108,9 +110,8 @@ class AllReduce:
     ) -> None:
         pass
 
-    def _wire(self, payload: Payload) -> Tensor:
+    def _wire(self, payload: Payload, elements: Tensor) -> Tensor:
         """The elements as they are sent: themselves, or rounded into a buffer that is kept."""
-        elements = payload.elements
         if self._dtype is None or self._dtype == elements.dtype:
             return elements
         wire = self._wires.get(payload.bucket)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
@@ -25,11 +26,13 @@ class PackedReduction(Reduction, OwnState):
 
     Args:
         averaging: how the ranks average what lives.
+        process_group: that of the wrapper.
     """
 
-    def __init__(self, averaging: Averaging) -> None:
+    def __init__(self, averaging: Averaging, process_group: dist.ProcessGroup) -> None:
         super().__init__()
         self.averaging = averaging
+        self.process_group = process_group
         self._packings: dict[tuple[int, ...], Packing | None] = {}
 
     def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
@@ -98,6 +101,8 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
     """
     if state.rests:
         return completed(bucket.buffer()).then(lambda _: bucket.buffer())
+    if bucket.buffer().is_sparse:
+        return _sparse_allreduce(state, bucket.buffer())
     payload = state.payload(bucket)
     state.probe_bucket(zip(bucket.parameters(), payload.gradients))
     averaged, sent_bytes = state.averaging.start(payload)
@@ -111,3 +116,15 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
         return payload.whole
 
     return averaged.then(unpacked)
+
+
+def _sparse_allreduce(state: PackedReduction, gradient: Tensor) -> torch.futures.Future[Tensor]:
+    """Average a sparse gradient as DDP does without a hook: it has a bucket to itself, and no
+    channel group has a part of it."""
+    gradient.div_(dist.get_world_size(state.process_group))
+    num_bytes = gradient._indices().nbytes + gradient._values().nbytes
+    state.sent_bytes += num_bytes
+    state.dense_bytes += num_bytes
+    work = dist.all_reduce(gradient, group=state.process_group, async_op=True)
+    reduced: torch.futures.Future[list[Tensor]] = work.get_future()
+    return reduced.then(lambda reduced: reduced.value()[0])

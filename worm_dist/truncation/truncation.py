@@ -222,7 +222,7 @@ def _register_reduction(config: TruncationConfig, wrapping: DataParallel | Zero)
         averaging = LowRank(wrapping.process_group, config.compression_rank)
     else:
         averaging = AllReduce(wrapping.process_group, _WIRE_DTYPES.get(config.compression))
-    reduction = PackedReduction(averaging)
+    reduction = PackedReduction(averaging, wrapping.process_group)
     wrapping.model.register_comm_hook(reduction, packed_allreduce)
     return reduction
 
