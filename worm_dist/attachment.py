@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .cluster.stepping import Owners, Stepping
 from .cluster.wrap import DataParallel, OwnState, Wrapping, wrapping_of
@@ -102,15 +103,21 @@ class Attachment:
         self._went_on = False
         self._step_bytes = self.wrapping.step_bytes
         self._dense_bytes = self._step_bytes
+        self._passes: RemovableHandle | None = None
 
     def listen(
         self,
         remembered: RememberedCalls,
+        before_pass: Callable[[], None],
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
     ) -> None:
-        """Hear of every step from now on, and remember the newest inputs."""
+        """Hear of every pass and step from now on, and remember the newest inputs.
+
+        Args:
+            before_pass: called before a forward pass of the wrapper that is to be learnt from.
+        """
 
         def stepped(step: int) -> None:
             after_step(step)
@@ -125,6 +132,20 @@ class Attachment:
         called = self.wrapping.called
         self._observer = Observer(called, self.stepping, remembered, before_step, hold, stepped)
         self.recalibrates = remembered.is_on
+
+        def passes(model: nn.Module, args: Any) -> None:
+            if model.training and torch.is_grad_enabled():
+                before_pass()
+
+        self._before_pass = passes
+        if self.wrapping.process_group is not None:
+            self._passes = self.model.register_forward_pre_hook(passes)
+
+    def _follow_passes(self) -> None:
+        """Hear of those of another wrapper."""
+        if self._passes is not None:
+            self._passes.remove()
+            self._passes = self.model.register_forward_pre_hook(self._before_pass)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -155,6 +176,13 @@ class Attachment:
         if not self.step or (self._check_every.unit == "ep" and not self._is_told):
             return True
         return self.step - self._last_check >= self.num_steps(self._check_every)
+
+    @property
+    def check_has_just_become_due(self) -> bool:
+        """Whether the last step has made the next check due, as far as that is known."""
+        if self._check_every.unit == "ep" and self._steps_per_epoch is None:
+            return False
+        return bool(self.step) and self.since_last_check == self.num_steps(self._check_every)
 
     @property
     def since_last_check(self) -> int:
@@ -302,6 +330,7 @@ class Attachment:
         self.trained &= frozenset(self.network.parameters())  # gates may have gone
         self._step_bytes = self.wrapping.step_bytes
         self._wrapped_at, self._went_on = self.step, False
+        self._follow_passes()
 
     def go_back(self) -> None:
         """The network is again as it was; so is its wrapper, or another takes its place with the
@@ -310,6 +339,7 @@ class Attachment:
         self.wrapping = wrapping_of(self.model)
         self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
         self._wrapped_at, self._went_on = self.step, False
+        self._follow_passes()
 
     def recalibrate_alive(self, groups: Groups, told: set[str]) -> None:
         """The same, of a network that must answer.  Collective.
@@ -334,5 +364,8 @@ class Attachment:
     def remove(self) -> None:
         """Hear nothing of the training, and leave its gradients alone, from now on."""
         self._observer.remove()
+        if self._passes is not None:
+            self._passes.remove()
+        self._passes = None
         if self.reduction is not None:
             self.reduction.remove()  # after a draw it is another than truncation's

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from .admission import agreed_mask, require_live_survivors, require_reversible
 from .attachment import Attachment, require_countable
 from .cluster.agree import bits
+from .cluster.attendance import Attendance
 from .config import WormConfig
 from .draw import draw
 from .errors import ConfigError
@@ -119,6 +120,9 @@ class Engine(Resumable):
         require_alone(self._training.wrapping.called)
         self._training.wrapping.require_fit(config.truncation)
         self._ranks = self._training.ranks
+        self._attendance = Attendance(self._training.wrapping.process_group)
+        self._num_passes = 0
+        self._offered_at = -1
         own = None if score is None else getattr(score, "__qualname__", type(score).__name__)
         self._settings = {**plain_settings(config), "score": own}
         self._steps_per_epoch = steps_per_epoch
@@ -161,6 +165,7 @@ class Engine(Resumable):
         self._usage_errors = UsageErrors(self._training, wants_penalty)
         self._training.listen(
             RememberedCalls(num_calls, config.ticket.recalibrate_memory_mb << 20),
+            self._before_pass,
             self._before_step,
             lambda step, owners: self._truncation.hold(step, owners),
             self._after_step,
@@ -190,16 +195,19 @@ class Engine(Resumable):
         self._usage_errors.require_heard()
         is_due = self._training.check_is_due
         cuts_mask = is_due and not self._removes
-        if is_due:
-            self._require_training()
-            self._training.begin_check()
-        if cuts_mask:
-            self._verdict = self._next_mask()
-        could_draw = self._verdict.stage or self._verdict.ticket
-        self._verdict = self._completed(self._verdict, new_mask=cuts_mask)
-        can_draw = self._verdict.stage or self._verdict.ticket
-        if self._removes and (is_due or (can_draw and not could_draw)):
-            self._training.recalibrate_alive(self._channels.groups, self._told_dead)
+        with self._attendance.at(self._here("check"), is_due):
+            if is_due:
+                self._require_training()
+                self._training.begin_check()
+            if cuts_mask:
+                self._verdict = self._next_mask()
+            could_draw = self._verdict.stage or self._verdict.ticket
+            self._verdict = self._completed(self._verdict, new_mask=cuts_mask)
+            can_draw_now = not could_draw and (self._verdict.stage or self._verdict.ticket)
+            if self._removes and (is_due or can_draw_now):
+                self._training.recalibrate_alive(self._channels.groups, self._told_dead)
+        if can_draw_now:
+            self._offered_at = self.step
         return self._verdict
 
     def _next_mask(self) -> Verdict:
@@ -313,7 +321,9 @@ class Engine(Resumable):
         is_complete = mask is not None or self._verdict.ticket
         where = f"draw at step {self.step}"
         mask = self._what_has_left() if mask is None else mask
-        mask = agreed_mask(self._ranks, self.groups, mask, where, copies)
+        with self._attendance.at(self._here("draw")):
+            mask = agreed_mask(self._ranks, self.groups, mask, where, copies)
+        self._offered_at = -1
         require_reversible(self.groups, mask, self._channels.removed, where)
         frozen = self._channels.in_dense(self._truncation.frozen)
         require_live_survivors(self.groups, mask, frozen)
@@ -337,7 +347,9 @@ class Engine(Resumable):
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._penalised = True
         used = None if self._usage is None else self._usage.take()
-        return self.config.search.l1 * self._ranking.penalty(used)
+        penalty = self.config.search.l1 * self._ranking.penalty(used)
+        self._usage_errors.follow_penalty(penalty)
+        return penalty
 
     def watch(self, loss: Tensor) -> None:
         """Tell the engine the loss of a forward pass, of this rank's data and without the penalty.
@@ -435,6 +447,7 @@ class Engine(Resumable):
         errors.require_step(num_steps, is_first=not self._has_checked)
         errors.require_unchanged(f"check at step {self.step}")
         errors.warn_of_no_penalty()
+        errors.warn_of_scaled_penalty(self.config.search.l1)
         self._has_checked = True
 
     @property
@@ -550,6 +563,19 @@ class Engine(Resumable):
             paused=self._removes and self._removal.is_paused,
         )
 
+    def _before_pass(self) -> None:
+        """A rank that goes on although a call is due lets others wait in it for ever."""
+        if self._searching and self._training.check_has_just_become_due:
+            self._attendance.go_past(self._here("check"))
+        if self._searching and self._offered_at == self.step:
+            self._attendance.go_past(self._here("draw"))
+        self._num_passes += 1
+
+    def _here(self, call: str) -> str:
+        """A call and its place in the training, the same on all ranks."""
+        passes = f", {self._num_passes} passes later" if self._num_passes else ""
+        return f"{call} at step {self.step}{passes}"
+
     def _forget_pass(self) -> None:
         self._penalised = False
         if self._usage is not None:
@@ -561,6 +587,7 @@ class Engine(Resumable):
         self._penalised = False
 
     def _after_step(self, step: int) -> None:
+        self._num_passes = 0
         self._truncation.after_step(step)
         self._guard.after_step()
         if self.phase is Phase.TRUNCATE and self._removal.num_waiting:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attachment import Attachment
 from .errors import BackendError, ConfigError
@@ -13,6 +15,8 @@ from .ticket.calls import RememberedCalls
 __all__ = ["UsageErrors", "require_alone"]
 
 logger = logging.getLogger(__name__)
+
+_SMALLEST_LOSS_SCALE = 2**8
 
 
 def require_alone(network: nn.Module) -> None:
@@ -40,6 +44,9 @@ class UsageErrors:
         self._training = training
         self._wants_penalty = wants_penalty
         self._num_steps = 0
+        self._listens = True
+        self._has_warned = False
+        self._factors: list[Tensor] = []
         self._step = 0
         self._moves: int | None = None
         self.follow()
@@ -58,6 +65,12 @@ class UsageErrors:
         """A step, with the penalty in its loss or without."""
         self._num_steps += 1
         self._wants_penalty &= not penalised
+        self._listens &= not self._factors
+
+    def follow_penalty(self, penalty: Tensor) -> None:
+        """Note how many times it enters the loss, in the first step after a check."""
+        if self._listens and penalty.requires_grad:
+            penalty.register_hook(self._factors.append)
 
     def require_heard(self) -> None:
         """Between two calls weights must not move without a step that is heard.
@@ -113,9 +126,38 @@ class UsageErrors:
                     self._num_steps,
                 )
 
+    def warn_of_scaled_penalty(self, l1: float) -> None:
+        """Multiplied by hand it is another penalty than the settings say."""
+        factors = [float(factor) for factor in self._factors]
+        self._factors.clear()
+        self._listens = not self._has_warned
+        if not factors or self._has_warned or _is_whole(factors):
+            return
+        self._has_warned, self._listens = True, False
+        if self._training.ranks.rank == 0:
+            logger.warning(
+                "check: engine.penalty() enters the loss %.4g times, so that scales are penalised "
+                "by %.4g instead of search.l1 = %.4g; add it to the loss as it is, and write what "
+                "you want into search.l1",
+                sum(factors),
+                sum(factors) * l1,
+                l1,
+            )
+
     def _unheard(self) -> str:
         return (
             f"no optimizer step has been heard since step {self._step}. The engine listens to the "
             f"{type(self._training.optimizer).__name__} that it was attached with: one that is "
             "made anew needs a new attach"
         )
+
+
+def _is_whole(factors: Sequence[float]) -> bool:
+    """Whether the passes of a step had the penalty in their losses once each, or once all together;
+    or as many times as a loss scaler multiplies the loss, which is a power of two."""
+
+    def once(factor: float) -> bool:
+        scaled = factor >= _SMALLEST_LOSS_SCALE and math.log2(factor).is_integer()
+        return scaled or math.isclose(factor, 1, rel_tol=0.01)
+
+    return once(sum(factors)) or all(map(once, factors))

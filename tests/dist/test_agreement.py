@@ -16,7 +16,6 @@ import worm_dist
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Outcome, Ranks
-from tests.settings import at_once
 from worm_dist import DivergenceError, Engine, Mask, WormConfig
 from worm_dist.search.ranking import Ranking
 
@@ -230,8 +229,8 @@ def _remove_without_knowing_an_epoch() -> None:
 
 
 def test_an_epoch_of_unknown_length_is_refused_by_every_rank(ranks: Ranks) -> None:
-    """Rank zero alone decided whether the ticket was found, and alone noticed that it could not tell
-    how long an epoch is; the others waited for its verdict."""
+    """Rank zero alone decided whether the ticket was found, and alone noticed that it could not
+    tell how long an epoch is; the others waited for its verdict."""
     for outcome in ranks.outcomes(2, _remove_without_knowing_an_epoch, group_timeout=4):
         assert outcome.error == "ConfigError", str(outcome)
         assert "give steps_per_epoch" in outcome.text

@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from timm.optim.lookahead import Lookahead
 from torch import Tensor, nn
 from torch.distributed._composable import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 import worm_dist
 from tests.nets import Plain, random_images
 from tests.oracles import mask_dropping
-from tests.ranks import NO_GROUP, Ranks
-from worm_dist import BackendError, ConfigError, WormConfig, WormError
+from tests.ranks import Ranks
+from worm_dist import BackendError, WormError
 
 
 class Sam(Optimizer):
@@ -125,9 +123,7 @@ def test_the_inner_optimizer_of_sam_is_heard() -> None:
             step()
         assert engine.step == expected
     engine.draw(mask_dropping(engine.groups, 0, 3))
-    assert all(
-        sam.base.state[p]["momentum_buffer"].shape == p.shape for p in network.parameters()
-    )
+    assert all(sam.base.state[p]["momentum_buffer"].shape == p.shape for p in network.parameters())
 
 
 def test_behind_a_wrapper_that_adds_nothing_the_inner_optimizer_is_heard() -> None:
@@ -169,9 +165,7 @@ _WRAPPERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def _refusal(name: str) -> str:
     network = _WRAPPERS[name][0]()
     try:
-        worm_dist.attach(
-            network, SGD(network.parameters(), 0.1), example_inputs=random_images(1)
-        )
+        worm_dist.attach(network, SGD(network.parameters(), 0.1), example_inputs=random_images(1))
     except BackendError as error:
         return str(error)
     return "nothing"

@@ -105,7 +105,12 @@ def _engine(rank: int = 1, rule: str = "hold", **changes: Any) -> Engine:
     network: nn.Module = Residual()
     randomise(network, seed=3)
     arguments = changes.pop("wrapper", {})
-    truncation = {"compression": "powersgd", "compression_rank": rank, "frozen_weights": rule, **changes}
+    truncation = {
+        "compression": "powersgd",
+        "compression_rank": rank,
+        "frozen_weights": rule,
+        **changes,
+    }
     model = DistributedDataParallel(network, **arguments)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     config = WormConfig(truncation=truncation)

@@ -179,7 +179,10 @@ def _searched(truncation: dict[str, Any]) -> tuple[list[str], list[str]]:
     return course.resumed(lambda: Parallel(config, "sgd")), phases[:8]
 
 
-@pytest.mark.parametrize("truncation", [{}, {"mode": "soft"}, {"removal": {"duration": "6ba", "fade_steps": 2, "stage": 0.3}}])
+@pytest.mark.parametrize(
+    "truncation",
+    [{}, {"mode": "soft"}, {"removal": {"duration": "6ba", "fade_steps": 2, "stage": 0.3}}],
+)
 def test_masks_verdicts_and_distances_are_the_same_too(
     ranks: Ranks, truncation: dict[str, Any]
 ) -> None:

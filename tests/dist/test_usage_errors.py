@@ -1,4 +1,4 @@
-"""Mistakes in a loop of the user's own: one clear line at the first moment that they can be known."""
+"""Mistakes in a loop of the user's own: one clear line at the first moment they can be known."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_optimizer_that_was_made_anew_is_not_heard(steps_per_epoch: int | Non
     loop.engine.check()
     loop.optimizer = SGD(loop.network.parameters(), lr=0.1)
     loop.train(1)
-    with pytest.raises(ConfigError, match="no optimizer step has been heard since step 2.* SGD"):
+    with pytest.raises(ConfigError, match=r"no optimizer step has been heard since step 2.* SGD"):
         loop.engine.check()
 
 
@@ -152,6 +152,40 @@ def test_a_loss_without_the_penalty_is_warned_of_once(
             loop.train(2, penalty)
             loop.engine.check()
     assert sum("engine.penalty()" in line for line in caplog.messages) == (not penalty)
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ([0.1], "0.1 times"),
+        ([10.0], "10 times"),
+        ([0.5, 0.25], "0.75 times"),
+        ([1.0], ""),
+        ([0.25] * 4, ""),
+        ([1.0] * 3, ""),
+        ([0.0, 1.0], ""),
+        ([65536.0], ""),
+        ([1024.0, 1024.0], ""),
+    ],
+)
+def test_a_penalty_that_is_scaled_is_warned_of_once(
+    factors: list[float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scales were penalised by something else than the settings said.  Passes that share a step,
+    and a loss scaler, are no mistake."""
+    loop = _Loop()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            loop.optimizer.zero_grad()
+            for factor in factors:
+                loss = loop.engine.model(random_images(4)).square().mean()
+                (loss + factor * loop.engine.penalty()).backward()
+            loop.optimizer.step()
+            if loop.engine.step % 2 == 0:
+                loop.engine.check()
+    lines = [line for line in caplog.messages if "enters the loss" in line]
+    assert len(lines) == bool(said)
+    assert all(said in line for line in lines)
 
 
 def test_no_penalty_is_missed_where_none_is_wanted(caplog: pytest.LogCaptureFixture) -> None:

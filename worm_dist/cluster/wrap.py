@@ -50,6 +50,7 @@ class Bare:
         self.network = _not_compiled(called)
         self.ranks: Ranks = Alone()
 
+    process_group = None
     step_bytes = 0
     keeps_hooks = False
 
