@@ -71,7 +71,8 @@ class Snapshot:
             parameter.grad = gradient
             parameter.requires_grad_(trains)
         for buffer, value in self._buffers:
-            buffer.copy_(value)
+            if not buffer.is_inference():  # what was made in inference mode nobody can write to
+                buffer.copy_(value)
         for optimizer, states, groups in self._optimizers:
             optimizer.state.clear()
             for key, state in states.items():

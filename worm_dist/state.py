@@ -154,6 +154,7 @@ class _Call(_Part):
     dtype: str
     autocast: bool
     training_norms: list[str]
+    copied: bool
 
 
 class _Rank(_Part):

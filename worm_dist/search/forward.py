@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .nested import mapped, tensors_in
 
-__all__ = ["floats", "run", "undisturbed"]
+__all__ = ["buffers_kept", "floats", "run", "undisturbed"]
 
 
 def run(network: nn.Module, example_inputs: Any) -> Any:
@@ -59,3 +59,23 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, trained in trains.items():
             parameter.requires_grad_(trained)
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Within, forward passes may write to statistics, queues and the like; afterwards all buffers
+    are the same tensors with the same values, also after an error."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in network.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer  # a pass may have put another in its place
+            if not buffer.is_inference():  # what was made in inference mode nobody can write to
+                with torch.no_grad():
+                    buffer.copy_(value)

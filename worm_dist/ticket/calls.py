@@ -64,7 +64,7 @@ class RememberedCalls:
 
     They are kept by reference as long as nobody writes to them.  A loop that copies every batch
     into one buffer, or a network that normalises its inputs in place, is noticed one pass later;
-    from then on they are copied.
+    what has been written over is forgotten, and from then on they are copied.
 
     It belongs to the network and so goes where its copies go, to an AveragedModel or a file; a copy
     of it remembers nothing and knows nothing of the training.
@@ -95,10 +95,9 @@ class RememberedCalls:
         if not network.training or not self.is_on:
             return
         given = list(tensors_in((args, kwargs)))
-        if not self._copies:
-            self._copies = self._must_copy(given)
-        if len(intact := self.calls) < len(self._calls):
-            self.replace(intact)
+        apart = self._apart_from(given)
+        self._copies |= len(apart) < len(self._calls) or any(t.is_inference() for t in given)
+        self.replace(apart)
         positional, keywords = mapped((args, kwargs), _copied if self._copies else Tensor.detach)
         kept = [] if self._copies else list(tensors_in((positional, keywords)))
         device = next(network.parameters()).device.type
@@ -119,13 +118,15 @@ class RememberedCalls:
         )
         self._bound()
 
-    def _must_copy(self, given: Sequence[Tensor]) -> bool:
-        """Whether what is remembered has been written to, or is about to be."""
-        if any(tensor.is_inference() for tensor in given):
-            return True
+    def _apart_from(self, given: Sequence[Tensor]) -> list[Call]:
+        """The calls that nobody has written to, and that do not lie where these tensors do: torch
+        does not count what is written by way of numpy or of ``data``."""
         places = {tensor.data_ptr() for tensor in given if tensor.numel()}
-        again = any(t.data_ptr() in places for call in self._calls for t, _ in call.versions)
-        return again or not all(call.is_intact for call in self._calls)
+        return [
+            call
+            for call in self.calls
+            if not any(tensor.data_ptr() in places for tensor, _ in call.versions)
+        ]
 
     def _bound(self) -> None:
         sizes = [
@@ -137,7 +138,9 @@ class RememberedCalls:
             sizes.pop(0)
 
     def replace(self, calls: Sequence[Call]) -> None:
-        """As if these had been the newest calls."""
+        """As if these had been the newest calls.  After copies come copies: a run that is resumed
+        need not find out once more, by losing a batch, that all lie in one place."""
+        self._copies |= any(not call.versions for call in calls)
         self._calls.clear()
         self._calls.extend(calls)
 
@@ -178,6 +181,7 @@ def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
                 "dtype": str(call.dtype).removeprefix("torch."),
                 "autocast": call.autocast,
                 "training_norms": sorted(call.training_norms),
+                "copied": not call.versions,
             }
         )
     return plain
@@ -193,6 +197,7 @@ def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Ca
             return tensor if next(on_cpu) else tensor.to(device)
 
         positional, keywords = mapped(call["arguments"], placed)
+        tensors = [] if call["copied"] else tensors_in((positional, keywords))
         calls.append(
             Call(
                 tuple(positional),
@@ -201,6 +206,7 @@ def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Ca
                 getattr(torch, call["dtype"]),
                 call["autocast"],
                 frozenset(call["training_norms"]),
+                tuple((tensor, tensor._version) for tensor in tensors),
             )
         )
     return calls

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster.agree import Ranks
+from ..search.forward import buffers_kept, undisturbed
 from ..search.training_mode import in_training, norms_in_training
 from .calls import Call, Norm
 
@@ -123,8 +124,7 @@ def _run_all(
 ) -> Exception | None:
     """Run every batch; returns why the newest one that could not be run could not."""
     failure: Exception | None = None
-    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), _only_norms_train(network, sums):
+    with undisturbed(network), _only_norms_train(network, sums):
         for call in calls:
             # Some want their whole code in training mode, with targets and the like.
             for composed in (False, True):
@@ -181,22 +181,15 @@ class _Sums:
 
 @contextmanager
 def _only_norms_train(network: nn.Module, sums: _Sums) -> Iterator[None]:
-    """Within, the network is in eval mode but for these norms, which tell of every batch; then
-    everything is put back, their statistics too."""
-    modes = {module: module.training for module in network.modules()}
-    buffers = [(buffer, buffer.clone()) for norm in sums.norms for buffer in norm.buffers()]
+    """Within, of a network in eval mode these norms train, and tell of every batch; then what a
+    pass writes to is put back, their statistics too."""
     handles = [norm.register_forward_hook(sums.note, with_kwargs=True) for norm in sums.norms]
     try:
-        network.eval()
-        with norms_in_training(sums.norms):
+        with buffers_kept(network), norms_in_training(sums.norms):
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 @contextmanager
