@@ -70,8 +70,10 @@ def attach(
         optimizer: of the model's parameters.  A DeepSpeed engine has its own: leave it out, or give
             what ``deepspeed.initialize`` returned.
         config: default ``WormConfig()``.
-        example_inputs: a small input, a tuple of inputs or a dict of keyword inputs, on the
-            model's device; the network is traced with it.
+        example_inputs: a small input on the model's device, with which the network is traced: a
+            tensor for ``model(x)``, a tuple or list for ``model(x, y)``, a dict of keyword inputs
+            for ``model(images=x)``.  They may be nested; one input that is itself a list or a dict,
+            as detection networks take them, stands in a tuple: ``([image, image],)``.
         steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
             epochs: then it is counted between two checks.
         score: of your own, instead of ``search.importance``: called with the network and a group,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
 from .forward import undisturbed
-from .nested import tensors_in
 
 __all__ = ["copied", "scratch"]
 
@@ -39,31 +39,51 @@ def scratch(network: nn.Module) -> Iterator[nn.Module]:
 def copied(network: nn.Module) -> nn.Module:
     """A copy that shares nothing with the network but what cannot be copied, such as locks and
     process groups, and nothing with its training: what hooks it holds are the network's own, and
-    the graph of tensors that it keeps is left behind.
+    the graph of tensors that it keeps is left behind."""
+    with _GraphsLeftBehind():
+        try:
+            return copy.deepcopy(network)
+        except Exception:  # whatever a foreign part may raise
+            shared = (
+                part
+                for module in network.modules()
+                for part in _parts(vars(module))
+                if not _copies(part)
+            )
+            return copy.deepcopy(network, {id(part): part for part in shared})
 
-    torch refuses to copy tensors that have a graph.  Networks keep such: a feature for a loss of
-    its own, a weight that ``weight_norm`` or ``prune`` has computed.
+
+class _GraphsLeftBehind(TorchFunctionMode):
+    """Within, tensors that have a graph are copied without it; torch refuses to copy them.
+
+    Networks keep such, and so do hooks: a feature for a loss of its own, a weight that
+    ``weight_norm`` or ``prune`` has computed.
     """
-    memo: dict[int, Any] = {
-        id(tensor): tensor.detach().clone()
-        for module in network.modules()
-        for tensor in tensors_in(vars(module))
-        if not tensor.is_leaf
-    }
-    try:
-        return copy.deepcopy(network, dict(memo))
-    except Exception:  # whatever a foreign part may raise
-        for module in network.modules():
-            memo |= {id(value): value for value in vars(module).values() if not _copies(value)}
-        return copy.deepcopy(network, memo)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
-def _copies(value: object) -> bool:
-    """Whether an attribute of a module can be copied; what holds its tensors and modules can."""
-    if isinstance(value, (dict, nn.Module)) or any(True for _ in tensors_in(value)):
+def _parts(value: Any) -> Iterator[Any]:
+    """What a module's attributes hold, also in containers."""
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _copies(part: Any) -> bool:
+    """Whether a part of a module can be copied; modules, and methods of modules, are not asked."""
+    if isinstance(getattr(part, "__self__", part), (nn.Module, Tensor)):
         return True
     try:
-        copy.deepcopy(value)
+        copy.deepcopy(part)
     except Exception:  # whatever a foreign part may raise
         return False
     return True

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checkpointing import checkpointing_off
 from .flow import Stream, streams
 from .forward import floats, undisturbed
 from .graph import Graph
@@ -53,7 +54,7 @@ def coupled_layers(
     Returns:
         The sets, and the modules that could not be traced, each with the reason.
     """
-    with undisturbed(network), torch.enable_grad():
+    with undisturbed(network), checkpointing_off(), torch.enable_grad():
         # The graph follows autograd, which does not see what does not train.
         network.requires_grad_(True)
         tracer = _Tracer(network, example_inputs, opaque)

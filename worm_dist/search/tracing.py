@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from .attention import Attention, find_attentions, weight_of
@@ -25,6 +26,10 @@ __all__ = ["find_groups"]
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
 _PUT_OUT = "its channels are what the network puts out"
+_MADE_LATE = (
+    "model: its parameter {name} is made, or gets another name, by its first forward pass; run it "
+    "once, then wrap it, make the optimizer and attach"
+)
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -39,11 +44,13 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
 
     Raises:
         ConfigError: the network cannot be run with these inputs, or not be copied; parts of it are
-            TorchScript, or were made in inference mode.
+            TorchScript, were made in inference mode, or are made by the first forward pass.
     """
     _require_modules(network)
     with scratch(network) as apart:
-        return _groups(apart, example_inputs)
+        groups = _groups(apart, example_inputs)
+        _require_parameters_of(apart, network)
+    return groups
 
 
 def _groups(network: nn.Module, example_inputs: Any) -> Groups:
@@ -93,11 +100,22 @@ def _require_modules(network: nn.Module) -> None:
                 "looked into; give the module that torch.jit.script was given"
             )
     for name, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(_MADE_LATE.format(name=name))
         if parameter.is_inference():
             raise ConfigError(
                 f"model: parameter {name} was made in inference mode and cannot be trained; build "
                 "the network outside of torch.inference_mode"
             )
+
+
+def _require_parameters_of(apart: nn.Module, network: nn.Module) -> None:
+    """A copy that has run must have the network's parameters."""
+    late = {name for name, _ in apart.named_parameters()} ^ {
+        name for name, _ in network.named_parameters()
+    }
+    if late:
+        raise ConfigError(_MADE_LATE.format(name=min(late)))
 
 
 def _require_runs(network: nn.Module, example_inputs: Any) -> None:
@@ -107,7 +125,17 @@ def _require_runs(network: nn.Module, example_inputs: Any) -> None:
     except Exception as error:  # whatever a foreign forward may raise
         raise ConfigError(
             f"model: it does not run on the example inputs: {type(error).__name__}: {error}"
+            f"{_hint(example_inputs)}"
         ) from error
+
+
+def _hint(example_inputs: Any) -> str:
+    """What is most often meant."""
+    if isinstance(example_inputs, list):
+        return ". A list is taken for several inputs; one input that is a list is ([...],)"
+    if isinstance(example_inputs, Mapping):
+        return ". A dict is taken for keyword inputs; one input that is a dict is ({...},)"
+    return ""
 
 
 class _Reading:
