@@ -153,6 +153,58 @@ def test_with_an_example_that_reaches_all_nothing_stays_dense() -> None:
     assert find_drawable_groups(Both(), random_images(2)).num_channels == 16 + 12
 
 
+@pytest.mark.parametrize("width", range(4, 9))
+def test_a_first_channel_that_becomes_the_last_is_found(width: int) -> None:
+    """It is no difference where only one channel is left, or where only others go."""
+    network = _Branching(lambda x: torch.cat([x[:, 1:], x[:, :1]], dim=1), width)
+    assert find_drawable_groups(network, random_images(1)).sizes == {"second": 10}
+
+
+class _Hiding(_Branching):
+    """Nothing of what the second layer puts out passes a threshold."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.second(self.branch(self.norm(self.first(images))))
+        outer = self.norm2(features)
+        logits: Tensor = self.head((outer * (outer > 1000)).mean(dim=(2, 3)))
+        return logits
+
+
+def test_what_a_threshold_hides_is_found_in_the_layer_that_reads_it() -> None:
+    for name, branch in _INEXACT.items():
+        groups = find_drawable_groups(_Hiding(branch), random_images(1))
+        assert groups.sizes == {"second": 10}, name
+    for name, branch in _EXACT.items():
+        groups = find_drawable_groups(_Hiding(branch), random_images(1))
+        assert groups.sizes == {"first": 32, "second": 10}, name
+
+
+class _Switching(nn.Module):
+    """While it trains another norm takes the place of one, and an auxiliary head reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(9, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.third, self.norm3 = nn.Conv2d(8, 7, 3, padding=1), nn.BatchNorm2d(7)
+        self.head, self.auxiliary = nn.Linear(7, 5), nn.Linear(9, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        both = torch.cat([self.norm(self.first(images)), images], dim=1)
+        features = self.norms[int(self.training)](self.second(both)).relu()
+        logits: Tensor = self.head(self.norm3(self.third(features)).relu().mean(dim=(2, 3)))
+        return logits + self.auxiliary(both.mean(dim=(2, 3))) if self.training else logits
+
+
+def test_a_head_of_training_mode_beside_a_norm_of_eval_mode_keeps_its_inputs() -> None:
+    """Only eval mode was tried: after a draw the first step of training failed."""
+    groups = find_drawable_groups(_Switching(), random_images(2))
+    assert groups.sizes == {"third": 7}
+    assert groups.dense["norm"].startswith("without some of its channels the network fails")
+    assert "norms.1, which the example inputs do not reach" in groups.dense["norms.0"]
+
+
 class _Many(nn.Module):
     """Blocks of one kind, none of which can be drawn."""
 

@@ -22,13 +22,16 @@ __all__ = ["called_modules", "deciding_modules", "in_training", "norms_in_traini
 _Norm = nn.modules.batchnorm._BatchNorm
 
 
-def deciding_modules(network: nn.Module, example_inputs: Any) -> tuple[str, ...]:
+def deciding_modules(
+    network: nn.Module, example_inputs: Any, may_lack: bool = False
+) -> tuple[str, ...]:
     """The modules, by name, in training mode of which parts of the network run that otherwise do
     not; none if there are no such parts.
 
     Args:
         network: not wrapped, in eval mode.
         example_inputs: as for ``forward.run``.
+        may_lack: whether other parts may run in eval mode only, so that neither mode shows all.
     """
     composed = tuple(
         name for name, module in network.named_modules() if any(True for _ in module.children())
@@ -39,7 +42,7 @@ def deciding_modules(network: nn.Module, example_inputs: Any) -> tuple[str, ...]
             in_both = called_modules(network, example_inputs)
     except Exception:  # a forward that wants more while it trains, such as targets
         return ()
-    return composed if in_both > in_eval else ()
+    return composed if in_both > in_eval or (may_lack and in_both - in_eval) else ()
 
 
 @contextmanager

@@ -8,20 +8,21 @@ whole network with the same channels silenced.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..search.copying import copied
-from ..search.forward import floats, run
+from ..search.forward import buffers_kept, floats, run
 from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.nested import mapped
 from ..search.training_mode import deciding_modules, in_training
+from .readers import Heard, Readers, alike
 from .surgery import cuts_of, remove_channels, shapes_of
 
 __all__ = ["Rehearsal", "difference"]
@@ -30,6 +31,8 @@ __all__ = ["Rehearsal", "difference"]
 # does not, above all where a GPU rounds convolutions to ten bits.
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
 _COARSE_TOLERANCE = 1e-2
+_SOMETHING_ELSE = "without some of its channels the network computes something else"
+_Within: TypeAlias = AbstractContextManager[None]
 
 
 class Rehearsal:
@@ -53,7 +56,7 @@ class Rehearsal:
         except Exception:  # a forward that insists on its own precision
             self.network = copied(network)
             self._inputs = example_inputs
-        deciding = deciding_modules(self.network, self._inputs)
+        deciding = deciding_modules(self.network, self._inputs, may_lack=True)
         if deciding:
             self._modes[deciding] = True
             one, other = self._outputs(self.network), self._outputs(self.network)
@@ -69,8 +72,19 @@ class Rehearsal:
             mask: of these groups.
             dropping: the groups that lose any; default all of them.
         """
-        silenced = copy.deepcopy(self.network)
-        return difference(silenced, self._outputs, groups, mask, dropping)
+        silenced = copied(self.network)
+        tried = groups if dropping is None else dropping
+        readers = Readers(silenced, tried, groups, mask)
+        heard: list[Heard] = []
+
+        def run_on(network: nn.Module) -> list[Tensor]:
+            heard.append([])
+            return self._outputs(network, partial(readers.heard, heard[-1]))
+
+        reason = difference(silenced, run_on, groups, mask, dropping)
+        if reason is None and not alike(*heard):
+            return f"{_SOMETHING_ELSE} in a layer that reads them"
+        return reason
 
     def run(self) -> None:
         """One forward pass of the copy, as it is."""
@@ -82,13 +96,16 @@ class Rehearsal:
         outputs = self._outputs(self.network)
         return all(bool(output.isfinite().all()) for output in outputs)
 
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
+    def _outputs(
+        self, network: nn.Module, listening: Callable[[nn.Module], _Within] | None = None
+    ) -> list[Tensor]:
         """In eval mode, and in training mode if there more of the network runs; of what is random
         only the shape.  Where the network puts out nothing, as a detector that finds nothing, what
-        its parts put out."""
+        its parts put out.  It is listened to while what it does is not random."""
         outputs: list[Tensor] = []
         for deciding, exact in self._modes.items():
-            with in_training(network, deciding), _parts_overheard(network) as overheard:
+            heard = listening(network) if listening is not None and exact else nullcontext()
+            with in_training(network, deciding), _parts_overheard(network) as overheard, heard:
                 given = list(floats(run(network, self._inputs)))
                 given = given or overheard
                 outputs += given if exact else map(torch.zeros_like, given)
@@ -128,7 +145,8 @@ def difference(
         dropping: the groups that lose any; default all of them.
     """
     _silence(network, groups if dropping is None else dropping, mask)
-    expected = run_on(network)
+    with buffers_kept(network):  # what is put out may depend on queues and the like
+        expected = run_on(network)
     remove_channels(network, cuts_of(groups, mask, shapes_of(network)))
     try:
         outputs = run_on(network)
@@ -142,7 +160,7 @@ def difference(
         tolerance = _TOLERANCE.get(whole.dtype, _COARSE_TOLERANCE)
         # Written so that a NaN counts as a difference.
         if not bool((whole - drawn).abs().max() <= tolerance * whole.abs().max()):
-            return "without some of its channels the network computes something else"
+            return _SOMETHING_ELSE
     return None
 
 

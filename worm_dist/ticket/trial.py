@@ -171,9 +171,11 @@ class _Trial:
             for group in self._groups
         }
         sizes = self._groups.sizes
+        # Two at least, where there are enough: that a channel has moved shows only beside another.
+        fewest = {name: 2 if size >= 4 else 1 for name, size in sizes.items()}
         some = {
-            name: int(torch.randint(1, max(2, size), (), generator=generator))
-            for name, size in sizes.items()
+            name: int(torch.randint(few, max(2, sizes[name] - few + 1), (), generator=generator))
+            for name, few in fewest.items()
         }
         place = {name: number for number, name in enumerate(sizes)}
 
