@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
 
 CONFIG = "configs/digits.yaml"
 SETTINGS = ("--checkpoint.every", "7ba")

@@ -15,8 +15,8 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2,
 )
 
-from worm_dist.search.attention import find_attentions, weight_of
-from worm_dist.ticket.heads import keep_heads
+from worm_dist.groups.attention import find_attentions, weight_of
+from worm_dist.pruning.attention_heads import keep_heads
 
 __all__ = ["KINDS", "built", "inputs_of", "without_heads"]
 

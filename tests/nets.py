@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from worm_dist.gates import Gate, add_gates
+from worm_dist.groups.gates import Gate, add_gates
 
 __all__ = [
     "Attentive",

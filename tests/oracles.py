@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from worm_dist import Mask
-from worm_dist.search.groups import ChannelGroup, Groups, Member
+from worm_dist.groups.channel_groups import ChannelGroup, Groups, Member
 
 __all__ = [
     "folded",

@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer
 
 import worm_dist
 from worm_dist import Engine
-from worm_dist.checkpoint.part import pack
+from worm_dist.checkpoint.state_file import pack
 
 __all__ = ["Course", "Trainee", "differences", "through_a_file", "transformer"]
 

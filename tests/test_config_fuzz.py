@@ -23,10 +23,10 @@ from worm_dist import ConfigError
 from worm_dist.__main__ import _parse
 from worm_dist.config import PRESETS
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.deepspeed_settings import deepspeed_settings
-from worm_dist.training.optimization import build_optimizer, build_schedule
+from worm_dist.training.deepspeed_config import deepspeed_settings
+from worm_dist.training.optim import build_optimizer, build_schedule
+from worm_dist.training.resume_config import changes, settled
 from worm_dist.training.run_config import RunConfig
-from worm_dist.training.settled import changes, settled
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -18,8 +18,8 @@ from torch.optim import SGD
 from tests.attending import KINDS, built, inputs_of, without_heads
 from tests.ranks import Ranks
 from worm_dist.errors import ConfigError
-from worm_dist.gates import absorb_gates, add_gates, fold_gates, gates_of, remove_gates
-from worm_dist.search.attention import find_attentions
+from worm_dist.groups.attention import find_attentions
+from worm_dist.groups.gates import absorb_gates, add_gates, fold_gates, gates_of, remove_gates
 
 _WITH_NEURONS = [kind for kind in KINDS if not kind.startswith("attention")]
 

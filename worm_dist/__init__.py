@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import WormConfig
-    from .engine import Engine, attach
+    from .engine.engine import Engine, attach
     from .errors import (
         BackendError,
         CheckpointError,
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         NonFiniteError,
         WormError,
     )
-    from .gates import add_gates
-    from .search.groups import ChannelGroup
+    from .groups.channel_groups import ChannelGroup
+    from .groups.gates import add_gates
     from .search.mask import Mask
     from .ticket.file import load_ticket
     from .verdict import Phase, Verdict
@@ -51,14 +51,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChannelGroup": ".search.groups",
-    "Engine": ".engine",
+    "ChannelGroup": ".groups.channel_groups",
+    "Engine": ".engine.engine",
     "Mask": ".search.mask",
     "Phase": ".verdict",
     "Verdict": ".verdict",
     "WormConfig": ".config",
-    "add_gates": ".gates",
-    "attach": ".engine",
+    "add_gates": ".groups.gates",
+    "attach": ".engine.engine",
     "load_ticket": ".ticket.file",
 }
 """Where names are from; all others are errors.  They are imported when they are asked for: torch

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
-from .cluster.launchers import started_by
-from .cluster.voice import Told, leave, tell
 from .config import shortened
+from .distributed.error_report import Told, leave, tell
+from .distributed.launchers import started_by
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan

@@ -18,13 +18,13 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import Ranks
-from worm_dist.bench import scale
-from worm_dist.bench.contenders import Contender, Step
+from worm_dist.bench import workload
 from worm_dist.bench.overhead import overhead
-from worm_dist.bench.panel import Panel, Row, Spread
 from worm_dist.bench.report import read_panels, show, write_panels
-from worm_dist.bench.scale import Scale, alternate
+from worm_dist.bench.results import Panel, Row, Spread
 from worm_dist.bench.step import step
+from worm_dist.bench.variants import Contender, Step
+from worm_dist.bench.workload import Scale, alternate
 from worm_dist.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +136,9 @@ def _slow_on_rank_one() -> tuple[int, int]:
         time.sleep(seconds)
         return seconds
 
-    scale._PATIENCE = 0.25
+    workload._PATIENCE = 0.25
     (few,) = alternate([contender], 50, measure)
-    scale._PATIENCE = 60.0
+    workload._PATIENCE = 60.0
     (all_,) = alternate([contender], 10, measure)
     return len(few), len(all_)
 

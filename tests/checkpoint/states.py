@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
+from worm_dist.checkpoint.manager import Shelf
 from worm_dist.checkpoint.manifest import About
-from worm_dist.checkpoint.shelf import Shelf
 
 __all__ = ["about", "difference", "save", "small_state", "training_state"]
 

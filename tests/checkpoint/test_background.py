@@ -12,9 +12,9 @@ import torch
 
 from tests.checkpoint.states import about, difference, small_state, training_state
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.background import Background
-from worm_dist.checkpoint.part import Packed
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.async_save import Background
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.state_file import Packed
 
 SECONDS = 10
 

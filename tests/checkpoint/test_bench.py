@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.ranks import Ranks
 from worm_dist.bench.checkpoint import checkpoint
-from worm_dist.bench.panel import Panel
-from worm_dist.bench.scale import Scale
+from worm_dist.bench.results import Panel
+from worm_dist.bench.workload import Scale
 
 
 def _panel() -> Panel:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.checkpoint.ending import Ending, ends_at
 from tests.checkpoint.states import about, difference, save, small_state
-from worm_dist.checkpoint.folder import is_leftover
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.staging import is_leftover
 from worm_dist.files import write_json
 
 REPORT = Path("runs") / "report" / "crash_sweep.json"

@@ -16,8 +16,8 @@ import pytest
 
 from tests.checkpoint.states import save
 from worm_dist import CheckpointError
-from worm_dist.checkpoint import manifest, part, tensor_file
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint import manifest, safetensors_file, state_file
+from worm_dist.checkpoint.manager import Shelf
 
 FILES = ["manifest.json", "run.json", "run.safetensors"]
 
@@ -315,13 +315,13 @@ def test_what_is_too_large_is_not_read(path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(CheckpointError, match=r"manifest\.json: wanted at most 100 bytes"):
             _load(path)
     with monkeypatch.context() as patch:
-        patch.setattr(part, "_LARGEST_SKELETON", 100)
+        patch.setattr(state_file, "_LARGEST_SKELETON", 100)
         with pytest.raises(CheckpointError, match=r"run\.json: wanted at most 100 bytes"):
             _load(path)
         with pytest.raises(CheckpointError, match="make tensors of long lists"):
-            part.pack([0] * 100)
+            state_file.pack([0] * 100)
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_file, "_LARGEST_HEADER", 100)
+        patch.setattr(safetensors_file, "_LARGEST_HEADER", 100)
         with pytest.raises(CheckpointError, match="wanted a header of at most 100 bytes"):
             _load(path)
 

@@ -14,7 +14,7 @@ import torch
 from tests.checkpoint.ending import in_a_fork
 from tests.checkpoint.states import about, difference, save, small_state
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
 
 _NEW_NAMES = 0x00020000
 """unshare(2): mounts of one's own."""

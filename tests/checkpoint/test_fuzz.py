@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.checkpoint.states import difference, save, small_state
 from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
 
 _PLAIN: list[Any] = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, ""),

@@ -14,8 +14,8 @@ import torch
 from tests.checkpoint.states import about, difference
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.checkpoint import Checkpoint
-from worm_dist.checkpoint.random_state import random_state, restore_random_state
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.rng_state import random_state, restore_random_state
 
 
 @pytest.fixture(autouse=True)

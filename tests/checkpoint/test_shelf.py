@@ -14,8 +14,8 @@ from tests.checkpoint.states import about, difference, save, small_state
 from tests.ranks import Ranks
 from worm_dist import CheckpointError, ConfigError
 from worm_dist.checkpoint.checkpoint import Checkpoint
-from worm_dist.checkpoint.folder import Staged
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.staging import Staged
 
 
 def _names(folder: Path) -> list[str]:

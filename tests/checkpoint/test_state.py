@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tests.checkpoint.states import difference, training_state
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.form import _CODES, _DTYPES
-from worm_dist.checkpoint.part import pack as packed
-from worm_dist.checkpoint.part import read_part, write_part
+from worm_dist.checkpoint.state_file import pack as packed
+from worm_dist.checkpoint.state_file import read_part, write_part
+from worm_dist.checkpoint.tensor_meta import _CODES, _DTYPES
 
 DTYPES = list(_DTYPES.values())
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from worm_dist.cluster.attempt import part_of_this_attempt
+from worm_dist.distributed.restart_attempt import part_of_this_attempt
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worm_dist.cluster.ending import Ending, Failure, Standing, ending_of
+from worm_dist.distributed.diagnosis import Ending, Failure, Standing, ending_of
 
 AHEAD = Standing(12, "step 3, the gradients", "graph.py:1, backward")
 BEHIND = Standing(11, "step 3, the next batch", "data.py:7, read")

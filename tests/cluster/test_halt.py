@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from worm_dist.cluster.halt import Halt, Stopped
-from worm_dist.cluster.line import Line
-from worm_dist.cluster.roll import Roll
+from worm_dist.distributed.connection import Line
+from worm_dist.distributed.graceful_stop import Halt, Stopped
+from worm_dist.distributed.monitor import Roll
 
 TOKEN = "secret"
 

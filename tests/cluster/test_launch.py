@@ -8,9 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import NO_GROUP, Ranks
-from worm_dist.cluster import launchers
-from worm_dist.cluster.launch import Place, process_group
-from worm_dist.cluster.slurm import first_host
+from worm_dist.distributed import launchers
+from worm_dist.distributed.init import Place, process_group
+from worm_dist.distributed.slurm import first_host
 from worm_dist.errors import BackendError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -193,7 +193,7 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
     """With two processes and one GPU the first joined nccl, the second gloo."""
     place = Place(0, 2, 0, local_world_size=2, address="node7", port=29400)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("worm_dist.cluster.launch._store", lambda *_: None)
+    monkeypatch.setattr("worm_dist.distributed.init._store", lambda *_: None)
     asked: list[str] = []
 
     def joined(backend: str, **_: object) -> None:

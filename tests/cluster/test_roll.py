@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from worm_dist.cluster.line import Line, Words
-from worm_dist.cluster.roll import Roll
+from worm_dist.distributed.connection import Line, Words
+from worm_dist.distributed.monitor import Roll
 
 GRACE_SECONDS = 1.0
 TOKEN = "secret"

@@ -17,7 +17,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import BackendError, WormConfig
-from worm_dist.engine import Engine
+from worm_dist.engine.engine import Engine
 
 _STEPS = 2
 """Of an epoch."""

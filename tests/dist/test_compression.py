@@ -18,7 +18,7 @@ from tests.nets import Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from worm_dist import ConfigError, Engine, WormConfig
-from worm_dist.truncation.plan import Plan
+from worm_dist.groups.freeze_plan import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

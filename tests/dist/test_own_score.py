@@ -17,7 +17,7 @@ from tests.nets import Normless, random_images
 from tests.ranks import Outcome, Ranks
 from tests.settings import at_once
 from worm_dist import ConfigError, DivergenceError, WormConfig
-from worm_dist.search.groups import ChannelGroup
+from worm_dist.groups.channel_groups import ChannelGroup
 
 _RATIO = 0.5
 

@@ -17,7 +17,7 @@ import worm_dist
 from tests.nets import random_images, randomise
 from tests.ranks import Ranks
 from worm_dist import Mask, WormConfig
-from worm_dist.truncation.plan import Plan, Scope
+from worm_dist.groups.freeze_plan import Plan, Scope
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),

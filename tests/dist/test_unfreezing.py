@@ -19,7 +19,7 @@ from tests.oracles import live_flags
 from tests.ranks import NO_GROUP, Ranks
 from tests.settings import at_once
 from worm_dist import Engine, Mask, WormConfig
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 _DROPPED = {"a": (0, 3, 5, 6), "b": (1, 2, 7)}
 _HOLD: dict[str, Any] = {"frozen_weights": "hold"}

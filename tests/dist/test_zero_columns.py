@@ -19,7 +19,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import Engine, WormConfig
-from worm_dist.cluster.stepping import Owners
+from worm_dist.backends.optimizer_view import Owners
 from worm_dist.truncation.frozen_weights import Removed
 from worm_dist.truncation.truncation import Truncation
 

@@ -17,9 +17,9 @@ from tests.families.families import Family, Inputs
 from tests.families.finding import Finding, structure_of
 from tests.settings import at_once
 from worm_dist import Mask, WormConfig
-from worm_dist.engine import Engine
-from worm_dist.gates import gates_of
-from worm_dist.search.groups import Groups
+from worm_dist.engine.engine import Engine
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.groups.gates import gates_of
 
 __all__ = ["draw", "outputs_of"]
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 __all__ = ["Finding", "structure_of"]
 

@@ -12,7 +12,7 @@ from tests.families.drawing import outputs_of
 from tests.families.families import FAMILIES, OWN
 from tests.families.finding import structure_of
 from worm_dist.config import SearchConfig
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.pruning.exactness import find_drawable_groups
 
 __all__ = ["load_all"]
 

@@ -12,9 +12,9 @@ from torchvision.models import resnet50, vgg16_bn
 
 from tests.nets import random_images
 from worm_dist import Mask
-from worm_dist.search.groups import Groups
-from worm_dist.search.tracing import find_groups
-from worm_dist.truncation.plan import Plan
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.groups.freeze_plan import Plan
+from worm_dist.groups.tracing import find_groups
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.faults.driver import CONFIG
 from tests.resuming import differences
-from worm_dist.checkpoint.shelf import Shelf
+from worm_dist.checkpoint.manager import Shelf
 
 __all__ = [
     "ALL_PHASES",

@@ -337,7 +337,7 @@ def _obey(order: bytes) -> None:
 
 def _train(run: Run, rank: int, folder: Path, out: Path) -> None:
     from worm_dist.__main__ import main
-    from worm_dist.cluster.voice import leave
+    from worm_dist.distributed.error_report import leave
     from worm_dist.training import trainer
 
     if run.data is not None:

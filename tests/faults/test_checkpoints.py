@@ -22,9 +22,9 @@ from tests.ranks import Outcome, Ranks
 from worm_dist.checkpoint.checkpoint import Checkpoint
 from worm_dist.checkpoint.lock import run_lock
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.result import Result
+from worm_dist.training.reporting.result import Result
+from worm_dist.training.resume_config import changes, settled
 from worm_dist.training.run_folder import own_folder
-from worm_dist.training.settled import changes, settled
 from worm_dist.training.trainer import Trainer
 
 DENSE = {"preset": "dense", "epochs": 2}

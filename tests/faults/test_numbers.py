@@ -15,8 +15,8 @@ from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import NonFiniteError
-from worm_dist.checkpoint.shelf import Shelf
-from worm_dist.training.finite import Finite
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.training.nonfinite import Finite
 from worm_dist.training.trainer import Trainer
 
 STEP = 3

@@ -14,12 +14,12 @@ import pytest
 
 from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs, under_zero
 from tests.faults.driver import Act, Driver, Fault, Run
-from worm_dist.checkpoint.shelf import Shelf
-from worm_dist.cluster.halt import Halt
+from worm_dist.checkpoint.manager import Shelf
+from worm_dist.distributed.graceful_stop import Halt
 
 TEST = "worm_dist.training.trainer:evaluate"
-CHECK = "worm_dist.engine:Engine.check"
-DRAW = "worm_dist.engine:Engine.draw"
+CHECK = "worm_dist.engine.engine:Engine.check"
+DRAW = "worm_dist.engine.engine:Engine.draw"
 STAGE_AT, DRAWN_AT = 6, 10
 
 
@@ -27,7 +27,9 @@ def _nothing(real: Act, *args: Any) -> None:
     pass
 
 
-NO_PICTURES = Fault.do(_nothing, rank=None, step=None).at("worm_dist.training.board:Board.figures")
+NO_PICTURES = Fault.do(_nothing, rank=None, step=None).at(
+    "worm_dist.training.reporting.tensorboard:Board.figures"
+)
 """They take most of a second."""
 
 

@@ -10,9 +10,9 @@ import pytest
 from tests.faults.driver import Act, Driver, Ended, Fault, Run, busy
 from worm_dist.errors import CheckpointError
 
-BATCH = "worm_dist.training.data.replay:Replayed.__getitem__"
+BATCH = "worm_dist.training.data.augmentation_rng:Replayed.__getitem__"
 TEST = "worm_dist.training.trainer:evaluate"
-FINISH = "worm_dist.training.rank_zero_report:RankZeroReport.finish"
+FINISH = "worm_dist.training.reporting.rank_zero:RankZeroReport.finish"
 BATCH_FOR = {2: {}, 3: {"data.batch_size": 18}}
 """What so many ranks can share."""
 

@@ -18,14 +18,14 @@ from tests.faults.driver import CONFIG, SMALL
 from tests.faults.training import train
 from tests.ranks import Ranks
 from worm_dist.checkpoint.checkpoint import Checkpoint
+from worm_dist.checkpoint.manager import Shelf
 from worm_dist.checkpoint.manifest import About
-from worm_dist.checkpoint.shelf import Shelf
 from worm_dist.errors import CheckpointError, ConfigError
+from worm_dist.training.checkpointer import RUN
 from worm_dist.training.config_file import read_run_config
+from worm_dist.training.resume_config import digest_of, settled
 from worm_dist.training.run_config import RunConfig
 from worm_dist.training.run_folder import CHECKPOINTS, SETTINGS, own_folder
-from worm_dist.training.saving import RUN
-from worm_dist.training.settled import digest_of, settled
 from worm_dist.training.trainer import Trainer
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from tests.faults.driver import small_data
-from worm_dist.cluster.launch import Place
+from worm_dist.distributed.init import Place
 from worm_dist.training import trainer
 from worm_dist.training.data import Data
-from worm_dist.training.report import Report
+from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.run_config import RunConfig
 from worm_dist.training.trainer import Trainer
 

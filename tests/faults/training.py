@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from tests.faults.driver import CONFIG, SMALL, small_data
-from worm_dist.cluster.halt import Halt
-from worm_dist.cluster.launch import Place
-from worm_dist.cluster.progress import Progress
+from worm_dist.distributed.graceful_stop import Halt
+from worm_dist.distributed.init import Place
+from worm_dist.distributed.progress import Progress
 from worm_dist.training import run, trainer
-from worm_dist.training.board import Board
 from worm_dist.training.config_file import read_run_config
+from worm_dist.training.reporting.tensorboard import Board
 
 __all__ = ["train"]
 

@@ -9,7 +9,7 @@ from tests.matrix.trainee import Trainee
 from tests.oracles import live_flags
 from worm_dist import Mask
 from worm_dist.config import TruncationConfig
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 __all__ = ["FADE_STEPS", "FIRST_MOMENTS", "Frozen"]
 

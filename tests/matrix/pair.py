@@ -16,7 +16,7 @@ from tests.matrix.reference import Reference
 from tests.matrix.trainee import Trainee, images_like
 from tests.oracles import mask_dropping, scaling_members
 from worm_dist import WormConfig
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 __all__ = ["Norm", "Pair"]
 

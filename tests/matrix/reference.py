@@ -11,7 +11,7 @@ from tests.matrix.combination import Combination
 from tests.matrix.frozen import Frozen
 from tests.matrix.trainee import Trainee
 from worm_dist import WormConfig
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 __all__ = ["Reference"]
 

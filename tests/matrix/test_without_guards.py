@@ -16,7 +16,7 @@ from tests.nets import Residual, random_images, randomise
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from worm_dist import Engine, WormConfig
-from worm_dist.cluster.agree import Together
+from worm_dist.distributed.collectives import Together
 
 DROPPED = (0, 3, 9)
 STEPS_BEFORE, STEPS_FROZEN = 4, 10

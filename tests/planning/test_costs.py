@@ -11,14 +11,14 @@ from torchvision.models import VisionTransformer
 from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Upsampling
 from tests.oracles import live_flags
 from worm_dist import Mask, add_gates
+from worm_dist.groups.channel_groups import ChannelGroup, Groups
+from worm_dist.groups.freeze_plan import Plan
 from worm_dist.models import build_model
 from worm_dist.planning.costs import Costs, costs_of, truncated
 from worm_dist.planning.drawing import drawn
-from worm_dist.planning.operations import count_operations
-from worm_dist.search.groups import ChannelGroup, Groups
-from worm_dist.ticket.trial import find_drawable_groups
-from worm_dist.training.measure import count_parameters
-from worm_dist.truncation.plan import Plan
+from worm_dist.planning.flops import count_operations
+from worm_dist.pruning.exactness import find_drawable_groups
+from worm_dist.training.evaluation import count_parameters
 
 Scope = Literal["norm", "producer", "coupled"]
 

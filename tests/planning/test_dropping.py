@@ -9,11 +9,11 @@ import torch
 
 from tests.nets import Plain
 from worm_dist import CheckpointError, ConfigError, Mask, WormConfig
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.groups.tracing import find_groups
 from worm_dist.models import build_model
-from worm_dist.planning.dropping import equal_shares, mask_of_ticket
-from worm_dist.search.groups import Groups
+from worm_dist.planning.hypothetical import equal_shares, mask_of_ticket
 from worm_dist.search.ranking import Ranking
-from worm_dist.search.tracing import find_groups
 
 _NETWORKS = {
     "vgg_small": build_model("vgg_small", 10, 3),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from worm_dist import ConfigError
-from worm_dist.planning.estimate import Link, ring_seconds
+from worm_dist.planning.step_time import Link, ring_seconds
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import Mask, WormConfig
 from worm_dist.models import build_model
-from worm_dist.planning.estimate import Link
+from worm_dist.planning.flops import count_operations
 from worm_dist.planning.forecast import forecast, members_of
-from worm_dist.planning.operations import count_operations
-from worm_dist.planning.subject import Subject
+from worm_dist.planning.step_time import Link
+from worm_dist.planning.target import Subject
+from worm_dist.training.evaluation import count_parameters
 from worm_dist.training.gating import gated
-from worm_dist.training.measure import count_parameters
 
 SHAPE = (1, 8, 8)
 FADE = {"truncation": {**at_once(2)}}

@@ -10,8 +10,8 @@ from torchvision.models import SwinTransformer
 from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Upsampling
 from worm_dist import add_gates
 from worm_dist.models import build_model
-from worm_dist.planning.operations import count_operations
-from worm_dist.training.measure import count_flops
+from worm_dist.planning.flops import count_operations
+from worm_dist.training.evaluation import count_flops
 
 SAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worm_dist import ConfigError
-from worm_dist.planning.subject import subject_of, subject_of_config
+from worm_dist.planning.target import subject_of, subject_of_config
 from worm_dist.training.data import load_data
 from worm_dist.training.run_config import DataConfig
 

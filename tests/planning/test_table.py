@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from worm_dist import Mask, WormConfig
+from worm_dist.groups.channel_groups import ChannelGroup, Groups
 from worm_dist.planning.costs import Costs
-from worm_dist.planning.estimate import Link
 from worm_dist.planning.forecast import Forecast, forecast
-from worm_dist.planning.subject import Subject
+from worm_dist.planning.step_time import Link
 from worm_dist.planning.table import show
-from worm_dist.search.groups import ChannelGroup, Groups
+from worm_dist.planning.target import Subject
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worm_dist.planning.words import column, fair, listed, seconds, short, shortened
+from worm_dist.planning.formatting import column, fair, listed, seconds, short, shortened
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from tests.attending import KINDS, built
-from worm_dist.search.attention import find_attentions, weight_of
+from worm_dist.groups.attention import find_attentions, weight_of
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from tests.nets import Residual, random_images
 from worm_dist import ConfigError, add_gates
 from worm_dist.config import SearchConfig
-from worm_dist.search.groups import Groups
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.pruning.exactness import find_drawable_groups
 
 
 class _Mixed(nn.Module):

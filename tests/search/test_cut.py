@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worm_dist import ConfigError, NonFiniteError
-from worm_dist.search.cut import cut
-from worm_dist.search.pools import Pool
+from worm_dist.search.budgets import Pool
+from worm_dist.search.select import cut
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(
     lambda sizes: {f"group{number}": size for number, size in enumerate(sizes)}

@@ -12,7 +12,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.ops import MLP
 
 from tests.attending import KINDS, built, inputs_of
-from worm_dist.search.feed_forward import find_feed_forwards
+from worm_dist.groups.feed_forward import find_feed_forwards
 
 
 def _convnext() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -15,9 +15,9 @@ from tests.nets import (
 )
 from worm_dist import ConfigError
 from worm_dist.config import SearchConfig
+from worm_dist.groups.channel_groups import ChannelGroup, Groups
 from worm_dist.models import build_model
-from worm_dist.search.groups import ChannelGroup, Groups
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
 
 def _groups(network: nn.Module) -> Groups:

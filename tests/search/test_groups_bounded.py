@@ -12,9 +12,9 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from tests.nets import Plain, random_images
 from worm_dist.config import SearchConfig
-from worm_dist.search import coupling
-from worm_dist.search.tracing import find_groups
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.groups import dependency
+from worm_dist.groups.tracing import find_groups
+from worm_dist.pruning.exactness import find_drawable_groups
 
 
 def test_resnet50_is_traced_in_a_second_or_two() -> None:
@@ -91,7 +91,7 @@ def test_channels_that_wander_stay_dense() -> None:
 
 def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed, so that all ranks give up at the same place."""
-    monkeypatch.setattr(coupling, "_MOST_QUESTIONS", 5)
+    monkeypatch.setattr(dependency, "_MOST_QUESTIONS", 5)
     groups = find_groups(Plain(), random_images(1))
     assert len(groups) == 0
     gave_up = "not traced: TimeoutError: too many ways lead through it"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.nets import Plain, Residual, random_images
 from worm_dist import ConfigError
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
 
 class _Net(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.nets import Plain, random_images
 from tests.search.test_groups_exactness import _Net
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
 
 def _mean_over_channels() -> nn.Module:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tests.nets import random_images
 from worm_dist import ConfigError
-from worm_dist.search.groups import Groups
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.pruning.exactness import find_drawable_groups
 
 
 class _Net(nn.Module):

@@ -14,7 +14,7 @@ import worm_dist
 from tests.nets import random_images
 from tests.oracles import mask_dropping
 from worm_dist import WormConfig
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.pruning.exactness import find_drawable_groups
 
 
 class _Assisted(nn.Module):

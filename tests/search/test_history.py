@@ -5,7 +5,7 @@ import torch
 
 from worm_dist import Mask
 from worm_dist.config import SearchConfig
-from worm_dist.search.history import History
+from worm_dist.search.convergence import History
 
 
 def _mask(number: int) -> Mask:

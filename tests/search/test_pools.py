@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from worm_dist import ConfigError
-from worm_dist.search.pools import Pool, pools_of
+from worm_dist.search.budgets import Pool, pools_of
 
 SIZES = {"conv1": 16, "layer1.0.conv1": 8, "layer1.1.conv1": 8, "layer2.0.conv1": 32, "fc1": 64}
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worm_dist import ConfigError, Mask, NonFiniteError
-from worm_dist.search.cut import cut
-from worm_dist.search.pools import pools_of
+from worm_dist.search.budgets import pools_of
 from worm_dist.search.rounding import ratio_reached, rounded
+from worm_dist.search.select import cut
 
 Case = tuple[Mask, Tensor, int, float, Tensor, dict[str, int]]
 

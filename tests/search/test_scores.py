@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from tests.nets import Concatenating, Plain, Residual, random_images, randomise
 from worm_dist.config import SearchConfig
-from worm_dist.search.cut import cut
-from worm_dist.search.scores import ChannelScales, LayerScales, WeightNorm
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
+from worm_dist.search.importance import ChannelScales, LayerScales, WeightNorm
+from worm_dist.search.select import cut
 
 
 def _scored(network: torch.nn.Module) -> ChannelScales:

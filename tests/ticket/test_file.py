@@ -19,8 +19,8 @@ import worm_dist
 from tests.nets import Concatenating, Flattening, Residual, Separable, random_images, randomise
 from worm_dist import CheckpointError, ConfigError, Engine, WormConfig, load_ticket
 from worm_dist.models import build_model
-from worm_dist.search.cut import cut
-from worm_dist.search.scores import ChannelScales
+from worm_dist.search.importance import ChannelScales
+from worm_dist.search.select import cut
 
 NAMED = {"name": "vgg_small", "num_classes": 10, "in_channels": 3, "arguments": {"widths": [8, 12]}}
 

@@ -19,7 +19,7 @@ from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from tests.nets import random_images
 from worm_dist import CheckpointError, WormConfig, load_ticket
 from worm_dist.models import build_model
-from worm_dist.search.cut import cut
+from worm_dist.search.select import cut
 
 _MODELS = {
     "vgg_small": {"widths": [8, 12]},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
 
 from tests.attending import KINDS, built, inputs_of, without_heads
-from worm_dist.search.attention import Attention, find_attentions, weight_of
-from worm_dist.ticket.heads import FewerHeads, keep_heads
+from worm_dist.groups.attention import Attention, find_attentions, weight_of
+from worm_dist.pruning.attention_heads import FewerHeads, keep_heads
 
 _CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 

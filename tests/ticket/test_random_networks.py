@@ -20,11 +20,11 @@ from tests.oracles import scaling_members
 from tests.ticket.random_networks import RandomNetwork, Recipe, look_trained, recipes
 from worm_dist import ConfigError, DrawError, Mask, WormConfig, WormError
 from worm_dist.config import TicketConfig
-from worm_dist.engine import Engine
-from worm_dist.search.groups import Groups
-from worm_dist.ticket import trial
-from worm_dist.ticket.rehearsal import Rehearsal
-from worm_dist.ticket.surgery import cuts_of, remove_channels, shapes_of
+from worm_dist.engine.engine import Engine
+from worm_dist.groups.channel_groups import Groups
+from worm_dist.pruning import exactness
+from worm_dist.pruning.rehearsal import Rehearsal
+from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 
 _NUM_PARTS, _NUM_EXAMPLES = 6, 85
 _TOLERANCE = 1e-9
@@ -223,7 +223,7 @@ def _accept_all(self: object) -> dict[str, str]:
 
 
 def test_without_a_trial_draws_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial._Trial, "inexact", _accept_all)
+    monkeypatch.setattr(exactness._Trial, "inexact", _accept_all)
     outcomes = outcomes_of(0, 30, (Phase.generate,))
     assert outcomes["refused"] > 5
 
@@ -233,7 +233,7 @@ def _find_nothing(self: object, groups: Groups, mask: Mask) -> None:
 
 
 def test_without_a_trial_and_a_rehearsal_they_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial._Trial, "inexact", _accept_all)
+    monkeypatch.setattr(exactness._Trial, "inexact", _accept_all)
     monkeypatch.setattr(Rehearsal, "difference", _find_nothing)
     with pytest.raises((AssertionError, RuntimeError)):
         outcomes_of(0, 30, (Phase.generate,))

@@ -14,9 +14,9 @@ from tests.nets import Flattening, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
-from worm_dist.cluster.agree import Alone, Together
-from worm_dist.ticket.calls import Call
-from worm_dist.ticket.statistics import recalibrate
+from worm_dist.distributed.collectives import Alone, Together
+from worm_dist.engine.recorded_inputs import Call
+from worm_dist.pruning.bn_recalibration import recalibrate
 
 
 def _call(*positional: Tensor, norms: Sequence[str] = ("0",), **keywords: Tensor) -> Call:

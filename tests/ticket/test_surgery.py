@@ -25,12 +25,12 @@ from tests.nets import (
 from tests.oracles import mask_dropping
 from tests.settings import at_once
 from worm_dist import ConfigError, Mask, WormConfig
+from worm_dist.groups.channel_groups import Groups
 from worm_dist.models import build_model
-from worm_dist.search.cut import cut
-from worm_dist.search.groups import Groups
-from worm_dist.search.scores import ChannelScales
-from worm_dist.ticket.surgery import cuts_of, remove_channels, shapes_of
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
+from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
+from worm_dist.search.importance import ChannelScales
+from worm_dist.search.select import cut
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg_small": lambda: build_model("vgg_small", 10, 3, {"widths": [16, "M", 24, 32]}),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.nets import Plain, random_images
 from worm_dist import ConfigError
 from worm_dist.config import SearchConfig
-from worm_dist.ticket import trial
-from worm_dist.ticket.trial import find_drawable_groups
+from worm_dist.pruning import exactness
+from worm_dist.pruning.exactness import find_drawable_groups
 
 _Branch = Callable[[Tensor], Tensor]
 
@@ -219,21 +219,21 @@ class _Many(nn.Module):
 def test_one_kind_is_not_tried_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many blocks took minutes."""
     passes = 0
-    whole = trial.Rehearsal.difference
+    whole = exactness.Rehearsal.difference
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
         nonlocal passes
         passes += 1
         return whole(*arguments, **keywords)
 
-    monkeypatch.setattr(trial.Rehearsal, "difference", counted)
+    monkeypatch.setattr(exactness.Rehearsal, "difference", counted)
     groups = find_drawable_groups(_Many(24), random_images(1))
     assert set(groups.sizes) == {f"blocks.{number}.second" for number in range(24)}
     assert passes < 16
 
 
 def test_what_is_in_doubt_after_many_trials_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_MOST_TRIALS", 0)
+    monkeypatch.setattr(exactness, "_MOST_TRIALS", 0)
     network = _Branching(_INEXACT["mean"])
     groups = find_drawable_groups(network, random_images(1), optional=True)
     assert not groups
@@ -243,7 +243,7 @@ def test_what_is_in_doubt_after_many_trials_stays_dense(monkeypatch: pytest.Monk
 def test_a_long_trial_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trial, "_SECONDS_IN_SILENCE", -1.0)
+    monkeypatch.setattr(exactness, "_SECONDS_IN_SILENCE", -1.0)
     with caplog.at_level(logging.WARNING):
         find_drawable_groups(Plain(), random_images(1))
     (line,) = caplog.messages

@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worm_dist.config import SearchConfig
-from worm_dist.search.history import Finding, History
+from worm_dist.search.convergence import Finding, History
 from worm_dist.search.mask import Mask
-from worm_dist.training.board import Board
+from worm_dist.training.reporting.tensorboard import Board
 
 
 def _findings() -> tuple[Finding, ...]:

@@ -9,7 +9,7 @@ import pytest
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import CollapseError
-from worm_dist.training.measure import Score
+from worm_dist.training.evaluation import Score
 
 
 def _trained(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from worm_dist.observer import Traffic
-from worm_dist.training.console import Console
+from worm_dist.engine.step_hooks import Traffic
+from worm_dist.training.reporting.console import Console
 from worm_dist.verdict import Phase
 
 RESULT: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worm_dist.config import SearchConfig
-from worm_dist.gates import gates_of
+from worm_dist.groups.gates import gates_of
 from worm_dist.models import build_model
 from worm_dist.training.gating import gated
 

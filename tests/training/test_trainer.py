@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
-from worm_dist.cluster.launch import Place
-from worm_dist.engine import Engine
+from worm_dist.distributed.init import Place
+from worm_dist.engine.engine import Engine
 from worm_dist.models import build_model
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.report import Report
+from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.trainer import Trainer
 from worm_dist.verdict import Verdict
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import load_ticket
-from worm_dist.cluster.launch import Place
-from worm_dist.gates import gates_of
+from worm_dist.distributed.init import Place
+from worm_dist.groups.gates import gates_of
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.report import Report
+from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vit-digits.yaml"

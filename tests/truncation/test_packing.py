@@ -11,9 +11,9 @@ from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import WormConfig, attach
-from worm_dist.ticket.trial import find_drawable_groups as find_groups
-from worm_dist.truncation.packing import Packing
-from worm_dist.truncation.plan import Block, Plan
+from worm_dist.comm_hooks.packing import Packing
+from worm_dist.groups.freeze_plan import Block, Plan
+from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
 CPU = torch.device("cpu")
 SHAPES = [(4, 3, 3, 3), (6,), (5, 7), (1,), (1, 4), (4, 1), (1, 1, 1, 1), (8, 2, 3)]

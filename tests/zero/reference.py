@@ -10,7 +10,7 @@ from tests.zero.inside import FIRST_MOMENTS
 from tests.zero.row import Row
 from tests.zero.trainee import Trainee
 from worm_dist import Mask
-from worm_dist.search.groups import Groups
+from worm_dist.groups.channel_groups import Groups
 
 __all__ = ["FADE_STEPS", "Expected", "Reference"]
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from ..checkpoint.background import Background
+from ..checkpoint.async_save import Background
+from ..checkpoint.manager import Shelf
 from ..checkpoint.manifest import About
-from ..checkpoint.shelf import Shelf
 from ..models import build_model
-from .contenders import Contender, Step, dense, training
-from .panel import Panel, rows
-from .place import Link, over_ranks
-from .scale import Scale, alternate
+from .network import Link, over_ranks
+from .results import Panel, rows
 from .step import seconds_of
+from .variants import Contender, Step, dense, training
+from .workload import Scale, alternate
 
 __all__ = ["checkpoint"]
 

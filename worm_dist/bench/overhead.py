@@ -10,25 +10,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import RemovalConfig, TruncationConfig, WormConfig
-from ..engine import Engine, attach
+from ..engine.engine import Engine, attach
 from ..interval import Interval
 from ..models import build_model
 from ..verdict import Phase
-from .contenders import (
-    DDP,
-    HALF,
-    WARM_UP,
-    Batch,
-    Contender,
-    Step,
-    dense,
-    keeping,
-    training,
-)
-from .panel import Panel, Spread, rows
-from .place import Link, over_ranks
-from .scale import Scale, alternate
+from .network import Link, over_ranks
+from .results import Panel, Spread, rows
 from .step import seconds_of
+from .variants import DDP, HALF, WARM_UP, Batch, Contender, Step, dense, keeping, training
+from .workload import Scale, alternate
 
 __all__ = ["overhead"]
 

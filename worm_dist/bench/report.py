@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..errors import CheckpointError
 from ..files import write_json
-from .panel import Panel, Spread
-from .picture import picture
+from .plot import picture
+from .results import Panel, Spread
 
 __all__ = ["read_panels", "show", "write_panels"]
 

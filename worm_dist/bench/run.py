@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from .checkpoint import checkpoint
+from .network import Link, two_ranks
 from .overhead import overhead
-from .panel import Panel
-from .place import Link, two_ranks
 from .report import read_panels, show, write_panels
-from .scale import FULL, QUICK, Scale
+from .results import Panel
 from .step import step
 from .wire import wire
+from .workload import FULL, QUICK, Scale
 from .zero import zero
 
 __all__ = ["run"]

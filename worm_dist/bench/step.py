@@ -6,10 +6,10 @@ import time
 
 import torch.distributed as dist
 
-from .contenders import REMARKS, Step, contenders
-from .panel import Panel, rows
-from .place import Link, over_ranks
-from .scale import Scale, alternate
+from .network import Link, over_ranks
+from .results import Panel, rows
+from .variants import REMARKS, Step, contenders
+from .workload import Scale, alternate
 
 __all__ = ["seconds_of", "step"]
 

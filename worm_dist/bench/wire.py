@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from .contenders import REMARKS, Contender, Step, contenders
-from .panel import Panel, Row, rows
-from .place import Link, over_ranks
-from .scale import Scale, alternate
+from .network import Link, over_ranks
+from .results import Panel, Row, rows
+from .variants import REMARKS, Contender, Step, contenders
+from .workload import Scale, alternate
 
 __all__ = ["bytes_sent", "wire"]
 

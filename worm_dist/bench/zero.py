@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import SGD
 
 from ..config import TruncationConfig, WormConfig
-from ..engine import Engine, attach
-from ..training.wrapped import deepspeed_module
-from .contenders import HALF, Batch, Contender, Step, keeping
-from .panel import Panel
-from .scale import Scale
+from ..engine.engine import Engine, attach
+from ..training.parallelize import deepspeed_module
+from .results import Panel
+from .variants import HALF, Batch, Contender, Step, keeping
 from .wire import bytes_sent
+from .workload import Scale
 
 __all__ = ["zero"]
 

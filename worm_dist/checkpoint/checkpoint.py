@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .disk import check_size, file_size, open_sealed
-from .folder import STEP
+from .durable_io import check_size, file_size, open_sealed
 from .manifest import Manifest, read_manifest
-from .part import read_part
+from .staging import STEP
+from .state_file import read_part
 
 __all__ = ["Checkpoint"]
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from ..errors import ConfigError
-from .disk import Part
+from .durable_io import Part
 
 __all__ = ["run_lock"]
 

@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
-from .disk import Part, Seal, read_small, write_file
+from .durable_io import Part, Seal, read_small, write_file
 
 __all__ = ["About", "Manifest", "complaint", "read_manifest", "write_manifest"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from .subject import Shape
+    from .target import Shape
 
 __all__ = ["add_parser", "run"]
 
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     """
     _check(options)
     # torchvision and torch-pruning take seconds to import; a typo is told before.
-    from .estimate import Link
     from .forecast import forecast
-    from .subject import subject_of, subject_of_config
+    from .step_time import Link
     from .table import show
+    from .target import subject_of, subject_of_config
 
     link = None
     if options.world is not None:

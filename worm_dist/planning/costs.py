@@ -15,10 +15,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..search.groups import ChannelGroup, Groups, Member
+from ..groups.channel_groups import ChannelGroup, Groups, Member
+from ..groups.freeze_plan import Plan
 from ..search.mask import Mask
-from ..truncation.plan import Plan
-from .operations import count_operations
+from .flops import count_operations
 
 __all__ = ["Cost", "Costs", "costs_of", "truncated"]
 

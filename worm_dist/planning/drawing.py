@@ -7,10 +7,10 @@ import dataclasses
 
 from torch import nn
 
-from ..gates import fold_gates
-from ..search.groups import ChannelGroup, Groups, Member
+from ..groups.channel_groups import ChannelGroup, Groups, Member
+from ..groups.gates import fold_gates
+from ..pruning.surgery import cuts_of, remove_channels, shapes_of
 from ..search.mask import Mask
-from ..ticket.surgery import cuts_of, remove_channels, shapes_of
 
 __all__ = ["drawn"]
 

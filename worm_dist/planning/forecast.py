@@ -10,19 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..search.groups import ChannelGroup, Groups
+from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.freeze_plan import Plan
+from ..pruning.exactness import find_drawable_groups
 from ..search.mask import Mask
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
-from ..ticket.trial import find_drawable_groups
 from ..training.gating import gated
-from ..truncation.plan import Plan
 from .costs import Costs, costs_of, truncated
 from .drawing import drawn
-from .dropping import equal_shares, mask_of_ticket
-from .estimate import FORMULA, Link, StepTime, ring_seconds
-from .stopwatch import Measured, measure
-from .subject import Subject
+from .hypothetical import equal_shares, mask_of_ticket
+from .step_time import FORMULA, Link, StepTime, ring_seconds
+from .target import Subject
+from .timing import Measured, measure
 
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
 

@@ -10,15 +10,15 @@ import rich.console
 from rich.table import Table
 
 from ..config import WormConfig
+from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.selection import importance_of
 from ..models import OWN, TORCHVISION
-from ..search.choice import importance_of
-from ..search.groups import ChannelGroup, Groups
 from ..search.mask import Mask
 from ..search.rounding import ratio_reached
 from .costs import Cost
-from .estimate import FORMULA
 from .forecast import Estimate, Forecast, Stage, members_of
-from .words import column, fair, listed, seconds, short
+from .formatting import column, fair, listed, seconds, short
+from .step_time import FORMULA
 
 __all__ = ["show"]
 

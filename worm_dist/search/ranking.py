@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..config import WormConfig
 from ..errors import NonFiniteError
-from .cut import cut
-from .groups import ChannelGroup, Groups
+from ..groups.channel_groups import ChannelGroup, Groups
+from .budgets import pools_of
+from .importance import score_of
 from .mask import Mask
-from .pools import pools_of
 from .rounding import rounded
-from .scores import score_of
+from .select import cut
 
 __all__ = ["Ranking"]
 

@@ -14,8 +14,8 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from .cut import comparable, num_protected
 from .mask import Mask
+from .select import comparable, num_protected
 
 __all__ = ["is_rounded", "ratio_reached", "rounded"]
 

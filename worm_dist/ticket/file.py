@@ -15,16 +15,16 @@ import torch
 import torch_pruning
 from torch import nn
 
-from ..checkpoint.disk import sync_folder, writing
+from ..checkpoint.durable_io import sync_folder, writing
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json
-from ..gates import remove_gates
+from ..groups.channel_groups import Groups
+from ..groups.gates import remove_gates
 from ..models import build_model
-from ..search.groups import Groups
+from ..pruning.surgery import Cut, remove_channels
 from ..search.mask import Mask
-from .blueprint import blueprint
-from .record import CutRecord, GroupRecord, ModelRecord, Record
-from .surgery import Cut, remove_channels
+from .meta_init import blueprint
+from .metadata import CutRecord, GroupRecord, ModelRecord, Record
 from .weights import open_weights, write_weights
 
 __all__ = ["load_ticket", "save_ticket"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..checkpoint.disk import Seal, open_sealed
-from ..checkpoint.form import Form
-from ..checkpoint.tensor_file import TensorFile, write_tensors
+from ..checkpoint.durable_io import Seal, open_sealed
+from ..checkpoint.safetensors_file import TensorFile, write_tensors
+from ..checkpoint.tensor_meta import Form
 from ..errors import CheckpointError
 
 __all__ = ["Weights", "open_weights", "write_weights"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..config import SearchConfig
-from ..gates import add_gates
-from ..search.attention import find_attentions
-from ..search.feed_forward import find_feed_forwards
+from ..groups.attention import find_attentions
+from ..groups.feed_forward import find_feed_forwards
+from ..groups.gates import add_gates
 
 __all__ = ["gated"]
 

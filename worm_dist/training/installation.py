@@ -7,7 +7,7 @@ from pathlib import Path
 
 import worm_dist
 
-from .result import versions
+from .reporting.result import versions
 
 __all__ = ["installation"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from ..cluster.halt import Halt
+from ..distributed.graceful_stop import Halt
 
 __all__ = ["exit_code_of_stopped", "heeding", "obey_parent_alone"]
 

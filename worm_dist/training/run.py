@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..cluster.agree import Together
-from ..cluster.halt import Halt
-from ..cluster.launch import Place, process_group
-from ..cluster.progress import Progress
-from ..cluster.watch import Patience, watched
+from ..distributed.collectives import Together
+from ..distributed.graceful_stop import Halt
+from ..distributed.init import Place, process_group
+from ..distributed.progress import Progress
+from ..distributed.watchdog import Patience, watched
 from ..errors import CheckpointError, DivergenceError
 from ..verdict import Phase
+from .checkpointer import RUN, Saving
 from .installation import installation
 from .preemption import exit_code_of_stopped, heeding
-from .rank_zero_report import RankZeroReport
-from .report import Report
+from .reporting.failed_writes import Unwritten
+from .reporting.rank_zero import RankZeroReport
+from .reporting.reporter import Report
+from .resume_config import settled
 from .run_config import RunConfig
 from .run_folder import RESULT, own_folder
-from .saving import RUN, Saving
-from .settled import settled
 from .trainer import Trainer
-from .unwritten import Unwritten
 
 __all__ = ["run"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lock import run_lock
-from ..checkpoint.shelf import Shelf
+from ..checkpoint.manager import Shelf
 from ..errors import CheckpointError, ConfigError
+from .resume_config import changes, digest_of, settled
 from .run_config import RunConfig
-from .settled import changes, digest_of, settled
 
 __all__ = ["CHECKPOINTS", "JOURNAL", "RESULT", "SETTINGS", "own_folder"]
 

@@ -12,23 +12,26 @@ from torch import Tensor, nn
 
 import worm_dist
 
-from ..cluster.agree import Ranks, Together
-from ..cluster.halt import Halt, Stopped
-from ..cluster.launch import Place
-from ..cluster.progress import Progress
+from ..distributed.collectives import Ranks, Together
+from ..distributed.graceful_stop import Halt, Stopped
+from ..distributed.init import Place
+from ..distributed.progress import Progress
 from ..errors import CheckpointError, CollapseError, NonFiniteError
 from ..models import build_model
-from ..ticket.collapse import REMEDY
+from ..pruning.collapse import REMEDY
 from ..verdict import Phase
+from .checkpointer import Saving
+from .consistency import require_same_network
 from .data import load_data, test_loader, train_loader
+from .data.augmentation_rng import EpochSampler
 from .data.likeness import require_same_data
-from .data.replay import EpochSampler
-from .drift import require_same_network
-from .finite import Finite
+from .evaluation import Score, Speed, count_flops, count_parameters, evaluate, total_over_ranks
 from .gating import gated
-from .measure import Score, Speed, count_flops, count_parameters, evaluate, total_over_ranks
-from .optimization import build_optimizer, build_schedule
-from .own import (
+from .nonfinite import Finite
+from .optim import build_optimizer, build_schedule
+from .parallelize import averaged_gradients, backend_name, backward, num_passes, step, wrapped
+from .position import Position
+from .rank_state import (
     gathered_on_rank_zero,
     newest_inputs,
     own_of,
@@ -38,13 +41,10 @@ from .own import (
     with_own,
     without_own,
 )
-from .position import Position
-from .report import Report
-from .result import Result
+from .reporting.phase_stats import Tally
+from .reporting.reporter import Report
+from .reporting.result import Result
 from .run_config import RunConfig
-from .saving import Saving
-from .tally import Tally
-from .wrapped import averaged_gradients, backend_name, backward, num_passes, step, wrapped
 
 __all__ = ["Trainer"]
 

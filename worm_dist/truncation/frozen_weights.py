@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cluster.agree import Ranks
-from ..cluster.stepping import Owners, Shard, Stepping
-from ..search.groups import Groups
-from .fade import NEVER, Fade
-from .plan import Block, Plan
+from ..backends.optimizer_view import Owners, Shard, Stepping
+from ..distributed.collectives import Ranks
+from ..groups.channel_groups import Groups
+from ..groups.freeze_plan import Block, Plan
+from .fading import NEVER, Fade
 
 __all__ = ["Free", "FrozenWeights", "Held", "Removed"]
 

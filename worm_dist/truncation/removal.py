@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cluster.agree import Ranks
 from ..config import RemovalConfig
+from ..distributed.collectives import Ranks
 from ..interval import Interval
 from .loss_guard import Decision, LossGuard
 from .removal_schedule import RemovalSchedule

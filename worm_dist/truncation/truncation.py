@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cluster.stepping import Owners, Stepping
-from ..cluster.wrap import Bare, DataParallel, Wrapping
-from ..cluster.zero import Zero
+from ..backends.ddp import Bare, DataParallel, Wrapping
+from ..backends.deepspeed import Zero
+from ..backends.optimizer_view import Owners, Stepping
+from ..comm_hooks.allreduce import AllReduce, Averaging
+from ..comm_hooks.ddp_hook import PackedReduction, packed_allreduce
+from ..comm_hooks.deepspeed_reduce import ZeroReduction
+from ..comm_hooks.grad_hooks import GradientHooks
+from ..comm_hooks.powersgd import LowRank
+from ..comm_hooks.reducer import Reduction
 from ..config import TruncationConfig
-from ..search.groups import Groups
-from .averaging import AllReduce, Averaging
-from .ddp import PackedReduction, packed_allreduce
+from ..groups.channel_groups import Groups
+from ..groups.freeze_plan import Plan
 from .frozen_weights import Free, FrozenWeights, Held, Removed
-from .gradients import GradientHooks
-from .low_rank import LowRank
-from .plan import Plan
-from .reduction import Reduction
-from .zero import ZeroReduction
 from .zero_columns import ZeroColumns
 
 __all__ = ["Truncation", "first_reduction", "state_left"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cluster.agree import Ranks
-from .reduction import Reduction
+from ..comm_hooks.reducer import Reduction
+from ..distributed.collectives import Ranks
 
 __all__ = ["ZeroColumns"]
 

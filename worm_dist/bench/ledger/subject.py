@@ -14,7 +14,7 @@ from ...models.resnet import ResNet
 from ...models.vgg import Vgg
 from ...models.vit import vit_small
 from ...training.data import digits, fashion_mnist
-from ...training.data.split import Data
+from ...training.data.dataset import Data
 from ...training.run_config import DataConfig
 
 __all__ = ["SUBJECTS", "Samples", "Subject"]

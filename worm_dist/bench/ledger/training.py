@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import update_bn
 
 from ... import attach
-from ...engine import Engine
+from ...engine.engine import Engine
 from ...errors import WormError
-from ...training.measure import count_flops, count_parameters
+from ...training.evaluation import count_flops, count_parameters
 from .row import Key, Row
 from .rule import Rule
 from .subject import Samples, Subject

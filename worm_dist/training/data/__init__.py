@@ -11,8 +11,8 @@ from importlib import import_module
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .dataset import Data
 from .loaders import test_loader, train_loader
-from .split import Data
 
 __all__ = ["Data", "load_data", "test_loader", "train_loader"]
 

@@ -12,7 +12,7 @@ from torchvision import datasets, transforms
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
-from .split import Data, folder
+from .dataset import Data, folder
 
 __all__: list[str] = []
 

@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
 from ..run_config import DataConfig
-from .split import Data
+from .dataset import Data
 
 __all__: list[str] = []
 

@@ -18,8 +18,8 @@ from torchvision import transforms
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .dataset import Data, folder
 from .idx import read_idx
-from .split import Data, folder
 
 __all__: list[str] = []
 

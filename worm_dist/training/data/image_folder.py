@@ -14,8 +14,8 @@ from torchvision.datasets.folder import pil_loader
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
-from .damage import DamagedSampleError
-from .split import Data, folder
+from .dataset import Data, folder
+from .validation import DamagedSampleError
 
 __all__: list[str] = []
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...cluster.agree import Ranks
+from ...distributed.collectives import Ranks
 from ...errors import ConfigError
-from .split import Data
+from .dataset import Data
 
 __all__ = ["require_same_data"]
 

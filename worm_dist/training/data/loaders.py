@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from ...errors import ConfigError
 from ..preemption import obey_parent_alone
 from ..run_config import DataConfig
-from .damage import Checked
-from .replay import EpochSampler, Replayed, seed_from
-from .split import Data
+from .augmentation_rng import EpochSampler, Replayed, seed_from
+from .dataset import Data
+from .validation import Checked
 
 __all__ = ["test_loader", "train_loader"]
 

@@ -1,0 +1,1 @@
+"""How a network is wrapped and stepped: DistributedDataParallel, DeepSpeed, a bare module."""

@@ -1,0 +1,1 @@
+"""How gradients are reduced: what lives is packed, averaged and unpacked."""

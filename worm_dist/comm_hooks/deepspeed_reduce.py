@@ -1,0 +1,245 @@
+"""Zero: frozen slices left out at DeepSpeed's reduction points, ZeRO stages 0 to 2.
+
+DeepSpeed's own functions are called with the packed elements in place of a whole bucket, so
+scaling, precision and process groups are as its settings say.  They run on the stream that
+DeepSpeed has chosen, with the packing before and the unpacking behind them on the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.deepspeed import Zero
+from ..backends.patching import Override
+from ..groups.freeze_plan import Plan
+from .deepspeed_allgather import PackedGather
+from .packing import Packing
+from .reducer import Reduction
+
+__all__ = ["ZeroReduction"]
+
+Spans = tuple["Span", ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Consecutive elements of one parameter's gradient; a partition may begin within it."""
+
+    parameter: Tensor
+    begin: int
+    num_elements: int
+
+    @property
+    def shape(self) -> torch.Size:
+        whole = self.num_elements == self.parameter.numel()
+        return self.parameter.shape if whole else torch.Size((self.num_elements,))
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return id(self.parameter), self.begin, self.num_elements
+
+
+class ZeroReduction(Reduction):
+    """Packs what DeepSpeed reduces, and what it gathers in stages 1 and 2.
+
+    Args:
+        wrapping: whose reduction points are taken until ``remove``.
+    """
+
+    def __init__(self, wrapping: Zero) -> None:
+        super().__init__()
+        self._packings: dict[tuple[object, ...], Packing | None] = {}
+        self._gather: PackedGather | None = None
+        self._bucket: tuple[Tensor, Spans] | None = None
+        self._bucket_is_probed = False
+        wrapper = wrapping.wrapper
+        self._wrapper = wrapper
+        self._overrides: list[Override] = []
+        if wrapping.stage == 0:
+            self._engine = wrapping.model
+            self._take(self._engine, "allreduce_and_copy", self._allreduce_and_copy)
+            return
+        self._take(wrapper, "average_tensor", self._average_tensor)
+        if wrapper.reduce_scatter:
+            self._take(wrapper, "allreduce_bucket", self._allreduce_bucket)
+        else:
+            self._take(wrapper, "gradient_reduction_w_predivide", self._gradient_reduction)
+        self._gather = PackedGather(wrapper, self)
+
+    def _take(self, target: Any, name: str, function: Callable[..., Any]) -> None:
+        override = Override(target, name, lambda *a, **k: function(override.original, *a, **k))
+        self._overrides.append(override)
+
+    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+        super().adopt(plan, held, moving)
+        self._packings.clear()
+        # Columns whose gradients are not reduced are not held: decay goes on moving them, on the
+        # rank that steps them, so the others have to be told.
+        if self._gather is not None:
+            self._gather.adopt(held or plan, moving)
+
+    def remove(self) -> None:
+        super().remove()
+        for override in self._overrides:
+            override.remove()
+        if self._gather is not None:
+            self._gather.remove()
+        self._packings.clear()
+
+    # ---- stage 0 ---------------------------------------------------------------------------------
+
+    def _allreduce_and_copy(
+        self, original: Callable[..., None], small_bucket: list[Tensor], *arguments: Any
+    ) -> None:
+        """A bucket is a list of whole gradients."""
+        parameters = {
+            p.grad.data_ptr(): p for p in self._engine.module.parameters() if p.grad is not None
+        }
+        spans = tuple(
+            Span(parameters[g.data_ptr()], 0, g.numel()) for g in small_bucket if g.numel()
+        )
+        gradients = [gradient for gradient in small_bucket if gradient.numel()]
+        element_size = self._engine.communication_data_type.itemsize
+
+        def reduce(elements: Tensor) -> None:
+            original([elements], *arguments)
+
+        self.probe_bucket(zip((span.parameter for span in spans), gradients))
+        if not self._reduced(spans, gradients, element_size, reduce):
+            original(small_bucket, *arguments)
+
+    # ---- stages 1 and 2 --------------------------------------------------------------------------
+
+    def _average_tensor(
+        self, original: Callable[..., None], tensor: Tensor, communication_data_type: torch.dtype
+    ) -> None:
+        """Keep in mind which parameters' gradients lie in the tensor one behind the other."""
+        places = self._wrapper.ipg_buckets[communication_data_type].params
+        parameters = [self._wrapper.bit16_groups[group][place] for group, place, _ in places]
+        self._bucket = tensor, tuple(Span(p, 0, p.numel()) for p in parameters)
+        self._bucket_is_probed = False
+        original(tensor, communication_data_type)
+        self._bucket = None
+
+    def _gradient_reduction(
+        self, original: Callable[..., Tensor], tensor: Tensor, communication_data_type: torch.dtype
+    ) -> Tensor:
+        """Without reduce_scatter: the whole tensor at once."""
+        _, spans = self._probed_bucket()
+        rounded = tensor.to(communication_data_type)
+
+        def reduce(elements: Tensor) -> None:
+            _write(original(elements, communication_data_type), elements)
+
+        pieces = _pieces(rounded, spans)
+        if not self._reduced(spans, pieces, rounded.element_size(), reduce):
+            return original(tensor, communication_data_type)
+        if rounded is not tensor:
+            tensor.copy_(rounded)
+        return rounded
+
+    def _allreduce_bucket(
+        self,
+        original: Callable[..., Tensor],
+        bucket: list[Tensor],
+        communication_data_type: torch.dtype,
+        **keywords: Any,
+    ) -> Tensor:
+        """With reduce_scatter: slices of the tensor, each for the rank whose partition it is in;
+        reduced together, or to their ranks alone."""
+        tensor, everything = self._probed_bucket()
+        spans = tuple(
+            span
+            for part in bucket
+            for span in _within(
+                everything, int(part.storage_offset() - tensor.storage_offset()), part.numel()
+            )
+        )
+        flat: Tensor = self._wrapper.flatten(bucket)
+        rounded = flat.to(communication_data_type)
+
+        def reduce(elements: Tensor) -> None:
+            _write(original([elements], communication_data_type, **keywords), elements)
+
+        pieces = _pieces(rounded, spans)
+        if not self._reduced(spans, pieces, rounded.element_size(), reduce):
+            return original(bucket, communication_data_type, **keywords)
+        return rounded
+
+    def _probed_bucket(self) -> tuple[Tensor, Spans]:
+        """The bucket that is being reduced; probed once, though its slices come in turn."""
+        assert self._bucket is not None
+        tensor, spans = self._bucket
+        if not self._bucket_is_probed:
+            self._bucket_is_probed = True
+            self.probe_bucket(zip((span.parameter for span in spans), _pieces(tensor, spans)))
+        return self._bucket
+
+    # ---- all stages ------------------------------------------------------------------------------
+
+    def _reduced(
+        self,
+        spans: Spans,
+        gradients: Sequence[Tensor],
+        element_size: int,
+        reduce: Callable[[Tensor], None],
+    ) -> bool:
+        """Reduce what lives and write it back, with zeros where gradients are frozen.
+
+        Returns:
+            False if all of it lives: then nothing was done.
+        """
+        self.dense_bytes += element_size * sum(span.num_elements for span in spans)
+        packing = self._packing(spans, gradients)
+        if packing is None:
+            self.sent_bytes += element_size * sum(span.num_elements for span in spans)
+            return False
+        if packing.buffer.numel():  # else nothing lives here, on any rank: the plan is the same
+            packing.pack(gradients)
+            reduce(packing.buffer)
+            self.sent_bytes += element_size * packing.buffer.numel()
+        packing.unpack(gradients)
+        return True
+
+    def _packing(self, spans: Spans, gradients: Sequence[Tensor]) -> Packing | None:
+        """How to pack these spans; None if all of them live."""
+        key = (gradients[0].dtype, *(span.key for span in spans)) if gradients else ()
+        if key not in self._packings:
+            blocks = [self.plan.blocks.get(span.parameter) if self.plan else None for span in spans]
+            self._packings[key] = None
+            if any(blocks):
+                parts = [
+                    block.part(span.begin, span.num_elements) if block is not None else None
+                    for span, block in zip(spans, blocks, strict=True)
+                ]
+                shapes = [span.shape for span in spans]
+                first = gradients[0]
+                self._packings[key] = Packing(parts, shapes, first.dtype, first.device)
+        return self._packings[key]
+
+
+def _pieces(flat: Tensor, spans: Spans) -> list[Tensor]:
+    parts = flat.split([span.num_elements for span in spans])
+    return [part.view(span.shape) for part, span in zip(parts, spans, strict=True)]
+
+
+def _write(result: Tensor, elements: Tensor) -> None:
+    """DeepSpeed may have averaged the elements in place or in a copy."""
+    if result.data_ptr() != elements.data_ptr():
+        elements.copy_(result)
+
+
+def _within(spans: Spans, begin: int, num_elements: int) -> list[Span]:
+    """Those parts of spans, which lie one behind the other, that a slice covers."""
+    covered, at, end = [], 0, begin + num_elements
+    for span in spans:
+        first, last = max(at, begin), min(at + span.num_elements, end)
+        if first < last:
+            covered.append(Span(span.parameter, span.begin + first - at, last - first))
+        at += span.num_elements
+    return covered

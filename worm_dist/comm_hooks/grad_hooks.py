@@ -1,0 +1,64 @@
+"""Gradients: hooks on parameters that truncate frozen slices as the gradient arrives.
+
+Used where no communication hook does it: on a bare network, and for soft truncation.  A tensor
+hook sees each backward pass's own gradient before it is accumulated, so accumulation over several
+passes truncates each of them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..groups.freeze_plan import Block, Plan
+
+__all__ = ["GradientHooks"]
+
+
+class GradientHooks:
+    """Multiplies the gradients of frozen slices by a ratio; 0 gives exact zeros."""
+
+    def __init__(self, ratio: float) -> None:
+        self._ratio = ratio
+        self._handles: list[RemovableHandle] = []
+
+    def adopt(self, plan: Plan) -> None:
+        """Truncate by another plan from the next backward pass on."""
+        self.remove()
+        self._handles = [
+            _registered(parameter, _truncation(block, self._ratio))
+            for parameter, block in plan.blocks.items()
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _registered(parameter: Tensor, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A hook that also truncates what trains only later."""
+    trains = parameter.requires_grad
+    handle: RemovableHandle = parameter.requires_grad_(True).register_hook(hook)
+    parameter.requires_grad_(trains)
+    return handle
+
+
+def _truncation(block: Block, ratio: float) -> Callable[[Tensor], Tensor]:
+    def truncate(gradient: Tensor) -> Tensor:
+        if ratio == 0:
+            # Written, not multiplied: 0 x inf would be NaN.
+            truncated = gradient.clone()
+            for dim, frozen in block.frozen.items():
+                truncated.index_fill_(dim, frozen, 0)
+            return truncated
+        assert len(block.frozen) == 1, "only what scales channels is truncated softly"
+        ((dim, frozen),) = block.frozen.items()
+        factor = torch.ones(block.shape[dim], dtype=gradient.dtype, device=gradient.device)
+        factor.index_fill_(0, frozen, ratio)
+        return gradient * factor.view(-1, *[1] * (gradient.dim() - 1 - dim))
+
+    return truncate

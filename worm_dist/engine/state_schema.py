@@ -1,0 +1,338 @@
+"""State: the form of an engine's state, and whether one fits the engine that it is given to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ..config import Settings
+from ..errors import CheckpointError, ConfigError
+from ..groups.channel_groups import Groups
+from ..interval import Interval
+from ..verdict import Phase
+
+__all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid"]
+
+FORMAT = 2
+
+_MAY_CHANGE = frozenset({"ticket.recalibrate_batches", "ticket.recalibrate_memory_mb"})
+"""Settings of the draw that is still to come."""
+
+_RANKS_OWN = ("history", "rank")
+"""What need not be the same on all ranks; the bytes that each has sent neither."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True
+    )
+
+
+def _is_flags(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.bool or tensor.dim() != 1:
+        raise ValueError("must be a one-dimensional bool tensor")
+    return tensor
+
+
+_Flags = Annotated[Tensor, AfterValidator(_is_flags)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Verdict(_Part):
+    phase: Phase = Field(strict=False)
+    stage: bool
+    ticket: bool
+    new_mask: bool
+    elbow: bool
+    settled: bool
+    distance_mean: float | None
+    distance_max: float | None
+    generation: _Count
+    live_fraction: float
+    left_fraction: float
+    paused: bool
+
+
+class _Traffic(_Part):
+    sent_bytes: _Count
+    dense_bytes: _Count
+    total_sent_bytes: _Count
+    total_dense_bytes: _Count
+    control_bytes: _Count
+
+
+class _Training(_Part):
+    step: _Count
+    last_check: _Count
+    steps_per_epoch: _Count | None
+    buckets_arranged: bool
+    traffic: _Traffic
+
+
+class _Fade(_Part):
+    over_at: Tensor
+    under_way: _Flags
+    starts: dict[str, Tensor] | None
+
+
+class _Columns(_Part):
+    dropped: _Flags
+    probed: _Flags
+    sent_for_good: _Flags
+    num_probes: _Count
+
+
+class _Truncation(_Part):
+    generation: _Count
+    frozen: _Flags
+    removal: _Fade | None
+    columns: _Columns
+    probes: bool
+
+
+class _Schedule(_Part):
+    waiting: Tensor
+    num_begun: _Count
+    began_at: _Count
+    duration: _Count
+
+
+class _Guard(_Part):
+    limit: float
+    paused_at: _Count | None
+
+
+class _Removal(_Part):
+    schedule: _Schedule
+    guard: _Guard
+    patience: _Count
+    allowed_at: _Count | None
+
+
+class _Finding(_Part):
+    step: _Count
+    distances: tuple[float, ...]
+    threshold: float | None
+    elbow: bool
+    settled: bool
+    floored: tuple[str, ...]
+
+
+class _History(_Part):
+    sizes: dict[str, int]
+    masks: Tensor
+    findings: list[_Finding]
+
+
+class _Bucket(_Part):
+    parameters: list[str]
+    left_out: dict[str, Tensor]
+    thin: dict[str, Tensor] | None
+
+
+class _Averaging(_Part):
+    passes: _Count
+    draws: _Count
+    buckets: list[_Bucket]
+
+
+class _Reduction(_Part):
+    sent_bytes: _Count
+    dense_bytes: _Count
+    averaging: _Averaging | None
+
+
+class _Call(_Part):
+    arguments: list[Any]
+    on_cpu: list[bool]
+    device: str
+    dtype: str
+    autocast: bool
+    training_norms: list[str]
+    copied: bool
+
+
+class _Rank(_Part):
+    number: _Count
+    world_size: _Count
+    inputs: list[_Call] | None
+    reduction: _Reduction | None
+    losses: list[float]
+
+
+class _State(_Part):
+    format: _Count
+    settings: dict[str, Any]
+    groups: dict[str, str]
+    phase: Phase = Field(strict=False)
+    mask: _Flags | None
+    removed: _Flags
+    checks_dropped: Tensor
+    removal: _Removal
+    verdict: _Verdict
+    training: _Training
+    truncation: _Truncation | None
+    history: _History | None
+    rank: _Rank | None
+
+
+def plain_settings(config: Settings, prefix: str = "") -> dict[str, Any]:
+    """Every setting in plain values, by its dotted key."""
+    plain: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Settings):
+            plain |= plain_settings(value, f"{prefix}{name}.")
+        else:
+            plain[f"{prefix}{name}"] = str(value) if isinstance(value, Interval) else value
+    return plain
+
+
+def require_valid(
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    groups: Groups,
+    steps_per_epoch: int | None,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Whether an engine can go on from a state.
+
+    Args:
+        state: of an engine.
+        settings: of the engine that is given it, by their dotted keys.
+        groups: of its network.
+        steps_per_epoch: that it was told, if it was.
+        rank, world_size: of this process.
+
+    Raises:
+        CheckpointError: it is not a state of an engine, or is of another network, or lacks what
+            this rank needs.
+        ConfigError: the settings are other ones.
+    """
+    found = state.get("format") if isinstance(state, Mapping) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"load_state_dict: format: wanted {FORMAT}, found {found}; is it what "
+            "engine.state_dict() gave, in this version of worm_dist?"
+        )
+    try:
+        valid = _State.model_validate(dict(state))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"load_state_dict: {place}: {first['msg'][:200]}") from error
+    _require_settings(valid.settings, settings)
+    _require_groups(valid, groups)
+    told, counted = steps_per_epoch, valid.training.steps_per_epoch
+    if told is not None and counted is not None and told != counted:
+        raise ConfigError(
+            f"load_state_dict: steps_per_epoch: {counted} -> {told}; go on with the same data, "
+            "global batch size and world size"
+        )
+    _require_own_part(valid, rank, world_size)
+
+
+def _require_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and key not in _MAY_CHANGE
+    ]
+    if changed:
+        raise ConfigError(
+            f"load_state_dict: the settings are other ones ({'; '.join(changed)}); go on with the "
+            f"saved ones (only {' and '.join(sorted(_MAY_CHANGE))} may change), or start anew"
+        )
+
+
+def _require_groups(state: _State, groups: Groups) -> None:
+    here = {name: digest.hex() for name, digest in groups.digests.items()}
+    odd = sorted({name for name, _ in state.groups.items() ^ here.items()})
+    if odd:
+        raise CheckpointError(
+            f"load_state_dict: groups: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}: these are "
+            "not the groups of this network; attach to the dense network, built as it was, also "
+            "after the draw"
+        )
+    if list(state.groups) != list(here):
+        raise CheckpointError("load_state_dict: groups: they come in another order here")
+    dense = groups.num_channels
+    vectors = {"mask": (state.mask, dense), "checks_dropped": (state.checks_dropped, dense)}
+    vectors["removed"] = (state.removed, dense)
+    truncation = state.truncation
+    if truncation is not None and state.removed.shape == (dense,):
+        left = dense - int(state.removed.sum())
+        vectors["truncation.frozen"] = (truncation.frozen, left)
+        for name in ("dropped", "probed", "sent_for_good"):
+            vectors[f"truncation.columns.{name}"] = (getattr(truncation.columns, name), left)
+        if truncation.removal is not None:
+            vectors["truncation.removal.over_at"] = (truncation.removal.over_at, left)
+            vectors["truncation.removal.under_way"] = (truncation.removal.under_way, left)
+    for name, (vector, size) in vectors.items():
+        if vector is not None and vector.shape != (size,):
+            raise CheckpointError(
+                f"load_state_dict: {name}: wanted [{size}], found {list(vector.shape)}"
+            )
+    waiting = state.removal.schedule.waiting
+    if waiting.dim() != 1 or not bool(((waiting >= 0) & (waiting < dense)).all()):
+        raise CheckpointError("load_state_dict: removal.schedule.waiting: these are no channels")
+    if (state.phase is Phase.TICKET) != (state.truncation is None):
+        raise CheckpointError(f"load_state_dict: truncation: it contradicts phase {state.phase}")
+    if state.phase is Phase.TICKET and state.mask is None:
+        raise CheckpointError("load_state_dict: mask: a drawn network has one")
+
+
+def _require_own_part(state: _State, rank: int, world_size: int) -> None:
+    if rank == 0 and state.history is None:
+        raise CheckpointError(
+            "load_state_dict: history: it is in the state of rank 0 alone, and this is another's"
+        )
+    own = state.rank
+    if state.settings.get("truncation.compression") == "powersgd" and (
+        own is None or (own.number, own.world_size) != (rank, world_size)
+    ):
+        whose = "of no rank" if own is None else f"of rank {own.number} of {own.world_size}"
+        raise CheckpointError(
+            f"load_state_dict: rank: this state is {whose}, and this is rank {rank} of "
+            f"{world_size}; what PowerSGD leaves out is kept on each rank, so let every rank save "
+            "and load its own state, with the same world size"
+        )
+
+
+def digests_of(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """A digest of every part that must be the same on all ranks."""
+    shared = {key: value for key, value in state.items() if key not in _RANKS_OWN}
+    training = {key: value for key, value in state["training"].items() if key != "traffic"}
+    return {key: digest_of(value) for key, value in {**shared, "training": training}.items()}
+
+
+def digest_of(value: Any) -> bytes:
+    """Of a nested plain value, on whatever device its tensors are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(value):
+        digest.update(part)
+    return digest.digest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    """Different for different nested values."""
+    if isinstance(value, Tensor):
+        yield repr((value.dtype, tuple(value.shape))).encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        yield f"{{{len(value)}".encode()
+        for key in sorted(value):
+            yield repr(key).encode()
+            yield from _parts(value[key])
+    elif isinstance(value, (list, tuple)):
+        yield f"[{len(value)}".encode()
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield repr(value).encode()

@@ -1,0 +1,1 @@
+"""Channel groups: the slices of parameters that live and die together."""

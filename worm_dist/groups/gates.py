@@ -1,0 +1,151 @@
+"""Gates: a learnable factor for every head of attention and every neuron of feed-forward layers.
+
+What is scaled is what the next layer reads of it: the effective weight of that layer is the
+weight times the factor of each column's head or neuron.  Factors take the place of the scales of
+BatchNorm that transformers do not have (EarlyBERT, Chen et al. 2021, arXiv 2101.00063).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import ConfigError
+from ..pruning.parameter_storage import replace_data
+from .attention import find_attentions, weight_of
+from .feed_forward import find_feed_forwards
+
+__all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gates_of", "remove_gates"]
+
+
+class Gate(nn.Module):
+    """A factor for each of equally many neighbouring columns of a weight.
+
+    Attributes:
+        scale: ``[heads]`` or ``[neurons]``, ones at first.
+    """
+
+    def __init__(self, num_factors: int, weight: Tensor) -> None:
+        super().__init__()
+        ones = torch.ones(num_factors, dtype=weight.dtype, device=weight.device)
+        self.scale = nn.Parameter(ones)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight ``[outputs, inputs]``, its columns multiplied."""
+        by_factor = weight.unflatten(1, (len(self.scale), -1))
+        scaled: Tensor = by_factor * self.scale.unsqueeze(1)
+        return scaled.flatten(1)
+
+
+def add_gates(network: nn.Module) -> nn.Module:
+    """Give every head and every neuron that is understood a factor of one.
+
+    What the network computes is unchanged.  It gains the parameters
+    ``<layer>.parametrizations.weight.0.scale``, to be trained like any other, best without weight
+    decay; and the weight of such a layer is called ``<layer>.parametrizations.weight.original``,
+    so load what is trained already before.  Gated networks can be copied, wrapped and compiled,
+    but saved only as a ``state_dict``; ``fold_gates`` makes plain layers of them.
+
+    Args:
+        network: not wrapped; changed in place.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ConfigError: it has gates, or nothing that could be gated.
+    """
+    if gates_of(network):
+        raise ConfigError("model: it has gates already; add_gates is to be called once")
+    attentions, dense = find_attentions(network)
+    gated = {attention.reader: attention.num_heads for attention in attentions}
+    for _, reader in find_feed_forwards(network):
+        layer = network.get_submodule(reader)
+        assert isinstance(layer, nn.Linear)
+        gated[reader] = layer.in_features
+    uses = Counter(p for _, p in network.named_parameters(remove_duplicate=False))
+    layers = {reader: network.get_submodule(reader) for reader in gated}
+    gateable = [
+        reader
+        for reader, layer in layers.items()
+        # What another layer computes with must not change when the gate is folded.
+        if not parametrize.is_parametrized(layer) and uses[layer.get_parameter("weight")] == 1
+    ]
+    if not gateable:
+        because = "".join(f"\n  {name}: {reason}" for name, reason in dense.items())
+        raise ConfigError(
+            "model: it has no attention and no feed-forward layer that could be gated" + because
+        )
+    for reader in gateable:
+        gate = Gate(gated[reader], layers[reader].get_parameter("weight"))
+        parametrize.register_parametrization(layers[reader], "weight", gate)
+    return network
+
+
+def gates_of(network: nn.Module) -> list[tuple[str, Gate]]:
+    """Every gate with the name of the layer whose weight it scales, in the network's order."""
+    suffix = ".parametrizations.weight.0"
+    return [
+        (name.removesuffix(suffix), module)
+        for name, module in network.named_modules()
+        if isinstance(module, Gate)
+    ]
+
+
+def fold_gates(network: nn.Module) -> None:
+    """Make plain layers of gated ones; what they compute with is unchanged, bit for bit.
+
+    Every weight stays the parameter that it is, so optimizers go on with it; master weights that
+    an optimizer keeps are not told.
+
+    Raises:
+        ConfigError: a gated layer has another parametrization too.
+    """
+    absorb_gates(network)
+    remove_gates(network)
+
+
+@torch.no_grad()
+def absorb_gates(network: nn.Module) -> None:
+    """Multiply every gate into its weight, and set it to one.
+
+    Raises:
+        ConfigError: a gated layer has another parametrization too.
+    """
+    _require_alone(network)
+    for reader, gate in gates_of(network):
+        original = network.get_parameter(weight_of(network, reader))
+        replace_data(original, gate(original))
+        replace_data(gate.scale, torch.ones_like(gate.scale))
+
+
+def remove_gates(network: nn.Module) -> None:
+    """Take the gates away, whatever they are; the weights stay as they are without them.
+
+    Raises:
+        ConfigError: a gated layer has another parametrization too.
+    """
+    _require_alone(network)
+    for reader, _ in gates_of(network):
+        layer = network.get_submodule(reader)
+        original = layer.get_parameter("parametrizations.weight.original")
+        # torch's own removal deletes the weight of the class, which copies of the layer share.
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        others = dict(layer._parameters)
+        layer._parameters.clear()
+        layer.register_parameter("weight", original)  # first, as the layer was built
+        layer._parameters.update(others)
+
+
+def _require_alone(network: nn.Module) -> None:
+    for reader, gate in gates_of(network):
+        parametrizations = network.get_submodule(f"{reader}.parametrizations")
+        ours = [parametrizations, parametrizations.weight, gate]
+        if any(module not in ours for module in parametrizations.modules()):
+            raise ConfigError(
+                f"model: {reader} has another parametrization beside its gate; remove that first"
+            )

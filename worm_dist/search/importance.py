@@ -1,0 +1,204 @@
+"""Scores: how much each channel matters, one float a candidate.
+
+Usually the candidates are the channels of the groups.  Ranked layer by layer, as Early-Bird does,
+they are the scales of every norm by itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SearchConfig
+from ..errors import ConfigError, NonFiniteError, WormError
+from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.selection import importance_of
+from .candidates import Candidates, NormCandidates
+from .scale_index import ScaleIndex
+
+__all__ = ["ChannelScales", "LayerScales", "OwnScore", "Score", "WeightNorm", "score_of"]
+
+Coupling = Literal["mean", "max"]
+
+
+class Score(ABC):
+    """Ranks candidates.
+
+    Attributes:
+        candidates: what is ranked.
+        replicated: whether every rank must find the same bits: scores are of weights, not of data.
+        failure: what to say if scores are not finite; None if only the weights can be to blame.
+    """
+
+    replicated = True
+
+    def __init__(self, candidates: Candidates, device: torch.device) -> None:
+        self.candidates = candidates
+        self.failure: WormError | None = None
+        self._device = device
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """float32 ``[candidates]`` on the network's device."""
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The parameters that the penalty shrinks."""
+        return []
+
+    def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
+        """The L1 norm of all scales, or of those in use; a differentiable scalar."""
+        scales = [scale.float() for scale in self.scales if used is None or scale in used]
+        if not scales:
+            return torch.zeros((), device=self._device)
+        return torch.cat(scales).abs().sum()
+
+
+class ChannelScales(Score):
+    """The size of what scales a channel: |gamma| of its norms, or its gate; of coupled ones the
+    mean or the largest.
+
+    Source: Network Slimming (arXiv 1708.06519, section 3), Early-Bird (arXiv 1909.11957) and, for
+    gates, EarlyBERT (arXiv 2101.00063).
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
+        self._index = ScaleIndex(network, groups)
+        super().__init__(Candidates(groups.sizes), self._index.device)
+        self._largest = coupling == "max"
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        # A gather and an ordered sum, no scatter-add: the same bits on every device of a kind.
+        sizes_TN = self._index.sizes()[self._index.places_TN]
+        if self._largest:
+            return sizes_TN.masked_fill(~self._index.present_TN, 0).amax(dim=0)
+        return (sizes_TN * self._index.shares_TN).sum(dim=0)
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return self._index.scales
+
+
+class LayerScales(Score):
+    """|gamma| of every norm by itself; a coupled channel goes only where all its norms drop it.
+
+    Source: Early-Bird (arXiv 1909.11957), whose masks are those of the single layers.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups) -> None:
+        self._index = ScaleIndex(network, groups)
+        index = self._index
+        places = index.places_TN.cpu(), index.present_TN.cpu()
+        super().__init__(NormCandidates(index.counts, groups.sizes, *places), index.device)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return self._index.sizes()
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return self._index.scales
+
+
+class WeightNorm(Score):
+    """The L2 norm of the weights that make a channel, as a share of its group's mean; of coupled
+    layers the mean or the largest.
+
+    Source: Pruning Filters (arXiv 1608.08710), there with L1; without the division layers of
+    different widths could not be compared.
+    """
+
+    def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
+        parameters = dict(network.named_parameters())
+        super().__init__(Candidates(groups.sizes), next(iter(parameters.values())).device)
+        self._largest = coupling == "max"
+        self._sources = [
+            [
+                (parameters[member.parameters[0][0]], member.parameters[0][1], member.positions)
+                for member in group.members
+                if member.role == "producer"
+            ]
+            for group in groups
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return torch.cat([self._of_group(sources) for sources in self._sources])
+
+    def _of_group(self, sources: list[tuple[nn.Parameter, int, Tensor]]) -> Tensor:
+        norms = []
+        for weight, dim, positions in sources:
+            squares = weight.float().transpose(0, dim).flatten(1).square().sum(dim=1)
+            norm = squares[positions.to(weight.device)].sum(dim=1).sqrt()
+            norms.append(norm / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny))
+        stacked = torch.stack(norms)
+        return stacked.amax(dim=0) if self._largest else stacked.mean(dim=0)
+
+
+class OwnScore(Score):
+    """A score of the user's own; it may look at this rank's data, the ranks average it."""
+
+    replicated = False
+
+    def __init__(
+        self,
+        score: Callable[[nn.Module, ChannelGroup], Tensor],
+        network: nn.Module,
+        groups: Groups,
+    ) -> None:
+        super().__init__(Candidates(groups.sizes), next(network.parameters()).device)
+        self._score = score
+        self._network = network
+        self._groups = groups
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        self.failure = NonFiniteError(
+            "check: the ranks' scores have no finite average: another rank's score failed, and its "
+            "own error says why"
+        )
+        try:
+            return torch.cat([self._of_group(group) for group in self._groups])
+        except Exception as error:  # whatever foreign code may raise
+            # The others must not wait for this rank: what is not a number stops them all.
+            where = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            self.failure = ConfigError(f"attach: score failed: {where}{error}")
+            return torch.full((self.candidates.number,), torch.nan, device=self._device)
+
+    def _of_group(self, group: ChannelGroup) -> Tensor:
+        scores = self._score(self._network, group)
+        if not isinstance(scores, Tensor) or scores.shape != (group.num_channels,):
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"group {group.name} needs a tensor [{group.num_channels}], got {given}"
+            )
+        scores = scores.detach().to(self._device, torch.float32)
+        if not bool(scores.isfinite().all()):
+            raise ConfigError(f"group {group.name} needs finite floats, got {scores.tolist()}")
+        return scores
+
+
+def score_of(
+    search: SearchConfig,
+    network: nn.Module,
+    groups: Groups,
+    own: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+) -> Score:
+    """The score that the settings name, or the user's own.
+
+    Args:
+        groups: only such as the score can rank.
+    """
+    coupling: Coupling = "max" if search.coupling == "max" else "mean"
+    if own is not None:
+        return OwnScore(own, network, groups)
+    if importance_of(search, groups) == "weight_norm":
+        return WeightNorm(network, groups, coupling)
+    if search.grouping == "layer":
+        return LayerScales(network, groups)
+    return ChannelScales(network, groups, coupling)

@@ -1,0 +1,230 @@
+"""Console: what the person at the terminal, or the log file of a job, sees of a run."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+
+from ...engine.step_hooks import Traffic
+from ...verdict import Phase
+
+__all__ = ["Console"]
+
+_WIDTH_OF_A_LOG = 80
+
+
+class Console:
+    """One line an epoch and an event; on a terminal also a progress bar below them.
+
+    Elsewhere, say in a job's log, the lines are plain: no colours, no control characters.
+
+    Args:
+        file: where to write; default the standard output.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        file = file or sys.stdout
+        is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
+        self._console = rich.console.Console(
+            file=file,
+            force_terminal=not is_log,
+            color_system=None if is_log else "auto",
+            width=_WIDTH_OF_A_LOG if is_log else None,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._progress = _progress(self._console)
+        self._task: TaskID | None = None
+        self._epochs = 0
+
+    def start(
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        phase: Phase,
+        steps_done: int = 0,
+    ) -> None:
+        """Training begins.
+
+        Args:
+            epochs: of the whole run.
+            steps_per_epoch: optimizer steps.
+            batch_size: images in an optimizer step, over all ranks.
+            phase: in which training begins.
+            steps_done: before this part of the run.
+        """
+        self._epochs = epochs
+        if self._console.is_terminal:
+            self._task = self._progress.add_task(
+                "training",
+                total=epochs * steps_per_epoch,
+                completed=steps_done,
+                phase=phase,
+                loss=float("nan"),
+                batch_size=batch_size,
+            )
+            self._progress.start()
+            # An error may end the run anywhere, and the bar hides the cursor.
+            atexit.register(self.close)
+
+    def step(self, loss: float) -> None:
+        """An optimizer step is done; ``loss`` is the newest that is known."""
+        if self._task is not None:
+            self._progress.update(self._task, advance=1, loss=loss)
+
+    def event(self, text: str, phase: Phase | None = None) -> None:
+        """Something happened that a line is worth, maybe the beginning of another phase."""
+        if self._task is not None and phase is not None:
+            self._progress.update(self._task, phase=phase)
+        self._line(f"* {text}", style="bold")
+
+    def epoch(
+        self,
+        epoch: int,
+        phase: Phase,
+        loss: float,
+        accuracy: float,
+        images_per_second: float,
+        traffic: Traffic,
+    ) -> None:
+        """An epoch is done.
+
+        Args:
+            epoch: from 1 on.
+            phase: in which it ended.
+            loss: mean over its training.
+            accuracy: fraction of the test split.
+            images_per_second: over all ranks.
+            traffic: of its last step, shown as a share of what a dense step sends.
+        """
+        sent = _percent(traffic.sent_bytes, traffic.dense_bytes, digits=0) or "-"
+        digits = len(str(self._epochs))
+        self._line(
+            f"epoch {epoch:{digits}}/{self._epochs}  {phase:<8}  loss {loss:.3f}  "
+            f"acc {100 * accuracy:.1f} %  {images_per_second:,.0f} images/s  traffic {sent}"
+        )
+
+    def summary(self, result: Mapping[str, Any], folder: Path) -> None:
+        """The run is over: its figures, "-" for those it does not have.
+
+        Args:
+            result: the content of ``result.json``.
+            folder: of the run.
+        """
+        self.close()
+        self._console.print()
+        self._console.print(_facts(result, folder))
+        self._console.print()
+        self._console.print(_comparison(result))
+
+    def close(self) -> None:
+        """Leave the terminal as it was; may be called twice."""
+        self._progress.stop()
+        atexit.unregister(self.close)
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, soft_wrap=True)
+
+
+# ---- the bar ---------------------------------------------------------------------------------
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if speed is None:
+            return Text("- images/s")
+        return Text(f"{speed * task.fields['batch_size']:,.0f} images/s")
+
+
+def _progress(console: rich.console.Console) -> Progress:
+    return Progress(
+        TextColumn("{task.fields[phase]}", style="bold"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        _ImagesPerSecond(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        console=console,
+        expand=True,
+    )
+
+
+# ---- the tables at the end -------------------------------------------------------------------
+
+
+def _facts(result: Mapping[str, Any], folder: Path) -> Table:
+    accuracy, seconds = result["accuracy"], result["seconds"]
+    table = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    for name, value in {
+        "status": result["status"],
+        "run": f"preset {result['preset']}, seed {result['seed']}, "
+        f"world size {result['world_size']} over {result['backend']}",
+        "search": f"elbow at epoch {_number(result['elbow_epoch'])}, "
+        f"ticket at epoch {_number(result['ticket_epoch'])}",
+        "accuracy": f"before draw {_percent(accuracy['before_draw'], 1) or '-'}, "
+        f"after draw {_percent(accuracy['after_draw'], 1) or '-'}, "
+        f"final {_percent(accuracy['final'], 1) or '-'}",
+        "seconds": ", ".join(f"{phase} {_number(spent)}" for phase, spent in seconds.items()),
+        "files": str(folder),
+        "curves": f"tensorboard --logdir {folder}",
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def _comparison(result: Mapping[str, Any]) -> Table:
+    """The dense network against what became of it, in numbers and in percent."""
+    parameters, flops, traffic = result["parameters"], result["flops"], result["traffic"]
+    table = Table("", box=None, pad_edge=False)
+    for name in ("dense", "truncated", "ticket"):
+        table.add_column(name, justify="right", overflow="fold")
+    for name, dense, truncated, ticket in (
+        ("parameters", parameters["dense"], None, parameters["ticket"]),
+        ("FLOPs per sample", flops["dense"], None, flops["ticket"]),
+        (
+            "bytes per step",
+            traffic["dense_bytes_per_step"],
+            traffic["truncated_bytes_per_step"],
+            traffic["ticket_bytes_per_step"],
+        ),
+    ):
+        table.add_row(name, _count(dense), _compared(truncated, dense), _compared(ticket, dense))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.5g}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _percent(part: float | None, whole: float | None, digits: int = 2) -> str:
+    """Empty where there is nothing to compare."""
+    return "" if part is None or not whole else f"{100 * part / whole:.{digits}f} %"
+
+
+def _compared(value: int | None, dense: int | None) -> str:
+    percent = _percent(value, dense, digits=1)
+    return f"{_count(value)} ({percent})" if percent else _count(value)

@@ -1,0 +1,77 @@
+"""Journal: one line of JSON for every check and every change of phase."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...search.convergence import Finding
+from ...search.mask import Mask
+from ...verdict import Phase, Verdict
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Appends to ``journal.jsonl``; every line is on disk when the call returns.
+
+    Args:
+        path: of the file.
+        rule: of the elbow.
+        size: in bytes, of what an earlier part of the run has written; what comes after it was
+            written after the checkpoint, and will be again.
+    """
+
+    def __init__(self, path: Path, rule: str, size: int) -> None:
+        self._path = path
+        self._rule = rule
+        if self.size > size:
+            os.truncate(path, size)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def check(self, epoch: float, finding: Finding, mask: Mask, verdict: Verdict) -> None:
+        self._write(
+            event="check",
+            epoch=epoch,
+            step=finding.step,
+            distances=finding.distances,
+            distance_mean=finding.distance_mean,
+            distance_max=finding.distance_max,
+            rule=self._rule,
+            threshold=finding.threshold,
+            elbow=verdict.elbow,
+            settled=finding.settled,
+            ticket=verdict.ticket,
+            phase=verdict.phase,
+            generation=verdict.generation,
+            live_fraction=verdict.live_fraction,
+            mask_digest=mask.digest,
+            floored=finding.floored,
+        )
+
+    def phase(self, epoch: float, step: int, phase: Phase) -> None:
+        self._write(event="phase", epoch=epoch, step=step, phase=phase)
+
+    def removal(self, epoch: float, step: int, verdict: Verdict) -> None:
+        self._write(
+            event="removal",
+            epoch=epoch,
+            step=step,
+            generation=verdict.generation,
+            live_fraction=verdict.live_fraction,
+            left_fraction=verdict.left_fraction,
+            paused=verdict.paused,
+        )
+
+    def stage(self, epoch: float, step: int, num_parameters: int) -> None:
+        self._write(event="stage", epoch=epoch, step=step, parameters=num_parameters)
+
+    def _write(self, **entry: Any) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")

@@ -1,0 +1,67 @@
+"""How far every mask is from every other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ....search.convergence import Finding
+from .common import checks, label_steps, new_figure, newest, stacked, title
+
+_MOST_ANNOTATED = 12
+
+__all__ = ["distance_matrix"]
+
+
+def distance_matrix(findings: Sequence[Finding]) -> Figure:
+    """The distance, 0 to 1, of every mask to every other; the newest 100 checks.
+
+    Args:
+        findings: oldest first, all of the same groups.
+
+    Raises:
+        ValueError: there is no finding.
+    """
+    shown = newest(findings)
+    distances = _distances(stacked(shown))
+    figure, axes = new_figure(7.0, 6.0)
+    image = axes.imshow(distances, cmap="cividis_r", vmin=0, vmax=max(float(distances.max()), 0.01))
+    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.set_label("distance: share of channels that differ")
+    bar.outline.set_visible(False)
+    if len(shown) <= _MOST_ANNOTATED:
+        _annotate(axes, distances)
+    for axis in (axes.xaxis, axes.yaxis):
+        label_steps(axis, shown)
+        axis.set_label_text("optimizer step of the check")
+    title(
+        axes,
+        "Distance between masks",
+        f"{checks(shown, findings)}, {shown[-1].mask.num_channels:,} channels",
+    )
+    return figure
+
+
+def _distances(kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``[checks, checks]``.  |a xor b| = |a| + |b| - 2 |a and b|: a product instead of a loop."""
+    counts = kept.sum(axis=1)
+    differing = counts[:, None] + counts[None, :] - 2 * (kept @ kept.T)
+    return np.asarray(differing / kept.shape[1])
+
+
+def _annotate(axes: Axes, values: NDArray[np.float32]) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        dark = value > 0.5 * values.max()
+        axes.text(
+            column,
+            row,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if dark else "black",
+        )
