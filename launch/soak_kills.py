@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 
 CONFIG = "configs/digits.yaml"
 SETTINGS = ("--checkpoint.every", "7ba")
@@ -135,7 +135,7 @@ def _children(pid: int) -> list[int]:
 
 def end_of(run: Path) -> dict[str, Any]:
     """Everything that two ends are compared by, less what clocks have measured."""
-    newest = Shelf(run / "checkpoints").newest()
+    newest = CheckpointManager(run / "checkpoints").newest()
     assert newest is not None
     state = newest.read("run")
     result = json.loads((run / "result.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
-from .distributed.error_report import Told, leave, tell
+from .distributed.error_report import AlreadyReported, hard_exit, tell
 from .distributed.launchers import started_by
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             return plan(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
-    except Told as ending:
+    except AlreadyReported as ending:
         return ending.exit_code
     except WormError as error:
         launcher = started_by(os.environ)
@@ -148,4 +148,4 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

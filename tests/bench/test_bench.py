@@ -23,7 +23,7 @@ from worm_dist.bench.overhead import overhead
 from worm_dist.bench.report import read_panels, show, write_panels
 from worm_dist.bench.results import Panel, Row, Spread
 from worm_dist.bench.step import step
-from worm_dist.bench.variants import Contender, Step
+from worm_dist.bench.variants import Step, Variant
 from worm_dist.bench.workload import Scale, alternate
 from worm_dist.errors import CheckpointError
 
@@ -130,7 +130,7 @@ def test_a_check_is_three_collectives(ranks: Ranks) -> None:
 def _slow_on_rank_one() -> tuple[int, int]:
     """Rounds with little and with much patience."""
     seconds = 0.05 * dist.get_rank()
-    contender = Contender("sleeper", lambda: None, lambda: None, None)
+    contender = Variant("sleeper", lambda: None, lambda: None, None)
 
     def measure(step: Step) -> float:
         time.sleep(seconds)

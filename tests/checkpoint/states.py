@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from worm_dist.checkpoint.manager import Shelf
-from worm_dist.checkpoint.manifest import About
+from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.checkpoint.manifest import CheckpointInfo
 
 __all__ = ["about", "difference", "save", "small_state", "training_state"]
 
 
-def about(step: int, value: float | None = None) -> About:
-    return About(step=step, world_size=2, phase="search", config_digest="0" * 64, value=value)
+def about(step: int, value: float | None = None) -> CheckpointInfo:
+    return CheckpointInfo(
+        step=step, world_size=2, phase="search", config_digest="0" * 64, value=value
+    )
 
 
-def save(shelf: Shelf, step: int, value: float | None = None) -> Path:
+def save(shelf: CheckpointManager, step: int, value: float | None = None) -> Path:
     """A checkpoint whose state tells its step."""
     return shelf.save(about(step, value), {"run": small_state(step)})
 

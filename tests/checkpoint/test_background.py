@@ -13,7 +13,7 @@ import torch
 from tests.checkpoint.states import about, difference, small_state, training_state
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.async_save import Background
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.state_file import Packed
 
 SECONDS = 10
@@ -33,7 +33,7 @@ def _addresses(parts: Mapping[str, Packed]) -> list[int]:
 def test_training_goes_on_and_the_checkpoint_is_that_of_before(
     tmp_path: Path, background: Background
 ) -> None:
-    shelf, go = Shelf(tmp_path), threading.Event()
+    shelf, go = CheckpointManager(tmp_path), threading.Event()
     state = training_state(channels_last=True)
     wanted = training_state(channels_last=True)
     for tensor, saved in zip(_tensors(state), _tensors(wanted), strict=True):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoint.ending import Ending, ends_at
 from tests.checkpoint.states import about, difference, save, small_state
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.staging import is_leftover
 from worm_dist.files import write_json
 
@@ -18,23 +18,23 @@ REPORT = Path("runs") / "report" / "crash_sweep.json"
 _found: dict[str, int] = {}
 
 
-def _first(shelf: Shelf) -> None:
+def _first(shelf: CheckpointManager) -> None:
     """Into a folder that is not there yet."""
 
 
-def _next(shelf: Shelf) -> None:
+def _next(shelf: CheckpointManager) -> None:
     """After it three are kept, the last two and the best, and two are removed."""
     for step, value in {1: 0.5, 2: 0.9, 3: None, 4: 0.7}.items():
         save(shelf, step, value)
 
 
-def _again(shelf: Shelf) -> None:
+def _again(shelf: CheckpointManager) -> None:
     """The step is there already, from before the run was resumed."""
     save(shelf, 4)
     shelf.save(about(5), {"run": small_state(50)})
 
 
-SITUATIONS: dict[str, tuple[Callable[[Shelf], None], set[int | None]]] = {
+SITUATIONS: dict[str, tuple[Callable[[CheckpointManager], None], set[int | None]]] = {
     "of the first": (_first, {None}),
     "of one more, and the oldest go": (_next, {4}),
     "of a step that is there": (_again, {50}),
@@ -45,7 +45,7 @@ NEW = 5
 
 def _state_found(folder: Path) -> int | None:
     """The seed of the state that a run would go on from."""
-    newest = Shelf(folder).newest()
+    newest = CheckpointManager(folder).newest()
     if newest is None:
         return None
     state = newest.read("run")
@@ -67,21 +67,21 @@ def test_what_is_found_is_the_checkpoint_before_or_this_one(
 ) -> None:
     prepare, before = SITUATIONS[situation]
     template = tmp_path / "template"
-    prepare(Shelf(template, keep_last=4))
+    prepare(CheckpointManager(template, keep_last=4))
     point, over, found = 0, False, before
     while not over:
         folder = tmp_path / f"{point}"
         if template.exists():
             shutil.copytree(template, folder)
-        over = ends_at(point, ending, lambda folder=folder: save(Shelf(folder), NEW))
+        over = ends_at(point, ending, lambda folder=folder: save(CheckpointManager(folder), NEW))
         state = _state_found(folder)
         assert state in found, (point, state)
         if state == NEW:
             found = {NEW}  # once it is there it stays there
-        Shelf(folder).sweep()
+        CheckpointManager(folder).sweep()
         assert not folder.exists() or not any(is_leftover(p.name) for p in folder.iterdir())
         assert _state_found(folder) == state, point
-        save(Shelf(folder), NEW)
+        save(CheckpointManager(folder), NEW)
         assert _state_found(folder) == NEW, point
         shutil.rmtree(folder)
         found, point = found | {NEW}, point + 1

@@ -17,18 +17,18 @@ import pytest
 from tests.checkpoint.states import save
 from worm_dist import CheckpointError
 from worm_dist.checkpoint import manifest, safetensors_file, state_file
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 
 FILES = ["manifest.json", "run.json", "run.safetensors"]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return save(Shelf(tmp_path), 1)
+    return save(CheckpointManager(tmp_path), 1)
 
 
 def _load(path: Path) -> Any:
-    return Shelf.open(path).read("run")
+    return CheckpointManager.open(path).read("run")
 
 
 def _sign(path: Path, name: str) -> None:
@@ -327,7 +327,7 @@ def test_what_is_too_large_is_not_read(path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_file_that_changes_after_it_was_verified_is_found_when_it_is_read(path: Path) -> None:
-    checkpoint = Shelf.open(path)
+    checkpoint = CheckpointManager.open(path)
     content = (path / "run.safetensors").read_bytes()
     (path / "run.safetensors").write_bytes(content[:-1] + b"x")
     with pytest.raises(CheckpointError, match="wanted sha256"):

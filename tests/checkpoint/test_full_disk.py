@@ -14,7 +14,7 @@ import torch
 from tests.checkpoint.ending import in_a_fork
 from tests.checkpoint.states import about, difference, save, small_state
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 
 _NEW_NAMES = 0x00020000
 """unshare(2): mounts of one's own."""
@@ -23,7 +23,7 @@ _READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 1 << 14, 1 << 18
 _NOT_PERMITTED = 77
 
 
-def _refused(shelf: Shelf, text: str) -> None:
+def _refused(shelf: CheckpointManager, text: str) -> None:
     """Save what does not fit; whoever runs this sees how it ends."""
     large = {"run": {"weights": torch.zeros(500_000)}}
     with pytest.raises(CheckpointError, match=text):
@@ -32,19 +32,22 @@ def _refused(shelf: Shelf, text: str) -> None:
 
 def _is_as_before(folder: Path) -> None:
     assert os.listdir(folder) == ["step-1"]
-    newest = Shelf(folder).newest()
+    newest = CheckpointManager(folder).newest()
     assert newest is not None
     assert not difference(newest.read("run"), small_state(1))
 
 
 @pytest.mark.fault(9, "a limit on the size of files")
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    save(Shelf(tmp_path), 1)
+    save(CheckpointManager(tmp_path), 1)
 
     def limited() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        _refused(Shelf(tmp_path), r"step-2\.tmp-\w+/run\.safetensors: disk full \(File too large\)")
+        _refused(
+            CheckpointManager(tmp_path),
+            r"step-2\.tmp-\w+/run\.safetensors: disk full \(File too large\)",
+        )
 
     assert in_a_fork(limited) == 0
     _is_as_before(tmp_path)
@@ -76,7 +79,7 @@ def _on_a_small_disk(folder: Path, test: Callable[[Callable[[int], None]], None]
 @pytest.mark.fault(9, "a disk that is full")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
-        shelf = Shelf(tmp_path)
+        shelf = CheckpointManager(tmp_path)
         save(shelf, 1)
         _refused(shelf, r"run\.safetensors: disk full \(No space left on device\)")
         _is_as_before(tmp_path)
@@ -88,7 +91,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 @pytest.mark.fault(9, "several ranks on a disk that is full")
 def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
-        shelf = Shelf(tmp_path)
+        shelf = CheckpointManager(tmp_path)
         save(shelf, 1)
         staged = shelf.stage(2)
         staged.write("rank-0", {"weights": torch.zeros(50_000)})
@@ -104,7 +107,7 @@ def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
 @pytest.mark.fault(9, "a disk that can only be read")
 def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     def read_only(remount: Callable[[int], None]) -> None:
-        shelf = Shelf(tmp_path)
+        shelf = CheckpointManager(tmp_path)
         save(shelf, 1)
         remount(_READ_ONLY)
         with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
@@ -121,12 +124,12 @@ def test_the_disk_is_full_when_it_is_told_to_keep_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Network file systems find room for it only then."""
-    save(Shelf(tmp_path), 1)
+    save(CheckpointManager(tmp_path), 1)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        _refused(Shelf(tmp_path), "disk full")
+        _refused(CheckpointManager(tmp_path), "disk full")
     _is_as_before(tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.checkpoint.states import difference, save, small_state
 from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 
 _PLAIN: list[Any] = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, ""),
@@ -27,7 +27,7 @@ _KEYS = ["", "dict", "../run.json", "run.json"]
 
 class _Checkpoint:
     def __init__(self, folder: Path) -> None:
-        self.path = save(Shelf(folder), 1)
+        self.path = save(CheckpointManager(folder), 1)
         self.files = {path.name: path.read_bytes() for path in self.path.iterdir()}
         self._there = dict(self.files)
 
@@ -45,7 +45,7 @@ class _Checkpoint:
                 (self.path / path).write_bytes(files[path])
         self._there = files
         try:
-            return Shelf.open(self.path).read("run")
+            return CheckpointManager.open(self.path).read("run")
         except CheckpointError as error:
             text = str(error)
         assert str(self.path) in text
@@ -91,13 +91,13 @@ def test_other_tensors(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 def test_other_shelves(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whatever happened to newer ones, an older one is found."""
     folder = tmp_path_factory.mktemp("shelf")
-    template = save(Shelf(folder), 1)
+    template = save(CheckpointManager(folder), 1)
     for step in (2, 3):
         path = folder / f"step-{step}"
         shutil.copytree(template, path)
         name = data.draw(st.sampled_from(["manifest.json", "run.json", "run.safetensors"]))
         content = (path / name).read_bytes()
         (path / name).write_bytes(data.draw(other_bytes(content)))
-    newest = Shelf(folder).newest()
+    newest = CheckpointManager(folder).newest()
     assert newest is not None
     assert not difference(newest.read("run"), small_state(1))

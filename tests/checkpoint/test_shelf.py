@@ -14,7 +14,7 @@ from tests.checkpoint.states import about, difference, save, small_state
 from tests.ranks import Ranks
 from worm_dist import CheckpointError, ConfigError
 from worm_dist.checkpoint.checkpoint import Checkpoint
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.staging import Staged
 
 
@@ -23,8 +23,8 @@ def _names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path / "checkpoints")
+def shelf(tmp_path: Path) -> CheckpointManager:
+    return CheckpointManager(tmp_path / "checkpoints")
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_nothing_is_found_where_nothing_is(shelf: Shelf, folder: Path) -> None:
+def test_nothing_is_found_where_nothing_is(shelf: CheckpointManager, folder: Path) -> None:
     assert shelf.newest() is None
     shelf.sweep()
     shelf.rewind(0)
     assert not folder.exists()
 
 
-def test_a_checkpoint_says_what_it_is(shelf: Shelf) -> None:
+def test_a_checkpoint_says_what_it_is(shelf: CheckpointManager) -> None:
     path = save(shelf, 7, value=0.5)
     assert path.name == "step-7"
     found = shelf.newest()
@@ -52,7 +52,7 @@ def test_a_checkpoint_says_what_it_is(shelf: Shelf) -> None:
     assert not difference(found.read("run"), small_state(7))
 
 
-def test_the_newest_is_that_of_the_highest_step(shelf: Shelf) -> None:
+def test_the_newest_is_that_of_the_highest_step(shelf: CheckpointManager) -> None:
     for step in (9, 100, 20):
         save(shelf, step)
     newest = shelf.newest()
@@ -63,7 +63,7 @@ def test_the_newest_is_that_of_the_highest_step(shelf: Shelf) -> None:
     "name", ["latest", "step-", "step-9.tmp-1", "step-9x", "astep-9", "step-٩"]
 )
 def test_what_is_not_called_a_checkpoint_is_not_looked_at(
-    shelf: Shelf, folder: Path, caplog: pytest.LogCaptureFixture, name: str
+    shelf: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     save(shelf, 3).rename(folder / name)
     save(shelf, 2)
@@ -75,7 +75,7 @@ def test_what_is_not_called_a_checkpoint_is_not_looked_at(
 
 @pytest.mark.fault(7, "damaged ones are passed over")
 def test_damaged_ones_are_passed_over_with_a_warning(
-    shelf: Shelf, folder: Path, caplog: pytest.LogCaptureFixture
+    shelf: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save(shelf, step)
@@ -93,32 +93,34 @@ def test_damaged_ones_are_passed_over_with_a_warning(
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
-def test_if_all_are_damaged_there_is_none(shelf: Shelf, folder: Path) -> None:
+def test_if_all_are_damaged_there_is_none(shelf: CheckpointManager, folder: Path) -> None:
     save(shelf, 1)
     (folder / "step-1" / "manifest.json").write_text("{}")
     assert shelf.newest() is None
 
 
 @pytest.mark.fault(7, "one that is named is refused")
-def test_one_that_is_named_is_opened_or_refused(shelf: Shelf, folder: Path, tmp_path: Path) -> None:
+def test_one_that_is_named_is_opened_or_refused(
+    shelf: CheckpointManager, folder: Path, tmp_path: Path
+) -> None:
     path = save(shelf, 1)
     path.rename(tmp_path / "kept under another name")
-    assert Shelf.open(tmp_path / "kept under another name").step == 1
+    assert CheckpointManager.open(tmp_path / "kept under another name").step == 1
     with pytest.raises(
         CheckpointError, match=r"step-1/manifest\.json: wanted this file, found none"
     ):
-        Shelf.open(path)
+        CheckpointManager.open(path)
     save(shelf, 1).rename(folder / "step-2")
     with pytest.raises(CheckpointError, match="step-2: wanted step 2, found step 1"):
-        Shelf.open(folder / "step-2")
+        CheckpointManager.open(folder / "step-2")
 
 
-def test_a_part_that_is_not_there_is_named(shelf: Shelf) -> None:
+def test_a_part_that_is_not_there_is_named(shelf: CheckpointManager) -> None:
     with pytest.raises(CheckpointError, match=r"step-1: wanted part 'rank-1', found \['run'\]"):
         Checkpoint(save(shelf, 1)).read("rank-1")
 
 
-def test_the_last_ones_and_the_best_are_kept(shelf: Shelf, folder: Path) -> None:
+def test_the_last_ones_and_the_best_are_kept(shelf: CheckpointManager, folder: Path) -> None:
     values = [0.1, 0.9, None, float("nan"), 0.9, 0.2, float("inf"), 0.3]
     kept = []
     for step, value in enumerate(values):
@@ -129,17 +131,19 @@ def test_the_last_ones_and_the_best_are_kept(shelf: Shelf, folder: Path) -> None
 
 def test_as_many_are_kept_as_one_says(folder: Path) -> None:
     for step in range(5):
-        save(Shelf(folder, keep_last=3), step)
+        save(CheckpointManager(folder, keep_last=3), step)
     assert _names(folder) == ["step-2", "step-3", "step-4"]
 
 
 @pytest.mark.parametrize("keep_last", [1, 0, -1])
 def test_at_least_two_are_kept(folder: Path, keep_last: int) -> None:
     with pytest.raises(ConfigError, match="keep at least 2"):
-        Shelf(folder, keep_last)
+        CheckpointManager(folder, keep_last)
 
 
-def test_damaged_ones_do_not_count_among_those_that_are_kept(shelf: Shelf, folder: Path) -> None:
+def test_damaged_ones_do_not_count_among_those_that_are_kept(
+    shelf: CheckpointManager, folder: Path
+) -> None:
     for step in (1, 2):
         save(shelf, step)
     weights = folder / "step-2" / "run.safetensors"
@@ -154,24 +158,26 @@ def test_damaged_ones_do_not_count_among_those_that_are_kept(shelf: Shelf, folde
     assert _names(folder) == ["step-3", "step-4", "step-5"]
 
 
-def test_those_after_the_step_that_is_saved_are_left_alone(shelf: Shelf, folder: Path) -> None:
+def test_those_after_the_step_that_is_saved_are_left_alone(
+    shelf: CheckpointManager, folder: Path
+) -> None:
     for step in (10, 20, 30):
-        save(Shelf(folder, 3), step)
+        save(CheckpointManager(folder, 3), step)
     save(shelf, 15)
     assert _names(folder) == ["step-10", "step-15", "step-20", "step-30"]
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_forgets_the_later_ones(
-    shelf: Shelf, folder: Path
+    shelf: CheckpointManager, folder: Path
 ) -> None:
     for step in (10, 20, 30):
-        save(Shelf(folder, 3), step)
+        save(CheckpointManager(folder, 3), step)
     (folder / "step-40").mkdir()
     shelf.rewind(10)
     assert _names(folder) == ["step-10"]
 
 
-def test_a_step_may_be_saved_again(shelf: Shelf, folder: Path) -> None:
+def test_a_step_may_be_saved_again(shelf: CheckpointManager, folder: Path) -> None:
     save(shelf, 4)
     save(shelf, 5)
     for seed in (50, 51):
@@ -184,7 +190,7 @@ def test_a_step_may_be_saved_again(shelf: Shelf, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "link", "empty", "full"])
 def test_whatever_has_the_name_of_the_step_gives_way(
-    shelf: Shelf, folder: Path, tmp_path: Path, kind: str
+    shelf: CheckpointManager, folder: Path, tmp_path: Path, kind: str
 ) -> None:
     save(shelf, 4)
     victim = tmp_path / "victim"
@@ -202,10 +208,12 @@ def test_whatever_has_the_name_of_the_step_gives_way(
     save(shelf, 5)
     assert _names(folder) == ["step-4", "step-5"]
     assert (victim / "file").exists()
-    assert Shelf.open(folder / "step-5").step == 5
+    assert CheckpointManager.open(folder / "step-5").step == 5
 
 
-def test_of_two_of_one_step_the_replaced_one_is_second(shelf: Shelf, folder: Path) -> None:
+def test_of_two_of_one_step_the_replaced_one_is_second(
+    shelf: CheckpointManager, folder: Path
+) -> None:
     """A save that replaced one was ended before it could remove it."""
     save(shelf, 5).rename(folder / "step-05")
     newest = shelf.newest()
@@ -217,7 +225,9 @@ def test_of_two_of_one_step_the_replaced_one_is_second(shelf: Shelf, folder: Pat
 
 
 @pytest.mark.fault(6, "what is unfinished is swept")
-def test_what_is_unfinished_is_swept_and_nothing_else(shelf: Shelf, folder: Path) -> None:
+def test_what_is_unfinished_is_swept_and_nothing_else(
+    shelf: CheckpointManager, folder: Path
+) -> None:
     save(shelf, 1)
     left = shelf.stage(2)
     left.write("run", small_state(2))
@@ -226,17 +236,19 @@ def test_what_is_unfinished_is_swept_and_nothing_else(shelf: Shelf, folder: Path
     (folder / "notes.tmp-1").touch()
     shelf.sweep()
     assert _names(folder) == ["notes.tmp-1", "step-1"]
-    assert Shelf.open(folder / "step-1").step == 1
+    assert CheckpointManager.open(folder / "step-1").step == 1
 
 
-def test_a_state_that_cannot_be_saved_leaves_nothing(shelf: Shelf, folder: Path) -> None:
+def test_a_state_that_cannot_be_saved_leaves_nothing(
+    shelf: CheckpointManager, folder: Path
+) -> None:
     save(shelf, 1)
     with pytest.raises(CheckpointError, match="cannot be saved"):
         shelf.save(about(2), {"run": small_state(2), "rest": object()})
     assert _names(folder) == ["step-1"]
 
 
-def test_a_file_of_which_nobody_told_is_found_before_it_is_missed(shelf: Shelf) -> None:
+def test_a_file_of_which_nobody_told_is_found_before_it_is_missed(shelf: CheckpointManager) -> None:
     staged = shelf.stage(1)
     files = staged.write("rank-0", {})
     staged.write("rank-1", {})
@@ -245,7 +257,7 @@ def test_a_file_of_which_nobody_told_is_found_before_it_is_missed(shelf: Shelf) 
 
 
 def test_a_file_that_is_on_another_hosts_disk_is_missed(
-    shelf: Shelf, folder: Path, tmp_path: Path
+    shelf: CheckpointManager, folder: Path, tmp_path: Path
 ) -> None:
     staged = shelf.stage(1)
     files = staged.write("rank-0", {})
@@ -268,7 +280,7 @@ def test_a_rank_that_has_no_such_folder_says_so(tmp_path: Path) -> None:
 
 def _save_on_every_rank(folder: str) -> dict[str, Any]:
     """As a trainer would do it."""
-    rank, shelf = dist.get_rank(), Shelf(folder)
+    rank, shelf = dist.get_rank(), CheckpointManager(folder)
     state = {"rank": rank, "mine": torch.arange(5) * rank}
     told: list[Any] = [str(shelf.stage(3).path) if rank == 0 else None]
     dist.broadcast_object_list(told)
@@ -285,16 +297,18 @@ def _save_on_every_rank(folder: str) -> dict[str, Any]:
 def test_ranks_write_parts_of_their_own(ranks: Ranks, folder: Path) -> None:
     for rank, state in enumerate(ranks(2, _save_on_every_rank, str(folder))):
         assert not difference(state, {"rank": rank, "mine": torch.arange(5) * rank})
-    assert Shelf.open(folder / "step-3").parts == ["rank-0", "rank-1"]
+    assert CheckpointManager.open(folder / "step-3").parts == ["rank-0", "rank-1"]
     assert len(_names(folder)) == 1
 
 
-def test_a_rank_reads_its_own_part_although_another_one_is_damaged(shelf: Shelf) -> None:
+def test_a_rank_reads_its_own_part_although_another_one_is_damaged(
+    shelf: CheckpointManager,
+) -> None:
     path = shelf.save(about(1), {f"rank-{rank}": small_state(rank) for rank in range(2)})
     weights = path / "rank-1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     checkpoint = Checkpoint(path)
     assert not difference(checkpoint.read("rank-0"), small_state(0))
-    for refuse in (lambda: checkpoint.read("rank-1"), lambda: Shelf.open(path)):
+    for refuse in (lambda: checkpoint.read("rank-1"), lambda: CheckpointManager.open(path)):
         with pytest.raises(CheckpointError, match=r"rank-1\.safetensors: wanted sha256"):
             refuse()

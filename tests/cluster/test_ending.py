@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from worm_dist.distributed.diagnosis import Ending, Failure, Standing, ending_of
+from worm_dist.distributed.diagnosis import Failure, FailureReport, RankStatus, diagnose
 
-AHEAD = Standing(12, "step 3, the gradients", "graph.py:1, backward")
-BEHIND = Standing(11, "step 3, the next batch", "data.py:7, read")
-BUG = Standing(11, "step 3, the next batch", failure=Failure("ValueError: a bug", 1))
-TYPO = Standing(1, "the start", failure=Failure("data.root: there is no /x", 2))
-DIFFERS = Standing(1, "the start", failure=Failure("the ranks differ", 4))
-CUT_OFF = Standing(12, "step 3, the gradients", lost="RuntimeError: closed by peer")
-STOPPED = Standing()
-KILLED = Standing(gone=True)
+AHEAD = RankStatus(12, "step 3, the gradients", "graph.py:1, backward")
+BEHIND = RankStatus(11, "step 3, the next batch", "data.py:7, read")
+BUG = RankStatus(11, "step 3, the next batch", failure=Failure("ValueError: a bug", 1))
+TYPO = RankStatus(1, "the start", failure=Failure("data.root: there is no /x", 2))
+DIFFERS = RankStatus(1, "the start", failure=Failure("the ranks differ", 4))
+CUT_OFF = RankStatus(12, "step 3, the gradients", lost="RuntimeError: closed by peer")
+STOPPED = RankStatus()
+KILLED = RankStatus(gone=True)
 
 
 @pytest.mark.parametrize(
@@ -28,22 +28,22 @@ KILLED = Standing(gone=True)
         ([KILLED, BUG], "rank 1 failed at step 3, the next batch: ValueError: a bug", 1),
     ],
 )
-def test_whoever_is_missed_is_named(standings: list[Standing], says: str, exit_code: int) -> None:
-    ending = ending_of(dict(enumerate(standings)), waited_seconds=3)
+def test_whoever_is_missed_is_named(standings: list[RankStatus], says: str, exit_code: int) -> None:
+    ending = diagnose(dict(enumerate(standings)), waited_seconds=3)
     assert ending is not None
     assert says in ending.text and "\n" not in ending.text
     assert ending.exit_code == exit_code
 
 
 @pytest.mark.parametrize("at", [AHEAD, BEHIND])
-def test_ranks_that_are_all_at_the_same_place_go_on(at: Standing) -> None:
+def test_ranks_that_are_all_at_the_same_place_go_on(at: RankStatus) -> None:
     """A test of a large network may take longer than anybody would wait for a step."""
-    assert ending_of({0: at, 1: at}, waited_seconds=300) is None
+    assert diagnose({0: at, 1: at}, waited_seconds=300) is None
 
 
 def test_all_end_with_the_code_that_is_closest_to_the_cause() -> None:
     """The rank without data has nothing that the others could agree with."""
-    ending = ending_of({0: DIFFERS, 1: TYPO, 2: DIFFERS})
+    ending = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
     assert ending is not None and ending.exit_code == 2
     assert ending.text == (
         "rank 0 failed at the start: the ranks differ; "
@@ -52,7 +52,7 @@ def test_all_end_with_the_code_that_is_closest_to_the_cause() -> None:
 
 
 def test_of_ranks_with_the_same_error_one_tells_it() -> None:
-    ending = ending_of({0: DIFFERS, 1: TYPO, 2: DIFFERS})
+    ending = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
     assert ending is not None
     told = [ending.tells("the ranks differ", rank) for rank in (0, 2)]
     assert told == [False, True]
@@ -62,4 +62,4 @@ def test_of_ranks_with_the_same_error_one_tells_it() -> None:
 
 def test_words_say_the_whole_ending() -> None:
     words = {"text": "gone", "exit_code": 6, "speakers": [1, 2]}
-    assert Ending.of_words(words) == Ending("gone", 6, (1, 2))
+    assert FailureReport.of_words(words) == FailureReport("gone", 6, (1, 2))

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from worm_dist.distributed.connection import Line
-from worm_dist.distributed.graceful_stop import Halt, Stopped
-from worm_dist.distributed.monitor import Roll
+from worm_dist.distributed.connection import JsonConnection
+from worm_dist.distributed.graceful_stop import StopCoordinator, Stopped
+from worm_dist.distributed.monitor import MonitorServer
 
 TOKEN = "secret"
 
@@ -19,10 +19,10 @@ TOKEN = "secret"
 class _Rank(threading.Thread):
     """Takes steps together with the others, until it is stopped."""
 
-    def __init__(self, number: int, line: Line, step: threading.Barrier) -> None:
+    def __init__(self, number: int, line: JsonConnection, step: threading.Barrier) -> None:
         super().__init__(daemon=True)
         self.num_steps = 0
-        self.halt = Halt()
+        self.halt = StopCoordinator()
         self.halt.speak_through(lambda: line.say(halt=True))
         self._line = line
         self._step = step
@@ -57,10 +57,10 @@ class _Rank(threading.Thread):
 @pytest.mark.parametrize("after_seconds", [0.0, 0.013, 0.05])
 def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    roll = Roll(server, TOKEN, 3, 1.0)
+    roll = MonitorServer(server, TOKEN, 3, 1.0)
     roll.start()
     step = threading.Barrier(3)
-    lines = [Line(socket.create_connection(server.getsockname())) for _ in range(3)]
+    lines = [JsonConnection(socket.create_connection(server.getsockname())) for _ in range(3)]
     ranks = [_Rank(number, line, step) for number, line in enumerate(lines)]
     for rank in ranks:
         rank.start()
@@ -80,7 +80,7 @@ def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> 
 
 
 def test_alone_it_is_the_next_place() -> None:
-    halt = Halt()
+    halt = StopCoordinator()
     halt.pass_by()
     halt.ask()
     assert halt.wanted

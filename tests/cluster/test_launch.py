@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.distributed import launchers
-from worm_dist.distributed.init import Place, process_group
+from worm_dist.distributed.init import RankInfo, process_group
 from worm_dist.distributed.slurm import first_host
 from worm_dist.errors import BackendError
 
@@ -35,18 +35,18 @@ FORGOTTEN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def test_a_plain_process_is_a_world_of_one() -> None:
-    assert Place.from_environment({}) == Place(rank=0, world_size=1, local_rank=0)
+    assert RankInfo.from_environment({}) == RankInfo(rank=0, world_size=1, local_rank=0)
 
 
 def test_torchrun_says_where_a_process_is() -> None:
-    place = Place(5, 8, 1, local_world_size=2, address="node7", port=29400)
-    assert Place.from_environment(TORCHRUN | MEETING) == place
+    place = RankInfo(5, 8, 1, local_world_size=2, address="node7", port=29400)
+    assert RankInfo.from_environment(TORCHRUN | MEETING) == place
     more = {"LOCAL_WORLD_SIZE": "4"}
-    assert Place.from_environment(TORCHRUN | MEETING | more).local_world_size == 4
+    assert RankInfo.from_environment(TORCHRUN | MEETING | more).local_world_size == 4
 
 
 def test_deepspeed_counts_the_ranks_of_a_host_by_another_name() -> None:
-    place = Place.from_environment(TORCHRUN | MEETING | {"LOCAL_SIZE": "4"})
+    place = RankInfo.from_environment(TORCHRUN | MEETING | {"LOCAL_SIZE": "4"})
     assert place.local_world_size == 4
 
 
@@ -54,10 +54,10 @@ def test_srun_says_where_a_task_is() -> None:
     """Rank zero is on the first host of the step.  ``SLURM_LAUNCH_NODE_IPADDR`` is where srun was
     called, which may be a login node that runs no task."""
     environment = SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
-    place = Place(5, 7, 1, local_world_size=3, address="rack07n3", port=20000 + 16002 % 12000)
-    assert Place.from_environment(environment) == place
-    assert Place.from_environment(environment | MEETING).address == "node7"
-    assert Place.from_environment(environment | MEETING).port == 29400
+    place = RankInfo(5, 7, 1, local_world_size=3, address="rack07n3", port=20000 + 16002 % 12000)
+    assert RankInfo.from_environment(environment) == place
+    assert RankInfo.from_environment(environment | MEETING).address == "node7"
+    assert RankInfo.from_environment(environment | MEETING).port == 29400
 
 
 def test_steps_and_jobs_side_by_side_meet_at_different_ports() -> None:
@@ -66,7 +66,7 @@ def test_steps_and_jobs_side_by_side_meet_at_different_ports() -> None:
         for job in range(700)
         for step in range(16)
     ]
-    ports = {Place.from_environment(environment).port for environment in neighbours}
+    ports = {RankInfo.from_environment(environment).port for environment in neighbours}
     assert len(ports) == len(neighbours)
     assert min(ports) >= 20000 and max(ports) < 32000
 
@@ -88,7 +88,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 def test_the_shell_of_a_batch_script_is_no_task() -> None:
     """sbatch and salloc describe the allocation in their shells too; only srun starts tasks."""
     shell = {key: value for key, value in SRUN.items() if "STEP" not in key}
-    assert Place.from_environment(shell | {"SLURM_NTASKS": "7"}) == Place(0, 1, 0)
+    assert RankInfo.from_environment(shell | {"SLURM_NTASKS": "7"}) == RankInfo(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_the_innermost_launcher_counts(
 def test_torchrun_and_deepspeed_may_run_below_another_launcher(around: dict[str, str]) -> None:
     """They run once on each host, so their ranks are not those around them."""
     for sign in ({"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_SIZE": "4", "LOCAL_SIZE": "2"}):
-        assert Place.from_environment(around | TORCHRUN | MEETING | sign).rank == 5
+        assert RankInfo.from_environment(around | TORCHRUN | MEETING | sign).rank == 5
 
 
 @pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
 def test_one_process_of_another_launcher_may_start_ranks(around: dict[str, str]) -> None:
     """A shell that ``srun --pty`` started, in which somebody calls launch/netlab."""
     alone = {key: "1" if key.endswith(("SIZE", "NUM_TASKS")) else "0" for key in around}
-    assert Place.from_environment(around | alone | TORCHRUN | MEETING).rank == 5
+    assert RankInfo.from_environment(around | alone | TORCHRUN | MEETING).rank == 5
 
 
 @pytest.mark.parametrize("around", [SRUN, OPEN_MPI, HYDRA])
@@ -130,12 +130,12 @@ def test_one_process_of_another_launcher_may_start_ranks(around: dict[str, str])
 def test_a_forgotten_export_is_not_believed(around: dict[str, str]) -> None:
     """Every process would have been rank zero of a world of one, each writing the same files."""
     with pytest.raises(BackendError, match=r"RANK=0, WORLD_SIZE=1, but .* says .*unset RANK"):
-        Place.from_environment(around | FORGOTTEN)
+        RankInfo.from_environment(around | FORGOTTEN)
 
 
 def test_a_wrapper_may_say_what_srun_says() -> None:
     agreeing = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1"}
-    assert Place.from_environment(SRUN | agreeing | MEETING).rank == 5
+    assert RankInfo.from_environment(SRUN | agreeing | MEETING).rank == 5
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_wrapper_may_say_what_srun_says() -> None:
 @pytest.mark.fault(21, "numbers that are missing, wrong or contradict")
 def test_contradictory_launchers_are_named(environment: dict[str, str], says: str) -> None:
     with pytest.raises(BackendError, match=says):
-        Place.from_environment(environment)
+        RankInfo.from_environment(environment)
 
 
 def test_mpirun_without_mpi4py_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     for environment in (OPEN_MPI, HYDRA):
         with pytest.raises(BackendError, match=r"install the extra worm_dist\[mpi\]"):
-            Place.from_environment(environment)
+            RankInfo.from_environment(environment)
 
 
 def test_the_mpi_of_another_mpirun_is_named() -> None:
@@ -174,7 +174,7 @@ def test_the_mpi_of_another_mpirun_is_named() -> None:
     said = []
     for mpirun in (OPEN_MPI, HYDRA):
         with pytest.raises(BackendError, match="set MPI4PY_LIBMPI") as caught:
-            Place.from_environment({**os.environ, **mpirun})
+            RankInfo.from_environment({**os.environ, **mpirun})
         said.append(str(caught.value))
     # One of them is foreign to the library; the other one is not really there.
     assert sum("mpi4py has loaded" in text for text in said) == 1
@@ -185,13 +185,13 @@ def test_an_mpi_that_does_not_load_is_one_line() -> None:
     pytest.importorskip("mpi4py")
     environment = {**os.environ, **HYDRA, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
     with pytest.raises(BackendError, match=r"/nowhere/libmpi.so.*; set MPI4PY_LIBMPI") as caught:
-        Place.from_environment(environment)
+        RankInfo.from_environment(environment)
     assert "\n" not in str(caught.value)
 
 
 def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two processes and one GPU the first joined nccl, the second gloo."""
-    place = Place(0, 2, 0, local_world_size=2, address="node7", port=29400)
+    place = RankInfo(0, 2, 0, local_world_size=2, address="node7", port=29400)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("worm_dist.distributed.init._store", lambda *_: None)
     asked: list[str] = []
@@ -211,14 +211,14 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
 def test_a_port_in_use_is_named_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        place = Place(0, 2, 0, address="127.0.0.1", port=port)
+        place = RankInfo(0, 2, 0, address="127.0.0.1", port=port)
         says = rf"127\.0\.0\.1:{port}, the port is in use; set MASTER_PORT"
         with pytest.raises(BackendError, match=says), process_group(place, "gloo", 5):
             pass
 
 
 def _told_by_the_group() -> dict[str, str]:
-    with process_group(Place(0, 1, 0), "auto", timeout_seconds=5):
+    with process_group(RankInfo(0, 1, 0), "auto", timeout_seconds=5):
         told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     assert "RANK" not in os.environ
     return told
@@ -230,7 +230,7 @@ def test_in_a_group_the_environment_speaks_as_torchrun_does(ranks: Ranks) -> Non
 
 
 def _alone() -> tuple[str, int, str]:
-    with process_group(Place(0, 1, 0), "auto", timeout_seconds=5) as device:
+    with process_group(RankInfo(0, 1, 0), "auto", timeout_seconds=5) as device:
         return dist.get_backend(), dist.get_world_size(), device.type
 
 
@@ -241,6 +241,6 @@ def test_one_process_meets_itself_without_a_port(ranks: Ranks) -> None:
 def test_nccl_without_a_gpu_is_refused() -> None:
     with (
         pytest.raises(BackendError, match="nccl needs a GPU for local rank 99"),
-        process_group(Place(99, 100, 99, 100), "nccl", timeout_seconds=5),
+        process_group(RankInfo(99, 100, 99, 100), "nccl", timeout_seconds=5),
     ):
         pass

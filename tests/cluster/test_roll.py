@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from worm_dist.distributed.connection import Line, Words
-from worm_dist.distributed.monitor import Roll
+from worm_dist.distributed.connection import JsonConnection, Words
+from worm_dist.distributed.monitor import MonitorServer
 
 GRACE_SECONDS = 1.0
 TOKEN = "secret"
@@ -22,12 +22,12 @@ class _Ranks:
     def __init__(self) -> None:
         server = socket.create_server(("127.0.0.1", 0))
         self.address = server.getsockname()
-        self.roll = Roll(server, TOKEN, 2, GRACE_SECONDS)
+        self.roll = MonitorServer(server, TOKEN, 2, GRACE_SECONDS)
         self.roll.start()
         self.lines = [self.line(rank=rank, token=TOKEN) for rank in range(2)]
 
-    def line(self, **words: Any) -> Line:
-        line = Line(socket.create_connection(self.address))
+    def line(self, **words: Any) -> JsonConnection:
+        line = JsonConnection(socket.create_connection(self.address))
         line.say(**words)
         return line
 
@@ -142,7 +142,7 @@ def test_contact_that_was_lost_without_a_cause_is_told_too(ranks: _Ranks) -> Non
 def test_a_rank_that_comes_late_is_asked_too(ranks: _Ranks) -> None:
     """It was told to be silent, although nobody had asked it."""
     server = socket.create_server(("127.0.0.1", 0))
-    roll = Roll(server, TOKEN, 2, GRACE_SECONDS)
+    roll = MonitorServer(server, TOKEN, 2, GRACE_SECONDS)
     roll.start()
     ranks.address = server.getsockname()
     ranks.lines += [ranks.line(rank=0, token=TOKEN)]

@@ -105,7 +105,7 @@ def test_without_a_majority_rank_zero_is_the_reference(ranks: Ranks) -> None:
 def _check_with_another_cut(rank: int, more: bool) -> None:
     """Between the cut and the agreement this rank gets another mask, as if a tie fell otherwise."""
     engine = _attached()
-    cut = Ranking.cut
+    cut = Ranking.select
 
     def another(*args: Any, **kwargs: Any) -> tuple[Mask, Mask, tuple[str, ...]]:
         candidates, mask, floored = cut(*args, **kwargs)
@@ -117,7 +117,7 @@ def _check_with_another_cut(rank: int, more: bool) -> None:
         return candidates, Mask.from_vector(mask.sizes, keep), floored
 
     if dist.get_rank() == rank:
-        Ranking.cut = another  # type: ignore[method-assign]
+        Ranking.select = another  # type: ignore[method-assign]
     engine.check()
 
 

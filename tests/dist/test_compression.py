@@ -18,7 +18,7 @@ from tests.nets import Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from worm_dist import ConfigError, Engine, WormConfig
-from worm_dist.groups.freeze_plan import Plan
+from worm_dist.groups.freeze_plan import FreezePlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,7 +72,7 @@ def _run(compression: str) -> list[tuple[bool, int, int, int]]:
         expected = _reference(network, engine.step, DTYPES[compression])
         live = sum(p.numel() for p in network.parameters())
         if stage in dropped:
-            plan = Plan(network, engine.groups, frozen, "producer")
+            plan = FreezePlan(network, engine.groups, frozen, "producer")
             live = plan.num_live(network.parameters())
             for parameter, gradient in zip(network.parameters(), expected):
                 if parameter in plan.blocks:

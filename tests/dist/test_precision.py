@@ -18,7 +18,7 @@ from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import ConfigError, Engine, WormConfig
-from worm_dist.groups.freeze_plan import Plan
+from worm_dist.groups.freeze_plan import FreezePlan
 
 DROPPED = (0, 3, 9)
 
@@ -56,7 +56,7 @@ def _packed_and_by_hand(autocast: bool, dtype: torch.dtype) -> tuple[bool, int, 
     network = _network(engine)
     images = random_images(4, seed=dist.get_rank()).to(dtype)
     expected = _gradients(network, images, autocast)
-    plan = Plan(network, engine.groups, ~mask.keep, "producer")
+    plan = FreezePlan(network, engine.groups, ~mask.keep, "producer")
     for parameter, gradient in zip(network.parameters(), expected):
         gradient.mul_(1 / dist.get_world_size())
         dist.all_reduce(gradient)

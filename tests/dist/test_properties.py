@@ -17,7 +17,7 @@ import worm_dist
 from tests.nets import random_images, randomise
 from tests.ranks import Ranks
 from worm_dist import Mask, WormConfig
-from worm_dist.groups.freeze_plan import Plan, Scope
+from worm_dist.groups.freeze_plan import FreezePlan, Scope
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -62,7 +62,7 @@ def _drops(groups: Any, seed: int, share: float) -> Mask:
     return Mask(keep)
 
 
-def _rows(network: nn.Module, plan: Plan) -> list[Tensor]:
+def _rows(network: nn.Module, plan: FreezePlan) -> list[Tensor]:
     return [
         parameter.detach().index_select(dim, places).clone()
         for parameter in network.parameters()
@@ -89,7 +89,7 @@ def _holds(cases: list[dict[str, Any]]) -> list[str]:
             mask = _drops(engine.groups, case["seed"] + generation, case["share"])
             engine.truncate(mask)
             scope: Scope = case["scope"]
-            plan = Plan(network, engine.groups, ~mask.keep, scope)
+            plan = FreezePlan(network, engine.groups, ~mask.keep, scope)
             held = _rows(network, plan)
             for step in range(2):
                 images = random_images(2, seed=100 * generation + 10 * step + dist.get_rank())
@@ -99,7 +99,7 @@ def _holds(cases: list[dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def _step(engine: Any, network: nn.Module, plan: Plan, images: Tensor) -> list[str]:
+def _step(engine: Any, network: nn.Module, plan: FreezePlan, images: Tensor) -> list[str]:
     network.zero_grad()
     network(images).square().mean().backward()
     expected = []

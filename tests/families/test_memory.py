@@ -13,7 +13,7 @@ from torchvision.models import resnet50, vgg16_bn
 from tests.nets import random_images
 from worm_dist import Mask
 from worm_dist.groups.channel_groups import Groups
-from worm_dist.groups.freeze_plan import Plan
+from worm_dist.groups.freeze_plan import FreezePlan
 from worm_dist.groups.tracing import find_groups
 
 
@@ -40,7 +40,7 @@ def test_under_a_hundredth_of_the_parameters(
     assert max(each.shape[1] for each in _positions(groups)) == places_behind_flatten
     every_other = {name: torch.arange(size) % 2 == 0 for name, size in groups.sizes.items()}
     mask = Mask(every_other)
-    plan = Plan(network, groups, ~mask.keep, "coupled")
+    plan = FreezePlan(network, groups, ~mask.keep, "coupled")
     held = [mask.keep, *_positions(groups)]
     for block in plan.blocks.values():
         held += [*block.live.values(), *block.frozen.values()]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.faults.driver import CONFIG
 from tests.resuming import differences
-from worm_dist.checkpoint.manager import Shelf
+from worm_dist.checkpoint.manager import CheckpointManager
 
 __all__ = [
     "ALL_PHASES",
@@ -52,7 +52,7 @@ def under_zero(stage: int) -> dict[str, Any]:
 
 def last_state(run: Path) -> Any:
     """What a run has saved at its end, less what clocks have measured."""
-    newest = Shelf(run / "checkpoints").newest()
+    newest = CheckpointManager(run / "checkpoints").newest()
     assert newest is not None
     state = newest.read("run")
     del state["tally"]["run_seconds"], state["tally"]["phase_seconds"]

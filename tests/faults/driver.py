@@ -337,14 +337,14 @@ def _obey(order: bytes) -> None:
 
 def _train(run: Run, rank: int, folder: Path, out: Path) -> None:
     from worm_dist.__main__ import main
-    from worm_dist.distributed.error_report import leave
+    from worm_dist.distributed.error_report import hard_exit
     from worm_dist.training import trainer
 
     if run.data is not None:
         trainer.load_data = functools.partial(_ignore, run.data, rank)
     for fault in run.faults:
         fault.plant(rank, folder)
-    leave(main(run.words(rank, out)))
+    hard_exit(main(run.words(rank, out)))
 
 
 def _ignore(data: Callable[[int], Data], rank: int, config: DataConfig) -> Data:

@@ -36,7 +36,7 @@ def test_ranks_with_other_masks_end_alike(driver: Driver, cut: Act) -> None:
     """At the check that starts truncation; the first cut of all is at ``attach``.  gloo would abort
     a rank whose buffer is of another size, and add up other channels where the sizes are the same.
     """
-    fault = Fault.do(cut, rank=1, step=3).at("worm_dist.search.ranking:Ranking.cut")
+    fault = Fault.do(cut, rank=1, step=3).at("worm_dist.search.ranking:Ranking.select")
     ends = driver(2, Run((fault,), {**ALL_PHASES, "truncation.frozen_weights": "hold"}))
     assert [(end.exitcode, len(end.errors)) for end in ends] == [(4, 1), (4, 0)]
     assert "(check at step 4): mask of group features.0: rank 1 differs" in ends[0].said

@@ -15,8 +15,8 @@ from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import NonFiniteError
-from worm_dist.checkpoint.manager import Shelf
-from worm_dist.training.nonfinite import Finite
+from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.training.nonfinite import FiniteCheck
 from worm_dist.training.trainer import Trainer
 
 STEP = 3
@@ -118,7 +118,7 @@ def test_it_is_told_once(driver: Driver) -> None:
     assert [(end.exitcode, len(end.errors)) for end in ends] == [(5, 1), (5, 0)]
     assert "step 3: the gradients are not finite" in ends[0].said
     assert not (driver.out / "result.json").exists()
-    newest = Shelf(driver.out / "checkpoints").newest()
+    newest = CheckpointManager(driver.out / "checkpoints").newest()
     assert newest is not None and newest.step == STEP - 1, "what is not finite is not saved"
 
 
@@ -136,7 +136,7 @@ def _num_collectives_of_steps() -> tuple[int, int]:
         return after - before
 
     looked = of_five_steps(small_trainer())
-    Finite.look = lambda *_: None  # type: ignore[method-assign,assignment]
+    FiniteCheck.look = lambda *_: None  # type: ignore[method-assign,assignment]
     return looked, of_five_steps(small_trainer())
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs, under_zero
 from tests.faults.driver import Act, Driver, Fault, Run
-from worm_dist.checkpoint.manager import Shelf
-from worm_dist.distributed.graceful_stop import Halt
+from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.distributed.graceful_stop import StopCoordinator
 
 TEST = "worm_dist.training.trainer:evaluate"
 CHECK = "worm_dist.engine.engine:Engine.check"
@@ -28,7 +28,7 @@ def _nothing(real: Act, *args: Any) -> None:
 
 
 NO_PICTURES = Fault.do(_nothing, rank=None, step=None).at(
-    "worm_dist.training.reporting.tensorboard:Board.figures"
+    "worm_dist.training.reporting.tensorboard:TensorBoardLog.figures"
 )
 """They take most of a second."""
 
@@ -51,7 +51,7 @@ def _ask_to_stop(*signals: tuple[int, signal.Signals]) -> None:
     a few steps are faster than two messages.
 
     Another rank's signal may have told it already, so it is asked what it knows, not when."""
-    (halt,) = (found for found in gc.get_objects() if isinstance(found, Halt))
+    (halt,) = (found for found in gc.get_objects() if isinstance(found, StopCoordinator))
     for pid, number in signals:
         os.kill(pid, number)
     deadline = time.monotonic() + 60
@@ -71,7 +71,7 @@ def _terminate_by_another_signal(real: Act, *args: Any) -> Any:
 
 
 def _step_of_newest(out: Path) -> int:
-    newest = Shelf(out / "checkpoints").newest()
+    newest = CheckpointManager(out / "checkpoints").newest()
     assert newest is not None
     return newest.step
 

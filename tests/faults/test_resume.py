@@ -18,8 +18,8 @@ from tests.faults.driver import CONFIG, SMALL
 from tests.faults.training import train
 from tests.ranks import Ranks
 from worm_dist.checkpoint.checkpoint import Checkpoint
-from worm_dist.checkpoint.manager import Shelf
-from worm_dist.checkpoint.manifest import About
+from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.checkpoint.manifest import CheckpointInfo
 from worm_dist.errors import CheckpointError, ConfigError
 from worm_dist.training.checkpointer import RUN
 from worm_dist.training.config_file import read_run_config
@@ -204,10 +204,10 @@ def test_what_deepspeeds_file_says_counts_and_not_where_it_is(tmp_path: Path) ->
         return read_run_config(CONFIG, list({**SMALL, **named}.items()))
 
     settings = settled(config("a.json", 8))
-    about = About(
+    about = CheckpointInfo(
         step=3, world_size=2, phase="search", config_digest=digest_of(settings), value=None
     )
-    Shelf(out / CHECKPOINTS).save(about, {RUN: {}, SETTINGS: settings})
+    CheckpointManager(out / CHECKPOINTS).save(about, {RUN: {}, SETTINGS: settings})
     with (
         pytest.raises(
             CheckpointError, match=r"4 ranks cannot share in 8 passes each; start .* 1, 2$"

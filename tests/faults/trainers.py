@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faults.driver import small_data
-from worm_dist.distributed.init import Place
+from worm_dist.distributed.init import RankInfo
 from worm_dist.training import trainer
 from worm_dist.training.data import Data
 from worm_dist.training.reporting.reporter import Report
@@ -35,5 +35,5 @@ def small_trainer(samples: Data | None = None, **settings: Any) -> Trainer:
             **settings,
         }
     )
-    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     return Trainer(config, place, torch.device("cpu"), Report())

@@ -13,22 +13,25 @@ import torch
 import torch.distributed as dist
 
 from tests.faults.driver import CONFIG, SMALL, small_data
-from worm_dist.distributed.graceful_stop import Halt
-from worm_dist.distributed.init import Place
+from worm_dist.distributed.graceful_stop import StopCoordinator
+from worm_dist.distributed.init import RankInfo
 from worm_dist.distributed.progress import Progress
 from worm_dist.training import run, trainer
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.reporting.tensorboard import Board
+from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
 __all__ = ["train"]
 
 
-def _nobody(halt: Halt) -> None:
+def _nobody(halt: StopCoordinator) -> None:
     pass
 
 
 def train(
-    out: Path, resume: str = "auto", heed: Callable[[Halt], None] = _nobody, **settings: Any
+    out: Path,
+    resume: str = "auto",
+    heed: Callable[[StopCoordinator], None] = _nobody,
+    **settings: Any,
 ) -> int:
     """What the command line does, in a process group that is there already; no pictures.
 
@@ -40,12 +43,14 @@ def train(
     """
     multiprocessing.set_start_method("fork", force=True)  # else each loader imports torch again
     trainer.load_data = lambda _: small_data(dist.get_rank())
-    Board.figures = lambda *_: None  # type: ignore[method-assign,assignment]
+    TensorBoardLog.figures = lambda *_: None  # type: ignore[method-assign,assignment]
     pairs = {**SMALL, **settings}
     config = read_run_config(CONFIG, [(key, str(value)) for key, value in pairs.items()])
-    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     device = torch.device("cpu")
     with run._own(config, out, resume) as checkpoint, contextlib.redirect_stdout(io.StringIO()):
-        code = run._train(config, out, checkpoint, place, device, Progress(), Halt(), heed)
+        code = run._train(
+            config, out, checkpoint, place, device, Progress(), StopCoordinator(), heed
+        )
     dist.barrier()
     return code

@@ -16,7 +16,7 @@ from tests.nets import Residual, random_images, randomise
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from worm_dist import Engine, WormConfig
-from worm_dist.distributed.collectives import Together
+from worm_dist.distributed.collectives import ProcessGroupComm
 
 DROPPED = (0, 3, 9)
 STEPS_BEFORE, STEPS_FROZEN = 4, 10
@@ -150,7 +150,7 @@ def test_the_engine_holds_bit_for_bit(name: str) -> None:
 
 def _train_by_different_masks() -> tuple[Tensor, Tensor, Tensor]:
     """Rank 0 freezes channel 0, rank 1 freezes channel 1, and nobody compares."""
-    Together.require_equal = lambda self, parts, when: None  # type: ignore[method-assign]
+    ProcessGroupComm.require_equal = lambda self, parts, when: None  # type: ignore[method-assign]
     torch.manual_seed(0)
     network = Residual()
     randomise(network, seed=3)

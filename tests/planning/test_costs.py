@@ -12,7 +12,7 @@ from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Up
 from tests.oracles import live_flags
 from worm_dist import Mask, add_gates
 from worm_dist.groups.channel_groups import ChannelGroup, Groups
-from worm_dist.groups.freeze_plan import Plan
+from worm_dist.groups.freeze_plan import FreezePlan
 from worm_dist.models import build_model
 from worm_dist.planning.costs import Costs, costs_of, truncated
 from worm_dist.planning.drawing import drawn
@@ -118,7 +118,7 @@ class _Case:
 
     def truncated_costs(self, scope: Scope, silent: bool, compression: str = "none") -> Costs:
         frozen = ~self.mask.keep
-        plan = Plan(self.network, self.groups, frozen, scope, frozen if silent else None)
+        plan = FreezePlan(self.network, self.groups, frozen, scope, frozen if silent else None)
         return truncated(self.dense_costs(), self.network, self.groups, plan, compression)
 
     def num_live_gates(self, group: ChannelGroup) -> int:

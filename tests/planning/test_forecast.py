@@ -20,7 +20,7 @@ from worm_dist.models import build_model
 from worm_dist.planning.flops import count_operations
 from worm_dist.planning.forecast import forecast, members_of
 from worm_dist.planning.step_time import Link
-from worm_dist.planning.target import Subject
+from worm_dist.planning.target import Target
 from worm_dist.training.evaluation import count_parameters
 from worm_dist.training.gating import gated
 
@@ -74,7 +74,7 @@ def _run(name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_it_is_what_the_engine_comes_to(case: str, ranks: Ranks, tmp_path: Path) -> None:
     name, config = CASES[case]
     came_to = ranks(2, _run, name, config, tmp_path / "ticket")[0]
-    subject = Subject(name, SHAPE, 10, WormConfig(**config))
+    subject = Target(name, SHAPE, 10, WormConfig(**config))
     found = forecast(subject, tmp_path / "ticket", None, None)
     total = {stage: costs.total for stage, costs in found.costs.items()}
 
@@ -97,13 +97,13 @@ def test_it_is_what_the_engine_comes_to(case: str, ranks: Ranks, tmp_path: Path)
 @pytest.mark.parametrize("mode", ["soft", "off"])
 def test_where_nothing_freezes_nothing_leaves_before_the_draw(mode: str) -> None:
     config = WormConfig(truncation={"mode": mode})
-    found = forecast(Subject("vgg_small", SHAPE, 10, config), None, None, None)
+    found = forecast(Target("vgg_small", SHAPE, 10, config), None, None, None)
     assert list(found.costs) == ["dense", "ticket"]
 
 
 def test_without_a_ticket_every_group_loses_the_same_share() -> None:
     config = WormConfig(search={"prune_ratio": 0.25})
-    found = forecast(Subject("vgg_small", SHAPE, 10, config), None, None, None)
+    found = forecast(Target("vgg_small", SHAPE, 10, config), None, None, None)
     for group in found.groups:
         assert int(found.mask[group.name].sum()) == 0.75 * group.num_channels
     # Of a layer between two groups 9/16 are left.
@@ -113,7 +113,7 @@ def test_without_a_ticket_every_group_loses_the_same_share() -> None:
 
 
 def test_heads_and_neurons_are_groups_and_what_reads_them_is_not() -> None:
-    found = forecast(Subject("vit_small", SHAPE, 10, WormConfig()), None, None, None)
+    found = forecast(Target("vit_small", SHAPE, 10, WormConfig()), None, None, None)
     assert [group.num_channels for group in found.groups] == 4 * [6, 192]
     first, second, *_ = map(members_of, found.groups)
     layer = "encoder.layers.encoder_layer_0"
@@ -137,14 +137,14 @@ def test_heads_and_neurons_are_groups_and_what_reads_them_is_not() -> None:
 
 def test_what_the_settings_leave_dense_is_not_searched() -> None:
     search: dict[str, Any] = {"dense": ["features.7"], "importance": "norm_scale"}
-    found = forecast(Subject("vgg_small", SHAPE, 10, WormConfig(search=search)), None, None, None)
+    found = forecast(Target("vgg_small", SHAPE, 10, WormConfig(search=search)), None, None, None)
     assert "features.7" not in found.groups.sizes and "features.7" in found.others
     assert found.groups.dense == {"features.8": "search.dense has 'features.7'"}
 
 
 def test_the_time_of_a_step_is_between_both_at_once_and_one_after_the_other() -> None:
     link = Link.parse(4, "8Mbit/s")
-    found = forecast(Subject("vgg_small", SHAPE, 10, WormConfig()), None, link, 8)
+    found = forecast(Target("vgg_small", SHAPE, 10, WormConfig()), None, link, 8)
     assert found.estimate is not None and not dist.is_initialized()
     steps = found.estimate.steps
     assert list(steps) == list(found.costs)
@@ -163,7 +163,7 @@ def test_the_time_of_a_step_is_between_both_at_once_and_one_after_the_other() ->
 def test_remarks_say_what_the_figures_leave_out() -> None:
     def remarks(**truncation: Any) -> str:
         config = WormConfig(truncation=truncation)
-        return " ".join(forecast(Subject("vgg_small", SHAPE, 10, config), None, None, None).remarks)
+        return " ".join(forecast(Target("vgg_small", SHAPE, 10, config), None, None, None).remarks)
 
     assert remarks() == ""
     assert "PowerSGD" in remarks(compression="powersgd")
@@ -173,5 +173,5 @@ def test_remarks_say_what_the_figures_leave_out() -> None:
 def test_a_remark_says_that_norms_of_a_group_need_not_agree() -> None:
     for name, several in (("vgg_small", False), ("resnet20", True)):
         config = WormConfig(search={"grouping": "layer"})
-        found = forecast(Subject(name, SHAPE, 10, config), None, None, None)
+        found = forecast(Target(name, SHAPE, 10, config), None, None, None)
         assert ("do not agree" in " ".join(found.remarks)) == several

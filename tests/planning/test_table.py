@@ -15,13 +15,13 @@ from worm_dist.planning.costs import Costs
 from worm_dist.planning.forecast import Forecast, forecast
 from worm_dist.planning.step_time import Link
 from worm_dist.planning.table import show
-from worm_dist.planning.target import Subject
+from worm_dist.planning.target import Target
 
 
 @pytest.fixture(scope="module")
 def found() -> Forecast:
     link = Link.parse(8, "10Gbit/s")
-    return forecast(Subject("vgg_small", (1, 8, 8), 10, WormConfig()), None, link, 4)
+    return forecast(Target("vgg_small", (1, 8, 8), 10, WormConfig()), None, link, 4)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_our_own_form_of_a_known_network_is_told_from_torchvisions(found: Foreca
 
 def _head(**settings: Any) -> str:
     """What is said before the tables."""
-    subject = Subject("vgg_small", (1, 8, 8), 10, WormConfig(**settings))
+    subject = Target("vgg_small", (1, 8, 8), 10, WormConfig(**settings))
     lines = _log(forecast(subject, None, None, None))
     return " ".join(lines[2 : lines.index("")])
 
@@ -185,7 +185,7 @@ def test_the_head_says_what_share_was_asked_for_and_what_came_of_it() -> None:
 
 def _titles(name: str, **search: Any) -> list[str]:
     """The title and the headings of the table of groups."""
-    subject = Subject(name, (1, 8, 8), 10, WormConfig(search=search))
+    subject = Target(name, (1, 8, 8), 10, WormConfig(search=search))
     lines = _log(forecast(subject, None, None, None))
     start = next(n for n, line in enumerate(lines) if line.startswith("Channel groups"))
     return [lines[start], " ".join(lines[start + 1].split())]
@@ -212,7 +212,7 @@ def test_the_score_is_the_one_that_the_settings_name() -> None:
 
 
 def test_heads_and_neurons_are_scored_by_gates() -> None:
-    lines = _log(forecast(Subject("vit_small", (1, 8, 8), 10, WormConfig()), None, None, None))
+    lines = _log(forecast(Target("vit_small", (1, 8, 8), 10, WormConfig()), None, None, None))
     start = next(n for n, line in enumerate(lines) if line.startswith("producers"))
     assert lines[start + 1].split()[1:4] == ["6", "3", "gate"]
     assert lines[start + 2].split()[1:4] == ["192", "96", "gate"]

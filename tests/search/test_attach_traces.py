@@ -21,7 +21,7 @@ from tests.nets import Plain, Residual, random_images, randomise
 from tests.ranks import Ranks
 from tests.resuming import differences
 from worm_dist import ConfigError, WormConfig, WormError
-from worm_dist.engine.recorded_inputs import RememberedCalls
+from worm_dist.engine.recorded_inputs import RecordedInputs
 
 
 class _NormAct(nn.BatchNorm2d):
@@ -237,7 +237,7 @@ def _traces(network: nn.Module) -> dict[str, Any]:
 
 
 def _is_engines(hook: object) -> bool:
-    return isinstance(hook, RememberedCalls) and hook.belongs_to_an_engine
+    return isinstance(hook, RecordedInputs) and hook.belongs_to_an_engine
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worm_dist import ConfigError, NonFiniteError
 from worm_dist.search.budgets import Pool
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(
     lambda sizes: {f"group{number}": size for number, size in enumerate(sizes)}
@@ -90,7 +90,7 @@ def test_order_is_total_by_score_then_group_then_channel(case: tuple) -> None:
     """A number in the place of pools is the ratio of one pool of all groups."""
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
-    mask, floored = cut(scores, sizes, ratio, floor)
+    mask, floored = select_channels(scores, sizes, ratio, floor)
     everything = [Pool(ratio, tuple(sizes))]
     expected = _slowly(sizes, scores.tolist(), everything, floor, [False] * scores.numel())
     assert (mask.keep.tolist(), floored) == expected
@@ -111,7 +111,7 @@ def test_is_the_published_rule_where_scores_differ_and_no_floor_binds(
     threshold = scores.sort().values[int(48 * ratio)]
     published = scores >= threshold
     assume(all(bool(part.any()) for part in published.split(list(sizes.values()))))
-    mask, floored = cut(scores, sizes, ratio, 0)
+    mask, floored = select_channels(scores, sizes, ratio, 0)
     assert torch.equal(mask.keep, published)
     assert floored == ()
 
@@ -125,7 +125,7 @@ def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.Da
     )
     lost = torch.tensor(flags)
     try:
-        mask, _ = cut(scores, sizes, ratio, floor, lost)
+        mask, _ = select_channels(scores, sizes, ratio, floor, lost)
     except ConfigError:
         assume(False)
     assert not bool((mask.keep & lost).any())
@@ -142,9 +142,9 @@ def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject
         expected = _slowly(sizes, scores.tolist(), pools, floor, lost)
     except ConfigError:
         with pytest.raises(ConfigError, match=r"^search\.floor: "):
-            cut(scores, sizes, pools, floor, torch.tensor(lost))
+            select_channels(scores, sizes, pools, floor, torch.tensor(lost))
         return
-    mask, floored = cut(scores, sizes, pools, floor, torch.tensor(lost))
+    mask, floored = select_channels(scores, sizes, pools, floor, torch.tensor(lost))
     assert (mask.keep.tolist(), floored) == expected
 
 
@@ -153,7 +153,7 @@ def test_each_pool_loses_its_own_count_exactly_and_each_group_keeps_its_floor(ca
     sizes, scores, pools, floor = case
     for pool in pools:
         assume(_feasible({name: sizes[name] for name in pool.groups}, pool.ratio, floor))
-    mask, _ = cut(scores, sizes, pools, floor)
+    mask, _ = select_channels(scores, sizes, pools, floor)
     for pool in pools:
         channels = sum(sizes[name] for name in pool.groups)
         kept = sum(int(mask[name].sum()) for name in pool.groups)
@@ -169,12 +169,12 @@ def test_the_order_of_pools_and_of_groups_in_them_means_nothing(case: tuple, ran
     shuffled = [Pool(p.ratio, tuple(random.sample(p.groups, len(p.groups)))) for p in pools]
     random.shuffle(shuffled)
     try:
-        expected = cut(scores, sizes, pools, floor)
+        expected = select_channels(scores, sizes, pools, floor)
     except ConfigError:
         with pytest.raises(ConfigError):
-            cut(scores, sizes, shuffled, floor)
+            select_channels(scores, sizes, shuffled, floor)
         return
-    assert cut(scores, sizes, shuffled, floor) == expected
+    assert select_channels(scores, sizes, shuffled, floor) == expected
 
 
 @settings(max_examples=50)
@@ -187,8 +187,10 @@ def test_where_scores_differ_the_order_of_groups_and_channels_means_nothing(
     numbers = iter(random.sample(range(sum(sizes.values())), sum(sizes.values())))
     scores = {name: [float(next(numbers)) for _ in range(size)] for name, size in sizes.items()}
     order = {name: random.sample(range(size), size) for name, size in sizes.items()}
-    mask, _ = cut(torch.tensor([s for n in sizes for s in scores[n]]), sizes, ratio, 0.1)
-    shuffled, _ = cut(
+    mask, _ = select_channels(
+        torch.tensor([s for n in sizes for s in scores[n]]), sizes, ratio, 0.1
+    )
+    shuffled, _ = select_channels(
         torch.tensor([scores[name][channel] for name in names for channel in order[name]]),
         {name: sizes[name] for name in names},
         ratio,
@@ -203,27 +205,29 @@ def test_where_scores_differ_the_order_of_groups_and_channels_means_nothing(
 def test_scores_of_any_scale_give_the_same_mask(case: tuple) -> None:
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
-    assert cut(scores, sizes, ratio, floor) == cut(scores * 2.0**-20, sizes, ratio, floor)
+    assert select_channels(scores, sizes, ratio, floor) == select_channels(
+        scores * 2.0**-20, sizes, ratio, floor
+    )
 
 
 @pytest.mark.fault(25, "a group that would be emptied")
 def test_floor_spares_the_best_of_a_weak_group_and_takes_from_the_others() -> None:
     sizes = {"weak": 4, "strong": 4}
     scores = torch.tensor([0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
-    mask, floored = cut(scores, sizes, 0.5, 0.25)
+    mask, floored = select_channels(scores, sizes, 0.5, 0.25)
     assert mask.keep.tolist() == [False, False, False, True, False, True, True, True]
     assert floored == ("weak",)
 
 
 def test_a_floor_that_does_not_bind_is_not_named() -> None:
     scores = torch.tensor([0.1, 0.9, 0.2, 0.8])
-    assert cut(scores, {"a": 2, "b": 2}, 0.5, 0.5)[1] == ()
+    assert select_channels(scores, {"a": 2, "b": 2}, 0.5, 0.5)[1] == ()
 
 
 def test_floors_that_leave_too_little_to_drop_are_refused() -> None:
     sizes = {f"group{number}": 1 for number in range(10)}
     with pytest.raises(ConfigError, match=r"^search\.floor: .*only 0 of 10 .* asks for 5"):
-        cut(torch.rand(10), sizes, 0.5, 0.1)
+        select_channels(torch.rand(10), sizes, 0.5, 0.1)
 
 
 def test_the_pool_that_cannot_lose_its_share_is_named() -> None:
@@ -234,7 +238,7 @@ def test_the_pool_that_cannot_lose_its_share_is_named() -> None:
         "may be dropped, but the ratio 0.75 asks for 4; lower one of them"
     )
     with pytest.raises(ConfigError) as error:
-        cut(torch.rand(46), {"large": 40, "small": 4, "tiny": 2}, pools, 0.5)
+        select_channels(torch.rand(46), {"large": 40, "small": 4, "tiny": 2}, pools, 0.5)
     assert str(error.value) == message
 
 
@@ -242,7 +246,7 @@ def test_what_the_floor_spares_is_taken_from_the_same_pool() -> None:
     """Group c has the lowest channel that is left, but is cut by itself."""
     sizes = {"a": 2, "b": 2, "c": 2}
     scores = torch.tensor([1.0, 2.0, 8.0, 9.0, 3.0, 4.0])
-    mask, floored = cut(scores, sizes, [Pool(0.5, ("a", "b")), Pool(0, ("c",))], 0.5)
+    mask, floored = select_channels(scores, sizes, [Pool(0.5, ("a", "b")), Pool(0, ("c",))], 0.5)
     assert mask.keep.tolist() == [False, True, False, True, True, True]
     assert floored == ("a",)
 
@@ -253,7 +257,7 @@ def test_scores_that_are_not_finite_name_their_group(bad: float, place: int, gro
     scores = torch.rand(5)
     scores[place] = bad
     with pytest.raises(NonFiniteError, match=rf"^group {group}: .*not finite"):
-        cut(scores, {"a": 3, "b": 2}, 0.5, 0.1)
+        select_channels(scores, {"a": 3, "b": 2}, 0.5, 0.1)
 
 
 @settings(max_examples=20)
@@ -261,12 +265,12 @@ def test_scores_that_are_not_finite_name_their_group(bad: float, place: int, gro
 def test_the_scores_given_are_left_alone(seed: int) -> None:
     scores = torch.rand(20, generator=torch.Generator().manual_seed(seed))
     before = scores.clone()
-    cut(scores, {"a": 20}, 0.5, 0.1, lost=torch.arange(20) < 3)
+    select_channels(scores, {"a": 20}, 0.5, 0.1, lost=torch.arange(20) < 3)
     assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize(("size", "floor"), [(100, 0.07), (50, 0.14), (25, 0.28)])
 def test_floor_and_ratio_that_leave_nothing_over_are_feasible(size: int, floor: float) -> None:
     """0.07 * 100 is 7.000000000000001 in floats, and its ceiling 8."""
-    mask, _ = cut(torch.arange(size).float(), {"only": size}, 1 - floor, floor)
+    mask, _ = select_channels(torch.arange(size).float(), {"only": size}, 1 - floor, floor)
     assert mask.num_kept == round(size * floor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from worm_dist import ConfigError, Mask, NonFiniteError
 from worm_dist.search.budgets import pools_of
 from worm_dist.search.rounding import ratio_reached, rounded
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 Case = tuple[Mask, Tensor, int, float, Tensor, dict[str, int]]
 
@@ -31,7 +31,7 @@ def _cases(draw: st.DrawFn, most_groups: int = 4) -> Case:
     ratio, floor = draw(st.sampled_from([0, 0.3, 0.5, 0.8])), draw(st.sampled_from([0, 0.2, 0.4]))
     widths = {name: draw(st.sampled_from([1, 1, 2, 3])) for name in sizes}
     try:
-        mask, _ = cut(scores, sizes, ratio, floor, lost)
+        mask, _ = select_channels(scores, sizes, ratio, floor, lost)
     except ConfigError:
         assume(False)
     return mask, scores, draw(st.sampled_from([2, 3, 4])), floor, lost, widths
@@ -144,9 +144,9 @@ def test_a_rounded_mask_stays_when_what_it_drops_is_lost(random: Any, ratio: flo
     sizes = {f"group{number}": random.randint(33, 90) for number in range(6)}
     num_channels = sum(sizes.values())
     scores = torch.tensor(random.sample(range(num_channels), num_channels)).float()
-    first = rounded(cut(scores, sizes, ratio, 0.1)[0], scores, 8, 0.1)
+    first = rounded(select_channels(scores, sizes, ratio, 0.1)[0], scores, 8, 0.1)
     lost = ~first.keep
-    again, _ = cut(scores, sizes, ratio, 0.1, lost)
+    again, _ = select_channels(scores, sizes, ratio, 0.1, lost)
     assert rounded(again, scores, 8, 0.1, lost) == first
 
 
@@ -158,8 +158,8 @@ def test_where_scores_differ_the_order_of_channels_means_nothing(random: Any) ->
     order = torch.tensor(
         random.sample(range(24), 24) + [24 + c for c in random.sample(range(30), 30)]
     )
-    straight = rounded(cut(scores, sizes, 0.5, 0.1)[0], scores, 4, 0.1)
-    shuffled = rounded(cut(scores[order], sizes, 0.5, 0.1)[0], scores[order], 4, 0.1)
+    straight = rounded(select_channels(scores, sizes, 0.5, 0.1)[0], scores, 4, 0.1)
+    shuffled = rounded(select_channels(scores[order], sizes, 0.5, 0.1)[0], scores[order], 4, 0.1)
     assert torch.equal(shuffled.keep, straight.keep[order])
 
 
@@ -250,7 +250,7 @@ def test_blocks_move_between_layers_that_were_cut_apart() -> None:
     """The total is as near as blocks of 8 come to 108; each layer by itself would go to 32."""
     sizes = {"a": 64, "b": 64, "c": 64}
     scores = torch.rand(192, generator=torch.Generator().manual_seed(0))
-    mask, _ = cut(scores, sizes, pools_of(sizes, 0.45, "layer", {}), 0.1)
+    mask, _ = select_channels(scores, sizes, pools_of(sizes, 0.45, "layer", {}), 0.1)
     assert _counts(mask) == {"a": 36, "b": 36, "c": 36}
     result = rounded(mask, scores, 8, 0.1)
     assert _counts(result) == {"a": 40, "b": 32, "c": 32}

@@ -8,7 +8,7 @@ from tests.nets import Concatenating, Plain, Residual, random_images, randomise
 from worm_dist.config import SearchConfig
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 from worm_dist.search.importance import ChannelScales, LayerScales, WeightNorm
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 
 def _scored(network: torch.nn.Module) -> ChannelScales:
@@ -109,7 +109,7 @@ def test_layer_by_layer_a_coupled_channel_goes_only_where_all_its_norms_drop_it(
     groups = find_groups(network, random_images(1))
     score = LayerScales(network, groups)
     assert score.candidates.sizes == {"bn0": 8, "bn2": 8, "bn1": 6}
-    candidates, _ = cut(score(), score.candidates.sizes, 0.5, floor=0)
+    candidates, _ = select_channels(score(), score.candidates.sizes, 0.5, floor=0)
 
     scales = {name: getattr(network, name).weight.detach().abs() for name in score.candidates.sizes}
     everything = torch.cat(list(scales.values()))

@@ -20,7 +20,7 @@ from tests.nets import Concatenating, Flattening, Residual, Separable, random_im
 from worm_dist import CheckpointError, ConfigError, Engine, WormConfig, load_ticket
 from worm_dist.models import build_model
 from worm_dist.search.importance import ChannelScales
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 NAMED = {"name": "vgg_small", "num_classes": 10, "in_channels": 3, "arguments": {"widths": [8, 12]}}
 
@@ -31,7 +31,7 @@ def _drawn(network: nn.Module) -> Engine:
     optimizer = SGD(network.parameters(), lr=0.05)
     engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
     scores = ChannelScales(network, engine.groups)()
-    engine.draw(cut(scores, engine.groups.sizes, 0.5, 0.1)[0])
+    engine.draw(select_channels(scores, engine.groups.sizes, 0.5, 0.1)[0])
     return engine
 
 

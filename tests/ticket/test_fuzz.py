@@ -19,7 +19,7 @@ from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from tests.nets import random_images
 from worm_dist import CheckpointError, WormConfig, load_ticket
 from worm_dist.models import build_model
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 _MODELS = {
     "vgg_small": {"widths": [8, 12]},
@@ -67,7 +67,7 @@ def _drawn(name: str) -> worm_dist.Engine:
     config = WormConfig(truncation={"mode": "off"}, ticket={"round_to": 1})
     engine = worm_dist.attach(network, optimizer, config, example_inputs=random_images(1, side=8))
     scores = torch.rand(sum(engine.groups.sizes.values()))
-    engine.draw(cut(scores, engine.groups.sizes, 0.4, 0.1)[0])
+    engine.draw(select_channels(scores, engine.groups.sizes, 0.4, 0.1)[0])
     return engine
 
 

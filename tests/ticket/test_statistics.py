@@ -14,20 +14,20 @@ from tests.nets import Flattening, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
-from worm_dist.distributed.collectives import Alone, Together
-from worm_dist.engine.recorded_inputs import Call
+from worm_dist.distributed.collectives import ProcessGroupComm, SingleProcessComm
+from worm_dist.engine.recorded_inputs import RecordedCall
 from worm_dist.pruning.bn_recalibration import recalibrate
 
 
-def _call(*positional: Tensor, norms: Sequence[str] = ("0",), **keywords: Tensor) -> Call:
+def _call(*positional: Tensor, norms: Sequence[str] = ("0",), **keywords: Tensor) -> RecordedCall:
     """Seen without autocast."""
-    return Call(positional, keywords, "cpu", torch.bfloat16, False, frozenset(norms))
+    return RecordedCall(positional, keywords, "cpu", torch.bfloat16, False, frozenset(norms))
 
 
-def _ranks() -> Alone | Together:
+def _ranks() -> SingleProcessComm | ProcessGroupComm:
     if not dist.is_initialized():
-        return Alone()
-    return Together(dist.group.WORLD, torch.device("cpu"))
+        return SingleProcessComm()
+    return ProcessGroupComm(dist.group.WORLD, torch.device("cpu"))
 
 
 def _batch(number: int) -> Tensor:
@@ -120,14 +120,14 @@ def test_norms_without_statistics_are_left_alone() -> None:
     network = nn.Sequential(
         nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, momentum=None)
     )
-    recalibrate(network, [_call(_batch(1), norms=("0", "1"))], Alone())
+    recalibrate(network, [_call(_batch(1), norms=("0", "1"))], SingleProcessComm())
     assert network[0].running_mean is None
     assert network[1].momentum is None and int(network[1].num_batches_tracked) == 1
 
 
 def test_batches_may_be_keyword_arguments() -> None:
     network = nn.BatchNorm2d(3, momentum=0.3)
-    recalibrate(network, [_call(input=_batch(2), norms=("",))], Alone())
+    recalibrate(network, [_call(input=_batch(2), norms=("",))], SingleProcessComm())
     torch.testing.assert_close(network.running_mean, _batch(2).mean(dim=(0, 2, 3)))
 
 
@@ -146,7 +146,7 @@ def test_a_large_mean_does_not_swallow_the_variance() -> None:
     """E[x^2] - E[x]^2 in single precision has no digits left for a variance of 1 beside 4000."""
     network = nn.BatchNorm2d(3)
     batch = random_images(64, seed=1) + 4000
-    recalibrate(network, [_call(batch, norms=("",))], Alone())
+    recalibrate(network, [_call(batch, norms=("",))], SingleProcessComm())
     torch.testing.assert_close(
         network.running_var, batch.double().var(dim=(0, 2, 3)).float(), rtol=0.01, atol=0
     )

@@ -30,7 +30,7 @@ from worm_dist.models import build_model
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 from worm_dist.search.importance import ChannelScales
-from worm_dist.search.select import cut
+from worm_dist.search.select import select_channels
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg_small": lambda: build_model("vgg_small", 10, 3, {"widths": [16, "M", 24, 32]}),
@@ -66,7 +66,7 @@ def _masked(network: nn.Module, groups: Groups, mask: Mask) -> nn.Module:
 
 
 def _search_mask(network: nn.Module, groups: Groups, ratio: float) -> Mask:
-    return cut(ChannelScales(network, groups)(), groups.sizes, ratio, 0.1)[0]
+    return select_channels(ChannelScales(network, groups)(), groups.sizes, ratio, 0.1)[0]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

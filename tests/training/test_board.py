@@ -15,12 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worm_dist.config import SearchConfig
-from worm_dist.search.convergence import Finding, History
+from worm_dist.search.convergence import CheckRecord, History
 from worm_dist.search.mask import Mask
-from worm_dist.training.reporting.tensorboard import Board
+from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
 
-def _findings() -> tuple[Finding, ...]:
+def _findings() -> tuple[CheckRecord, ...]:
     history = History(SearchConfig())
     for step in (10, 20, 30):
         history.record(step, Mask({"a": torch.arange(8) < 4}), floored=())
@@ -40,7 +40,7 @@ def _points(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def test_everything_is_read_back_from_one_file(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "digits"
-    board = Board(folder)
+    board = TensorBoardLog(folder)
     board.scalars(1, {"loss/train": 2.5, "traffic/bytes": 1e6})
     board.scalars(2, {"loss/train": 1.25})
     board.figures(30, _findings(), settled=0.1)
@@ -62,7 +62,7 @@ def test_everything_is_read_back_from_one_file(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_of_every_kind(tmp_path: Path) -> None:
-    Board(tmp_path).hyperparameters(
+    TensorBoardLog(tmp_path).hyperparameters(
         {
             "seed": 3,
             "optimizer.lr": 0.1,
@@ -86,10 +86,10 @@ def test_hyperparameters_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_resumed_run_replaces_the_steps_that_it_trains_again(tmp_path: Path) -> None:
-    first = Board(tmp_path)
+    first = TensorBoardLog(tmp_path)
     for step in range(1, 6):
         first.scalars(step, {"loss": 1.0})
-    resumed = Board(tmp_path, purge_step=4)
+    resumed = TensorBoardLog(tmp_path, purge_step=4)
     resumed.scalars(4, {"loss": 2.0})
     assert _points(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
@@ -115,7 +115,7 @@ def test_training_goes_on_with_one_warning_when_the_file_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None], first: str
 ) -> None:
     folder = tmp_path / "run"
-    board = Board(folder)
+    board = TensorBoardLog(folder)
     board.scalars(1, {"loss": 1.0})
     harm(folder)
     calls = {
@@ -160,4 +160,4 @@ def test_full_disk_costs_one_line_and_spares_what_was_written(tmp_path: Path) ->
 def test_folder_that_cannot_be_made_is_said_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        Board(tmp_path / "file" / "run")
+        TensorBoardLog(tmp_path / "file" / "run")

@@ -9,7 +9,7 @@ import pytest
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import CollapseError
-from worm_dist.training.evaluation import Score
+from worm_dist.training.evaluation import EvalResult
 
 
 def _trained(settings: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def test_a_network_that_decays_to_nothing_stops_every_rank(ranks: Ranks, preset:
 def _judged(settings: dict[str, Any]) -> list[str]:
     """What is said of a test at chance with different pasts."""
     trainer = small_trainer(**settings)
-    lost = Score(0.1, 2.3, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
-    better = Score(0.5, 1.6, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
+    lost = EvalResult(0.1, 2.3, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
+    better = EvalResult(0.5, 1.6, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
     said = []
     for scores, loss, drawn in (
         ((lost,), 2.3, None),  # it has not learnt yet
@@ -70,5 +70,5 @@ def test_chance_is_what_a_constant_answer_and_luck_come_to(
     accuracy: float, answers: bool, is_chance: bool
 ) -> None:
     """Of 360 images of ten classes."""
-    score = Score(accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, answers=answers)
+    score = EvalResult(accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, answers=answers)
     assert score.is_chance is is_chance

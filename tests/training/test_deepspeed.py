@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.ranks import Ranks
 from worm_dist import ConfigError
-from worm_dist.distributed.init import Place
+from worm_dist.distributed.init import RankInfo
 from worm_dist.engine.engine import Engine
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.deepspeed_config import deepspeed_settings
@@ -38,7 +38,7 @@ class _Digests(Report):
 
 def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str], str, Any]]:
     """For every run the masks at its checks, a digest of its last weights, its result."""
-    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     os.environ.update(place.in_words_of_torchrun, MASTER_ADDR="localhost", MASTER_PORT="1")
     warnings.simplefilter("ignore")  # of DeepSpeed's, at its import
     ends = {}

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from worm_dist.config import SearchConfig
-from worm_dist.search.convergence import Finding, History
+from worm_dist.search.convergence import CheckRecord, History
 from worm_dist.search.mask import Mask
 from worm_dist.training.reporting.plots import distance_curve, distance_matrix, mask_picture
 
@@ -24,7 +24,7 @@ RESNET50 = {
     for conv in (1, 2, 3)
 }
 
-PICTURES: list[Callable[[Sequence[Finding]], Figure]] = [
+PICTURES: list[Callable[[Sequence[CheckRecord]], Figure]] = [
     mask_picture,
     distance_matrix,
     lambda findings: distance_curve(findings, 0.1),
@@ -33,7 +33,7 @@ PICTURES: list[Callable[[Sequence[Finding]], Figure]] = [
 
 def _findings(
     checks: int, sizes: Mapping[str, int] = SMALL, **config: object
-) -> tuple[Finding, ...]:
+) -> tuple[CheckRecord, ...]:
     """Masks that change ever less."""
     generator = torch.Generator().manual_seed(0)
     channels = sum(sizes.values())
@@ -63,14 +63,14 @@ def _words(figure: Figure) -> str:
 @pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize("checks", [1, 2, 13, 130])
 def test_every_history_can_be_drawn(
-    picture: Callable[[Sequence[Finding]], Figure], checks: int
+    picture: Callable[[Sequence[CheckRecord]], Figure], checks: int
 ) -> None:
     pixels = _pixels(picture(_findings(checks)))
     assert pixels.std() > 1
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_no_check_is_no_picture(picture: Callable[[Sequence[Finding]], Figure]) -> None:
+def test_no_check_is_no_picture(picture: Callable[[Sequence[CheckRecord]], Figure]) -> None:
     with pytest.raises(ValueError, match="before the first check"):
         picture([])
 

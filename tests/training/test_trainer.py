@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
-from worm_dist.distributed.init import Place
+from worm_dist.distributed.init import RankInfo
 from worm_dist.engine.engine import Engine
 from worm_dist.models import build_model
 from worm_dist.training.config_file import read_run_config
@@ -37,7 +37,7 @@ class _Digests(Report):
 
 def _train(*replaced: tuple[str, str]) -> tuple[Any, ...]:
     config = read_run_config(CONFIG, replaced)
-    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     digests = _Digests()
     trainer = Trainer(config, place, torch.device("cpu"), digests)
     result = trainer.run()

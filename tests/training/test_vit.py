@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import load_ticket
-from worm_dist.distributed.init import Place
+from worm_dist.distributed.init import RankInfo
 from worm_dist.groups.gates import gates_of
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.reporting.reporter import Report
@@ -34,7 +34,7 @@ def _outputs(network: nn.Module) -> Tensor:
 
 
 def _train(ticket: str) -> tuple[Any, ...]:
-    place = Place(dist.get_rank(), dist.get_world_size(), 0)
+    place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     trainer = Trainer(read_run_config(CONFIG, FAST), place, torch.device("cpu"), Report())
     result, engine = trainer.run(), trainer.engine
     assert isinstance(engine.model, nn.parallel.DistributedDataParallel)

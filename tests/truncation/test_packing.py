@@ -12,7 +12,7 @@ from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import WormConfig, attach
 from worm_dist.comm_hooks.packing import Packing
-from worm_dist.groups.freeze_plan import Block, Plan
+from worm_dist.groups.freeze_plan import Block, FreezePlan
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_plan_counts_what_an_independent_walk_over_the_groups_counts(
     network = build()
     groups = find_groups(network, random_images(1))
     frozen = torch.rand(groups.num_channels) < share
-    plan = Plan(network, groups, frozen, scope)  # type: ignore[arg-type]
+    plan = FreezePlan(network, groups, frozen, scope)  # type: ignore[arg-type]
     flags = live_flags(network, groups, frozen, scope)
     assert plan.num_live(network.parameters()) == sum(int(f.sum()) for f in flags.values())
     for name, parameter in network.named_parameters():
@@ -157,7 +157,7 @@ def test_parameters_that_train_only_later_are_in_every_plan() -> None:
     network = Residual()
     network.conv1.weight.requires_grad_(False)
     groups = find_groups(Residual(), random_images(1))
-    plan = Plan(network, groups, torch.ones(groups.num_channels, dtype=torch.bool), "coupled")
+    plan = FreezePlan(network, groups, torch.ones(groups.num_channels, dtype=torch.bool), "coupled")
     assert network.conv1.weight in plan.blocks
 
 

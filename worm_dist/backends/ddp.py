@@ -13,15 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..config import TruncationConfig
-from ..distributed.collectives import Alone, Ranks, Together
+from ..distributed.collectives import Communicator, ProcessGroupComm, SingleProcessComm
 from ..errors import BackendError
-from .deepspeed import Zero, is_zero
-from .optimizer_view import Stepping
+from .deepspeed import DeepSpeedBackend, is_deepspeed
+from .optimizer_view import OptimizerView
 from .optimizers import innermost
 from .sparse_weights import sparse_weights
 from .trained_parameters import only_these_train
 
-__all__ = ["Bare", "DataParallel", "OwnState", "Wrapping", "wrapping_of"]
+__all__ = ["Backend", "DdpBackend", "OwnHookState", "SingleProcess", "backend_of"]
 
 
 _OTHER_WAYS = {
@@ -34,7 +34,7 @@ _OTHER_WAYS = {
 """Classes of modules, and contracts by which torch's functions mark them, with their names."""
 
 
-class Bare:
+class SingleProcess:
     """Not wrapped at all: one process.
 
     Attributes:
@@ -48,7 +48,7 @@ class Bare:
     def __init__(self, called: nn.Module) -> None:
         self.called = called
         self.network = _not_compiled(called)
-        self.ranks: Ranks = Alone()
+        self.ranks: Communicator = SingleProcessComm()
 
     process_group = None
     step_bytes = 0
@@ -62,11 +62,11 @@ class Bare:
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Nothing to ask: no gradients are sent."""
 
-    def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
+    def stepping_of(self, optimizer: Optimizer | None) -> OptimizerView:
         """How this optimizer steps."""
-        return Stepping(innermost(optimizer))
+        return OptimizerView(innermost(optimizer))
 
-    def optimizer_of(self, stepping: Stepping) -> Optimizer:
+    def optimizer_of(self, stepping: OptimizerView) -> Optimizer:
         """What the user steps."""
         return stepping.optimizer
 
@@ -85,7 +85,7 @@ class Bare:
         return self.called
 
 
-class DataParallel:
+class DdpBackend:
     """torch's DistributedDataParallel.
 
     Attributes:
@@ -102,7 +102,7 @@ class DataParallel:
         self.network = _not_compiled(self.called)
         self.finds_unused: bool = model.find_unused_parameters
         self.process_group: dist.ProcessGroup = model.process_group
-        self.ranks: Ranks = Together(self.process_group, model.device)
+        self.ranks: Communicator = ProcessGroupComm(self.process_group, model.device)
         self.averaged = _averaged(model)
 
     keeps_hooks = True
@@ -113,15 +113,15 @@ class DataParallel:
         """What a dense step hands to the all-reduce."""
         return sum(p.numel() * p.element_size() for p in self.averaged)
 
-    def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
+    def stepping_of(self, optimizer: Optimizer | None) -> OptimizerView:
         """How this optimizer steps.
 
         Raises:
             ConfigError, BackendError: there is none, or its steps and state cannot be seen.
         """
-        return Stepping(innermost(optimizer))
+        return OptimizerView(innermost(optimizer))
 
-    def optimizer_of(self, stepping: Stepping) -> Optimizer:
+    def optimizer_of(self, stepping: OptimizerView) -> Optimizer:
         """What the user steps."""
         return stepping.optimizer
 
@@ -166,7 +166,7 @@ class DataParallel:
     def wrapped_again(self) -> nn.Module:
         """The network as it is now in a new wrapper with the same arguments, and with the user's
         communication hook if there is one."""
-        return self._wrapped(lambda state: not isinstance(state, OwnState))
+        return self._wrapped(lambda state: not isinstance(state, OwnHookState))
 
     def retire(self) -> None:
         """The wrapper is dead; a variable of the user's may keep it, but not its buckets."""
@@ -192,21 +192,21 @@ class DataParallel:
         return model
 
 
-Wrapping: TypeAlias = Bare | DataParallel | Zero
+Backend: TypeAlias = SingleProcess | DdpBackend | DeepSpeedBackend
 
 
-def wrapping_of(model: nn.Module) -> Wrapping:
+def backend_of(model: nn.Module) -> Backend:
     """Recognise how a model is wrapped.
 
     Raises:
         BackendError: several processes, but the model is not wrapped for them; a wrapper that is
             compiled itself; a DeepSpeed engine that is not one we know.
     """
-    if is_zero(model):
-        return Zero(model)
+    if is_deepspeed(model):
+        return DeepSpeedBackend(model)
     _require_whole(model)
     if isinstance(model, DistributedDataParallel):
-        return DataParallel(model)
+        return DdpBackend(model)
     if isinstance(_not_compiled(model), DistributedDataParallel):
         raise BackendError(
             "attach: torch.compile around DistributedDataParallel compiles nothing here; compile "
@@ -218,7 +218,7 @@ def wrapping_of(model: nn.Module) -> Wrapping:
             f"{type(model).__name__}; wrap it in DistributedDataParallel, or give it to "
             "deepspeed.initialize, first"
         )
-    return Bare(model)
+    return SingleProcess(model)
 
 
 def _require_whole(model: nn.Module) -> None:
@@ -240,7 +240,7 @@ def _require_whole(model: nn.Module) -> None:
         )
 
 
-class OwnState:
+class OwnHookState:
     """Marks the state of a communication hook of ours; it ends with its wrapper."""
 
 

@@ -20,14 +20,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import TruncationConfig
-from ..distributed.collectives import Ranks, Together
+from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..errors import BackendError, ConfigError
-from .deepspeed_optimizer import CopyStepping, PartitionStepping
-from .optimizer_view import Stepping
+from .deepspeed_optimizer import CopyingOptimizerView, PartitionedOptimizerView
+from .optimizer_view import OptimizerView
 from .sparse_weights import sparse_weights
 from .trained_parameters import only_these_train
 
-__all__ = ["Zero", "is_zero"]
+__all__ = ["DeepSpeedBackend", "is_deepspeed"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ _REDUCTION_POINTS = {
 }
 
 
-def is_zero(model: nn.Module) -> bool:
+def is_deepspeed(model: nn.Module) -> bool:
     """Whether a model is a DeepSpeed engine; does not import DeepSpeed."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
-class Zero:
+class DeepSpeedBackend:
     """A network in DeepSpeed's engine.
 
     Attributes:
@@ -108,13 +108,13 @@ class Zero:
         self.stage = int(model.zero_optimization_stage())
         self.wrapper = model.optimizer
         self.process_group: dist.ProcessGroup = model.seq_data_parallel_group
-        self.ranks: Ranks = Together(self.process_group, model.device)
-        self._stepping: Stepping = (
-            Stepping(self.wrapper)
+        self.ranks: Communicator = ProcessGroupComm(self.process_group, model.device)
+        self._stepping: OptimizerView = (
+            OptimizerView(self.wrapper)
             if isinstance(self.wrapper, Optimizer)
-            else CopyStepping(self.wrapper)
+            else CopyingOptimizerView(self.wrapper)
             if self.stage == 0
-            else PartitionStepping(self.wrapper)
+            else PartitionedOptimizerView(self.wrapper)
         )
         self.averaged = frozenset(self._stepping.parameters)
 
@@ -131,7 +131,7 @@ class Zero:
         weights = sum(flat.nbytes // self.ranks.size for flat in self.wrapper.bit16_groups_flat)
         return int(gradients + weights)
 
-    def stepping_of(self, optimizer: Optimizer | None) -> Stepping:
+    def stepping_of(self, optimizer: Optimizer | None) -> OptimizerView:
         """How the engine's optimizer steps.
 
         Raises:
@@ -144,7 +144,7 @@ class Zero:
             )
         return self._stepping
 
-    def optimizer_of(self, stepping: Stepping) -> Optimizer:
+    def optimizer_of(self, stepping: OptimizerView) -> Optimizer:
         """DeepSpeed's wrapper, which has an optimizer's methods, or the torch optimizer itself."""
         optimizer: Optimizer = self.wrapper
         return optimizer

@@ -12,13 +12,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .optimizer_view import Handle, Owners, Shard, Stepping
-from .patching import Override
+from .optimizer_view import Handle, OptimizerView, Owners, Shard
+from .patching import Patch
 
-__all__ = ["CopyStepping", "PartitionStepping", "partition_shards"]
+__all__ = ["CopyingOptimizerView", "PartitionedOptimizerView", "partition_shards"]
 
 
-class _WrappedStepping(Stepping):
+class _WrappedOptimizerView(OptimizerView):
     """The torch optimizer in a wrapper of DeepSpeed's, which may skip a step, or step once for
     each of its groups, or step to see whether it can."""
 
@@ -41,7 +41,7 @@ class _WrappedStepping(Stepping):
                 after()
             return result
 
-        override = Override(self._wrapper, "step", step)
+        override = Patch(self._wrapper, "step", step)
         moved = self.optimizer.register_step_post_hook(lambda *_: hold(self._moved()))
         return [override, moved]
 
@@ -50,7 +50,7 @@ class _WrappedStepping(Stepping):
         return None
 
 
-class CopyStepping(_WrappedStepping):
+class CopyingOptimizerView(_WrappedOptimizerView):
     """DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
 
     def __init__(self, wrapper: Any) -> None:
@@ -74,7 +74,7 @@ class CopyStepping(_WrappedStepping):
         return (Shard(stepped, 0, stepped, 0),)
 
 
-class PartitionStepping(_WrappedStepping):
+class PartitionedOptimizerView(_WrappedOptimizerView):
     """DeepSpeed's ``DeepSpeedZeroOptimizer``: every rank steps its partition of every group."""
 
     shared = True

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed.collectives import Ranks
-from .optimizer_view import Shard, Stepping
+from ..distributed.collectives import Communicator
+from .optimizer_view import OptimizerView, Shard
 
-__all__ = ["Holding", "gather", "hand_out", "part_of"]
+__all__ = ["FullParamState", "gather", "part_of", "scatter_full_state"]
 
 _VALUE = "the weights themselves"
 """Key of what is stepped; moments have the keys that the optimizer gave them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Holding:
+class FullParamState:
     """Of one parameter.
 
     Attributes:
@@ -34,8 +34,8 @@ class Holding:
 
 
 def gather(
-    stepping: Stepping, ranks: Ranks, take: Callable[[Tensor, Tensor], Tensor]
-) -> dict[Tensor, Holding]:
+    stepping: OptimizerView, ranks: Communicator, take: Callable[[Tensor, Tensor], Tensor]
+) -> dict[Tensor, FullParamState]:
     """Everything, put together bit for bit.  Collective if the ranks share the stepping.
 
     Args:
@@ -54,7 +54,7 @@ def gather(
         for p, whole in zip(having, _whole(stepping, having, key, ranks), strict=True):
             found[p][key] = take(p, whole)
     return {
-        p: Holding(
+        p: FullParamState(
             tensors.pop(_VALUE),
             tensors,
             {key: value for key, value in states[p].items() if key not in keys[p]},
@@ -64,7 +64,7 @@ def gather(
 
 
 @torch.no_grad()
-def hand_out(stepping: Stepping, holdings: Mapping[Tensor, Holding]) -> None:
+def scatter_full_state(stepping: OptimizerView, holdings: Mapping[Tensor, FullParamState]) -> None:
     """Give every rank's optimizer its part.  Tensors that it has already are written to.
 
     Args:
@@ -94,7 +94,7 @@ def part_of(whole: Tensor, shard: Shard) -> Tensor:
 
 
 def _whole(
-    stepping: Stepping, parameters: Sequence[Tensor], key: str, ranks: Ranks
+    stepping: OptimizerView, parameters: Sequence[Tensor], key: str, ranks: Communicator
 ) -> list[Tensor]:
     """Tensors of the parameters' shapes, from every rank's shards."""
 
@@ -125,6 +125,6 @@ def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> obj
     return value.to(owner.device if on_device else "cpu", copy=True)
 
 
-def _is_of(value: object, stepping: Stepping, parameter: Tensor) -> bool:
+def _is_of(value: object, stepping: OptimizerView, parameter: Tensor) -> bool:
     """Whether a piece of state belongs to elements one by one."""
     return isinstance(value, Tensor) and value.shape == stepping.owner(parameter).shape

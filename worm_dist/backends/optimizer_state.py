@@ -13,11 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..engine.state_schema import digest_of
 from ..errors import CheckpointError
-from .full_state import Holding, gather, hand_out
-from .optimizer_view import Stepping
+from .full_state import FullParamState, gather, scatter_full_state
+from .optimizer_view import OptimizerView
 
 __all__ = ["OptimizerState"]
 
@@ -59,7 +59,7 @@ class OptimizerState:
     """
 
     def __init__(
-        self, stepping: Stepping, network: nn.Module, model: nn.Module, ranks: Ranks
+        self, stepping: OptimizerView, network: nn.Module, model: nn.Module, ranks: Communicator
     ) -> None:
         self._stepping = stepping
         self._model = model
@@ -163,8 +163,8 @@ class OptimizerState:
             parameter = self._parameters[name]
             self._forget_more_than(parameter, saved)
             value = parameter.detach() if saved["value"] is None else saved["value"]
-            holdings[parameter] = Holding(value, saved["moments"], saved["loose"])
-        hand_out(self._stepping, holdings)
+            holdings[parameter] = FullParamState(value, saved["moments"], saved["loose"])
+        scatter_full_state(self._stepping, holdings)
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
                 setattr(self._model, name, count)

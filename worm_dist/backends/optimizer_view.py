@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Handle", "Owners", "Shard", "Stepping"]
+__all__ = ["Handle", "OptimizerView", "Owners", "Shard"]
 
 Owners: TypeAlias = Collection[Tensor] | None
 """Tensors that an optimizer has just stepped; None for all of its own."""
@@ -55,7 +55,7 @@ class Shard:
         return span.view(self.value.shape)
 
 
-class Stepping:
+class OptimizerView:
     """A torch optimizer that steps the parameters themselves.
 
     Attributes:

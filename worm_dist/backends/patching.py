@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Override"]
+__all__ = ["Patch"]
 
 
-class Override:
+class Patch:
     """Stands in the place of an object's function, until ``remove``.
 
     Args:
@@ -37,7 +37,7 @@ class Override:
         self._replacement = None
         there = vars(self._target)
         top = there.get(self._name)
-        while isinstance(top, Override) and top._replacement is None:
+        while isinstance(top, Patch) and top._replacement is None:
             top = top._own
         if top is not None:
             setattr(self._target, self._name, top)

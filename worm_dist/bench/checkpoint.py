@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.async_save import Background
-from ..checkpoint.manager import Shelf
-from ..checkpoint.manifest import About
+from ..checkpoint.manager import CheckpointManager
+from ..checkpoint.manifest import CheckpointInfo
 from ..models import build_model
 from .network import Link, over_ranks
 from .results import Panel, rows
 from .step import seconds_of
-from .variants import Contender, Step, dense, training
+from .variants import Step, Variant, dense, training
 from .workload import Scale, alternate
 
 __all__ = ["checkpoint"]
@@ -37,10 +37,12 @@ def checkpoint(scale: Scale) -> Panel:
 
     model, optimizer = training(build)
     step = dense(model, optimizer, scale.batch())
-    about = About(step=0, world_size=dist.get_world_size(), phase="dense", config_digest="")
+    about = CheckpointInfo(
+        step=0, world_size=dist.get_world_size(), phase="dense", config_digest=""
+    )
     background = Background()
     with tempfile.TemporaryDirectory() as folder:
-        shelf = Shelf(folder)
+        shelf = CheckpointManager(folder)
         saves: dict[str, Save] = {
             "no save": lambda states: None,
             "saved in between": lambda states: shelf.save(about, states),
@@ -63,7 +65,7 @@ def checkpoint(scale: Scale) -> Panel:
 
             return steps
 
-        running = [Contender(name, with_save(name), lambda: None, None) for name in saves]
+        running = [Variant(name, with_save(name), lambda: None, None) for name in saves]
         measured = alternate(running, scale.rounds, seconds_of)
         size = sum(path.stat().st_size for path in Path(folder).glob("*/*"))
     return Panel(

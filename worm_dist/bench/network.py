@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..distributed.init import Place, process_group
+from ..distributed.init import RankInfo, process_group
 from ..errors import BackendError
 
 __all__ = ["Link", "over_ranks", "two_ranks"]
@@ -27,7 +27,7 @@ def two_ranks() -> Iterator[int]:
     Raises:
         BackendError: there are not two.
     """
-    place = Place.from_environment()
+    place = RankInfo.from_environment()
     if place.world_size != 2:
         raise BackendError(
             f"bench: it measures what two ranks tell one another, but there are {place.world_size};"

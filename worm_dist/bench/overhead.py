@@ -17,7 +17,7 @@ from ..verdict import Phase
 from .network import Link, over_ranks
 from .results import Panel, Spread, rows
 from .step import seconds_of
-from .variants import DDP, HALF, WARM_UP, Batch, Contender, Step, dense, keeping, training
+from .variants import DDP, HALF, WARM_UP, Batch, Step, Variant, dense, keeping, training
 from .workload import Scale, alternate
 
 __all__ = ["overhead"]
@@ -43,7 +43,7 @@ def overhead(scale: Scale) -> Panel:
     )
 
 
-def _contenders(scale: Scale) -> list[Contender]:
+def _contenders(scale: Scale) -> list[Variant]:
     batch = scale.batch()
     loops = {DDP: dense(*training(scale.build), batch)}
     # The same once more: what it differs by is noise.
@@ -51,7 +51,7 @@ def _contenders(scale: Scale) -> list[Contender]:
     engine = _engine(scale)
     loops["engine attached"] = dense(engine.model, engine.optimizer, batch)
     loops["engine and its L1 penalty"] = _penalised(_engine(scale), batch)
-    return [Contender(name, loop, lambda: None, None) for name, loop in loops.items()]
+    return [Variant(name, loop, lambda: None, None) for name, loop in loops.items()]
 
 
 def _engine(scale: Scale) -> Engine:

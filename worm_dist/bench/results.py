@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .variants import Contender
+from .variants import Variant
 
 __all__ = ["Panel", "Row", "Spread", "rows"]
 
@@ -91,7 +91,7 @@ class Panel:
         return cls(**{**content, "rows": rows})
 
 
-def rows(contenders: Sequence[Contender], values: Sequence[Sequence[float]]) -> tuple[Row, ...]:
+def rows(contenders: Sequence[Variant], values: Sequence[Sequence[float]]) -> tuple[Row, ...]:
     """The rows of a panel from what ``alternate`` measured."""
     return tuple(
         Row(

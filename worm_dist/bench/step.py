@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from .network import Link, over_ranks
 from .results import Panel, rows
-from .variants import REMARKS, Step, contenders
+from .variants import REMARKS, Step, variants
 from .workload import Scale, alternate
 
 __all__ = ["seconds_of", "step"]
@@ -17,7 +17,7 @@ __all__ = ["seconds_of", "step"]
 def step(scale: Scale) -> Panel:
     """Seconds from the forward pass to the end of the optimizer's step.  Collective."""
     link = Link()
-    running = list(contenders(scale.build, scale.batch()))
+    running = list(variants(scale.build, scale.batch()))
     measured = alternate(running, scale.rounds, seconds_of)
     return Panel(
         key=f"step {link.network}",

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine.engine import attach
 from ..groups.channel_groups import Groups
-from ..groups.freeze_plan import Plan
+from ..groups.freeze_plan import FreezePlan
 from ..interval import Interval
 from ..search.mask import Mask
 
@@ -27,12 +27,12 @@ __all__ = [
     "REMARKS",
     "WARM_UP",
     "Batch",
-    "Contender",
     "Step",
-    "contenders",
+    "Variant",
     "dense",
     "keeping",
     "training",
+    "variants",
 ]
 
 DDP = "DDP"
@@ -67,7 +67,7 @@ _AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """One way to take a training step.
 
     Attributes:
@@ -104,25 +104,25 @@ def dense(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Step:
     return step
 
 
-def contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Contender]:
+def variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
     """All of them, plain DDP first."""
     model, optimizer = training(build)
-    yield Contender(DDP, dense(model, optimizer, batch), lambda: 1.0, 1.0)
+    yield Variant(DDP, dense(model, optimizer, batch), lambda: 1.0, 1.0)
 
     model, optimizer = training(build)
     model.register_comm_hook(None, fp16_compress_hook)
-    yield Contender("fp16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
+    yield Variant("fp16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     model, optimizer = training(build)
     model.register_comm_hook(None, _bf16_hook)
-    yield Contender("bf16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
+    yield Variant("bf16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     for rank in (1, 4):
         model, optimizer = training(build)
         state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
         model.register_comm_hook(state, _power_sgd_in_turn)
         name = f"PowerSGD rank {rank}"
-        yield Contender(name, dense(model, optimizer, batch), lambda: None, None)
+        yield Variant(name, dense(model, optimizer, batch), lambda: None, None)
 
     for share in LIVE_SHARES:
         yield _worm(build, batch, share)
@@ -139,7 +139,7 @@ def _worm(
     *,
     fades: bool = False,
     compression: Literal["none", "bf16", "powersgd"] = "none",
-) -> Contender:
+) -> Variant:
     """Our engine, with the given share of every group's channels live; the others are held, or have
     faded."""
     model, optimizer = training(build)
@@ -159,11 +159,11 @@ def _worm(
     engine.truncate(mask)
     # A faded channel's columns in the layers behind it need not be sent either.
     scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
-    plan = Plan(model.module, engine.groups, ~mask.keep, scope)
+    plan = FreezePlan(model.module, engine.groups, ~mask.keep, scope)
     live = plan.live_fraction(list(model.module.parameters()))
     ideal = {"none": live, "bf16": live / 2}.get(compression)
     suffix = {"none": "", "bf16": " bf16", "powersgd": " PowerSGD"}[compression]
-    return Contender(
+    return Variant(
         f"worm {100 * share:.0f} %{' faded' if fades else ''}{suffix}",
         dense(engine.model, engine.optimizer, batch),
         lambda: engine.traffic.sent_bytes / engine.traffic.dense_bytes,

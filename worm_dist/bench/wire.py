@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from .network import Link, over_ranks
 from .results import Panel, Row, rows
-from .variants import REMARKS, Contender, Step, contenders
+from .variants import REMARKS, Step, Variant, variants
 from .workload import Scale, alternate
 
 __all__ = ["bytes_sent", "wire"]
@@ -18,7 +18,7 @@ _STEPS = 2
 
 def wire(scale: Scale) -> Panel:
     """Megabytes that a rank sends in a step.  Collective."""
-    running = list(contenders(scale.build, scale.batch()))
+    running = list(variants(scale.build, scale.batch()))
     sent, setting = bytes_sent(running, scale.rounds)
     return Panel(
         key="wire",
@@ -30,7 +30,7 @@ def wire(scale: Scale) -> Panel:
 
 
 def bytes_sent(
-    running: Sequence[Contender], rounds: int
+    running: Sequence[Variant], rounds: int
 ) -> tuple[tuple[Row, ...], dict[str, str | int]]:
     """What a rank sends in a step, in megabytes: gradients, BatchNorm's buffers, acknowledgements
     and the headers that the kernel counts.  Collective.

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models import build_model
 from .network import over_ranks
-from .variants import WARM_UP, Batch, Contender, Step
+from .variants import WARM_UP, Batch, Step, Variant
 
 __all__ = ["FULL", "QUICK", "Scale", "alternate"]
 
@@ -51,7 +51,7 @@ QUICK = Scale("resnet20", "resnet20", rounds=2)
 
 
 def alternate(
-    contenders: Sequence[Contender], rounds: int, measure: Callable[[Step], float]
+    contenders: Sequence[Variant], rounds: int, measure: Callable[[Step], float]
 ) -> list[list[float]]:
     """Measure every contender once in every round, so that a busy minute strikes them all.
     Collective.

@@ -13,7 +13,7 @@ from ..config import TruncationConfig, WormConfig
 from ..engine.engine import Engine, attach
 from ..training.parallelize import deepspeed_module
 from .results import Panel
-from .variants import HALF, Batch, Contender, Step, keeping
+from .variants import HALF, Batch, Step, Variant, keeping
 from .wire import bytes_sent
 from .workload import Scale
 
@@ -45,15 +45,15 @@ def _name(stage: int, share: float | None) -> str:
     return f"ZeRO-{stage}" if share is None else f"worm {100 * share:.0f} %, ZeRO-{stage}"
 
 
-def _contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Contender]:
+def _contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
     for stage in _STAGES:
         model = _engine(build, stage, batch)
-        yield Contender(_name(stage, None), _step(model, batch), lambda: None, None)
+        yield Variant(_name(stage, None), _step(model, batch), lambda: None, None)
         model = _engine(build, stage, batch)
         config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
         engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
         engine.truncate(keeping(engine.groups, HALF))
-        yield Contender(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
+        yield Variant(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
 
 
 def _engine(build: Callable[[], nn.Module], stage: int, batch: Batch) -> Any:

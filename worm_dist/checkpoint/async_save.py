@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .state_file import Packed, pack
-from .tensor_meta import Form
+from .tensor_meta import TensorMetadata
 
 __all__ = ["Background"]
 
@@ -75,7 +75,7 @@ class Background:
         copies: dict[str, Packed] = {}
         for part, state in states.items():
             packed = pack(state)
-            tensors: dict[str, tuple[Form, Tensor]] = {}
+            tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
             for name, (form, memory) in packed.tensors.items():
                 # The memory of the save before: to take new memory costs several times the copy.
                 buffer = self._buffers.pop((part, name), None)

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import CheckpointError
 
 __all__ = [
+    "FileDigest",
     "Part",
-    "Seal",
     "check_size",
     "file_size",
     "open_sealed",
@@ -39,7 +39,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Seal(Part):
+class FileDigest(Part):
     """What a file must still be when it is read.
 
     Attributes:
@@ -76,7 +76,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Seal:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     """Write a new file and wait until the disk has it.
 
     The bytes are hashed on their way out of memory, so whatever changes them later is found.
@@ -97,7 +97,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Seal:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    return Seal(size=size, sha256=digest.hexdigest())
+    return FileDigest(size=size, sha256=digest.hexdigest())
 
 
 def sync_folder(folder: Path) -> None:
@@ -111,7 +111,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_sealed(path: Path, seal: Seal) -> Iterator[BufferedReader]:
+def open_sealed(path: Path, seal: FileDigest) -> Iterator[BufferedReader]:
     """A file whose size and hash have been compared with its seal, at its beginning.
 
     What is read is what was compared, even if another file takes its name meanwhile.
@@ -134,7 +134,7 @@ def open_sealed(path: Path, seal: Seal) -> Iterator[BufferedReader]:
         yield file
 
 
-def check_size(path: Path, size: int, seal: Seal) -> None:
+def check_size(path: Path, size: int, seal: FileDigest) -> None:
     """Raises a CheckpointError if the size is not the sealed one."""
     if size != seal.size:
         raise CheckpointError(

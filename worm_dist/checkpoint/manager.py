@@ -10,16 +10,16 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoint
-from .durable_io import Seal, reading
-from .manifest import About
+from .durable_io import FileDigest, reading
+from .manifest import CheckpointInfo
 from .staging import STEP, Staged, discard, is_leftover, remove
 
-__all__ = ["Shelf"]
+__all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
 
 
-class Shelf:
+class CheckpointManager:
     """Puts checkpoints into a folder, finds them again and removes old ones.
 
     Only one process may write to it at a time: see ``run_lock``.
@@ -43,7 +43,7 @@ class Shelf:
         self._keep_last = keep_last
         self._damaged: set[Path] = set()
 
-    def save(self, about: About, states: Mapping[str, Any]) -> Path:
+    def save(self, about: CheckpointInfo, states: Mapping[str, Any]) -> Path:
         """Write a checkpoint whose states are all in this process; its folder is returned.
 
         Args:
@@ -69,7 +69,9 @@ class Shelf:
         """A new folder for ranks to write to: ``Staged.write``, then ``commit`` or ``abandon``."""
         return Staged.create(self._folder, step)
 
-    def commit(self, staged: Staged, about: About, files: Mapping[str, Seal]) -> Path:
+    def commit(
+        self, staged: Staged, about: CheckpointInfo, files: Mapping[str, FileDigest]
+    ) -> Path:
         """Make what was staged the checkpoint of its step, and remove what need not be kept.
 
         Args:

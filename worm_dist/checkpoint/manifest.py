@@ -15,9 +15,9 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
-from .durable_io import Part, Seal, read_small, write_file
+from .durable_io import FileDigest, Part, read_small, write_file
 
-__all__ = ["About", "Manifest", "complaint", "read_manifest", "write_manifest"]
+__all__ = ["CheckpointInfo", "Manifest", "complaint", "read_manifest", "write_manifest"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -34,7 +34,7 @@ def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-class About(Part):
+class CheckpointInfo(Part):
     """What is known of a checkpoint without its tensors.
 
     Attributes:
@@ -53,7 +53,7 @@ class About(Part):
     value: Annotated[float | None, AfterValidator(_finite_or_none)] = None
 
 
-class Manifest(About):
+class Manifest(CheckpointInfo):
     """The content of ``manifest.json``.
 
     Attributes:
@@ -64,7 +64,7 @@ class Manifest(About):
 
     format_version: int
     versions: dict[str, str]
-    files: dict[_FileName, Seal]
+    files: dict[_FileName, FileDigest]
 
 
 class _Format(BaseModel):
@@ -75,7 +75,7 @@ class _Format(BaseModel):
     format_version: int
 
 
-def write_manifest(folder: Path, about: About, files: Mapping[str, Seal]) -> None:
+def write_manifest(folder: Path, about: CheckpointInfo, files: Mapping[str, FileDigest]) -> None:
     """Write ``manifest.json`` into the folder, durably.
 
     Raises:

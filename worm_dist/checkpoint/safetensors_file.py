@@ -20,9 +20,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .durable_io import Part, Seal, write_file
+from .durable_io import FileDigest, Part, write_file
 from .manifest import complaint
-from .tensor_meta import Form
+from .tensor_meta import TensorMetadata
 
 __all__ = ["TensorFile", "write_tensors"]
 
@@ -40,7 +40,7 @@ class _Entry(Part):
 _HEADER = TypeAdapter(dict[str, _Entry])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, tuple[Form, Tensor]]) -> Seal:
+def write_tensors(path: Path, tensors: Mapping[str, tuple[TensorMetadata, Tensor]]) -> FileDigest:
     """Write a new file, durably.
 
     Args:
@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, tuple[Form, Tensor]]) -> Sea
     return write_file(path, _chunks(tensors))
 
 
-def _chunks(tensors: Mapping[str, tuple[Form, Tensor]]) -> Iterator[bytes | memoryview]:
+def _chunks(tensors: Mapping[str, tuple[TensorMetadata, Tensor]]) -> Iterator[bytes | memoryview]:
     # The widest numbers first, so that each begins at a multiple of its size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1][0].item_size)
     header, end = {}, 0
@@ -102,7 +102,7 @@ class TensorFile:
     def names(self) -> set[str]:
         return set(self._header)
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> TensorMetadata:
         """Of a tensor in the file, if nothing else says what it is.
 
         Raises:
@@ -110,13 +110,13 @@ class TensorFile:
         """
         entry = self._header[name]
         try:
-            return Form.as_stored(entry.dtype, entry.shape)
+            return TensorMetadata.as_stored(entry.dtype, entry.shape)
         except ValidationError as error:
             raise CheckpointError(
                 f"{self._path}: tensor {name[:200]!r}: {complaint(error)}"
             ) from error
 
-    def read(self, name: str, form: Form) -> Tensor:
+    def read(self, name: str, form: TensorMetadata) -> Tensor:
         """A tensor on the CPU, in memory of its own.
 
         Raises:

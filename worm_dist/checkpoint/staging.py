@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .durable_io import Seal, check_size, file_size, reading, sync_folder, writing
-from .manifest import About, write_manifest
+from .durable_io import FileDigest, check_size, file_size, reading, sync_folder, writing
+from .manifest import CheckpointInfo, write_manifest
 from .state_file import Packed, pack, write_part
 
 __all__ = ["STEP", "Staged", "discard", "is_leftover"]
@@ -57,7 +57,7 @@ class Staged:
             path.mkdir()
         return cls(path)
 
-    def write(self, part: str, state: Any) -> dict[str, Seal]:
+    def write(self, part: str, state: Any) -> dict[str, FileDigest]:
         """Write a state, durably, under a name that no other rank uses.
 
         Args:
@@ -72,7 +72,7 @@ class Staged:
         """
         return write_part(self.path, part, state if isinstance(state, Packed) else pack(state))
 
-    def commit(self, about: About, files: Mapping[str, Seal]) -> Path:
+    def commit(self, about: CheckpointInfo, files: Mapping[str, FileDigest]) -> Path:
         """Make it the checkpoint of its step, in place of an earlier one of the same step.
 
         Args:
@@ -101,7 +101,7 @@ class Staged:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _check(self, files: Mapping[str, Seal]) -> None:
+    def _check(self, files: Mapping[str, FileDigest]) -> None:
         with reading(self.path):
             found = set(os.listdir(self.path))
         if found != files.keys():

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from . import tree_json
-from .durable_io import Seal, open_sealed, write_file
+from .durable_io import FileDigest, open_sealed, write_file
 from .manifest import complaint
 from .safetensors_file import TensorFile, write_tensors
-from .tensor_meta import Form
+from .tensor_meta import TensorMetadata
 
 __all__ = ["Packed", "pack", "read_part", "write_part"]
 
@@ -29,7 +29,7 @@ _LARGEST_SKELETON = 64 << 20
 _NAME = re.compile(r"(?!manifest$)[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
-class _Note(Form):
+class _Note(TensorMetadata):
     """The object that stands for a tensor in the skeleton."""
 
     tensor: str
@@ -45,7 +45,7 @@ class Packed:
     """
 
     skeleton: bytes
-    tensors: Mapping[str, tuple[Form, Tensor]]
+    tensors: Mapping[str, tuple[TensorMetadata, Tensor]]
 
 
 def pack(state: Any) -> Packed:
@@ -58,12 +58,12 @@ def pack(state: Any) -> Packed:
     Raises:
         CheckpointError: the state holds something else; the message says where.
     """
-    tensors: dict[str, tuple[Form, Tensor]] = {}
+    tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
     names: dict[tuple[Any, ...], str] = {}
 
     def note(place: str, tensor: Tensor) -> dict[str, Any]:
         try:
-            form = Form.of(tensor)
+            form = TensorMetadata.of(tensor)
         except CheckpointError as error:
             raise CheckpointError(f"state{place[:200]}: {error}") from None
         identity = (
@@ -88,7 +88,7 @@ def pack(state: Any) -> Packed:
     return Packed(content, tensors)
 
 
-def write_part(folder: Path, part: str, packed: Packed) -> dict[str, Seal]:
+def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]:
     """Write the two files of a part, durably; neither is left behind if one cannot be written.
 
     Returns:
@@ -111,7 +111,7 @@ def write_part(folder: Path, part: str, packed: Packed) -> dict[str, Seal]:
         raise
 
 
-def read_part(folder: Path, part: str, seals: Mapping[str, Seal]) -> Any:
+def read_part(folder: Path, part: str, seals: Mapping[str, FileDigest]) -> Any:
     """The state of a part, its tensors on the CPU.  Nothing is parsed before it is compared.
 
     Raises:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from ..errors import CheckpointError
 from .durable_io import Part
 
-__all__ = ["Form"]
+__all__ = ["TensorMetadata"]
 
 _CODES = {
     "float64": "F64",
@@ -55,7 +55,7 @@ def _known(name: str) -> str:
 _Sizes = Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST)]], Field(max_length=64)]
 
 
-class Form(Part):
+class TensorMetadata(Part):
     """What a tensor is besides its bytes.
 
     Attributes:

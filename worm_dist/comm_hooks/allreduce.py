@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..groups.freeze_plan import Plan
+from ..groups.freeze_plan import FreezePlan
 from .packing import Packing
 
-__all__ = ["AllReduce", "Averaging", "Payload", "completed"]
+__all__ = ["AllReduce", "Averager", "BucketView", "completed"]
 
 
 @dataclass(frozen=True)
-class Payload:
+class BucketView:
     """What lives of a bucket, in one backward pass.
 
     Attributes:
@@ -34,7 +34,7 @@ class Payload:
 
     bucket: tuple[int, ...]
     is_last: bool
-    plan: Plan | None
+    plan: FreezePlan | None
     parameters: Sequence[Tensor]
     whole: Tensor
     gradients: Sequence[Tensor]
@@ -43,10 +43,10 @@ class Payload:
     parts: Sequence[Tensor]
 
 
-class Averaging(Protocol):
+class Averager(Protocol):
     """A way to average."""
 
-    def start(self, payload: Payload) -> tuple[torch.futures.Future[None], int]:
+    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
         """Average the payload's elements in place.  Collective: every rank brings as many.
 
         Returns:
@@ -54,7 +54,9 @@ class Averaging(Protocol):
             collectives.
         """
 
-    def remembered(self, plan: Plan | None, names: Mapping[Tensor, str]) -> dict[str, Any] | None:
+    def remembered(
+        self, plan: FreezePlan | None, names: Mapping[Tensor, str]
+    ) -> dict[str, Any] | None:
         """What this rank remembers from pass to pass, in plain values, by the parameters' names;
         None if it remembers nothing.
 
@@ -64,7 +66,10 @@ class Averaging(Protocol):
         """
 
     def remember(
-        self, state: Mapping[str, Any] | None, plan: Plan | None, parameters: Mapping[str, Tensor]
+        self,
+        state: Mapping[str, Any] | None,
+        plan: FreezePlan | None,
+        parameters: Mapping[str, Tensor],
     ) -> None:
         """Go on from what ``remembered`` gave, before the first pass."""
 
@@ -82,7 +87,7 @@ class AllReduce:
         self._dtype = dtype
         self._wires: dict[tuple[int, ...], Tensor] = {}
 
-    def start(self, payload: Payload) -> tuple[torch.futures.Future[None], int]:
+    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
         elements = payload.elements
         if elements.numel() == 0:
             # Nothing lives in this bucket, on any rank: the plan is the same on all.
@@ -102,15 +107,18 @@ class AllReduce:
 
         return reduced.then(widened), wire.numel() * wire.element_size()
 
-    def remembered(self, plan: Plan | None, names: Mapping[Tensor, str]) -> None:
+    def remembered(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
         return None
 
     def remember(
-        self, state: Mapping[str, Any] | None, plan: Plan | None, parameters: Mapping[str, Tensor]
+        self,
+        state: Mapping[str, Any] | None,
+        plan: FreezePlan | None,
+        parameters: Mapping[str, Tensor],
     ) -> None:
         pass
 
-    def _wire(self, payload: Payload, elements: Tensor) -> Tensor:
+    def _wire(self, payload: BucketView, elements: Tensor) -> Tensor:
         """The elements as they are sent: themselves, or rounded into a buffer that is kept."""
         if self._dtype is None or self._dtype == elements.dtype:
             return elements

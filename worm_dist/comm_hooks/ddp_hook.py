@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
-from ..backends.ddp import OwnState
-from ..groups.freeze_plan import Plan
-from .allreduce import Averaging, Payload, completed
+from ..backends.ddp import OwnHookState
+from ..groups.freeze_plan import FreezePlan
+from .allreduce import Averager, BucketView, completed
 from .packing import Packing, as_it_lies
-from .reducer import Reduction
+from .reducer import Reducer
 
-__all__ = ["PackedReduction", "packed_allreduce"]
+__all__ = ["PackedReducer", "packed_allreduce"]
 
 
-class PackedReduction(Reduction, OwnState):
+class PackedReducer(Reducer, OwnHookState):
     """State of the hook.
 
     Args:
@@ -29,13 +29,15 @@ class PackedReduction(Reduction, OwnState):
         process_group: that of the wrapper.
     """
 
-    def __init__(self, averaging: Averaging, process_group: dist.ProcessGroup) -> None:
+    def __init__(self, averaging: Averager, process_group: dist.ProcessGroup) -> None:
         super().__init__()
         self.averaging = averaging
         self.process_group = process_group
         self._packings: dict[tuple[int, ...], Packing | None] = {}
 
-    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+    def adopt(
+        self, plan: FreezePlan, held: FreezePlan | None = None, moving: Collection[Tensor] = ()
+    ) -> None:
         super().adopt(plan, held, moving)
         self._packings.clear()
 
@@ -51,14 +53,14 @@ class PackedReduction(Reduction, OwnState):
         super().load_state_dict(state, network)
         self.averaging.remember(state["averaging"], self.plan, dict(network.named_parameters()))
 
-    def payload(self, bucket: GradBucket) -> Payload:
+    def payload(self, bucket: GradBucket) -> BucketView:
         """A bucket as it will be sent; its live gradients are packed."""
         parameters, whole, parts = bucket.parameters(), bucket.buffer(), bucket.gradients()
         # DDP rebuilds its buckets after the first pass, so neither the index of a bucket nor its
         # number of parameters says which bucket it is; its parameters do.
         key = tuple(map(id, parameters))
         packing = self._packing(key, parameters, whole)
-        payload = Payload(
+        payload = BucketView(
             bucket=key,
             is_last=bucket.is_last(),
             plan=self.plan,
@@ -86,7 +88,7 @@ class PackedReduction(Reduction, OwnState):
         return self._packings[key]
 
 
-def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def packed_allreduce(state: PackedReducer, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Average the live slices of a bucket over the ranks; frozen slices become zero.
 
     Without compression bit-equal to averaging the whole bucket with the frozen slices set to zero,
@@ -118,7 +120,7 @@ def packed_allreduce(state: PackedReduction, bucket: GradBucket) -> torch.future
     return averaged.then(unpacked)
 
 
-def _sparse_allreduce(state: PackedReduction, gradient: Tensor) -> torch.futures.Future[Tensor]:
+def _sparse_allreduce(state: PackedReducer, gradient: Tensor) -> torch.futures.Future[Tensor]:
     """Average a sparse gradient as DDP does without a hook: it has a bucket to itself, and no
     channel group has a part of it."""
     gradient.div_(dist.get_world_size(state.process_group))

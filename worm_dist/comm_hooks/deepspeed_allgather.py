@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.deepspeed_optimizer import partition_shards
-from ..backends.patching import Override
-from ..groups.freeze_plan import Plan
+from ..backends.patching import Patch
+from ..groups.freeze_plan import FreezePlan
 from .packing import Packing
-from .reducer import Reduction
+from .reducer import Reducer
 
 __all__ = ["PackedGather"]
 
@@ -31,7 +31,7 @@ class PackedGather:
         counter: counts the bytes that this rank hands over.
     """
 
-    def __init__(self, wrapper: Any, counter: Reduction) -> None:
+    def __init__(self, wrapper: Any, counter: Reducer) -> None:
         from deepspeed.runtime.zero import stage_1_and_2
 
         self._wrapper = wrapper
@@ -40,12 +40,12 @@ class PackedGather:
         # DeepSpeed calls a function of its module, the same one for every engine of the process.
         # It is taken while this optimizer steps and at no other time.
         self._module = stage_1_and_2
-        self._step = Override(wrapper, "step", self._with_gather)
+        self._step = Patch(wrapper, "step", self._with_gather)
         size = dist.get_world_size(wrapper.dp_process_group)
         weights = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
         self._dense_bytes = weights // size if size > 1 else 0
 
-    def adopt(self, plan: Plan, moving: Collection[Tensor] = ()) -> None:
+    def adopt(self, plan: FreezePlan, moving: Collection[Tensor] = ()) -> None:
         """Gather by another plan from the next step on; what is ``moving`` is told whole."""
         numbers = range(len(self._wrapper.bit16_groups_flat))
         self._groups = [_Group(self._wrapper, number, plan, moving) for number in numbers]
@@ -56,13 +56,13 @@ class PackedGather:
         self._step.remove()
 
     def _with_gather(self, *arguments: Any, **keywords: Any) -> Any:
-        taken = Override(self._module, "all_gather_dp_groups", lambda **k: self._gather(taken, k))
+        taken = Patch(self._module, "all_gather_dp_groups", lambda **k: self._gather(taken, k))
         try:
             return self._step.original(*arguments, **keywords)
         finally:
             taken.remove()
 
-    def _gather(self, taken: Override, keywords: dict[str, Any]) -> None:
+    def _gather(self, taken: Patch, keywords: dict[str, Any]) -> None:
         self._counter.dense_bytes += self._dense_bytes
         if not self._groups:
             self._counter.sent_bytes += self._dense_bytes
@@ -75,7 +75,9 @@ class PackedGather:
 class _Group:
     """One parameter group: the live part of each rank's partition."""
 
-    def __init__(self, wrapper: Any, number: int, plan: Plan, moving: Collection[Tensor]) -> None:
+    def __init__(
+        self, wrapper: Any, number: int, plan: FreezePlan, moving: Collection[Tensor]
+    ) -> None:
         self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
         self._rank = dist.get_rank(self._process_group)
         partitions: Sequence[Tensor] = wrapper.parallel_partitioned_bit16_groups[number]

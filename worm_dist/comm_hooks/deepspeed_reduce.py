@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.deepspeed import Zero
-from ..backends.patching import Override
-from ..groups.freeze_plan import Plan
+from ..backends.deepspeed import DeepSpeedBackend
+from ..backends.patching import Patch
+from ..groups.freeze_plan import FreezePlan
 from .deepspeed_allgather import PackedGather
 from .packing import Packing
-from .reducer import Reduction
+from .reducer import Reducer
 
-__all__ = ["ZeroReduction"]
+__all__ = ["DeepSpeedReducer"]
 
 Spans = tuple["Span", ...]
 
@@ -44,14 +44,14 @@ class Span:
         return id(self.parameter), self.begin, self.num_elements
 
 
-class ZeroReduction(Reduction):
+class DeepSpeedReducer(Reducer):
     """Packs what DeepSpeed reduces, and what it gathers in stages 1 and 2.
 
     Args:
         wrapping: whose reduction points are taken until ``remove``.
     """
 
-    def __init__(self, wrapping: Zero) -> None:
+    def __init__(self, wrapping: DeepSpeedBackend) -> None:
         super().__init__()
         self._packings: dict[tuple[object, ...], Packing | None] = {}
         self._gather: PackedGather | None = None
@@ -59,7 +59,7 @@ class ZeroReduction(Reduction):
         self._bucket_is_probed = False
         wrapper = wrapping.wrapper
         self._wrapper = wrapper
-        self._overrides: list[Override] = []
+        self._overrides: list[Patch] = []
         if wrapping.stage == 0:
             self._engine = wrapping.model
             self._take(self._engine, "allreduce_and_copy", self._allreduce_and_copy)
@@ -72,10 +72,12 @@ class ZeroReduction(Reduction):
         self._gather = PackedGather(wrapper, self)
 
     def _take(self, target: Any, name: str, function: Callable[..., Any]) -> None:
-        override = Override(target, name, lambda *a, **k: function(override.original, *a, **k))
+        override = Patch(target, name, lambda *a, **k: function(override.original, *a, **k))
         self._overrides.append(override)
 
-    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+    def adopt(
+        self, plan: FreezePlan, held: FreezePlan | None = None, moving: Collection[Tensor] = ()
+    ) -> None:
         super().adopt(plan, held, moving)
         self._packings.clear()
         # Columns whose gradients are not reduced are not held: decay goes on moving them, on the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..groups.freeze_plan import Block, Plan
+from ..groups.freeze_plan import Block, FreezePlan
 
 __all__ = ["GradientHooks"]
 
@@ -25,7 +25,7 @@ class GradientHooks:
         self._ratio = ratio
         self._handles: list[RemovableHandle] = []
 
-    def adopt(self, plan: Plan) -> None:
+    def adopt(self, plan: FreezePlan) -> None:
         """Truncate by another plan from the next backward pass on."""
         self.remove()
         self._handles = [

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from ..groups.freeze_plan import Plan
-from .allreduce import Payload, completed
+from ..groups.freeze_plan import FreezePlan
+from .allreduce import BucketView, completed
 from .packing import Packing
 from .powersgd_state import Memory, blocks_under, thin_sizes
 
-__all__ = ["LowRank"]
+__all__ = ["PowerSGD"]
 
 _EXACT_PASSES = 2
 """DDP arranges its buckets anew after the first pass, and torch's hook begins no sooner than here;
@@ -37,7 +37,7 @@ _SEEDS = 1_000_000_000
 """torch's hook draws a seed below this wherever it draws thin matrices."""
 
 
-class LowRank:
+class PowerSGD:
     """Every matrix of live gradients becomes the product of two thin ones, and these are averaged;
     what that leaves out is added to the rank's next gradient.  Vectors, and matrices that are
     hardly larger than the thin ones, are averaged exactly.
@@ -65,7 +65,7 @@ class LowRank:
         self._layout: list[Sequence[Tensor]] = []
         self._apart: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
 
-    def start(self, payload: Payload) -> tuple[torch.futures.Future[None], int]:
+    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
         """See ``Averaging``; the future is done already.
 
         The later collectives of a bucket start from callbacks.  gloo runs these in several threads,
@@ -100,7 +100,7 @@ class LowRank:
             self._forget_matrices(number)
         return completed(elements), num_sent * elements.element_size()
 
-    def _follow(self, number: int, payload: Payload) -> None:
+    def _follow(self, number: int, payload: BucketView) -> None:
         """Carry what is remembered of a bucket over to another packing.
 
         What was left out of an element's gradient is kept with the element, if it lives on; one
@@ -116,7 +116,7 @@ class LowRank:
 
     # ---- other buckets, and a restart ------------------------------------------------------------
 
-    def remembered(self, plan: Plan | None, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    def remembered(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> dict[str, Any]:
         """See ``Averaging``: passes and draws so far, and of every bucket, in the order of the last
         pass, its parameters, what was left out of their gradients and their thin matrices."""
         return {
@@ -135,7 +135,10 @@ class LowRank:
         }
 
     def remember(
-        self, state: Mapping[str, Any] | None, plan: Plan | None, parameters: Mapping[str, Tensor]
+        self,
+        state: Mapping[str, Any] | None,
+        plan: FreezePlan | None,
+        parameters: Mapping[str, Tensor],
     ) -> None:
         assert state is not None and not self._numbers
         self._state.iter = state["passes"]
@@ -168,7 +171,7 @@ class LowRank:
         arranged = [Memory.arranged(memories, parameters) for parameters in self._layout]
         return arranged or memories
 
-    def _number_of(self, payload: Payload) -> int:
+    def _number_of(self, payload: BucketView) -> int:
         """The bucket's number.  If it is a new one, DDP has arranged its buckets anew, and all that
         is remembered is taken apart."""
         number = self._numbers.setdefault(payload.bucket, len(self._numbers))
@@ -184,7 +187,7 @@ class LowRank:
                 self._layout = []  # DDP will not arrange its buckets again
         return number
 
-    def _take_apart(self, plan: Plan | None) -> None:
+    def _take_apart(self, plan: FreezePlan | None) -> None:
         state = self._state
         for memory in self._memories:
             thin = memory.thin if memory.fits(plan) else None
@@ -200,7 +203,7 @@ class LowRank:
         self._num_draws += 1
         return int(self._state.rng.randint(_SEEDS))
 
-    def _recall(self, number: int, payload: Payload) -> None:
+    def _recall(self, number: int, payload: BucketView) -> None:
         """Put together what was taken apart, as it lies in this bucket."""
         state = self._state
         if not self._apart or payload.parameters[0] not in self._apart:
@@ -243,7 +246,7 @@ class LowRank:
 class _LiveBucket:
     """What torch's hook asks of a bucket, answered with what lives of it."""
 
-    def __init__(self, number: int, payload: Payload) -> None:
+    def __init__(self, number: int, payload: BucketView) -> None:
         self._number = number
         self._payload = payload
 
@@ -264,7 +267,7 @@ class _LiveBucket:
         return [part if part.dim() > 0 else part.view(1) for part in parts]
 
 
-def _repacked(elements: Tensor, before: Packing | None, payload: Payload) -> Tensor:
+def _repacked(elements: Tensor, before: Packing | None, payload: BucketView) -> Tensor:
     """Elements that were packed as ``before``, packed as the payload is; zero if not among them."""
     whole = torch.empty_like(payload.whole)
     gradients = _like_gradients(whole, payload)
@@ -279,7 +282,7 @@ def _repacked(elements: Tensor, before: Packing | None, payload: Payload) -> Ten
     return repacked
 
 
-def _like_gradients(whole: Tensor, payload: Payload) -> list[Tensor]:
+def _like_gradients(whole: Tensor, payload: BucketView) -> list[Tensor]:
     """Views of a tensor as large as the bucket, as the bucket's gradients are views of it."""
     return [
         whole.as_strided(g.shape, g.stride(), g.storage_offset() - payload.whole.storage_offset())

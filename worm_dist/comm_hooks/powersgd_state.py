@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..groups.freeze_plan import Block, Plan
+from ..groups.freeze_plan import Block, FreezePlan
 from .packing import Packing, as_it_lies
 
 __all__ = ["Memory", "blocks_under", "thin_sizes"]
@@ -82,12 +82,12 @@ class Memory:
             else {p: rows[p] for p, rows in thin.items() if rows is not None},
         )
 
-    def fits(self, plan: Plan | None) -> bool:
+    def fits(self, plan: FreezePlan | None) -> bool:
         """Whether the same parts live by this plan: only then do the thin matrices have a sense."""
         now = blocks_under(plan, self.parameters)
         return all(then is block for then, block in zip(self.blocks, now, strict=True))
 
-    def drawn(self, plan: Plan | None, rank: int, seed: int) -> dict[Tensor, Tensor]:
+    def drawn(self, plan: FreezePlan | None, rank: int, seed: int) -> dict[Tensor, Tensor]:
         """Thin matrices as torch's hook would draw them for this bucket, by this plan."""
         matrices = {}
         blocks = blocks_under(plan, self.parameters)
@@ -99,7 +99,7 @@ class Memory:
                 matrices[parameter] = row.to(parameter)
         return matrices
 
-    def num_live(self, plan: Plan | None) -> int:
+    def num_live(self, plan: FreezePlan | None) -> int:
         """Elements of the bucket that live by this plan."""
         blocks = blocks_under(plan, self.parameters)
         return sum(
@@ -108,7 +108,7 @@ class Memory:
         )
 
 
-def blocks_under(plan: Plan | None, parameters: Sequence[Tensor]) -> list[Block | None]:
+def blocks_under(plan: FreezePlan | None, parameters: Sequence[Tensor]) -> list[Block | None]:
     """Which part of each parameter lives by a plan."""
     return [plan.blocks.get(p) if plan is not None else None for p in parameters]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..groups.freeze_plan import Block, Plan
+from ..groups.freeze_plan import Block, FreezePlan
 
-__all__ = ["Reduction"]
+__all__ = ["Reducer"]
 
 
-class Reduction:
+class Reducer:
     """Sends what lives, counts it, and can look for gradients in what is about to be dropped.
 
     Attributes:
@@ -28,7 +28,7 @@ class Reduction:
     """
 
     def __init__(self) -> None:
-        self.plan: Plan | None = None
+        self.plan: FreezePlan | None = None
         self.nonzero_seen: Tensor | None = None
         self.num_buckets_probed = 0
         self.sent_bytes = 0
@@ -36,7 +36,9 @@ class Reduction:
         self.rests = False
         self._probed: Mapping[Tensor, Block] = {}
 
-    def adopt(self, plan: Plan, held: Plan | None = None, moving: Collection[Tensor] = ()) -> None:
+    def adopt(
+        self, plan: FreezePlan, held: FreezePlan | None = None, moving: Collection[Tensor] = ()
+    ) -> None:
         """Send by another plan from the next backward pass on; the ranks have agreed on it.
 
         Args:
@@ -48,7 +50,7 @@ class Reduction:
         self.plan = plan
         self.nonzero_seen = None
 
-    def probe(self, plan: Plan, device: torch.device) -> None:
+    def probe(self, plan: FreezePlan, device: torch.device) -> None:
         """Note in the next backward passes whether a slice that this plan freezes has a gradient
         on this rank."""
         self._probed = plan.blocks

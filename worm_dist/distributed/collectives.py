@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import BackendError, DivergenceError
 
-__all__ = ["Alone", "Parts", "Ranks", "Together", "bits"]
+__all__ = ["Communicator", "Parts", "ProcessGroupComm", "SingleProcessComm", "bits"]
 
 Parts = Mapping[str, Mapping[str, bytes]]
 """What must be equal on all ranks: ``{what: {group: bytes}}``."""
@@ -32,7 +32,7 @@ def bits(groups: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {name: tensor.cpu().numpy().tobytes() for name, tensor in groups.items()}
 
 
-class Ranks(Protocol):
+class Communicator(Protocol):
     """The processes that train one network together."""
 
     rank: int
@@ -80,7 +80,7 @@ class Ranks(Protocol):
         """
 
 
-class Alone:
+class SingleProcessComm:
     """One process without a process group."""
 
     rank = 0
@@ -109,7 +109,7 @@ class Alone:
         return decide()
 
 
-class Together:
+class ProcessGroupComm:
     """The ranks of a process group.
 
     Args:

@@ -13,7 +13,7 @@ import select
 import socket
 from typing import Any, TypeAlias
 
-__all__ = ["Line", "Words"]
+__all__ = ["JsonConnection", "Words"]
 
 Words: TypeAlias = dict[str, Any]
 
@@ -22,7 +22,7 @@ _SECONDS_TO_SEND = 5
 _SECONDS_OF_SILENCE, _SECONDS_BETWEEN_PROBES, _PROBES = 10, 5, 4
 
 
-class Line:
+class JsonConnection:
     """JSON objects over a connected socket."""
 
     def __init__(self, connection: socket.socket) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 
-__all__ = ["Ending", "Failure", "Standing", "ending_of", "ranks_named"]
+__all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_named"]
 
 _START_AGAIN = "start again from the last checkpoint"
 
@@ -27,7 +27,7 @@ class Failure:
 
 
 @dataclass
-class Standing:
+class RankStatus:
     """What is known of a rank.
 
     Attributes:
@@ -47,7 +47,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Ending:
+class FailureReport:
     """How all ranks end.
 
     Attributes:
@@ -65,12 +65,14 @@ class Ending:
         return rank not in self.speakers and text in self.text
 
     @classmethod
-    def of_words(cls, words: Mapping[str, Any]) -> Ending:
+    def of_words(cls, words: Mapping[str, Any]) -> FailureReport:
         """From what ``dataclasses.asdict`` and JSON have made of it."""
         return cls(words["text"], words["exit_code"], tuple(words["speakers"]))
 
 
-def ending_of(standings: Mapping[int, Standing], waited_seconds: float = 0) -> Ending | None:
+def diagnose(
+    standings: Mapping[int, RankStatus], waited_seconds: float = 0
+) -> FailureReport | None:
     """What has to be told; None if nothing is wrong, and all shall go on.
 
     Args:
@@ -89,13 +91,13 @@ def ending_of(standings: Mapping[int, Standing], waited_seconds: float = 0) -> E
     at = answered[min(answered)].what if answered else "the start"
     waited = f", for {waited_seconds:.3g} s" if waited_seconds else ""
     if gone:
-        return Ending(
+        return FailureReport(
             f"{at}: {ranks_named(gone)} gone: killed (out of memory?), crashed, or cut off with "
             f"the host; look into its log, and {_START_AGAIN}"
         )
     silent = [rank for rank in standings if rank not in answered]
     if silent:
-        return Ending(
+        return FailureReport(
             f"{at}: {ranks_named(silent)} there but silent: stopped, or out of reach{waited}; look "
             f"at the process, and {_START_AGAIN}"
         )
@@ -105,13 +107,13 @@ def ending_of(standings: Mapping[int, Standing], waited_seconds: float = 0) -> E
     if len(behind) < len(numbers):
         last = answered[behind[0]]
         ahead = answered[max(numbers, key=lambda rank: numbers[rank])]
-        return Ending(
+        return FailureReport(
             f"{ahead.what}: {ranks_named(behind)} stuck at {last.what} ({last.where}){waited}; "
             f"raise distributed.timeout_seconds if that may take so long, or {_START_AGAIN}"
         )
     lost = {rank: known.lost for rank, known in standings.items() if known.lost}
     if lost:
-        return Ending(
+        return FailureReport(
             f"{at}: all ranks are there, but {ranks_named(list(lost))} cut off from another: "
             f"{lost[min(lost)]}; check the network, and {_START_AGAIN}"
         )
@@ -125,7 +127,9 @@ def ranks_named(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} are"
 
 
-def _of_failures(failures: Mapping[int, Failure], standings: Mapping[int, Standing]) -> Ending:
+def _of_failures(
+    failures: Mapping[int, Failure], standings: Mapping[int, RankStatus]
+) -> FailureReport:
     first: dict[str, int] = {}
     for rank in sorted(failures):
         first.setdefault(failures[rank].text, rank)
@@ -135,4 +139,4 @@ def _of_failures(failures: Mapping[int, Failure], standings: Mapping[int, Standi
     # The lower the code, the closer to the cause: a mistake in the settings of one rank may well
     # make the others differ from it, or lose it.
     exit_code = min(failure.exit_code for failure in failures.values())
-    return Ending(text, exit_code, tuple(first.values()))
+    return FailureReport(text, exit_code, tuple(first.values()))

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import WormError
-from .diagnosis import Ending
+from .diagnosis import FailureReport
 
-__all__ = ["Told", "leave", "one_line", "record", "tell"]
+__all__ = ["AlreadyReported", "hard_exit", "one_line", "record", "tell"]
 
 _LONGEST_LINE = 600
 
 
-class Told(WormError):
+class AlreadyReported(WormError):
     """The run has ended and this rank has said why; all that is left is to exit."""
 
-    def __init__(self, ending: Ending) -> None:
+    def __init__(self, ending: FailureReport) -> None:
         super().__init__(ending.text)
         self.exit_code = ending.exit_code
 
@@ -65,7 +65,7 @@ def one_line(error: Exception) -> str:
     return said if len(said) <= _LONGEST_LINE else f"{said[:_LONGEST_LINE]} ..."
 
 
-def leave(exit_code: int) -> NoReturn:
+def hard_exit(exit_code: int) -> NoReturn:
     """End the process without taking the interpreter apart.
 
     torch keeps gloo's threads alive once a network has been wrapped, whoever lets go of it.  When

@@ -17,14 +17,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["Halt", "Stopped"]
+__all__ = ["StopCoordinator", "Stopped"]
 
 
 class Stopped(Exception):
     """All ranks stop here, because one of them was asked to; nothing is wrong."""
 
 
-class Halt:
+class StopCoordinator:
     """The places of one rank: between two steps, numbered alike on all ranks.
 
     Attributes:

@@ -21,7 +21,7 @@ from .launchers import SRUN, TORCHRUN, require_agreement, started_by, whole_numb
 from .rendezvous import meet
 from .restart_attempt import part_of_this_attempt
 
-__all__ = ["Place", "process_group"]
+__all__ = ["RankInfo", "process_group"]
 
 Backend = Literal["auto", "gloo", "nccl"]
 
@@ -32,7 +32,7 @@ _SECONDS_TO_ANSWER = 2
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process among those that a launcher started.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
             raise BackendError(f"launch: MASTER_PORT {self.port} is no port; choose 1 to 65535")
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
         """Read what torchrun, deepspeed, mpirun or srun says; a plain process is a world of one.
 
         Collective if mpirun started this process: its ranks agree on where to meet.
@@ -80,11 +80,11 @@ class Place:
             require_agreement(environment)
             return cls._from_words_of_torchrun(environment)
         if launcher == SRUN:
-            return cls._from_words_of_torchrun(slurm.in_words_of_torchrun(environment))
-        return cls._from_words_of_torchrun(mpi.in_words_of_torchrun(environment, launcher))
+            return cls._from_words_of_torchrun(slurm.torchrun_environment(environment))
+        return cls._from_words_of_torchrun(mpi.torchrun_environment(environment, launcher))
 
     @classmethod
-    def _from_words_of_torchrun(cls, said: Mapping[str, str]) -> Place:
+    def _from_words_of_torchrun(cls, said: Mapping[str, str]) -> RankInfo:
         needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
         if said.get("WORLD_SIZE") != "1":
             needed += ["MASTER_ADDR", "MASTER_PORT"]
@@ -123,7 +123,9 @@ class Place:
 
 
 @contextmanager
-def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Iterator[torch.device]:
+def process_group(
+    place: RankInfo, backend: Backend, timeout_seconds: float
+) -> Iterator[torch.device]:
     """Join the other processes; yields the device to train on.
 
     Meanwhile the environment says where this process is in the words of torchrun, whoever started
@@ -163,7 +165,7 @@ def process_group(place: Place, backend: Backend, timeout_seconds: float) -> Ite
             dist.destroy_process_group()
 
 
-def _store(place: Place, timeout_seconds: float) -> Store:
+def _store(place: RankInfo, timeout_seconds: float) -> Store:
     """Where the ranks learn of one another, when all have come."""
     if place.world_size == 1:
         return HashStore()  # One process needs no address and no port to meet itself.
@@ -175,7 +177,7 @@ def _store(place: Place, timeout_seconds: float) -> Store:
     return store
 
 
-def _connected(place: Place, is_master: bool, timeout_seconds: float) -> Store:
+def _connected(place: RankInfo, is_master: bool, timeout_seconds: float) -> Store:
     """Connect to the store.  On a thread: whoever has the port may take the call and never answer,
     and torch would wait for ever.
 
@@ -212,7 +214,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _did_not_join(place: Place, error: Exception) -> BackendError:
+def _did_not_join(place: RankInfo, error: Exception) -> BackendError:
     where = f"{place.address}:{place.port}"
     if "EADDRINUSE" in str(error):
         return BackendError(

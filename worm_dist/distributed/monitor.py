@@ -24,17 +24,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from .connection import Line, Words
-from .diagnosis import Failure, Standing, ending_of
+from .connection import JsonConnection, Words
+from .diagnosis import Failure, RankStatus, diagnose
 
-__all__ = ["Roll"]
+__all__ = ["MonitorServer"]
 
 SECONDS_TO_SETTLE = 0.3
 """Errors that several ranks raise at the same step come in within this time."""
 _SECONDS_TO_HANG_UP = 1.0
 
 
-class Roll(threading.Thread):
+class MonitorServer(threading.Thread):
     """Answers all ranks until they have come to the end or to an ending.
 
     Args:
@@ -51,8 +51,8 @@ class Roll(threading.Thread):
         self._server = server
         self._token = token
         self._grace_seconds = grace_seconds
-        self._standings = {rank: Standing() for rank in range(world_size)}
-        self._lines: dict[int, Line] = {}
+        self._standings = {rank: RankStatus() for rank in range(world_size)}
+        self._lines: dict[int, JsonConnection] = {}
         self._done: set[int] = set()
         self._halts = False
         self._passed: dict[int, int] = {}
@@ -77,22 +77,22 @@ class Roll(threading.Thread):
 
     # ---- listening -------------------------------------------------------------------------------
 
-    def _heard(self, seconds: float | None) -> Iterator[tuple[Line, Words]]:
+    def _heard(self, seconds: float | None) -> Iterator[tuple[JsonConnection, Words]]:
         """What comes in that time; a line that ends is noted."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._server:
                 with contextlib.suppress(OSError):
                     connection, _ = self._server.accept()
-                    self._selector.register(Line(connection), selectors.EVENT_READ)
+                    self._selector.register(JsonConnection(connection), selectors.EVENT_READ)
                 continue
             line = key.fileobj
-            assert isinstance(line, Line)
+            assert isinstance(line, JsonConnection)
             try:
                 yield from ((line, words) for words in line.heard())
             except EOFError:
                 self._hang_up(line)
 
-    def _hang_up(self, line: Line) -> None:
+    def _hang_up(self, line: JsonConnection) -> None:
         if line not in self._selector.get_map():
             return
         self._selector.unregister(line)
@@ -102,7 +102,7 @@ class Roll(threading.Thread):
             self._standings[rank].gone = True
             self._call()
 
-    def _take(self, line: Line, words: Words) -> None:
+    def _take(self, line: JsonConnection, words: Words) -> None:
         if "token" in words:
             if words["token"] != self._token:
                 self._hang_up(line)
@@ -175,7 +175,7 @@ class Roll(threading.Thread):
             waits = any(known.lost for known in standings)
             if waits or any(known.number is None for known in standings):
                 return None
-        ending = ending_of(self._standings, self._waited_seconds)
+        ending = diagnose(self._standings, self._waited_seconds)
         if ending is not None:
             return {"ending": asdict(ending)}
         self._called_at, self._waited_seconds = None, 0.0

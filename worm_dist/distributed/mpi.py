@@ -12,12 +12,12 @@ from pathlib import Path
 from ..errors import BackendError
 from .launchers import Launcher
 
-__all__ = ["in_words_of_torchrun"]
+__all__ = ["torchrun_environment"]
 
 _MEETING = Path(__file__).with_name("mpi_meeting.py")
 
 
-def in_words_of_torchrun(environment: Mapping[str, str], launcher: Launcher) -> dict[str, str]:
+def torchrun_environment(environment: Mapping[str, str], launcher: Launcher) -> dict[str, str]:
     """What torchrun would have told this process.  Collective over mpirun's ranks.
 
     ``MASTER_ADDR`` and ``MASTER_PORT`` are rank zero's where they are set there; otherwise rank

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-__all__ = ["Progress", "Station"]
+__all__ = ["Progress", "ProgressPoint"]
 
 
-class Station(NamedTuple):
+class ProgressPoint(NamedTuple):
     """A place that every rank comes to.
 
     Attributes:
@@ -30,12 +30,12 @@ class Progress:
 
     def __init__(self) -> None:
         self._starting = True
-        self.now = Station(0, "the start", time.monotonic(), starting=True)
+        self.now = ProgressPoint(0, "the start", time.monotonic(), starting=True)
 
     def reach(self, what: str) -> None:
         """Whatever follows, other ranks may have to wait for; costs a microsecond."""
         # One assignment, so that a reader sees one station or the other.
-        self.now = Station(self.now.number + 1, what, time.monotonic(), self._starting)
+        self.now = ProgressPoint(self.now.number + 1, what, time.monotonic(), self._starting)
 
     def started(self) -> None:
         """The first step is done: nothing takes as long any more as at the start."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ..errors import BackendError
 from .launchers import whole_number
 
-__all__ = ["first_host", "in_words_of_torchrun"]
+__all__ = ["first_host", "torchrun_environment"]
 
 # Below those that the kernel hands out to connections, which could hold one of them by chance.
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
@@ -28,7 +28,7 @@ _NEEDED = (
 )
 
 
-def in_words_of_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+def torchrun_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have told this task.
 
     ``MASTER_ADDR`` and ``MASTER_PORT`` stay as they are where they are set.  Otherwise the tasks

@@ -24,15 +24,15 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from ..errors import BackendError, WormError
-from .connection import Line, Words
-from .diagnosis import Ending, Standing, ending_of
-from .error_report import Told, leave, one_line, record, tell
-from .graceful_stop import Halt
-from .init import Place
-from .monitor import SECONDS_TO_SETTLE, Roll
+from .connection import JsonConnection, Words
+from .diagnosis import FailureReport, RankStatus, diagnose
+from .error_report import AlreadyReported, hard_exit, one_line, record, tell
+from .graceful_stop import StopCoordinator
+from .init import RankInfo
+from .monitor import SECONDS_TO_SETTLE, MonitorServer
 from .progress import Progress
 
-__all__ = ["Patience", "watched"]
+__all__ = ["Timeouts", "watched"]
 
 _SECONDS_TO_LEAVE = 5.0
 """For a rank whose error has been told to close its files."""
@@ -41,7 +41,7 @@ _SECONDS_TO_COME_OUT = 1.0
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """How long a rank waits for the others, in seconds.
 
     Attributes:
@@ -59,7 +59,9 @@ class Patience:
 
 
 @contextmanager
-def watched(place: Place, progress: Progress, patience: Patience, halt: Halt) -> Iterator[None]:
+def watched(
+    place: RankInfo, progress: Progress, patience: Timeouts, halt: StopCoordinator
+) -> Iterator[None]:
     """Train inside of this, in a process group of several ranks.  Collective.
 
     Args:
@@ -86,7 +88,7 @@ def watched(place: Place, progress: Progress, patience: Patience, halt: Halt) ->
         if roll is not None:
             roll.join(_SECONDS_TO_COME_OUT)
     if watch.ending is not None:
-        raise Told(watch.ending) from watch.failure
+        raise AlreadyReported(watch.ending) from watch.failure
 
 
 class _Watch(threading.Thread):
@@ -98,11 +100,16 @@ class _Watch(threading.Thread):
     """
 
     def __init__(
-        self, line: Line, rank: int, progress: Progress, patience: Patience, halt: Halt
+        self,
+        line: JsonConnection,
+        rank: int,
+        progress: Progress,
+        patience: Timeouts,
+        halt: StopCoordinator,
     ) -> None:
         super().__init__(name="worm_dist watch", daemon=True)
         self.failure: Exception | None = None
-        self.ending: Ending | None = None
+        self.ending: FailureReport | None = None
         self._line = line
         self._rank = rank
         self._progress = progress
@@ -137,7 +144,7 @@ class _Watch(threading.Thread):
         if not lost and not self.ending.tells(one_line(error), self._rank):
             tell(error, self._rank)
         elif lost and not told:
-            tell(Told(self.ending), self._rank)
+            tell(AlreadyReported(self.ending), self._rank)
 
     def done(self) -> None:
         """This rank has come to the end; wait for the others, and for what may happen to them."""
@@ -181,7 +188,7 @@ class _Watch(threading.Thread):
         elif "patience" in words:
             self._asked_at, self._patient_since = None, time.monotonic()
         elif "ending" in words:
-            self._settle(Ending.of_words(words["ending"]))
+            self._settle(FailureReport.of_words(words["ending"]))
         elif "end" in words:
             self._settled.set()
 
@@ -201,12 +208,12 @@ class _Watch(threading.Thread):
         else:
             self._settle(self._without_rank_zero(gone=False))
 
-    def _without_rank_zero(self, gone: bool) -> Ending:
+    def _without_rank_zero(self, gone: bool) -> FailureReport:
         """Rank zero keeps the roll, so nobody else can say what has become of it."""
         now = self._progress.now
-        standings = {0: Standing(gone=gone), self._rank: Standing(now.number, now.what)}
-        ending = ending_of(standings, 0 if gone else time.monotonic() - now.since)
-        return ending or Ending("the roll has ended")
+        standings = {0: RankStatus(gone=gone), self._rank: RankStatus(now.number, now.what)}
+        ending = diagnose(standings, 0 if gone else time.monotonic() - now.since)
+        return ending or FailureReport("the roll has ended")
 
     def _where(self) -> str:
         """The line of code that the training thread is at."""
@@ -214,26 +221,26 @@ class _Watch(threading.Thread):
         newest = traceback.extract_stack(frame)[-1]
         return f"{newest.filename}:{newest.lineno}, {newest.name}"
 
-    def _settle(self, ending: Ending) -> None:
+    def _settle(self, ending: FailureReport) -> None:
         with self._lock:
             if self.ending is None:
                 self.ending = ending
                 self._tells = self.failure is None
         self._settled.set()
 
-    def _end(self, ending: Ending) -> None:
+    def _end(self, ending: FailureReport) -> None:
         """Tell why, unless the training thread does, and see that the process ends."""
         if self._tells:
-            tell(Told(ending), self._rank)
+            tell(AlreadyReported(ending), self._rank)
         if self._came_out.wait(_SECONDS_TO_COME_OUT):
             time.sleep(_SECONDS_TO_LEAVE)
-        leave(ending.exit_code)
+        hard_exit(ending.exit_code)
 
 
 # ---- meeting -------------------------------------------------------------------------------------
 
 
-def _meet(place: Place, patience: Patience) -> tuple[Roll | None, Line]:
+def _meet(place: RankInfo, patience: Timeouts) -> tuple[MonitorServer | None, JsonConnection]:
     """Rank zero opens the roll and tells the others where; all call it.  Collective."""
     roll = None
     told: list[tuple[str, int, str] | None] = [None]
@@ -241,7 +248,7 @@ def _meet(place: Place, patience: Patience) -> tuple[Roll | None, Line]:
         token = uuid4().hex
         server = _server(place.world_size)
         told = [(_own_address(place), server.getsockname()[1], token)]
-        roll = Roll(server, token, place.world_size, patience.grace)
+        roll = MonitorServer(server, token, place.world_size, patience.grace)
         roll.start()
     try:
         dist.broadcast_object_list(told, src=0)
@@ -253,7 +260,7 @@ def _meet(place: Place, patience: Patience) -> tuple[Roll | None, Line]:
     assert told[0] is not None
     address, port, token = told[0]
     try:
-        line = Line(socket.create_connection((address, port), timeout=patience.starting))
+        line = JsonConnection(socket.create_connection((address, port), timeout=patience.starting))
     except OSError as error:
         raise BackendError(
             f"launch: rank {place.rank} cannot reach rank 0 at {address}:{port}: {error}; the "
@@ -271,7 +278,7 @@ def _server(world_size: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=world_size)
 
 
-def _own_address(place: Place) -> str:
+def _own_address(place: RankInfo) -> str:
     """Rank zero's host, as the others reach it.
 
     Rank zero may be on another host than the store that ``MASTER_ADDR`` names.  Its own address is

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..backends.ddp import DataParallel, OwnState, Wrapping, wrapping_of
+from ..backends.ddp import Backend, DdpBackend, OwnHookState, backend_of
 from ..backends.optimizer_state import OptimizerState
-from ..backends.optimizer_view import Owners, Stepping
-from ..comm_hooks.reducer import Reduction
+from ..backends.optimizer_view import OptimizerView, Owners
+from ..comm_hooks.reducer import Reducer
 from ..config import WormConfig
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
 from ..interval import Interval
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
-from .recorded_inputs import Call, RememberedCalls
-from .step_hooks import Observer, Traffic
+from .recorded_inputs import RecordedCall, RecordedInputs
+from .step_hooks import StepHooks, Traffic
 
-__all__ = ["Attachment", "Wrapped", "require_countable"]
+__all__ = ["TrainingContext", "WrappedNetwork", "require_countable"]
 
 
 def require_countable(config: WormConfig) -> None:
@@ -46,15 +46,15 @@ def require_countable(config: WormConfig) -> None:
         )
 
 
-class Wrapped(NamedTuple):
+class WrappedNetwork(NamedTuple):
     """A network in its wrapper, and how that is stepped."""
 
     model: nn.Module
-    wrapping: Wrapping
-    stepping: Stepping
+    wrapping: Backend
+    stepping: OptimizerView
 
 
-class Attachment:
+class TrainingContext:
     """What is trained, how it is wrapped, and what is heard of it.
 
     Args:
@@ -84,16 +84,16 @@ class Attachment:
         steps_per_epoch: int | None,
     ) -> None:
         self.model = model
-        self.wrapping: Wrapping = wrapping_of(model)
+        self.wrapping: Backend = backend_of(model)
         self.network = self.wrapping.network
         self.ranks = self.wrapping.ranks
-        self.stepping: Stepping = self.wrapping.stepping_of(optimizer)
+        self.stepping: OptimizerView = self.wrapping.stepping_of(optimizer)
         # The user may step a wrapper of the optimizer that hooks are registered on.
         own = self.wrapping.optimizer_of(self.stepping) is not self.stepping.optimizer
         self._given = None if own else optimizer
         self.trained = self.wrapping.averaged
         self.example_inputs = example_inputs
-        self.reduction: Reduction | None = None
+        self.reduction: Reducer | None = None
         self.traffic = Traffic()
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
@@ -107,7 +107,7 @@ class Attachment:
 
     def listen(
         self,
-        remembered: RememberedCalls,
+        remembered: RecordedInputs,
         before_pass: Callable[[], None],
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
@@ -130,7 +130,7 @@ class Attachment:
 
         # Inputs are seen outside of what torch.compile compiles.
         called = self.wrapping.called
-        self._observer = Observer(called, self.stepping, remembered, before_step, hold, stepped)
+        self._observer = StepHooks(called, self.stepping, remembered, before_step, hold, stepped)
         self.recalibrates = remembered.is_on
 
         def passes(model: nn.Module, args: Any) -> None:
@@ -216,7 +216,7 @@ class Attachment:
             "traffic": asdict(self.traffic),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], calls: Sequence[Call]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], calls: Sequence[RecordedCall]) -> None:
         """Go on from a state, with these newest inputs."""
         self._observer.go_on_from(state["step"], calls)
         self._last_check = state["last_check"]
@@ -229,7 +229,7 @@ class Attachment:
 
     def rehearse(self, one_pass: Callable[[], Tensor]) -> None:
         """One pass that leaves nothing but the arrangement of DDP's buckets, if that matters."""
-        if not (self._went_on and isinstance(self.wrapping, DataParallel)):
+        if not (self._went_on and isinstance(self.wrapping, DdpBackend)):
             return
         calls = list(self.calls)
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
@@ -259,7 +259,7 @@ class Attachment:
         self._observer.listen(self.stepping)
 
     @property
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[RecordedCall]:
         """The newest inputs, oldest first."""
         return self._observer.calls
 
@@ -272,7 +272,7 @@ class Attachment:
     def num_hooks(self) -> int:
         """Communication hooks on the wrapper that are not ours."""
         hooks = getattr(self.model, "_comm_hooks", ())
-        return sum(not isinstance(state, OwnState) for _, state in hooks)
+        return sum(not isinstance(state, OwnHookState) for _, state in hooks)
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -314,14 +314,14 @@ class Attachment:
         self.optimizer.zero_grad(set_to_none=True)
         self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
 
-    def wrapped_again(self) -> Wrapped:
+    def wrapped_again(self) -> WrappedNetwork:
         """The network as it is now in a new wrapper with the old one's arguments and no hooks."""
         with self._observer.deaf():
             model = self.wrapping.wrapped_again()
-        wrapping = wrapping_of(model)
-        return Wrapped(model, wrapping, wrapping.stepping_of(self.stepping.optimizer))
+        wrapping = backend_of(model)
+        return WrappedNetwork(model, wrapping, wrapping.stepping_of(self.stepping.optimizer))
 
-    def go_on_in(self, again: Wrapped) -> None:
+    def go_on_in(self, again: WrappedNetwork) -> None:
         """Train the network in its new wrapper; the old one is dead."""
         old = self.wrapping
         self.model, self.wrapping, self.stepping = again
@@ -336,7 +336,7 @@ class Attachment:
         """The network is again as it was; so is its wrapper, or another takes its place with the
         same communication hooks."""
         self.model = self.wrapping.revive()
-        self.wrapping = wrapping_of(self.model)
+        self.wrapping = backend_of(self.model)
         self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
         self._wrapped_at, self._went_on = self.step, False
         self._follow_passes()

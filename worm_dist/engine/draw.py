@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import DrawError, WormError
 from ..groups.channel_groups import Groups
 from ..groups.copying import copied
@@ -21,20 +21,20 @@ from ..groups.forward import floats, undisturbed
 from ..groups.gates import fold_gates, gates_of
 from ..groups.nested import mapped
 from ..pruning.bn_recalibration import Statistics
-from ..pruning.optimizer_transfer import forget, require_cuttable, transplant
+from ..pruning.optimizer_transfer import forget, require_cuttable, transfer_state
 from ..pruning.rehearsal import Rehearsal, difference
-from ..pruning.sharded_transfer import Cargo
+from ..pruning.sharded_transfer import ShardedTransfer
 from ..pruning.surgery import cuts_of, remove_channels, shapes_of
 from ..search.mask import Mask
-from .context import Attachment
-from .recorded_inputs import Call
+from .context import TrainingContext
+from .recorded_inputs import RecordedCall
 from .snapshot import Snapshot
 
 __all__ = ["draw"]
 
 
 def draw(
-    training: Attachment,
+    training: TrainingContext,
     groups: Groups,
     mask: Mask,
     copies: Sequence[nn.Module],
@@ -65,14 +65,14 @@ def draw(
         require_cuttable(optimizer, parameters, cuts)
         if not is_restored:
             _rehearse(training.network, groups, mask, training.example_inputs, training.calls)
-    cargo = Cargo(stepping, parameters, cuts, ranks) if stepping.copies else None
+    cargo = ShardedTransfer(stepping, parameters, cuts, ranks) if stepping.copies else None
     before = Snapshot(networks, [optimizer])
     try:
         with _on_every_rank(ranks, where):
             training.wrapping.release()
             training.drop_gradients()
             if cargo is None:
-                transplant(optimizer, parameters, cuts)
+                transfer_state(optimizer, parameters, cuts)
             for each in networks:
                 remove_channels(each, cuts)
             if is_complete:
@@ -99,7 +99,7 @@ def draw(
 
 
 @contextmanager
-def _on_every_rank(ranks: Ranks, where: str) -> Iterator[None]:
+def _on_every_rank(ranks: Communicator, where: str) -> Iterator[None]:
     """What is done within is done on every rank, or raises on every rank.  Collective at its end;
     what is within must not be.
 
@@ -124,7 +124,11 @@ def _described(error: Exception) -> str:
 
 
 def _rehearse(
-    network: nn.Module, groups: Groups, mask: Mask, example_inputs: Any, calls: Sequence[Call]
+    network: nn.Module,
+    groups: Groups,
+    mask: Mask,
+    example_inputs: Any,
+    calls: Sequence[RecordedCall],
 ) -> None:
     """Draw a copy first, and compare what it puts out.
 
@@ -151,17 +155,19 @@ def _rehearse(
         )
 
 
-def _distinct(calls: Sequence[Call]) -> list[Call]:
+def _distinct(calls: Sequence[RecordedCall]) -> list[RecordedCall]:
     """Of calls that differ in nothing but the values of tensors, the newest."""
 
-    def form(call: Call) -> str:
+    def form(call: RecordedCall) -> str:
         arguments = (call.positional, dict(call.keywords))
         return repr(mapped(arguments, lambda tensor: f"{tensor.dtype}, {tensor.dim()}d"))
 
     return list({form(call): call for call in calls}.values())
 
 
-def _difference_on(call: Call, network: nn.Module, groups: Groups, mask: Mask) -> str | None:
+def _difference_on(
+    call: RecordedCall, network: nn.Module, groups: Groups, mask: Mask
+) -> str | None:
     """On what the network has been trained with, which may reach parts that the example does not;
     coarsely, in its own precision.  A call that needs the network in training mode says nothing."""
     copy = copied(network)
@@ -172,7 +178,9 @@ def _difference_on(call: Call, network: nn.Module, groups: Groups, mask: Mask) -
     return difference(copy, lambda each: list(floats(call.run(each))), groups, mask)
 
 
-def _fold_gates(training: Attachment, cargo: Cargo | None, networks: Sequence[nn.Module]) -> None:
+def _fold_gates(
+    training: TrainingContext, cargo: ShardedTransfer | None, networks: Sequence[nn.Module]
+) -> None:
     if cargo is None:
         forget(training.stepping.optimizer, {gate.scale for _, gate in gates_of(training.network)})
     else:

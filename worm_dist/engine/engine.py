@@ -27,19 +27,19 @@ from ..pruning.agreement import agreed_mask, require_live_survivors, require_rev
 from ..pruning.exactness import agreed_groups
 from ..pruning.optimizer_transfer import kept_places, select
 from ..pruning.surgery import cuts_of, shapes_of, ungated
-from ..search.convergence import Finding, History
+from ..search.convergence import CheckRecord, History
 from ..search.mask import Mask
 from ..search.ranking import Ranking
 from ..search.removal_order import removal_order
-from ..search.unused_parameters import Usage
+from ..search.unused_parameters import ParameterUsage
 from ..ticket.file import save_ticket
 from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal
 from ..truncation.truncation import Truncation, first_reduction, state_left
 from ..verdict import Phase, Verdict
-from .context import Attachment, require_countable
+from .context import TrainingContext, require_countable
 from .draw import draw
-from .recorded_inputs import RememberedCalls
+from .recorded_inputs import RecordedInputs
 from .state import Resumable
 from .state_schema import plain_settings
 from .step_hooks import Traffic
@@ -116,7 +116,7 @@ class Engine(Resumable):
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
         # A draw is rehearsed with them; by then a loop may have written others to the same place.
         remembered = mapped(example_inputs, lambda tensor: tensor.detach().clone())
-        self._training = Attachment(
+        self._training = TrainingContext(
             model, optimizer, remembered, config.search.every, steps_per_epoch
         )
         require_alone(self._training.wrapping.called)
@@ -166,7 +166,7 @@ class Engine(Resumable):
         )
         self._usage_errors = UsageErrors(self._training, wants_penalty)
         self._training.listen(
-            RememberedCalls(num_calls, config.ticket.recalibrate_memory_mb << 20),
+            RecordedInputs(num_calls, config.ticket.recalibrate_memory_mb << 20),
             self._before_pass,
             self._before_step,
             lambda step, owners: self._truncation.hold(step, owners),
@@ -216,7 +216,7 @@ class Engine(Resumable):
         scores = self._ranking.scores()
         shared = self._ranks.mean(torch.cat([scores, self._guard.levels(scores.device)]))
         average, losses = shared[: len(scores)], shared[len(scores) :]
-        candidates, mask, floored = self._ranking.cut(average, self._irreversible)
+        candidates, mask, floored = self._ranking.select(average, self._irreversible)
         checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
         order = removal_order(
             ~mask.keep & ~self._irreversible, checks_dropped, self._ranking.importance(average)
@@ -399,7 +399,7 @@ class Engine(Resumable):
         return self._training.traffic
 
     @property
-    def history(self) -> tuple[Finding, ...]:
+    def history(self) -> tuple[CheckRecord, ...]:
         """Every check so far, oldest first; on rank zero only, empty elsewhere."""
         return self._history.findings
 
@@ -536,7 +536,7 @@ class Engine(Resumable):
         )
         training.reduction = self._truncation.reduction
         looks = search.enabled and training.wrapping.finds_unused
-        self._usage = Usage(training.network, self._ranking.scales) if looks else None
+        self._usage = ParameterUsage(training.network, self._ranking.scales) if looks else None
 
     def _let_go(self) -> None:
         """Take the hooks away that a draw or the user ends."""

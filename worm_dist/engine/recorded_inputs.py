@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..groups.nested import mapped, tensors_in
 
-__all__ = ["Call", "Norm", "RememberedCalls", "calls_from", "plain_calls"]
+__all__ = ["Norm", "RecordedCall", "RecordedInputs", "calls_from", "plain_calls"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class RecordedCall:
     """One forward pass in training mode.
 
     Attributes:
@@ -59,7 +59,7 @@ class Call:
             return network(*positional, **keywords)
 
 
-class RememberedCalls:
+class RecordedInputs:
     """A forward pre-hook that keeps the newest inputs.
 
     They are kept by reference as long as nobody writes to them.  A loop that copies every batch
@@ -77,7 +77,7 @@ class RememberedCalls:
 
     def __init__(self, num_calls: int, most_bytes: int, belongs_to_an_engine: bool = True) -> None:
         self.belongs_to_an_engine = belongs_to_an_engine
-        self._calls: deque[Call] = deque(maxlen=num_calls)
+        self._calls: deque[RecordedCall] = deque(maxlen=num_calls)
         self._most_bytes = most_bytes
         self._copies = False
 
@@ -87,7 +87,7 @@ class RememberedCalls:
         return self._calls.maxlen != 0
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[RecordedCall]:
         """Oldest first; none that has been written to since."""
         return [call for call in self._calls if call.is_intact]
 
@@ -102,7 +102,7 @@ class RememberedCalls:
         kept = [] if self._copies else list(tensors_in((positional, keywords)))
         device = next(network.parameters()).device.type
         self._calls.append(
-            Call(
+            RecordedCall(
                 positional,
                 keywords,
                 device,
@@ -118,7 +118,7 @@ class RememberedCalls:
         )
         self._bound()
 
-    def _apart_from(self, given: Sequence[Tensor]) -> list[Call]:
+    def _apart_from(self, given: Sequence[Tensor]) -> list[RecordedCall]:
         """The calls that nobody has written to, and that do not lie where these tensors do: torch
         does not count what is written by way of numpy or of ``data``."""
         places = {tensor.data_ptr() for tensor in given if tensor.numel()}
@@ -137,15 +137,15 @@ class RememberedCalls:
             self._calls.popleft()
             sizes.pop(0)
 
-    def replace(self, calls: Sequence[Call]) -> None:
+    def replace(self, calls: Sequence[RecordedCall]) -> None:
         """As if these had been the newest calls.  After copies come copies: a run that is resumed
         need not find out once more, by losing a batch, that all lie in one place."""
         self._copies |= any(not call.versions for call in calls)
         self._calls.clear()
         self._calls.extend(calls)
 
-    def __reduce__(self) -> tuple[type[RememberedCalls], tuple[int, int, bool]]:
-        return RememberedCalls, (0, 0, False)
+    def __reduce__(self) -> tuple[type[RecordedInputs], tuple[int, int, bool]]:
+        return RecordedInputs, (0, 0, False)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _copied(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
-def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
+def plain_calls(calls: Sequence[RecordedCall]) -> list[dict[str, Any]] | None:
     """Dicts, lists, tuples, numbers, strings and tensors; None, with a warning, if the network is
     called with anything else."""
     plain = []
@@ -187,9 +187,9 @@ def plain_calls(calls: Sequence[Call]) -> list[dict[str, Any]] | None:
     return plain
 
 
-def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Call]:
+def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[RecordedCall]:
     """The calls again, with the tensors on this device that were not on the CPU."""
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
     for call in plain:
         on_cpu = iter(call["on_cpu"])
 
@@ -199,7 +199,7 @@ def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Ca
         positional, keywords = mapped(call["arguments"], placed)
         tensors = [] if call["copied"] else tensors_in((positional, keywords))
         calls.append(
-            Call(
+            RecordedCall(
                 tuple(positional),
                 keywords,
                 call["device"],

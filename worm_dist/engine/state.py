@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..groups.channel_groups import Groups
 from ..groups.remaining_channels import RemainingChannels
@@ -21,8 +21,8 @@ from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal
 from ..truncation.truncation import Truncation
 from ..verdict import Phase, Verdict
-from .context import Attachment
-from .recorded_inputs import Call, calls_from, plain_calls
+from .context import TrainingContext
+from .recorded_inputs import RecordedCall, calls_from, plain_calls
 from .state_schema import FORMAT, digests_of, require_valid
 from .step_hooks import Traffic
 
@@ -35,8 +35,8 @@ class Resumable(ABC):
     groups: Groups
     phase: Phase
     mask: Mask | None
-    _training: Attachment
-    _ranks: Ranks
+    _training: TrainingContext
+    _ranks: Communicator
     _settings: dict[str, Any]
     _steps_per_epoch: int | None
     _truncation: Truncation
@@ -234,7 +234,7 @@ class Resumable(ABC):
         self,
         state: Mapping[str, Any],
         own: Mapping[str, Any] | None,
-        calls: Sequence[Call],
+        calls: Sequence[RecordedCall],
         copies: Sequence[nn.Module],
     ) -> None:
         training, keep = self._training, state["mask"]

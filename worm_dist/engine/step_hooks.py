@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..backends.optimizer_view import Handle, Owners, Stepping
-from .recorded_inputs import Call, RememberedCalls
+from ..backends.optimizer_view import Handle, OptimizerView, Owners
+from .recorded_inputs import RecordedCall, RecordedInputs
 
-__all__ = ["Observer", "Traffic"]
+__all__ = ["StepHooks", "Traffic"]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Traffic:
         self.total_dense_bytes += dense_bytes
 
 
-class Observer:
+class StepHooks:
     """Counts optimizer steps and remembers the newest inputs.
 
     Args:
@@ -61,8 +61,8 @@ class Observer:
     def __init__(
         self,
         network: nn.Module,
-        stepping: Stepping,
-        remembered: RememberedCalls,
+        stepping: OptimizerView,
+        remembered: RecordedInputs,
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
@@ -78,10 +78,10 @@ class Observer:
         self._inputs = network.register_forward_pre_hook(self._remembered, with_kwargs=True)
 
     @property
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[RecordedCall]:
         return self._remembered.calls
 
-    def listen(self, stepping: Stepping) -> None:
+    def listen(self, stepping: OptimizerView) -> None:
         """Count the steps of another optimizer from now on, where it has been built anew."""
         for handle in self._steps:
             handle.remove()
@@ -104,7 +104,7 @@ class Observer:
         self.step += 1
         self._after_step(self.step)
 
-    def go_on_from(self, step: int, calls: Sequence[Call]) -> None:
+    def go_on_from(self, step: int, calls: Sequence[RecordedCall]) -> None:
         """As if ``step`` steps had been taken, and these had been the newest inputs."""
         self.step = step
         self._remembered.replace(calls)

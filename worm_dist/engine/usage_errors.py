@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..errors import BackendError, ConfigError
-from .context import Attachment
-from .recorded_inputs import RememberedCalls
+from .context import TrainingContext
+from .recorded_inputs import RecordedInputs
 
 __all__ = ["UsageErrors", "require_alone"]
 
@@ -26,7 +26,7 @@ def require_alone(network: nn.Module) -> None:
         ConfigError: another engine is attached.
     """
     for hook in network._forward_pre_hooks.values():
-        if isinstance(hook, RememberedCalls) and hook.belongs_to_an_engine:
+        if isinstance(hook, RecordedInputs) and hook.belongs_to_an_engine:
             raise ConfigError(
                 "attach: another engine is attached to this network; call its detach() first"
             )
@@ -40,7 +40,7 @@ class UsageErrors:
         wants_penalty: whether the penalty should be part of the loss.
     """
 
-    def __init__(self, training: Attachment, wants_penalty: bool) -> None:
+    def __init__(self, training: TrainingContext, wants_penalty: bool) -> None:
         self._training = training
         self._wants_penalty = wants_penalty
         self._num_steps = 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .channel_groups import ChannelGroup, Groups, Member
 
-__all__ = ["Block", "Plan", "Scope"]
+__all__ = ["Block", "FreezePlan", "Scope"]
 
 Scope = Literal["norm", "producer", "coupled"]
 
@@ -72,7 +72,7 @@ class Block:
         )
 
 
-class Plan:
+class FreezePlan:
     """Which part of every parameter lives, for one generation of frozen channels.
 
     Args:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from .forecast import forecast
     from .step_time import Link
     from .table import show
-    from .target import subject_of, subject_of_config
+    from .target import target_of, target_of_config
 
     link = None
     if options.world is not None:
@@ -61,9 +61,9 @@ def run(options: argparse.Namespace) -> int:
     given = (_shape(options.input), options.classes, options.ratio)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        subject = subject_of_config(path, *given)
+        subject = target_of_config(path, *given)
     else:
-        subject = subject_of(options.model, *given)
+        subject = target_of(options.model, *given)
     found = forecast(subject, options.ticket, link, options.batch)
     if options.json:
         json.dump(found.as_dict(), sys.stdout, indent=2, allow_nan=False)

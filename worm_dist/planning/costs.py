@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.channel_groups import ChannelGroup, Groups, Member
-from ..groups.freeze_plan import Plan
+from ..groups.freeze_plan import FreezePlan
 from ..search.mask import Mask
 from .flops import count_operations
 
@@ -101,7 +101,7 @@ def costs_of(
 
 
 def truncated(
-    dense: Costs, network: nn.Module, groups: Groups, plan: Plan, compression: str
+    dense: Costs, network: nn.Module, groups: Groups, plan: FreezePlan, compression: str
 ) -> Costs:
     """Of the dense network while only the live part of a plan is sent; everything is still
     computed.
@@ -174,7 +174,7 @@ def _share(flops: int, member: Member, keep: Tensor, shapes: Mapping[str, Sequen
     return flops * member.positions[keep].numel() // shapes[name][dim]
 
 
-def _num_live(plan: Plan, parameter: nn.Parameter, dim: int, positions: Tensor) -> int:
+def _num_live(plan: FreezePlan, parameter: nn.Parameter, dim: int, positions: Tensor) -> int:
     block = plan.blocks.get(parameter)
     if block is None or dim not in block.live:
         return positions.numel()

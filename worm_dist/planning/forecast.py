@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..groups.channel_groups import ChannelGroup, Groups
-from ..groups.freeze_plan import Plan
+from ..groups.freeze_plan import FreezePlan
 from ..pruning.exactness import find_drawable_groups
 from ..search.mask import Mask
 from ..search.ranking import Ranking
@@ -21,7 +21,7 @@ from .costs import Costs, costs_of, truncated
 from .drawing import drawn
 from .hypothetical import equal_shares, mask_of_ticket
 from .step_time import FORMULA, Link, StepTime, ring_seconds
-from .target import Subject
+from .target import Target
 from .timing import Measured, measure
 
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
@@ -73,7 +73,7 @@ class Forecast:
         estimate: None if none was asked for.
     """
 
-    subject: Subject
+    subject: Target
     ticket: Path | None
     groups: Groups
     mask: Mask
@@ -143,7 +143,7 @@ class Forecast:
 
 
 def forecast(
-    subject: Subject, ticket: Path | None, link: Link | None, num_samples: int | None
+    subject: Target, ticket: Path | None, link: Link | None, num_samples: int | None
 ) -> Forecast:
     """Build the network, with gates where a run would add them, draw a copy of it, and count.
 
@@ -192,16 +192,18 @@ def _others(network: nn.Module, groups: Groups) -> Sequence[str]:
 
 
 def _plans(
-    subject: Subject, network: nn.Module, groups: Groups, mask: Mask
-) -> Mapping[Stage, Plan]:
+    subject: Target, network: nn.Module, groups: Groups, mask: Mask
+) -> Mapping[Stage, FreezePlan]:
     """What lives before the draw, once the mask's channels are frozen; only hard truncation
     freezes."""
     truncation, frozen = subject.worm.truncation, ~mask.keep
     if truncation.mode != "hard":
         return {}
-    plans: dict[Stage, Plan] = {"truncated": Plan(network, groups, frozen, truncation.scope)}
+    plans: dict[Stage, FreezePlan] = {
+        "truncated": FreezePlan(network, groups, frozen, truncation.scope)
+    }
     if truncation.removes:
-        plans["faded"] = Plan(network, groups, frozen, truncation.scope, frozen)
+        plans["faded"] = FreezePlan(network, groups, frozen, truncation.scope, frozen)
     return plans
 
 

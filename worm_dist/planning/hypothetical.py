@@ -37,7 +37,7 @@ def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
         for size in ranking.sizes.values()
     ]
     nothing_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-    _, mask, _ = ranking.cut(torch.cat(quantiles), nothing_lost)
+    _, mask, _ = ranking.select(torch.cat(quantiles), nothing_lost)
     return mask
 
 

@@ -15,7 +15,7 @@ from ..models import OWN, build_model
 from ..training.config_file import read_run_config
 from ..training.run_config import DataConfig
 
-__all__ = ["Shape", "Subject", "subject_of", "subject_of_config"]
+__all__ = ["Shape", "Target", "target_of", "target_of_config"]
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -34,7 +34,7 @@ _SAMPLES_PER_RANK = 32
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """What is planned for.
 
     Attributes:
@@ -82,9 +82,9 @@ class Subject:
         return share
 
 
-def subject_of(
+def target_of(
     model: str, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
-) -> Subject:
+) -> Target:
     """A network by its name, with the default settings.
 
     Args:
@@ -100,12 +100,12 @@ def subject_of(
     shape, classes = small if model in OWN else _LARGE_IMAGES
     changes = {} if prune_ratio is None else {"search": {"prune_ratio": prune_ratio}}
     worm = WormConfig.preset("worm", **changes)
-    return Subject(model, sample_shape or shape, num_classes or classes, worm)
+    return Target(model, sample_shape or shape, num_classes or classes, worm)
 
 
-def subject_of_config(
+def target_of_config(
     path: Path, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
-) -> Subject:
+) -> Target:
     """The network of a run's settings; its data need not be there.
 
     Args:
@@ -126,7 +126,7 @@ def subject_of_config(
     remarks = []
     if config.distributed.backend == "deepspeed":
         remarks.append("bytes are DistributedDataParallel's; ranks under ZeRO also send weights")
-    return Subject(
+    return Target(
         model=config.model.name,
         arguments=config.model.arguments,
         sample_shape=sample_shape or shape,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..distributed.collectives import Ranks, bits
+from ..distributed.collectives import Communicator, bits
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
 from ..search.mask import Mask
@@ -15,7 +15,7 @@ __all__ = ["agreed_mask", "require_live_survivors", "require_reversible"]
 
 
 def agreed_mask(
-    ranks: Ranks, groups: Groups, mask: Mask, when: str, copies: Sequence[nn.Module] = ()
+    ranks: Communicator, groups: Groups, mask: Mask, when: str, copies: Sequence[nn.Module] = ()
 ) -> Mask:
     """The mask with its groups in the network's order.  Collective.
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import Ranks
-from ..engine.recorded_inputs import Call, Norm
+from ..distributed.collectives import Communicator
+from ..engine.recorded_inputs import Norm, RecordedCall
 from ..groups.forward import buffers_kept, undisturbed
 from ..groups.training_mode import in_training, norms_in_training
 
@@ -28,8 +28,8 @@ Look = Callable[[Any, Any], None]
 
 def recalibrate(
     network: nn.Module,
-    calls: Sequence[Call],
-    ranks: Ranks,
+    calls: Sequence[RecordedCall],
+    ranks: Communicator,
     when: str = "draw",
     look: Look | None = None,
 ) -> None:
@@ -60,7 +60,9 @@ class Statistics:
     """
 
     @torch.no_grad()
-    def __init__(self, network: nn.Module, calls: Sequence[Call], look: Look | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, calls: Sequence[RecordedCall], look: Look | None = None
+    ) -> None:
         trained = frozenset[str]().union(*(call.training_norms for call in calls))
         norms = {
             name: module
@@ -77,7 +79,7 @@ class Statistics:
         )
 
     @torch.no_grad()
-    def write(self, ranks: Ranks, when: str) -> None:
+    def write(self, ranks: Communicator, when: str) -> None:
         """Pool them over the ranks, and write them into the network.  Collective.
 
         A norm of which no rank has seen a value keeps what it has, with a warning.
@@ -120,7 +122,7 @@ def _told(error: Exception) -> str:
 
 
 def _run_all(
-    network: nn.Module, calls: Sequence[Call], sums: _Sums, look: Look | None
+    network: nn.Module, calls: Sequence[RecordedCall], sums: _Sums, look: Look | None
 ) -> Exception | None:
     """Run every batch; returns why the newest one that could not be run could not."""
     failure: Exception | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import CollapseError
 from ..groups.channel_groups import Groups
 
@@ -74,7 +74,7 @@ class Liveness:
         self._inputs.see(list(_tensors(inputs)))
         self._outputs.see(list(_tensors(output)))
 
-    def require(self, ranks: Ranks, when: str, told: set[str]) -> None:
+    def require(self, ranks: Communicator, when: str, told: set[str]) -> None:
         """The network must answer.  Collective.
 
         Args:

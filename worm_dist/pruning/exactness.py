@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SearchConfig
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import scratch
@@ -43,7 +43,7 @@ _SECONDS_IN_SILENCE = 3.0
 def agreed_groups(
     network: nn.Module,
     example_inputs: Any,
-    ranks: Ranks,
+    ranks: Communicator,
     search: SearchConfig,
     any_group: bool = False,
     optional: bool = False,

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from .surgery import Cut, laid_like
 
-__all__ = ["forget", "kept_places", "require_cuttable", "select", "transplant"]
+__all__ = ["forget", "kept_places", "require_cuttable", "select", "transfer_state"]
 
 _Kept = Mapping[str, Mapping[int, Tensor]]
 
 
 @torch.no_grad()
-def transplant(
+def transfer_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], cuts: Sequence[Cut]
 ) -> None:
     """Cut an optimizer's state as its parameters are about to be.

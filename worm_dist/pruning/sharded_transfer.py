@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..backends.full_state import gather, hand_out
-from ..backends.optimizer_view import Stepping
-from ..distributed.collectives import Ranks
+from ..backends.full_state import gather, scatter_full_state
+from ..backends.optimizer_view import OptimizerView
+from ..distributed.collectives import Communicator
 from ..groups.attention import weight_of
 from ..groups.gates import gates_of
 from .optimizer_transfer import kept_places, select
 from .surgery import Cut
 
-__all__ = ["Cargo"]
+__all__ = ["ShardedTransfer"]
 
 
-class Cargo:
+class ShardedTransfer:
     """What survives of master weights and state.  Collective if the ranks share the stepping.
 
     Args:
@@ -37,10 +37,10 @@ class Cargo:
     @torch.no_grad()
     def __init__(
         self,
-        stepping: Stepping,
+        stepping: OptimizerView,
         before: Mapping[str, nn.Parameter],
         cuts: Sequence[Cut],
-        ranks: Ranks,
+        ranks: Communicator,
     ) -> None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in before.items()}
         kept = kept_places(cuts)
@@ -75,11 +75,13 @@ class Cargo:
         for group, names in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["params"] = [after[name] for name in names]
 
-    def unload(self, stepping: Stepping, after: Mapping[str, nn.Parameter]) -> None:
+    def unload(self, stepping: OptimizerView, after: Mapping[str, nn.Parameter]) -> None:
         """Give weights and state to the optimizer in the new engine.
 
         Args:
             stepping: of the optimizer there.
             after: the parameters of the smaller network, by name.
         """
-        hand_out(stepping, {after[name]: holding for name, holding in self._goods.items()})
+        scatter_full_state(
+            stepping, {after[name]: holding for name, holding in self._goods.items()}
+        )

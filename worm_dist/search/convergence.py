@@ -13,11 +13,11 @@ from .elbow import elbow_reached, elbow_threshold
 from .mask import Mask
 from .window import Window
 
-__all__ = ["Finding", "History"]
+__all__ = ["CheckRecord", "History"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckRecord:
     """One check.
 
     Attributes:
@@ -53,9 +53,9 @@ class History:
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
         self._window = Window(config.window)
-        self._findings: list[Finding] = []
+        self._findings: list[CheckRecord] = []
 
-    def record(self, step: int, mask: Mask, floored: tuple[str, ...]) -> Finding:
+    def record(self, step: int, mask: Mask, floored: tuple[str, ...]) -> CheckRecord:
         """Judge the newest mask.  A settled mask is past its elbow, whatever the rule says."""
         self._window.push(mask)
         distances = self._window.distances
@@ -63,7 +63,7 @@ class History:
         if distances:
             means.append(sum(distances) / len(distances))
         settled = self._window.settled(self._config.settled)
-        finding = Finding(
+        finding = CheckRecord(
             step=step,
             mask=mask,
             distances=distances,
@@ -89,11 +89,11 @@ class History:
         """Go on from a state; the window follows from the newest masks."""
         masks = [Mask.from_vector(state["sizes"], keep) for keep in state["masks"]]
         self._findings = [
-            Finding(mask=mask, **finding)
+            CheckRecord(mask=mask, **finding)
             for mask, finding in zip(masks, state["findings"], strict=True)
         ]
         self._window = Window(self._config.window, masks)
 
     @property
-    def findings(self) -> tuple[Finding, ...]:
+    def findings(self) -> tuple[CheckRecord, ...]:
         return tuple(self._findings)

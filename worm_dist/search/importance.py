@@ -20,12 +20,19 @@ from ..groups.selection import importance_of
 from .candidates import Candidates, NormCandidates
 from .scale_index import ScaleIndex
 
-__all__ = ["ChannelScales", "LayerScales", "OwnScore", "Score", "WeightNorm", "score_of"]
+__all__ = [
+    "ChannelScales",
+    "CustomImportance",
+    "Importance",
+    "LayerScales",
+    "WeightNorm",
+    "importance_measure",
+]
 
 Coupling = Literal["mean", "max"]
 
 
-class Score(ABC):
+class Importance(ABC):
     """Ranks candidates.
 
     Attributes:
@@ -58,7 +65,7 @@ class Score(ABC):
         return torch.cat(scales).abs().sum()
 
 
-class ChannelScales(Score):
+class ChannelScales(Importance):
     """The size of what scales a channel: |gamma| of its norms, or its gate; of coupled ones the
     mean or the largest.
 
@@ -84,7 +91,7 @@ class ChannelScales(Score):
         return self._index.scales
 
 
-class LayerScales(Score):
+class LayerScales(Importance):
     """|gamma| of every norm by itself; a coupled channel goes only where all its norms drop it.
 
     Source: Early-Bird (arXiv 1909.11957), whose masks are those of the single layers.
@@ -105,7 +112,7 @@ class LayerScales(Score):
         return self._index.scales
 
 
-class WeightNorm(Score):
+class WeightNorm(Importance):
     """The L2 norm of the weights that make a channel, as a share of its group's mean; of coupled
     layers the mean or the largest.
 
@@ -140,7 +147,7 @@ class WeightNorm(Score):
         return stacked.amax(dim=0) if self._largest else stacked.mean(dim=0)
 
 
-class OwnScore(Score):
+class CustomImportance(Importance):
     """A score of the user's own; it may look at this rank's data, the ranks average it."""
 
     replicated = False
@@ -183,12 +190,12 @@ class OwnScore(Score):
         return scores
 
 
-def score_of(
+def importance_measure(
     search: SearchConfig,
     network: nn.Module,
     groups: Groups,
     own: Callable[[nn.Module, ChannelGroup], Tensor] | None,
-) -> Score:
+) -> Importance:
     """The score that the settings name, or the user's own.
 
     Args:
@@ -196,7 +203,7 @@ def score_of(
     """
     coupling: Coupling = "max" if search.coupling == "max" else "mean"
     if own is not None:
-        return OwnScore(own, network, groups)
+        return CustomImportance(own, network, groups)
     if importance_of(search, groups) == "weight_norm":
         return WeightNorm(network, groups, coupling)
     if search.grouping == "layer":

@@ -11,10 +11,10 @@ from ..config import WormConfig
 from ..errors import NonFiniteError
 from ..groups.channel_groups import ChannelGroup, Groups
 from .budgets import pools_of
-from .importance import score_of
+from .importance import importance_measure
 from .mask import Mask
 from .rounding import rounded
-from .select import cut
+from .select import select_channels
 
 __all__ = ["Ranking"]
 
@@ -47,13 +47,13 @@ class Ranking:
         self._config = config
         self._groups = groups
         self._own = own
-        self._score = score_of(search, network, groups, own)
+        self._score = importance_measure(search, network, groups, own)
         self._candidates = self._score.candidates
         self._removed = torch.zeros(self._candidates.number, dtype=torch.bool)
         self._pools = pools_of(self.sizes, search.prune_ratio, search.threshold, search.ratios)
         # What cannot be met is told here, not after the first epoch.
         nothing_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.cut(torch.zeros(self._candidates.number), nothing_lost)
+        self.select(torch.zeros(self._candidates.number), nothing_lost)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -74,7 +74,7 @@ class Ranking:
             groups: of the smaller network.
             removed: bool ``[num_channels]``, which of the dense network's channels are gone.
         """
-        self._score = score_of(self._config.search, network, groups, self._own)
+        self._score = importance_measure(self._config.search, network, groups, self._own)
         self._removed = self._candidates.flags(removed)
 
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
@@ -92,7 +92,7 @@ class Ranking:
         sizes = self._score.candidates.sizes
         return dict(zip(sizes, scores.split(list(sizes.values())), strict=True))
 
-    def cut(self, scores: Tensor, lost: Tensor) -> tuple[Mask, Mask, tuple[str, ...]]:
+    def select(self, scores: Tensor, lost: Tensor) -> tuple[Mask, Mask, tuple[str, ...]]:
         """The masks that follow from scores which all ranks share.
 
         Args:
@@ -111,7 +111,7 @@ class Ranking:
         search, candidates = self._config.search, self._candidates
         scores = self._among_all(scores)
         try:
-            kept, floored = cut(
+            kept, floored = select_channels(
                 scores, candidates.sizes, self._pools, search.floor, candidates.flags(lost)
             )
         except NonFiniteError as error:

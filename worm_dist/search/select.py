@@ -16,10 +16,10 @@ from ..errors import ConfigError, NonFiniteError
 from .budgets import Pool
 from .mask import Mask
 
-__all__ = ["comparable", "cut", "num_protected"]
+__all__ = ["comparable", "num_protected", "select_channels"]
 
 
-def cut(
+def select_channels(
     scores: Tensor,
     sizes: Mapping[str, int],
     pools: float | Sequence[Pool],

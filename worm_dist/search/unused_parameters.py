@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import nn
 
-__all__ = ["Usage"]
+__all__ = ["ParameterUsage"]
 
 
-class Usage:
+class ParameterUsage:
     """Notes which of some parameters the forward passes use.
 
     A wrapper that looks for unused parameters takes those that a forward pass leaves out for done

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..checkpoint.durable_io import Part, Seal, read_small
+from ..checkpoint.durable_io import FileDigest, Part, read_small
 from ..checkpoint.manifest import complaint
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import ChannelGroup
@@ -120,7 +120,7 @@ class Record(Part):
     mask_digest: str
     groups: list[GroupRecord]
     cuts: list[CutRecord]
-    weights: Seal
+    weights: FileDigest
     versions: dict[str, str]
     digest: str = ""
 

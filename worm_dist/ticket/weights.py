@@ -9,15 +9,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..checkpoint.durable_io import Seal, open_sealed
+from ..checkpoint.durable_io import FileDigest, open_sealed
 from ..checkpoint.safetensors_file import TensorFile, write_tensors
-from ..checkpoint.tensor_meta import Form
+from ..checkpoint.tensor_meta import TensorMetadata
 from ..errors import CheckpointError
 
 __all__ = ["Weights", "open_weights", "write_weights"]
 
 
-def write_weights(path: Path, network: nn.Module) -> Seal:
+def write_weights(path: Path, network: nn.Module) -> FileDigest:
     """Write parameters and buffers; a reader sees the old file or the new one, never a part.
 
     Raises:
@@ -31,7 +31,7 @@ def write_weights(path: Path, network: nn.Module) -> Seal:
                 f"{path}: the network's state {name!r} is no tensor and cannot be saved in a ticket"
             )
         plain = value.detach().contiguous()  # other programs know of no other order
-        form = Form.of(plain)
+        form = TensorMetadata.of(plain)
         tensors[name] = form, form.memory_of(plain)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -47,7 +47,7 @@ def write_weights(path: Path, network: nn.Module) -> Seal:
 
 
 @contextmanager
-def open_weights(path: Path, seal: Seal) -> Iterator[Weights]:
+def open_weights(path: Path, seal: FileDigest) -> Iterator[Weights]:
     """The file, once its bytes have been compared with the seal.
 
     Raises:

@@ -9,15 +9,15 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpoint.async_save import Background
-from ..checkpoint.manager import Shelf
-from ..checkpoint.manifest import About
+from ..checkpoint.manager import CheckpointManager
+from ..checkpoint.manifest import CheckpointInfo
 from ..errors import CheckpointError
-from .reporting.failed_writes import Unwritten
+from .reporting.failed_writes import FailedWrites
 from .resume_config import digest_of, settled
 from .run_config import RunConfig
 from .run_folder import CHECKPOINTS, SETTINGS
 
-__all__ = ["RUN", "Saving"]
+__all__ = ["RUN", "Checkpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ RUN = "run"
 """Part of a checkpoint: what ``Trainer.state_dict`` said."""
 
 
-class Saving:
+class Checkpointer:
     """Every rank has one; all call the same methods.
 
     One save is on its way at a time.  What has become of it is told at the next one, or at the end.
@@ -36,10 +36,10 @@ class Saving:
         unwritten: is told what the disk refuses, if training goes on all the same.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, unwritten: Unwritten) -> None:
+    def __init__(self, folder: Path, config: RunConfig, unwritten: FailedWrites) -> None:
         self._settings = settled(config)
         self._goes_on = config.checkpoint.on_error == "continue"
-        self._shelf = Shelf(folder / CHECKPOINTS, config.checkpoint.keep_last)
+        self._shelf = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
         self._background = Background()
         self._unwritten = unwritten
 
@@ -58,7 +58,7 @@ class Saving:
         self.finish()
         if dist.get_rank() != 0:
             return
-        about = About(
+        about = CheckpointInfo(
             step=step,
             world_size=dist.get_world_size(),
             phase=phase,

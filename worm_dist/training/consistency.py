@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import DivergenceError
 
 __all__ = ["require_same_network"]
@@ -21,7 +21,7 @@ __all__ = ["require_same_network"]
 _MOST_NAMED = 3
 
 
-def require_same_network(network: nn.Module, ranks: Ranks, when: str) -> None:
+def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> None:
     """Compare parameters and buffers across the ranks, bit by bit.  Collective.
 
     One all-reduce of a digest; each rank reads its network once, a second for 300 million floats.

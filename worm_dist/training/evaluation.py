@@ -14,14 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..distributed.graceful_stop import Halt, Stopped
+from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..groups.forward import undisturbed
 
-__all__ = ["Score", "Speed", "count_flops", "count_parameters", "evaluate", "total_over_ranks"]
+__all__ = ["EvalResult", "Speed", "count_flops", "count_parameters", "evaluate", "total_over_ranks"]
 
 
 @dataclass(frozen=True)
-class Score:
+class EvalResult:
     """On the test split.
 
     Attributes:
@@ -71,8 +71,8 @@ def evaluate(
     loader: DataLoader[Any],
     num_classes: int,
     device: torch.device,
-    halt: Halt,
-) -> Score:
+    halt: StopCoordinator,
+) -> EvalResult:
     """Score the network on the test split, each rank its share.  Collective.
 
     All ranks use rank zero's BatchNorm statistics, as DistributedDataParallel does at its next
@@ -104,7 +104,7 @@ def evaluate(
     if num_stopped:
         raise Stopped
     count = sum(per_class)
-    return Score(
+    return EvalResult(
         accuracy=correct_sum / count,
         loss=loss_sum / count,
         chance=max(per_class) / count,

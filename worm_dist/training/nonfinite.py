@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..errors import NonFiniteError
 
-__all__ = ["Finite"]
+__all__ = ["FiniteCheck"]
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Look:
     arrival: torch.cuda.Event
 
 
-class Finite:
+class FiniteCheck:
     """Looks at the gradients of every step before the optimizer does.
 
     They are averaged by then, so a NaN of one rank is in those of all, and all stop at the same
@@ -41,7 +41,7 @@ class Finite:
         ranks: that train together.
     """
 
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, device: torch.device, ranks: Communicator) -> None:
         self._device = device
         self._ranks = ranks
         self._newest: _Look | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from ..distributed.graceful_stop import Halt
+from ..distributed.graceful_stop import StopCoordinator
 
 __all__ = ["exit_code_of_stopped", "heeding", "obey_parent_alone"]
 
@@ -21,14 +21,14 @@ _TRY_AGAIN_LATER = 75
 
 
 @contextmanager
-def heeding() -> Iterator[Callable[[Halt], None]]:
+def heeding() -> Iterator[Callable[[StopCoordinator], None]]:
     """Yields a function: call it with a Halt, and from then on either signal asks that to stop.
 
     Until then they end the process as ever, there being nothing to lose.  For the main thread.
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def heed(halt: Halt) -> None:
+    def heed(halt: StopCoordinator) -> None:
         def ask(number: int, frame: FrameType | None) -> None:
             halt.ask()
 

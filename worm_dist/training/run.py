@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..distributed.collectives import Together
-from ..distributed.graceful_stop import Halt
-from ..distributed.init import Place, process_group
+from ..distributed.collectives import ProcessGroupComm
+from ..distributed.graceful_stop import StopCoordinator
+from ..distributed.init import RankInfo, process_group
 from ..distributed.progress import Progress
-from ..distributed.watchdog import Patience, watched
+from ..distributed.watchdog import Timeouts, watched
 from ..errors import CheckpointError, DivergenceError
 from ..verdict import Phase
-from .checkpointer import RUN, Saving
+from .checkpointer import RUN, Checkpointer
 from .installation import installation
 from .preemption import exit_code_of_stopped, heeding
-from .reporting.failed_writes import Unwritten
+from .reporting.failed_writes import FailedWrites
 from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
 from .resume_config import settled
@@ -51,11 +51,11 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
         WormError: whatever ends the run before its time, with the same exit code on every rank.  Of
             several ranks each has told why by then.
     """
-    place = Place.from_environment()
+    place = RankInfo.from_environment()
     settings = config.distributed
     carrier = "auto" if settings.backend == "deepspeed" else settings.backend
-    progress, halt = Progress(), Halt()
-    patience = Patience(settings.startup_timeout_seconds, settings.timeout_seconds)
+    progress, halt = Progress(), StopCoordinator()
+    patience = Timeouts(settings.startup_timeout_seconds, settings.timeout_seconds)
     with (
         heeding() as heed,
         process_group(place, carrier, settings.startup_timeout_seconds) as device,
@@ -77,19 +77,19 @@ def _train(
     config: RunConfig,
     out: Path,
     checkpoint: Checkpoint | None,
-    place: Place,
+    place: RankInfo,
     device: torch.device,
     progress: Progress,
-    halt: Halt,
-    heed: Callable[[Halt], None],
+    halt: StopCoordinator,
+    heed: Callable[[StopCoordinator], None],
 ) -> int:
     state = _told(checkpoint)
-    unwritten = Unwritten()
+    unwritten = FailedWrites()
     report = Report()
     if place.rank == 0:
         written = None if state is None else state["report"]
         report = RankZeroReport(out, config, unwritten, written)
-    saving = Saving(out, config, unwritten)
+    saving = Checkpointer(out, config, unwritten)
     trainer = Trainer(config, place, device, report, progress, halt, saving)
     if state is not None:
         trainer.load_state_dict(state)
@@ -110,7 +110,7 @@ def _told(checkpoint: Checkpoint | None) -> Any:
     return None if told[0] is None else Checkpoint(told[0]).read(RUN)
 
 
-def _finish(trainer: Trainer, out: Path, report: Report, unwritten: Unwritten) -> None:
+def _finish(trainer: Trainer, out: Path, report: Report, unwritten: FailedWrites) -> None:
     if dist.get_rank() == 0 and trainer.engine.phase is Phase.TICKET:
         ticket = (out / "ticket", trainer.model_arguments)
         unwritten.spare("ticket", trainer.engine.save_ticket, *ticket)
@@ -130,7 +130,7 @@ def _require_started_alike(config: RunConfig, device: torch.device) -> None:
     for key in _EACH_HOST_DECIDES:
         del settings[key]
     assert dist.group.WORLD is not None
-    found = Together(dist.group.WORLD, device).differences({**settings, **installation()})
+    found = ProcessGroupComm(dist.group.WORLD, device).differences({**settings, **installation()})
     if found:
         raise DivergenceError(
             f"start: the ranks have not been started alike: {'; '.join(found)}; give all of them "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lock import run_lock
-from ..checkpoint.manager import Shelf
+from ..checkpoint.manager import CheckpointManager
 from ..errors import CheckpointError, ConfigError
 from .resume_config import changes, digest_of, settled
 from .run_config import RunConfig
@@ -83,7 +83,7 @@ def _may_look(resume: str, environment: Mapping[str, str]) -> bool:
 
 def _unfinished(out: Path, config: RunConfig) -> Checkpoint | None:
     """The newest checkpoint of a run of these settings that has not come to its end."""
-    shelf = Shelf(out / CHECKPOINTS)
+    shelf = CheckpointManager(out / CHECKPOINTS)
     shelf.sweep()
     if (out / RESULT).exists():
         return None
@@ -100,7 +100,7 @@ def _named(resume: str, config: RunConfig) -> Checkpoint | None:
     """The checkpoint that ``--resume`` names, if it names one."""
     if resume in ("auto", "never"):
         return None
-    chosen = Shelf.open(resume)
+    chosen = CheckpointManager.open(resume)
     found = changes(chosen.read(SETTINGS), settled(config))
     if found:
         raise ConfigError(
@@ -136,7 +136,7 @@ def _is_in(out: Path, chosen: Checkpoint) -> bool:
 
 def _go_back(out: Path, step: int) -> None:
     """What came after that step was another course, which is given up."""
-    Shelf(out / CHECKPOINTS).rewind(step)
+    CheckpointManager(out / CHECKPOINTS).rewind(step)
     with suppress(FileNotFoundError):
         (out / RESULT).unlink()
 

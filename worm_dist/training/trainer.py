@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 import worm_dist
 
-from ..distributed.collectives import Ranks, Together
-from ..distributed.graceful_stop import Halt, Stopped
-from ..distributed.init import Place
+from ..distributed.collectives import Communicator, ProcessGroupComm
+from ..distributed.graceful_stop import StopCoordinator, Stopped
+from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..errors import CheckpointError, CollapseError, NonFiniteError
 from ..models import build_model
 from ..pruning.collapse import REMEDY
 from ..verdict import Phase
-from .checkpointer import Saving
+from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data import load_data, test_loader, train_loader
 from .data.augmentation_rng import EpochSampler
 from .data.likeness import require_same_data
-from .evaluation import Score, Speed, count_flops, count_parameters, evaluate, total_over_ranks
+from .evaluation import EvalResult, Speed, count_flops, count_parameters, evaluate, total_over_ranks
 from .gating import gated
-from .nonfinite import Finite
+from .nonfinite import FiniteCheck
 from .optim import build_optimizer, build_schedule
 from .parallelize import averaged_gradients, backend_name, backward, num_passes, step, wrapped
 from .position import Position
@@ -41,7 +41,7 @@ from .rank_state import (
     with_own,
     without_own,
 )
-from .reporting.phase_stats import Tally
+from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
 from .reporting.result import Result
 from .run_config import RunConfig
@@ -76,22 +76,22 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        place: Place,
+        place: RankInfo,
         device: torch.device,
         report: Report,
         progress: Progress | None = None,
-        halt: Halt | None = None,
-        saving: Saving | None = None,
+        halt: StopCoordinator | None = None,
+        saving: Checkpointer | None = None,
     ) -> None:
         self.stopped = False
         self._config = config
         self._device = device
         self._report = report
         self._progress = progress or Progress()
-        self._halt = halt or Halt()
+        self._halt = halt or StopCoordinator()
         self._saving = saving
         assert dist.group.WORLD is not None
-        self._ranks: Ranks = Together(dist.group.WORLD, device)
+        self._ranks: Communicator = ProcessGroupComm(dist.group.WORLD, device)
         seed_all(config.seed)
         self._progress.reach("the start, loading the data")
         data = load_data(config.data)
@@ -116,7 +116,7 @@ class Trainer:
         self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
         self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
-        self._finite = Finite(device, self._ranks)
+        self._finite = FiniteCheck(device, self._ranks)
         self.engine = worm_dist.attach(
             model,
             optimizer,
@@ -136,7 +136,7 @@ class Trainer:
         self.result.flops.dense = self._flops
         self._at = Position()
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
-        self._tally = Tally(self.result)
+        self._tally = PhaseStats(self.result)
 
     def run(self) -> Result:
         """Train, search, truncate, draw, train on.  Collective.
@@ -215,7 +215,7 @@ class Trainer:
         if self.engine.step % self._save_every == 0 or at.epoch == self._config.epochs:
             self._save(score.accuracy)
 
-    def _require_better_than_chance(self, score: Score, loss: float) -> None:
+    def _require_better_than_chance(self, score: EvalResult, loss: float) -> None:
         """What has been learnt must not be lost for good, in training as in the test.  Right after
         a published draw it may be, for an epoch or two.
 
@@ -317,7 +317,7 @@ class Trainer:
         """What one sample costs in the network as it is now."""
         self._flops = count_flops(self._network, self._sample)
 
-    def _score(self) -> Score:
+    def _score(self) -> EvalResult:
         num_classes = self.model_arguments["num_classes"]
         return evaluate(self._network, self._test, num_classes, self._device, self._halt)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.full_state import part_of
-from ..backends.optimizer_view import Owners, Shard, Stepping
-from ..distributed.collectives import Ranks
+from ..backends.optimizer_view import OptimizerView, Owners, Shard
+from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
-from ..groups.freeze_plan import Block, Plan
+from ..groups.freeze_plan import Block, FreezePlan
 
 __all__ = ["NEVER", "Fade"]
 
@@ -40,7 +40,7 @@ class Fade:
             it begins.
     """
 
-    def __init__(self, stepping: Stepping, num_channels: int, num_steps: int) -> None:
+    def __init__(self, stepping: OptimizerView, num_channels: int, num_steps: int) -> None:
         self.over_at = torch.full((num_channels,), NEVER)
         self._stepping = stepping
         self._num_steps = num_steps
@@ -52,7 +52,7 @@ class Fade:
         self._known = torch.zeros(num_channels, dtype=torch.bool)
         self._starts: Mapping[Tensor, Sequence[Tensor]] = {}
 
-    def follow(self, network: nn.Module, groups: Groups, scales: Plan) -> None:
+    def follow(self, network: nn.Module, groups: Groups, scales: FreezePlan) -> None:
         """Write these scales from the next step on.
 
         Args:
@@ -97,7 +97,9 @@ class Fade:
                 if owners is None or slices.shard.owner in owners:
                     slices.write(left)
 
-    def state_dict(self, step: int, ranks: Ranks, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    def state_dict(
+        self, step: int, ranks: Communicator, names: Mapping[Tensor, str]
+    ) -> dict[str, Any]:
         """Plain values; where channels started is None if that follows from the weights: before the
         first step of a fade, and when it is over.  Collective if the ranks share the stepping.
 
@@ -121,7 +123,7 @@ class Fade:
         self._has_started = False
 
     def _whole_starts(
-        self, under_way: Tensor, ranks: Ranks, names: Mapping[Tensor, str]
+        self, under_way: Tensor, ranks: Communicator, names: Mapping[Tensor, str]
     ) -> dict[str, Tensor]:
         """Of the parameters' shapes, zero but for the channels under way."""
         shared = self._stepping.shared

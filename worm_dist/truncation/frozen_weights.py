@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.optimizer_view import Owners, Shard, Stepping
-from ..distributed.collectives import Ranks
+from ..backends.optimizer_view import OptimizerView, Owners, Shard
+from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
-from ..groups.freeze_plan import Block, Plan
+from ..groups.freeze_plan import Block, FreezePlan
 from .fading import NEVER, Fade
 
 __all__ = ["Free", "FrozenWeights", "Held", "Removed"]
@@ -34,7 +34,7 @@ class FrozenWeights:
     def __init__(self, num_channels: int) -> None:
         self.irreversible = torch.zeros(num_channels, dtype=torch.bool)
 
-    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+    def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
         """These channels are frozen from now on, and no others.
 
         Args:
@@ -56,7 +56,7 @@ class FrozenWeights:
         """int64 ``[num_channels]``: the step after which a channel puts out exact zeros."""
         return torch.full(self.irreversible.shape, NEVER)
 
-    def state_dict(self, step: int, ranks: Ranks) -> dict[str, Any] | None:
+    def state_dict(self, step: int, ranks: Communicator) -> dict[str, Any] | None:
         """What does not follow from frozen channels and weights, in plain values, the same on all
         ranks.  Collective if the ranks share the stepping."""
         return None
@@ -74,13 +74,13 @@ class Held(FrozenWeights):
     the thaw would be several times too large.
     """
 
-    def __init__(self, stepping: Stepping, num_channels: int) -> None:
+    def __init__(self, stepping: OptimizerView, num_channels: int) -> None:
         super().__init__(num_channels)
         self._stepping = stepping
-        self._plan: Plan | None = None
+        self._plan: FreezePlan | None = None
         self._held: list[_HeldSlices] | None = []
 
-    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+    def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
         # What is held is looked at when it is about to move: until then a checkpoint may be loaded.
         self._plan, self._held = plan, None
 
@@ -108,14 +108,14 @@ class Removed(Held):
     """
 
     def __init__(
-        self, stepping: Stepping, network: nn.Module, groups: Groups, fade_steps: int
+        self, stepping: OptimizerView, network: nn.Module, groups: Groups, fade_steps: int
     ) -> None:
         super().__init__(stepping, groups.num_channels)
         self._network = network
         self._groups = groups
         self._fade = Fade(stepping, groups.num_channels, fade_steps)
 
-    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+    def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
         super().freeze(frozen, plan)
         self._fade.follow(self._network, self._groups, self._scales(frozen))
 
@@ -142,7 +142,7 @@ class Removed(Held):
     def zero_since(self) -> Tensor:
         return self._fade.over_at
 
-    def state_dict(self, step: int, ranks: Ranks) -> dict[str, Any]:
+    def state_dict(self, step: int, ranks: Communicator) -> dict[str, Any]:
         return self._fade.state_dict(step, ranks, self._names)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -150,9 +150,9 @@ class Removed(Held):
         self._fade.load_state_dict(state, dict(self._network.named_parameters()))
         self.irreversible = self._fade.over_at < NEVER
 
-    def _scales(self, channels: Tensor) -> Plan:
+    def _scales(self, channels: Tensor) -> FreezePlan:
         """What scales these channels is frozen in it."""
-        return Plan(self._network, self._groups, channels, "norm")
+        return FreezePlan(self._network, self._groups, channels, "norm")
 
     @property
     def _names(self) -> dict[Tensor, str]:
@@ -163,7 +163,7 @@ class Free(FrozenWeights):
     """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
     and the penalty does, locally: what arrives through the loss is truncated with the rest."""
 
-    def __init__(self, stepping: Stepping, network: nn.Module, groups: Groups) -> None:
+    def __init__(self, stepping: OptimizerView, network: nn.Module, groups: Groups) -> None:
         super().__init__(groups.num_channels)
         self._optimizer = stepping.optimizer
         parameters = dict(network.named_parameters())
@@ -174,7 +174,7 @@ class Free(FrozenWeights):
         }
         self._frozen: Mapping[Tensor, Tensor] = {}
 
-    def freeze(self, frozen: Tensor, plan: Plan) -> None:
+    def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
         self._frozen = {p: b.frozen[0] for p, b in plan.blocks.items() if p in self._scales}
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import RemovalConfig
-from ..distributed.collectives import Ranks
+from ..distributed.collectives import Communicator
 from ..interval import Interval
 from .loss_guard import Decision, LossGuard
 from .removal_schedule import RemovalSchedule
@@ -39,7 +39,7 @@ class Removal:
     def __init__(
         self,
         config: RemovalConfig,
-        ranks: Ranks,
+        ranks: Communicator,
         guard: LossGuard,
         num_steps: Callable[[Interval], int],
     ) -> None:

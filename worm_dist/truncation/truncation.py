@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ddp import Bare, DataParallel, Wrapping
-from ..backends.deepspeed import Zero
-from ..backends.optimizer_view import Owners, Stepping
-from ..comm_hooks.allreduce import AllReduce, Averaging
-from ..comm_hooks.ddp_hook import PackedReduction, packed_allreduce
-from ..comm_hooks.deepspeed_reduce import ZeroReduction
+from ..backends.ddp import Backend, DdpBackend, SingleProcess
+from ..backends.deepspeed import DeepSpeedBackend
+from ..backends.optimizer_view import OptimizerView, Owners
+from ..comm_hooks.allreduce import AllReduce, Averager
+from ..comm_hooks.ddp_hook import PackedReducer, packed_allreduce
+from ..comm_hooks.deepspeed_reduce import DeepSpeedReducer
 from ..comm_hooks.grad_hooks import GradientHooks
-from ..comm_hooks.powersgd import LowRank
-from ..comm_hooks.reducer import Reduction
+from ..comm_hooks.powersgd import PowerSGD
+from ..comm_hooks.reducer import Reducer
 from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
-from ..groups.freeze_plan import Plan
+from ..groups.freeze_plan import FreezePlan
 from .frozen_weights import Free, FrozenWeights, Held, Removed
 from .zero_columns import ZeroColumns
 
@@ -47,13 +47,13 @@ class Truncation:
     def __init__(
         self,
         config: TruncationConfig,
-        wrapping: Wrapping,
-        stepping: Stepping,
+        wrapping: Backend,
+        stepping: OptimizerView,
         groups: Groups,
         trained: Collection[Tensor],
     ) -> None:
         self._config = config
-        self._wrapping: Wrapping = wrapping
+        self._wrapping: Backend = wrapping
         self._network = wrapping.network
         self._ranks = wrapping.ranks
         self._groups = groups
@@ -154,17 +154,17 @@ class Truncation:
         self.reduction = None
         self._weights = FrozenWeights(self._groups.num_channels)
         # The wrapper holds buckets as large as the dense network; let go of it.
-        self._wrapping = Bare(self._network)
+        self._wrapping = SingleProcess(self._network)
 
-    def _truncate_gradients(self) -> Plan:
+    def _truncate_gradients(self) -> FreezePlan:
         """Returns which slices are frozen."""
         frozen, scope = self.frozen, self._config.scope
-        held = plan = Plan(self._network, self._groups, frozen, scope)
+        held = plan = FreezePlan(self._network, self._groups, frozen, scope)
         if bool(self._columns.dropped.any()):
-            plan = Plan(self._network, self._groups, frozen, scope, self._columns.dropped)
+            plan = FreezePlan(self._network, self._groups, frozen, scope, self._columns.dropped)
         if self._config.mode == "hard":
             self._live_fraction = plan.live_fraction(self._trained)
-        if self._config.mode == "soft" or isinstance(self._wrapping, Bare):
+        if self._config.mode == "soft" or isinstance(self._wrapping, SingleProcess):
             self._hooks.adopt(plan)
         else:
             if self.reduction is None:
@@ -178,7 +178,7 @@ class Truncation:
     def _probe(self, zero: Tensor) -> None:
         assert self.reduction is not None
         nothing = torch.zeros_like(zero)
-        columns = Plan(self._network, self._groups, nothing, self._config.scope, zero)
+        columns = FreezePlan(self._network, self._groups, nothing, self._config.scope, zero)
         self.reduction.probe(columns, next(self._network.parameters()).device)
 
 
@@ -204,31 +204,33 @@ def state_left(
     return {**state, "frozen": state["frozen"][kept], "removal": removal, "columns": columns}
 
 
-def first_reduction(config: TruncationConfig, wrapping: Wrapping) -> Reduction | None:
+def first_reduction(config: TruncationConfig, wrapping: Backend) -> Reducer | None:
     """How gradients are sent while nothing is frozen; None where that is left to the wrapper."""
-    if isinstance(wrapping, Bare) or config.mode != "hard":
+    if isinstance(wrapping, SingleProcess) or config.mode != "hard":
         return None
-    if isinstance(wrapping, DataParallel) and config.compression == "none":
+    if isinstance(wrapping, DdpBackend) and config.compression == "none":
         return None
     return _register_reduction(config, wrapping)
 
 
-def _register_reduction(config: TruncationConfig, wrapping: DataParallel | Zero) -> Reduction:
+def _register_reduction(
+    config: TruncationConfig, wrapping: DdpBackend | DeepSpeedBackend
+) -> Reducer:
     """Take the place, or the places, where gradients are averaged."""
-    if isinstance(wrapping, Zero):
-        return ZeroReduction(wrapping)
-    averaging: Averaging
+    if isinstance(wrapping, DeepSpeedBackend):
+        return DeepSpeedReducer(wrapping)
+    averaging: Averager
     if config.compression == "powersgd":
-        averaging = LowRank(wrapping.process_group, config.compression_rank)
+        averaging = PowerSGD(wrapping.process_group, config.compression_rank)
     else:
         averaging = AllReduce(wrapping.process_group, _WIRE_DTYPES.get(config.compression))
-    reduction = PackedReduction(averaging, wrapping.process_group)
+    reduction = PackedReducer(averaging, wrapping.process_group)
     wrapping.model.register_comm_hook(reduction, packed_allreduce)
     return reduction
 
 
 def _frozen_weights(
-    config: TruncationConfig, network: nn.Module, stepping: Stepping, groups: Groups
+    config: TruncationConfig, network: nn.Module, stepping: OptimizerView, groups: Groups
 ) -> FrozenWeights:
     if config.mode != "hard":
         return FrozenWeights(groups.num_channels)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm_hooks.reducer import Reduction
-from ..distributed.collectives import Ranks
+from ..comm_hooks.reducer import Reducer
+from ..distributed.collectives import Communicator
 
 __all__ = ["ZeroColumns"]
 
@@ -42,7 +42,7 @@ class ZeroColumns:
         self._sent_for_good = torch.zeros_like(self.dropped)
         self._num_probes = 0
 
-    def seen(self, reduction: Reduction, ranks: Ranks, step: int) -> bool:
+    def seen(self, reduction: Reducer, ranks: Communicator, step: int) -> bool:
         """A step is over: whether further columns are to be dropped.  Collective if columns were
         probed in it."""
         if reduction.nonzero_seen is None or not reduction.num_buckets_probed:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ...distributed.collectives import Ranks
+from ...distributed.collectives import Communicator
 from ...errors import ConfigError
 from .dataset import Data
 
 __all__ = ["require_same_data"]
 
 
-def require_same_data(data: Data, num_batches: int, ranks: Ranks) -> None:
+def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None:
     """Compare what a rank would train on.  Collective.
 
     A rank with one batch less would leave the others waiting at the end of the epoch.

@@ -8,12 +8,12 @@ from typing import Any
 
 from ...errors import CheckpointError
 
-__all__ = ["Unwritten"]
+__all__ = ["FailedWrites"]
 
 logger = logging.getLogger(__name__)
 
 
-class Unwritten:
+class FailedWrites:
     """Names of what is missing or ends early, in the order in which it was lost."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...search.convergence import Finding
+from ...search.convergence import CheckRecord
 from ...search.mask import Mask
 from ...verdict import Phase, Verdict
 
@@ -35,7 +35,7 @@ class Journal:
         """In bytes."""
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def check(self, epoch: float, finding: Finding, mask: Mask, verdict: Verdict) -> None:
+    def check(self, epoch: float, finding: CheckRecord, mask: Mask, verdict: Verdict) -> None:
         self._write(
             event="check",
             epoch=epoch,

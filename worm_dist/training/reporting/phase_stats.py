@@ -10,10 +10,10 @@ from ...engine.step_hooks import Traffic
 from ...verdict import Phase
 from .result import Result
 
-__all__ = ["Tally"]
+__all__ = ["PhaseStats"]
 
 
-class Tally:
+class PhaseStats:
     """Notes it in a result, from the moment it is made.
 
     Args:

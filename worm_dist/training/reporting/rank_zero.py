@@ -11,15 +11,15 @@ from torch import Tensor
 from ...engine.engine import Engine
 from ...files import write_json
 from ...verdict import Phase, Verdict
-from ..evaluation import Score
+from ..evaluation import EvalResult
 from ..run_config import RunConfig
 from ..run_folder import JOURNAL, RESULT
 from .console import Console
-from .failed_writes import Unwritten
+from .failed_writes import FailedWrites
 from .journal import Journal
 from .reporter import Report
 from .result import Result
-from .tensorboard import Board
+from .tensorboard import TensorBoardLog
 
 __all__ = ["RankZeroReport"]
 
@@ -42,14 +42,14 @@ class RankZeroReport(Report):
         self,
         folder: Path,
         config: RunConfig,
-        unwritten: Unwritten,
+        unwritten: FailedWrites,
         written: Mapping[str, int] | None = None,
     ) -> None:
         self._folder = folder
         self._config = config
         self._unwritten = unwritten
         self._console = Console()
-        self._board = Board(folder, None if written is None else written["step"] + 1)
+        self._board = TensorBoardLog(folder, None if written is None else written["step"] + 1)
         size = 0 if written is None else written["journal"]
         self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
         self._loss = float("nan")
@@ -82,7 +82,7 @@ class RankZeroReport(Report):
         self._loss, self._images_per_second = loss, images_per_second
         self._board.scalars(step, {"train/images_per_second": images_per_second})
 
-    def epoch(self, epoch: int, engine: Engine, score: Score) -> None:
+    def epoch(self, epoch: int, engine: Engine, score: EvalResult) -> None:
         traffic = engine.traffic
         self._board.scalars(
             engine.step,

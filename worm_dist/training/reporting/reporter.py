@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...engine.engine import Engine
 from ...verdict import Verdict
-from ..evaluation import Score
+from ..evaluation import EvalResult
 from .result import Result
 
 __all__ = ["Report"]
@@ -24,7 +24,7 @@ class Report:
     def trained(self, step: int, loss: float, images_per_second: float) -> None:
         """The training part of an epoch is done; ``loss`` is the mean over all ranks."""
 
-    def epoch(self, epoch: int, engine: Engine, score: Score) -> None:
+    def epoch(self, epoch: int, engine: Engine, score: EvalResult) -> None:
         """An epoch is done, and tested."""
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:

@@ -25,17 +25,17 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, scalar
 
-from ...search.convergence import Finding
+from ...search.convergence import CheckRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Board"]
+__all__ = ["TensorBoardLog"]
 
 logger = logging.getLogger(__name__)
 
 
-class Board:
+class TensorBoardLog:
     """Numbers, pictures and settings of a run for TensorBoard.
 
     A run is worth more than its pictures: when the folder cannot be written any more, the board
@@ -70,7 +70,7 @@ class Board:
         """One point in the curve of each name; a slash in a name makes a group of curves."""
         self._write(step, [scalar(name, value) for name, value in values.items()])
 
-    def figures(self, step: int, findings: Sequence[Finding], settled: float) -> None:
+    def figures(self, step: int, findings: Sequence[CheckRecord], settled: float) -> None:
         """The masks, their distances to each other and the curve that decides.
 
         Takes about a second of one core.

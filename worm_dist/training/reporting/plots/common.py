@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ....search.convergence import Finding
+from ....search.convergence import CheckRecord
 
 _GREY = "#666666"
 _MOST_CHECKS = 100
@@ -21,18 +21,18 @@ _MOST_LABELS = 10
 __all__ = ["checks", "label_steps", "new_figure", "newest", "stacked", "thinned", "title"]
 
 
-def newest(findings: Sequence[Finding]) -> Sequence[Finding]:
+def newest(findings: Sequence[CheckRecord]) -> Sequence[CheckRecord]:
     if not findings:
         raise ValueError("there is nothing to draw before the first check")
     return findings[-_MOST_CHECKS:]
 
 
-def stacked(findings: Sequence[Finding]) -> NDArray[np.float32]:
+def stacked(findings: Sequence[CheckRecord]) -> NDArray[np.float32]:
     """``[checks, channels]``, 1 = kept."""
     return np.stack([f.mask.keep.numpy() for f in findings]).astype(np.float32)
 
 
-def checks(shown: Sequence[Finding], findings: Sequence[Finding]) -> str:
+def checks(shown: Sequence[CheckRecord], findings: Sequence[CheckRecord]) -> str:
     if len(shown) < len(findings):
         return f"the newest {len(shown)} of {len(findings)} checks"
     return "1 check" if len(shown) == 1 else f"{len(shown)} checks"
@@ -66,7 +66,7 @@ def title(axes: Axes, headline: str, detail: str) -> None:
     )
 
 
-def label_steps(axis: Axis, findings: Sequence[Finding]) -> None:
+def label_steps(axis: Axis, findings: Sequence[CheckRecord]) -> None:
     """The newest check's and, where there are many, those of every second, third, ... before it."""
     positions = thinned(len(findings))
     names = [f"{findings[index].step:,}" for index in positions]

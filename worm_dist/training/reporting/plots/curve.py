@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ....search.convergence import Finding
+from ....search.convergence import CheckRecord
 from .common import new_figure, newest, thinned, title
 
 # Of the palette of Okabe and Ito, which the colour-blind tell apart.
@@ -25,7 +25,7 @@ _Lines = dict[str, tuple[str, list[float | None]]]
 __all__ = ["distance_curve"]
 
 
-def distance_curve(findings: Sequence[Finding], settled: float) -> Figure:
+def distance_curve(findings: Sequence[CheckRecord], settled: float) -> Figure:
     """Mean and largest distance of each mask to the older ones in its window.
 
     Args:
@@ -108,7 +108,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> Non
         )
 
 
-def _mark_verdicts(axes: Axes, findings: Sequence[Finding]) -> None:
+def _mark_verdicts(axes: Axes, findings: Sequence[CheckRecord]) -> None:
     """Where truncation may start and where the ticket is found, each explained in the headroom."""
     elbow = next((i for i, finding in enumerate(findings, 1) if finding.elbow), None)
     settled = next((i for i, finding in enumerate(findings, 1) if finding.settled), None)
@@ -121,7 +121,7 @@ def _mark_verdicts(axes: Axes, findings: Sequence[Finding]) -> None:
 
 
 def _mark(
-    axes: Axes, word: str, check: int, findings: Sequence[Finding], colour: str, height: float
+    axes: Axes, word: str, check: int, findings: Sequence[CheckRecord], colour: str, height: float
 ) -> None:
     finding = findings[check - 1]
     late = check > len(findings) / 2

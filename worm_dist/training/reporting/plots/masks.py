@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from ....search.convergence import Finding
+from ....search.convergence import CheckRecord
 from .common import checks, label_steps, new_figure, newest, stacked, title
 
 # Of the palette of Okabe and Ito, which the colour-blind tell apart; dark against light besides.
@@ -26,7 +26,7 @@ _LONGEST_NAME = 28
 __all__ = ["mask_picture"]
 
 
-def mask_picture(findings: Sequence[Finding]) -> Figure:
+def mask_picture(findings: Sequence[CheckRecord]) -> Figure:
     """Which channel was kept (row) at which check (column); the newest 100 checks.
 
     In each group the channels are sorted by how often they were kept.  Channels that must share a
@@ -88,7 +88,7 @@ def _as_rows(kept: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.add.reduceat(kept, starts, axis=0) / sizes[:, None], dtype=np.float32)
 
 
-def _newest_distance(finding: Finding) -> str:
+def _newest_distance(finding: CheckRecord) -> str:
     if finding.distance_mean is None:
         return "no distance before the second check"
     return f"newest mean distance {finding.distance_mean:.3f}"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ....search.convergence import Finding
+from ....search.convergence import CheckRecord
 from .common import checks, label_steps, new_figure, newest, stacked, title
 
 _MOST_ANNOTATED = 12
@@ -17,7 +17,7 @@ _MOST_ANNOTATED = 12
 __all__ = ["distance_matrix"]
 
 
-def distance_matrix(findings: Sequence[Finding]) -> Figure:
+def distance_matrix(findings: Sequence[CheckRecord]) -> Figure:
     """The distance, 0 to 1, of every mask to every other; the newest 100 checks.
 
     Args:
