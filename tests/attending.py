@@ -168,7 +168,7 @@ def without_heads(
     places: dict[str, dict[int, Tensor]] = {}
     for attention in find_attentions(network)[0]:
         keep = kept[attention.module]
-        for _, positions, parameters in attention.makers:
+        for _, positions, parameters in attention.producers:
             for name, dim in parameters:
                 places.setdefault(name, {})[dim] = positions[keep].flatten().sort().values
         weight = weight_of(network, attention.reader)

@@ -20,11 +20,23 @@ hypothesis.settings.register_profile("worm_dist", deadline=None)
 hypothesis.settings.load_profile("worm_dist")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the tests marked slow")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(number, tried): the row of the table of faults")
+    config.addinivalue_line("markers", "slow(reason): left out by --fast; the reason is the cost")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            assert len(mark.args) == 1, f"{item.nodeid}: slow needs its reason"
+    if config.getoption("fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     for item in items:
         for mark in item.iter_markers("fault"):
             number, tried = mark.args

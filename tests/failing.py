@@ -22,17 +22,17 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
     "before the rehearsal": (draw, "require_cuttable", False),
     "in the rehearsal": (draw, "Rehearsal", False),
     "after the rehearsal": (draw, "_rehearse", True),
-    "before the wrapper lets go": (context.TrainingContext, "drop_gradients", False),
-    "before the optimizer is cut": (draw, "transplant", False),
-    "after the optimizer was cut": (draw, "transplant", True),
+    "before the wrapper is released": (context.TrainingContext, "drop_gradients", False),
+    "before the optimizer is cut": (draw, "transfer_state", False),
+    "after the optimizer was cut": (draw, "transfer_state", True),
     "before the network is cut": (draw, "remove_channels", False),
     "after the network was cut": (draw, "remove_channels", True),
     "before gates are folded": (draw, "_fold_gates", False),
     "after gates were folded": (draw, "_fold_gates", True),
     "before the statistics": (draw, "Statistics", False),
     "after the statistics": (draw, "Statistics", True),
-    "before the new wrapper": (context.TrainingContext, "wrapped_again", False),
-    "after the new wrapper": (context.TrainingContext, "wrapped_again", True),
+    "before the new wrapper": (context.TrainingContext, "rewrap", False),
+    "after the new wrapper": (context.TrainingContext, "rewrap", True),
 }
 """Of a draw: object, name of what is called, and whether it has been done when it raises."""
 

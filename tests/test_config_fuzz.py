@@ -25,7 +25,7 @@ from worm_dist.config import PRESETS
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.deepspeed_config import deepspeed_settings
 from worm_dist.training.optim import build_optimizer, build_schedule
-from worm_dist.training.resume_config import changes, settled
+from worm_dist.training.resume_config import changes, fixed_settings
 from worm_dist.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def _require_holds(config: RunConfig) -> None:
     """It can be written and read back, and what follows from it can be built."""
     assert RunConfig(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
     if config.distributed.backend != "deepspeed":  # whose file may not be there
-        fixed = settled(config)
+        fixed = fixed_settings(config)
         assert not changes(json.loads(json.dumps(fixed, allow_nan=False)), fixed)
     assert config.worm.search == config.search
     removal = config.truncation.removal
@@ -333,7 +333,7 @@ def test_other_settings_of_deepspeed(path: Path, data: st.DataObject) -> None:
     except ConfigError as error:
         text = str(error)
     else:
-        assert not changes(json.loads(json.dumps(settled(config))), settled(config))
+        assert not changes(json.loads(json.dumps(fixed_settings(config))), fixed_settings(config))
         passes = found.get("gradient_accumulation_steps", 1)
         assert found["train_micro_batch_size_per_gpu"] * passes * 2 == config.data.batch_size
         return

@@ -259,7 +259,7 @@ def test_a_network_without_anything_to_gate_says_so() -> None:
     class OwnAttention(nn.MultiheadAttention):
         pass
 
-    with pytest.raises(ConfigError, match=r"\n  0: OwnAttention: a class of its own"):
+    with pytest.raises(ConfigError, match=r"\n  0: OwnAttention: an unknown subclass"):
         add_gates(nn.Sequential(OwnAttention(4, 2)))
 
 

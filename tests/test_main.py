@@ -62,6 +62,7 @@ def _journal(digits: tuple[Path, str]) -> list[Any]:
     return [json.loads(line) for line in (digits[0] / "journal.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow("needs a whole run under torchrun")
 @pytest.mark.timeout(170)
 def test_the_main_job_finds_its_ticket(digits: tuple[Path, str]) -> None:
     result = _result(digits)
@@ -94,6 +95,7 @@ def test_the_main_job_finds_its_ticket(digits: tuple[Path, str]) -> None:
     )
 
 
+@pytest.mark.slow("needs a whole run under torchrun")
 def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str]) -> None:
     result, lines = _result(digits), _journal(digits)
     checks = [line for line in lines if line["event"] == "check"]
@@ -111,6 +113,7 @@ def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str
     assert phases == [("truncate", result["elbow_epoch"]), ("ticket", result["ticket_epoch"])]
 
 
+@pytest.mark.slow("needs a whole run under torchrun")
 def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]) -> None:
     shown = _board(digits)
     tags = shown.Tags()
@@ -139,6 +142,7 @@ def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]
     assert shown.PluginTagToContent("hparams")
 
 
+@pytest.mark.slow("needs a whole run under torchrun")
 def test_the_console_is_plain_where_it_is_no_terminal(digits: tuple[Path, str]) -> None:
     printed = digits[1]
     assert "\x1b" not in printed and "\r" not in printed
@@ -147,6 +151,7 @@ def test_the_console_is_plain_where_it_is_no_terminal(digits: tuple[Path, str]) 
     assert str(digits[0]) in printed.replace("\n", "").replace(" ", "")
 
 
+@pytest.mark.slow("needs a whole run under torchrun")
 @pytest.mark.timeout(60)
 def test_the_ticket_loads_in_a_fresh_process(digits: tuple[Path, str], tmp_path: Path) -> None:
     images = torch.randn(7, 1, 8, 8)
@@ -164,6 +169,7 @@ def test_the_ticket_loads_in_a_fresh_process(digits: tuple[Path, str], tmp_path:
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), network(images))
 
 
+@pytest.mark.slow("trains in a process of its own")
 @pytest.mark.timeout(90)
 def test_one_process_without_a_launcher_trains_too(tmp_path: Path) -> None:
     command = [*PYTHON, "worm_dist", "train", CONFIG, "--epochs", 1, "--preset", "dense"]
@@ -174,6 +180,7 @@ def test_one_process_without_a_launcher_trains_too(tmp_path: Path) -> None:
     assert result["parameters"]["ticket"] is result["mask_digest"] is result["elbow_epoch"] is None
 
 
+@pytest.mark.slow("trains in processes of their own")
 @pytest.mark.timeout(90)
 def test_a_second_run_puts_the_first_aside(tmp_path: Path) -> None:
     command = [*PYTHON, "worm_dist", "train", CONFIG, "--epochs=1", "--preset=dense"]
@@ -182,6 +189,7 @@ def test_a_second_run_puts_the_first_aside(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("run*/result.json"))) == 2
 
 
+@pytest.mark.slow("starts torchrun")
 @pytest.mark.timeout(120)
 @pytest.mark.fault(13, "told once, alone and under torchrun")
 def test_all_mistakes_are_told_once_by_rank_zero_with_exit_code_2(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow("trains a whole run under torchrun")
 @pytest.mark.timeout(90)
 def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"

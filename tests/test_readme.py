@@ -43,6 +43,7 @@ def _run(command: tuple[str, ...], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow("trains a whole run under torchrun")
 @pytest.mark.timeout(110)
 def test_the_loop_runs_and_leaves_a_small_network(tmp_path: Path) -> None:
     loop = next(block for block in _blocks("python") if "engine.draw()" in block)

@@ -81,7 +81,7 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
         ),
         (
             _with(torch.tensor([14]), "removal", "schedule", "waiting"),
-            "removal.schedule.waiting: these are no channels",
+            "removal.schedule.waiting: not one-dimensional channel indices",
         ),
         (_with(1, "more"), "more: Extra inputs are not permitted"),
         (_with("now", "training", "step"), "training.step: Input should be a valid integer"),
@@ -89,8 +89,8 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
         (_with(torch.ones(3), "mask"), "mask: Value error, must be a one-dimensional bool"),
         (_with(torch.ones(3) > 0, "mask"), r"mask: wanted \[14\], found \[3\]"),
         (_with(torch.ones(3) > 0, "truncation", "frozen"), r"truncation.frozen: wanted \[14\]"),
-        (_with("ticket", "phase"), "truncation: it contradicts phase ticket"),
-        (_with(None, "history"), "history: it is in the state of rank 0 alone"),
+        (_with("ticket", "phase"), "truncation: contradicts phase ticket"),
+        (_with(None, "history"), "history: missing; rank 0 must load"),
         (_with("00", "groups", "conv1"), "groups: conv1: these are not the groups"),
         (_without("groups", "conv1"), "groups: conv1: these are not the groups"),
     ],
@@ -144,7 +144,7 @@ def test_settings_of_the_draw_may_change() -> None:
 def test_an_engine_that_has_trained_takes_no_state() -> None:
     state, engine = _state(), _engine()
     _train(engine, 1)
-    with pytest.raises(ConfigError, match="this engine has been trained with"):
+    with pytest.raises(ConfigError, match="this engine has already taken steps"):
         engine.load_state_dict(state)
     engine.detach()
     with pytest.raises(ConfigError, match="detached"):
@@ -185,7 +185,7 @@ def test_inputs_that_are_not_plain_are_left_out_with_a_warning(
     with caplog.at_level(logging.WARNING, logger="worm_dist"):
         state = through_a_file(engine.state_dict())
     assert state["rank"]["inputs"] is None
-    assert "inputs that hold a Size are not in the engine's state" in caplog.text
+    assert "inputs that contain a Size are not saved in the engine's state" in caplog.text
     _engine(_Sized()).load_state_dict(state)
 
 

@@ -61,8 +61,8 @@ _HOMES = {
     "attach": ".engine.engine",
     "load_ticket": ".ticket.file",
 }
-"""Where names are from; all others are errors.  They are imported when they are asked for: torch
-takes seconds, and the command line tells a mistake in the settings without it."""
+"""Modules of public names; all others are in ``errors``.  Names are imported lazily: importing
+torch takes seconds, and the command line reports a wrong setting without it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
 ``bench``."""
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
-from .distributed.error_report import AlreadyReported, hard_exit, tell
+from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
 from .training.config_file import read_run_config
 
-_SECONDS_TO_SPEAK = 5
+_REPORT_SECONDS = 5
+"""Time for the first rank of a host to print an error of the settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,17 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             return plan(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
-    except AlreadyReported as ending:
-        return ending.exit_code
+    except AlreadyReported as error:
+        return error.exit_code
     except WormError as error:
         launcher = started_by(os.environ)
         local_rank = os.environ.get(launcher.local_rank, "0") if launcher else "0"
         if isinstance(error, ConfigError) and local_rank != "0":
-            # Every rank reads the same settings and fails alike; one voice a host is enough.  But
-            # a launcher stops all ranks when the first one ends, so that voice needs its time.  A
-            # rank that is still there afterwards failed alone, and speaks.
-            time.sleep(_SECONDS_TO_SPEAK)
-        tell(error, os.environ.get(launcher.rank) if launcher else None)
+            # Every rank reads the same settings and fails in the same way; one report per host is
+            # enough.  The launcher stops all ranks when the first one exits, so the others wait.  A
+            # rank that is still running afterwards failed alone, and reports too.
+            time.sleep(_REPORT_SECONDS)
+        print_error(error, os.environ.get(launcher.rank) if launcher else None)
         return error.exit_code
 
 
@@ -51,8 +52,8 @@ def _parse(
         description="Train a network on many GPUs and come out with a smaller one.",
         allow_abbrev=False,
     )
-    # deepspeed, and torch.distributed.launch before torchrun, put it in front of our own words.
-    # They also set LOCAL_RANK, which is what counts.
+    # deepspeed, and torch.distributed.launch before torchrun, insert it before our arguments.  They
+    # also set LOCAL_RANK, which is what is used.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
@@ -66,14 +67,16 @@ def _parse(
     train.add_argument(
         "--resume",
         default="auto",
-        help="auto (default): go on with an unfinished run in the folder; never: put it aside; or "
-        "the path of a checkpoint",
+        help="auto (default): resume an unfinished run in the folder; never: move it aside and "
+        "start anew; or the path of a checkpoint",
     )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
-    train.add_argument("--seed", help="of weights, shuffling and augmentation")
+    train.add_argument("--seed", help="the seed of weights, shuffling and augmentation")
     train.add_argument(
-        "--check", action="store_true", help="only check the settings; 0 if they are right, else 2"
+        "--check",
+        action="store_true",
+        help="only check the settings; exit code 0 if they are valid, else 2",
     )
     planner = add_parser(commands)
     bench = commands.add_parser(
@@ -125,12 +128,12 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
     if options.check:
-        print(f"{options.config}: the settings are right")
+        print(f"{options.config}: the settings are valid")
         return 0
     out = options.out or Path("runs") / config.name
     if out.name in ("", ".."):
-        raise ConfigError(f"--out: {out} holds more than a run; name a folder of the run's own")
-    # Data sets, TensorBoard and drawing take seconds to import; a typo is told before.
+        raise ConfigError(f"--out: {out} may hold more than this run; give a folder for it alone")
+    # Data sets, TensorBoard and plots take seconds to import; report a wrong setting before.
     from .training.run import run
 
     return run(config, out, options.resume)

@@ -43,13 +43,14 @@ __all__ = [
 ]
 
 _NOW_CALLED: Mapping[str, str] = {
+    "search.floor": "is called search.min_keep_ratio now",
     "search.score": "is called search.importance now, and its 'scale' is 'auto'",
     "truncation.motion": "is called truncation.frozen_weights now, and its 'fade' is 'remove'",
     "truncation.fade": "channels leave one after another now; give truncation.removal.duration",
     "truncation.channels": "is gone; channels that were dropped for longest leave first",
     "ticket.settle": "is gone; the ticket is drawn when the last dropped channel is zero",
 }
-"""Settings that there were, and what to say of each."""
+"""Former settings, with the message for each."""
 
 _LONGEST_TEXT, _LONGEST_KEY, _LONGEST_NUMBER = 1500, 100, 30
 _SHORT = reprlib.Repr()
@@ -73,9 +74,10 @@ DurationField = Annotated[
 ]
 
 Count = Annotated[int, Field(le=2**31 - 1)]
-"""Of whatever is counted.  Much of what counts it has 32 bits."""
+"""A count that fits in 32 bits, as many of its users require."""
 Factor = Annotated[float, Field(le=1e6)]
-"""Of weights and gradients; torch refuses in the middle of a step what no float32 can hold."""
+"""A factor of weights or gradients.  Bounded, because torch raises in the middle of a step for a
+value that float32 cannot represent."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
@@ -87,7 +89,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "early-bird": {"truncation": {"mode": "off"}},
     "dense": {"search": {"enabled": False}, "truncation": {"mode": "off"}},
 }
-"""What each preset changes of the defaults.
+"""By name of each preset, the settings that differ from the defaults.
 
 ``worm``: hard truncation and gradual removal.  ``worm-paper``: the published algorithm (PMLR
 262:232-240), soft truncation of the scales once the window is full.  ``early-bird``: search only
@@ -113,7 +115,7 @@ class Settings(BaseModel):
 
 
 class ElbowConfig(Settings):
-    """When truncation may start."""
+    """The elbow rule: when truncation may start."""
 
     rule: Literal["margin", "relative", "kneedle"] = "margin"
     """``margin``: mean distance below ``search.settled + margin`` (the paper's).  ``relative``:
@@ -125,34 +127,35 @@ class ElbowConfig(Settings):
 
 
 class SearchConfig(Settings):
-    """Which channels matter, and when that is known."""
+    """The search: how channels are ranked and masked, and when the masks have settled."""
 
     enabled: bool = True
     importance: Literal["auto", "norm_scale", "gate", "weight_norm"] = "auto"
-    """What ranks channels: the scales that there are, of norms and gates, and in a network that has
-    neither the weights that make a channel; only scales of norms; only gates; or only weights.
-    ``attach`` takes a score of your own."""
+    """What ranks channels.  ``auto``: the scales of norms and gates, or the norms of the producing
+    weights in a network that has neither; the others: only scales of norms, only gates, or only
+    weights.  ``attach`` also takes a custom score."""
     grouping: Literal["group", "layer"] = "group"
-    """Rank channels, coupled layers together, or the scales of each norm by itself as Early-Bird
-    does: then a coupled channel is dropped only where all its norms drop it."""
+    """``group``: rank channels, coupled layers together.  ``layer``: rank the scales of each norm
+    separately, as Early-Bird does; then a coupled channel is dropped only if all its norms drop
+    it."""
     coupling: Literal["mean", "max", "skip"] = "mean"
-    """What counts of the scores of layers that a sum ties together; ``skip`` leaves the residual
-    stream dense, as EB Train does."""
+    """How the scores of layers coupled by a sum are combined; ``skip`` keeps the residual stream
+    dense, as EB Train does."""
     prune_ratio: float = Field(default=0.5, ge=0, lt=1)
-    """Share p of all channels that the mask drops."""
+    """Share p of all channels that the mask drops, 0 to 1."""
     threshold: Literal["global", "layer"] = "global"
-    """Whether p is of all channels together or of each group's."""
+    """Whether p is the share of all channels together, or of each group's."""
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
-    """Shares of single groups, by patterns of their names such as ``layer4.*``; layer by layer, of
-    the norms' names.  The first pattern that matches counts."""
+    """Shares for single groups, by patterns of their names such as ``layer4.*``; with grouping
+    ``layer``, of the norms' names.  The first matching pattern counts."""
     dense: list[str] = Field(default=[])
-    """Patterns of the names of modules whose channels all stay."""
-    floor: float = Field(default=0.1, ge=0, lt=1)
-    """Share of its channels that every group keeps; at least one."""
+    """Patterns of names of modules whose channels are all kept."""
+    min_keep_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Minimum share of its channels that every group keeps; at least one channel."""
     every: IntervalField = Interval(1, "ep")
-    """How often the trainer calls ``check``.  In your own loop, call it that often."""
+    """How often the trainer calls ``check``.  In a custom loop, call it equally often."""
     window: Count = Field(default=5, ge=2)
-    """Number of newest masks whose distances decide."""
+    """Number of newest masks that are compared."""
     settled: float = Field(default=0.1, gt=0, le=1)
     """The ticket is found when every distance in a full window is below this."""
     elbow: ElbowConfig = ElbowConfig()
@@ -160,77 +163,81 @@ class SearchConfig(Settings):
     """Weight of the L1 penalty on the scales."""
 
     @model_validator(mode="after")
-    def _ratio_leaves_the_floor(self) -> Self:
-        if self.prune_ratio + self.floor > 1:
+    def _ratios_fit_together(self) -> Self:
+        if self.prune_ratio + self.min_keep_ratio > 1:
             raise ValueError(
-                f"prune_ratio {self.prune_ratio:g} and floor {self.floor:g} contradict: "
-                "together they exceed 1"
+                f"prune_ratio {self.prune_ratio:g} and min_keep_ratio {self.min_keep_ratio:g} "
+                "contradict: together they exceed 1"
             )
         for pattern, ratio in self.ratios.items():
-            if ratio + self.floor > 1:
+            if ratio + self.min_keep_ratio > 1:
                 raise ValueError(
-                    f"ratios: {pattern!r} {ratio:g} and floor {self.floor:g} contradict: together "
-                    "they exceed 1"
+                    f"ratios: {pattern!r} {ratio:g} and min_keep_ratio {self.min_keep_ratio:g} "
+                    "contradict: together they exceed 1"
                 )
         if self.grouping == "layer" and self.importance == "weight_norm":
             raise ValueError(
-                "grouping 'layer' contradicts importance 'weight_norm': only scales are those of a "
-                "layer"
+                "grouping 'layer' contradicts importance 'weight_norm': it ranks the scales of "
+                "norms only"
             )
         return self
 
 
 class RemovalConfig(Settings):
-    """How dropped channels leave while the others train: gradual pruning (arXiv 1710.01878)."""
+    """How dropped channels are removed while the others train: gradual pruning (arXiv
+    1710.01878)."""
 
     schedule: Literal["gradual", "one_shot"] = "gradual"
-    """From the elbow on one after another, or all at the elbow, by the draw itself."""
+    """``gradual``: one after another, from the elbow on.  ``one_shot``: all at the elbow, by the
+    draw itself."""
     duration: DurationField = "auto"
-    """From the beginning of the first channel to the end of the last one: many at first, fewer and
-    fewer later (a cubic schedule).  ``auto`` is an epoch, but not less than 100 steps."""
+    """From the start of the first fade to the end of the last one: many channels at first, fewer
+    and fewer later (a cubic schedule).  ``auto`` is an epoch, but at least 100 steps."""
     fade_steps: Annotated[int, Field(ge=1, le=8)] = 4
-    """Optimizer steps in which the scale of a channel goes to exact zero.  The norm behind them
-    makes up for what channels lose that fade together, and the network lives on them until they are
-    zero; so long fades destroy networks."""
+    """Optimizer steps in which a channel's scale fades to exact zero.  The following norm rescales
+    channels that fade together, and the network depends on them until they are zero; so long fades
+    destroy networks."""
     stage: float = Field(default=0.25, gt=0, le=1)
     """The network is made smaller whenever this share of all dropped channels has become zero; 1
     waits for the last of them."""
     pause_above: float = Field(default=2.0, ge=1, le=1e6)
-    """No further channel begins while the training loss is above so many times its level at the
-    elbow (see ``Engine.watch``)."""
+    """No further channel begins to fade while the training loss is above this multiple of its level
+    at the elbow (see ``Engine.watch``)."""
     patience: IntervalField = Interval(1, "ep")
-    """After so long a pause no further channel leaves: what has left is the ticket."""
+    """After a pause of this length no further channel is removed: the ticket is what is left."""
 
 
 class TruncationConfig(Settings):
-    """What frozen channels stop doing."""
+    """Truncation: what is frozen of dropped channels, and what their weights do."""
 
     mode: Literal["hard", "soft", "off"] = "hard"
+    """``hard``: gradients of frozen slices are zero and are not sent.  ``soft``: gradients of their
+    scales and shifts are multiplied by ``ratio``.  ``off``: no truncation."""
     ratio: float = Field(default=0.003, ge=0, le=1)
-    """Soft mode: what remains of the gradients of a dropped channel's scale and shift."""
+    """Soft mode: factor of the gradients of a dropped channel's scale and shift."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
-    """Freeze the norm's scale and shift; also the filters that feed it; also the consumers' input
-    columns.  Soft mode knows only ``norm``."""
+    """What is frozen.  ``norm``: the norm's scale and shift; ``producer``: also the filters that
+    feed it; ``coupled``: also the consumers' input columns.  Soft mode supports only ``norm``."""
     frozen_weights: Literal["remove", "hold", "free"] = "remove"
-    """Frozen channels leave one after another, are held bit for bit, or still move by the
-    optimizer's momentum and decay and by the penalty."""
+    """Frozen channels are removed one after another, held bit for bit, or still changed by the
+    optimizer's momentum and weight decay and by the penalty."""
     removal: RemovalConfig = RemovalConfig()
     compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    """Hard mode, from ``attach`` on: round live gradients for the all-reduce, or send PowerSGD's
+    """Hard mode, from ``attach`` on: cast live gradients for the all-reduce, or send PowerSGD's
     approximation of them (arXiv 1905.13727).  torch allows one communication hook, so its own
-    compression hooks cannot stand beside the packing."""
+    compression hooks cannot be combined with the packing."""
     compression_rank: Count = Field(default=1, ge=1)
-    """PowerSGD: columns of the thin matrices that are sent for every matrix of gradients."""
+    """PowerSGD: rank of the approximation, the number of columns of P and Q."""
 
     @property
     def removes(self) -> bool:
-        """Whether dropped channels leave by themselves, before they are drawn."""
+        """Whether dropped channels fade out during training, before they are drawn."""
         return self.mode == "hard" and self.frozen_weights == "remove"
 
     @model_validator(mode="before")
     @classmethod
     def _without_freezing(cls, values: Any) -> Any:
-        """Modes that freeze nothing have one scope and one rule; ``hard`` has the defaults."""
+        """Defaults of the modes that freeze nothing: their only valid scope and policy."""
         if isinstance(values, Mapping) and values.get("mode") in ("soft", "off"):
             return {"scope": "norm", "frozen_weights": "free", **values}
         return values
@@ -246,7 +253,7 @@ class TruncationConfig(Settings):
             if self.mode != "hard" and value != only
         ]
         if self.mode != "hard" and self.compression != "none":
-            # torch's own PowerSGD hook has a state that would not fit the network after a draw.
+            # The state of torch's own PowerSGD hook would not fit the network after a draw.
             powersgd = self.compression == "powersgd"
             way = "choose mode 'hard'" if powersgd else "register torch's own communication hook"
             wrong.append(f"compression {self.compression!r} contradicts mode {self.mode!r}; {way}")
@@ -261,23 +268,23 @@ class TruncationConfig(Settings):
 
 
 class TicketConfig(Settings):
-    """What is done at once when the ticket is drawn."""
+    """What is done when the ticket is drawn."""
 
     recalibrate_batches: Count = Field(default=8, ge=0)
-    """Batches, the last ones trained on, from which BatchNorm statistics are estimated anew while
-    channels leave and at a draw; the engine keeps references to them while it searches, copies
-    where they are written to.  0 turns it off."""
+    """Number of last training batches from which BatchNorm statistics are estimated anew, while
+    channels are removed and at a draw.  The engine keeps references to them during the search, or
+    copies if they are written to.  0 turns it off."""
     recalibrate_memory_mb: Count = Field(default=256, ge=1)
-    """So many MiB may these batches take on a rank, where they are; fewer are kept if they are
-    larger, but always the last one."""
+    """Maximum memory of these batches per rank in MiB, on their device; fewer batches are kept if
+    they are larger, but always the last one."""
     round_to: Count = Field(default=8, ge=1)
-    """Groups of more than four times as many channels keep a multiple of this many, which hardware
-    likes; the search's masks are rounded so, up or down, as near to p as that allows.  1 turns it
+    """Groups of more than four times this many channels keep a multiple of it, for efficient
+    kernels; the search's masks are rounded up or down, as close to p as possible.  1 turns it
     off."""
 
 
 class WormParts(Settings):
-    """The three parts of the engine's settings; their holder reports all mistakes at once."""
+    """The three parts of the engine's settings; reports all mistakes at once."""
 
     search: SearchConfig = SearchConfig()
     truncation: TruncationConfig = TruncationConfig()
@@ -310,7 +317,7 @@ class WormConfig(WormParts):
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` on top, part by part."""
+    """``base`` updated recursively with ``changes``, as a new dict."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -321,7 +328,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _explain(error: ValidationError, valid_keys: Sequence[str]) -> Iterator[str]:
-    """One line for each mistake, as many as a reader can take in."""
+    """One line per mistake, up to ``_LONGEST_TEXT`` characters."""
     length = 0
     for number, mistake in enumerate(error.errors(include_url=False)):
         line = shortened(_line(mistake, valid_keys))
@@ -333,7 +340,7 @@ def _explain(error: ValidationError, valid_keys: Sequence[str]) -> Iterator[str]
 
 
 def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
-    """The key, what is wrong with it, what was given."""
+    """The key, what is wrong with it, and the given value."""
     key = ".".join(str(part) for part in mistake["loc"]) or "config"
     key = shortened(key if key.isprintable() else ascii(key), _LONGEST_KEY)
     if mistake["type"] == "extra_forbidden":
@@ -348,12 +355,12 @@ def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written; only the beginnings of what is long, deep or huge."""
+    """The repr of a value, shortened where it is long, deep or huge."""
     if isinstance(value, int) and abs(value) >= 10**_LONGEST_NUMBER:
         return f"a number of more than {_LONGEST_NUMBER} digits"
     return _SHORT.repr(value)
 
 
 def shortened(text: str, most: int = 400) -> str:
-    """The text, or its beginning and its end where it has more characters."""
+    """The text, or its beginning and end if it has more than ``most`` characters."""
     return text if len(text) <= most else f"{text[: most - 45]} ... {text[-40:]}"

@@ -1,7 +1,7 @@
-"""The error tree: one branch and one exit code for each kind of trouble.
+"""Errors: the exception classes, one exit code each.
 
 A message says what is wrong, where (key, layer, rank, step) and what to do about it.  The command
-line prints it without a traceback and exits with the branch's code, the same on every rank.
+line prints it without a traceback and exits with the class's code, the same on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class WormError(Exception):
-    """Whatever worm_dist refuses to do; ``exit_code`` is what the process exits with."""
+    """Base class of all errors of worm_dist; the process exits with ``exit_code``."""
 
     exit_code = 1
 
@@ -31,7 +31,7 @@ class ConfigError(WormError, ValueError):
 
 
 class CheckpointError(WormError, ValueError):
-    """A file written earlier is missing, damaged or does not belong here."""
+    """A file or state written earlier is missing, damaged or of another run."""
 
     exit_code = 3
 
@@ -55,12 +55,12 @@ class BackendError(WormError, RuntimeError):
 
 
 class CollapseError(WormError, RuntimeError):
-    """The network no longer answers, or answers no better than a constant would."""
+    """The network's output does not depend on its input, or is no better than a constant."""
 
     exit_code = 7
 
 
 class DrawError(WormError, RuntimeError):
-    """Channels cannot be removed; network, optimizer and statistics are as they were."""
+    """Channels cannot be removed; network, optimizer and statistics are unchanged."""
 
     exit_code = 8

@@ -1,4 +1,4 @@
-"""Files: writing that is seen whole or not at all."""
+"""Files: atomic writing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ __all__ = ["write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write one JSON object; a reader sees the old file or the new one, never a part.
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file to write or replace.
+        content: the JSON value.
 
     Raises:
-        ValueError: the content holds a NaN or an infinity, which JSON does not have.
+        ValueError: the content has a NaN or an infinity, which JSON does not support.
     """
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     staged = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Interval: a stretch of training, in epochs ("1ep", "0.25ep") or in optimizer steps ("200ba")."""
+"""Interval: a length of training, in epochs ("1ep", "0.25ep") or in optimizer steps ("200ba")."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHORTEST, _LONGEST = 1e-6, 1e9
 
 @dataclass(frozen=True)
 class Interval:
-    """A positive stretch of training.
+    """A positive length of training.
 
     Attributes:
-        count: how many units; whole if the unit is ``"ba"``.
+        count: number of units; whole if the unit is ``"ba"``.
         unit: ``"ep"`` for epochs, ``"ba"`` for batches, that is optimizer steps.
 
     Raises:

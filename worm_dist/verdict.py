@@ -1,4 +1,4 @@
-"""Verdict: what a check decided, the same on every rank."""
+"""Verdict: the result of a check, the same on every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Phase", "Verdict"]
 
 
 class Phase(str, Enum):
-    """Where a run is: search -> truncate -> ticket; dense if nothing is searched."""
+    """Phase of a run: search -> truncate -> ticket; dense without a search."""
 
     DENSE = "dense"
     SEARCH = "search"
@@ -30,23 +30,23 @@ _PHASES = tuple(Phase)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a check.
+    """The result of a check.
 
     Attributes:
-        phase: from now on.
-        stage: channels have left, and may be removed while others go on leaving: call
+        phase: the phase from now on.
+        stage: whether a stage may be drawn, while other channels still fade: call
             ``engine.draw()``.
-        ticket: the ticket may be drawn: call ``engine.draw()``.
-        new_mask: a mask was cut at this very check.
-        elbow: truncation starts at this very check.
-        settled: every distance in a full window is below the threshold.
-        distance_mean, distance_max: of the newest mask to the older ones in the window, 0 to 1;
-            None before the second mask.
-        generation: number of sets of slices that have been left out of the all-reduce.
-        live_fraction: elements whose gradients are still averaged, of all that train in the dense
-            network.
-        left_fraction: dropped channels that have left, of all that the mask drops.
-        paused: no further channel leaves for now, because the loss has risen.
+        ticket: whether the ticket may be drawn: call ``engine.draw()``.
+        new_mask: whether a mask was computed at this check.
+        elbow: whether truncation starts at this check.
+        settled: whether every distance in a full window is below the threshold.
+        distance_mean, distance_max: mean and largest distance of the newest mask to the older ones
+            in the window, 0 to 1; None before the second mask.
+        generation: number of freeze plans so far.
+        live_fraction: share of the dense network's trained elements whose gradients are still
+            averaged, 0 to 1.
+        left_fraction: share of the mask's dropped channels that are zero or removed, 0 to 1.
+        paused: whether the removal of further channels pauses, because the loss has risen.
     """
 
     phase: Phase
@@ -63,10 +63,10 @@ class Verdict:
     paused: bool = False
 
     SIZE: ClassVar[int] = 6
-    """Numbers in ``encode``."""
+    """Number of elements of ``encode``."""
 
     def encode(self) -> Tensor:
-        """float64 ``[SIZE]`` of what rank zero decides; the rest follows on each rank."""
+        """float64 ``[SIZE]``: the fields that rank zero decides; each rank computes the others."""
         numbers = (
             _PHASES.index(self.phase),
             self.ticket,
@@ -79,6 +79,7 @@ class Verdict:
 
     @classmethod
     def decode(cls, numbers: Tensor) -> Verdict:
+        """The verdict from ``encode``, float64 ``[SIZE]``."""
         phase, ticket, elbow, settled, mean, largest = numbers.tolist()
         return cls(
             phase=_PHASES[int(phase)],

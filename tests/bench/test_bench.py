@@ -24,13 +24,13 @@ from worm_dist.bench.report import read_panels, show, write_panels
 from worm_dist.bench.results import Panel, Row, Spread
 from worm_dist.bench.step import step
 from worm_dist.bench.variants import Step, Variant
-from worm_dist.bench.workload import Scale, alternate
+from worm_dist.bench.workload import Workload, alternate
 from worm_dist.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 NETLAB = (ROOT / "launch" / "netlab", "--rate", "unlimited", "--")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-TINY = Scale("vgg_small", "vgg_small", rounds=2)
+TINY = Workload("vgg_small", "vgg_small", rounds=2)
 
 HELD = {f"worm {percent} %": percent / 100 for percent in (100, 75, 50, 25, 10)}
 SHARES = {
@@ -49,7 +49,7 @@ SHARES = {
     "worm 50 % PowerSGD": None,
 }
 """Of the bytes of plain DDP, as far as arithmetic tells."""
-CONTENDERS = list(SHARES)
+VARIANTS = list(SHARES)
 
 
 def _call(command: Sequence[Any], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -69,20 +69,21 @@ def _spreads(row: Row) -> list[float]:
     return [*dataclasses.astuple(row.value), *dataclasses.astuple(row.ratio)]
 
 
+@pytest.mark.slow("runs a benchmark on real ranks")
 def test_frozen_rows_are_not_on_the_wire(tmp_path: Path) -> None:
     has_netlab = _call([*NETLAB, "true"], tmp_path).returncode == 0
     launcher = (*NETLAB, sys.executable) if has_netlab else TORCHRUN
     done = _call([*launcher, "-m", "worm_dist", "bench", "wire", "--quick"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
-    assert all(f"\n{name} " in done.stdout for name in CONTENDERS)
+    assert all(f"\n{name} " in done.stdout for name in VARIANTS)
     assert ("both ranks are on one host" in done.stdout) != has_netlab
 
     folder = tmp_path / "runs" / "bench-quick"
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = read_panels(folder)
     assert panel.key == "wire"
-    assert [row.name for row in panel.rows] == CONTENDERS
+    assert [row.name for row in panel.rows] == VARIANTS
     assert all(math.isfinite(value) and value > 0 for row in panel.rows for value in _spreads(row))
     for row in panel.rows:
         assert row.ideal == pytest.approx(SHARES[row.name], abs=0.01)
@@ -111,14 +112,16 @@ def _panels(ranks: Ranks, measure: Callable[[], Panel]) -> list[Panel]:
     return [outcome.value for outcome in outcomes]
 
 
-def test_every_contender_takes_its_steps(ranks: Ranks) -> None:
+@pytest.mark.slow("takes steps of every variant of a ResNet")
+def test_every_variant_takes_its_steps(ranks: Ranks) -> None:
     panel, other = _panels(ranks, _step)
     assert panel.rows == other.rows
-    assert [row.name for row in panel.rows] == CONTENDERS
+    assert [row.name for row in panel.rows] == VARIANTS
     assert all(math.isfinite(value) and value > 0 for row in panel.rows for value in _spreads(row))
     assert panel.rows[0].ratio == Spread(1, 1, 1)
 
 
+@pytest.mark.slow("checks a ResNet on real ranks")
 def test_a_check_is_three_collectives(ranks: Ranks) -> None:
     panel, _ = _panels(ranks, _overhead)
     names = ["DDP", "DDP again", "engine attached", "engine and its L1 penalty"]
@@ -130,16 +133,16 @@ def test_a_check_is_three_collectives(ranks: Ranks) -> None:
 def _slow_on_rank_one() -> tuple[int, int]:
     """Rounds with little and with much patience."""
     seconds = 0.05 * dist.get_rank()
-    contender = Variant("sleeper", lambda: None, lambda: None, None)
+    variant = Variant("sleeper", lambda: None, lambda: None, None)
 
     def measure(step: Step) -> float:
         time.sleep(seconds)
         return seconds
 
-    workload._PATIENCE = 0.25
-    (few,) = alternate([contender], 50, measure)
-    workload._PATIENCE = 60.0
-    (all_,) = alternate([contender], 10, measure)
+    workload._TIME_LIMIT = 0.25
+    (few,) = alternate([variant], 50, measure)
+    workload._TIME_LIMIT = 60.0
+    (all_,) = alternate([variant], 10, measure)
     return len(few), len(all_)
 
 

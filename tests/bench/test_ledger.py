@@ -13,10 +13,10 @@ from torch.optim import SGD
 import worm_dist
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.__main__ import main
-from worm_dist.bench.ledger.grid import grid_orders, outcome, summary
+from worm_dist.bench.ledger.grid import grid_specs, outcome, summary
 from worm_dist.bench.ledger.row import Key, Row, append, read_rows
 from worm_dist.bench.ledger.rule import RULES, triggered_at
-from worm_dist.bench.ledger.run import Order, one_rank, run
+from worm_dist.bench.ledger.run import RunSpec, one_rank, run
 from worm_dist.bench.ledger.subject import SUBJECTS
 from worm_dist.bench.ledger.table import markdown
 from worm_dist.bench.ledger.training import train
@@ -25,15 +25,16 @@ from worm_dist.models.vgg import Vgg
 
 def _cells(subject: str) -> list[Row]:
     """A part of the grid."""
-    orders = [order for order in grid_orders(quick=True) if order.subject == subject]
+    specs = [spec for spec in grid_specs(quick=True) if spec.subject == subject]
     with one_rank():
         return [
-            train(SUBJECTS[order.subject], order.rule, order.prune_ratio, order.seed, epochs=10)
-            for order in orders
-            if not order.rule.name.startswith("four epochs") and order.prune_ratio != 0.5
+            train(SUBJECTS[spec.subject], spec.rule, spec.prune_ratio, spec.seed, epochs=10)
+            for spec in specs
+            if not spec.rule.name.startswith("four epochs") and spec.prune_ratio != 0.5
         ]
 
 
+@pytest.mark.slow("trains whole runs under absurd settings")
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("subject", ["vgg, digits", "resnet, digits"])
 def test_no_removal_destroys_a_network(ranks: Ranks, subject: str) -> None:
@@ -86,6 +87,7 @@ def _digits_with_noise() -> tuple[list[float], float]:
     return means, float(right.float().mean())
 
 
+@pytest.mark.slow("trains a run of a long epoch")
 @pytest.mark.timeout(150)
 def test_an_epoch_of_781_steps_ends_with_a_network_that_has_learnt(ranks: Ranks) -> None:
     """All dropped channels faded together over an epoch, and the network lived on them until they
@@ -136,13 +138,14 @@ def test_rows_are_read_back_and_a_line_cut_short_is_not_one(tmp_path: Path) -> N
     assert read_rows(path) == rows
 
 
+@pytest.mark.slow("trains whole runs")
 @pytest.mark.timeout(150)
 def test_what_is_there_is_not_trained_again(tmp_path: Path) -> None:
-    orders = [
-        Order("vgg, digits", RULES[rule], 0.5, seed=1, epochs=4) for rule in ("dense", "one shot")
+    specs = [
+        RunSpec("vgg, digits", RULES[rule], 0.5, seed=1, epochs=4) for rule in ("dense", "one shot")
     ]
-    first = run(orders[:1], tmp_path, num_workers=1)
-    both = run(orders, tmp_path, num_workers=1)
+    first = run(specs[:1], tmp_path, num_workers=1)
+    both = run(specs, tmp_path, num_workers=1)
     assert both[0] == first[0] and [row.key.rule for row in both] == ["dense", "one shot"]
     assert both[1].ticket_epoch == 3 and both[1].run_flops < 1 > both[1].run_bytes
     assert "| one shot | 1 |" in (tmp_path / "ledger.md").read_text()

@@ -10,6 +10,8 @@ import pytest
 from tests.bench.test_bench import NETLAB, TORCHRUN, _call
 from worm_dist.bench.report import read_panels
 
+pytestmark = pytest.mark.slow("benchmarks steps under DeepSpeed")
+
 
 @pytest.mark.timeout(200)
 def test_half_of_the_rows_is_half_of_the_bytes_in_every_stage(tmp_path: Path) -> None:

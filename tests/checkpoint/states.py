@@ -13,18 +13,18 @@ from torch.optim import SGD, Adam
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.manifest import CheckpointInfo
 
-__all__ = ["about", "difference", "save", "small_state", "training_state"]
+__all__ = ["difference", "info", "save", "small_state", "training_state"]
 
 
-def about(step: int, value: float | None = None) -> CheckpointInfo:
+def info(step: int, value: float | None = None) -> CheckpointInfo:
     return CheckpointInfo(
         step=step, world_size=2, phase="search", config_digest="0" * 64, value=value
     )
 
 
-def save(shelf: CheckpointManager, step: int, value: float | None = None) -> Path:
+def save(manager: CheckpointManager, step: int, value: float | None = None) -> Path:
     """A checkpoint whose state tells its step."""
-    return shelf.save(about(step, value), {"run": small_state(step)})
+    return manager.save(info(step, value), {"run": small_state(step)})
 
 
 def small_state(seed: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.states import about, difference, small_state, training_state
+from tests.checkpoint.states import difference, info, small_state, training_state
 from worm_dist import CheckpointError
-from worm_dist.checkpoint.async_save import Background
+from worm_dist.checkpoint.async_save import AsyncSaver
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.state_file import Packed
 
@@ -20,8 +20,8 @@ SECONDS = 10
 
 
 @pytest.fixture
-def background() -> Iterator[Background]:
-    running = Background()
+def background() -> Iterator[AsyncSaver]:
+    running = AsyncSaver()
     yield running
     running.finish()
 
@@ -31,9 +31,9 @@ def _addresses(parts: Mapping[str, Packed]) -> list[int]:
 
 
 def test_training_goes_on_and_the_checkpoint_is_that_of_before(
-    tmp_path: Path, background: Background
+    tmp_path: Path, background: AsyncSaver
 ) -> None:
-    shelf, go = CheckpointManager(tmp_path), threading.Event()
+    manager, go = CheckpointManager(tmp_path), threading.Event()
     state = training_state(channels_last=True)
     wanted = training_state(channels_last=True)
     for tensor, saved in zip(_tensors(state), _tensors(wanted), strict=True):
@@ -41,16 +41,16 @@ def test_training_goes_on_and_the_checkpoint_is_that_of_before(
 
     def write(parts: Mapping[str, Packed]) -> None:
         assert go.wait(SECONDS)
-        shelf.save(about(1), parts)
+        manager.save(info(1), parts)
 
     background.save({"run": state}, write)
     with torch.no_grad():
         for tensor in _tensors(state):
             tensor.zero_()  # in place, as optimizers do
-    assert shelf.newest() is None
+    assert manager.newest() is None
     go.set()
     background.finish()
-    newest = shelf.newest()
+    newest = manager.newest()
     assert newest is not None
     assert not difference(newest.read("run"), wanted)
 
@@ -65,7 +65,7 @@ def _tensors(state: Any) -> list[torch.Tensor]:
     )
 
 
-def test_one_save_is_on_its_way_at_a_time(background: Background) -> None:
+def test_one_save_is_on_its_way_at_a_time(background: AsyncSaver) -> None:
     running, most = [], []
 
     def write(parts: Mapping[str, Packed]) -> None:
@@ -80,7 +80,7 @@ def test_one_save_is_on_its_way_at_a_time(background: Background) -> None:
     assert threading.active_count() == 1
 
 
-def test_an_error_comes_with_the_next_save_or_at_the_end_and_once(background: Background) -> None:
+def test_an_error_comes_with_the_next_save_or_at_the_end_and_once(background: AsyncSaver) -> None:
     def fail(parts: Mapping[str, Packed]) -> None:
         raise CheckpointError("disk full")
 
@@ -98,13 +98,13 @@ def test_an_error_comes_with_the_next_save_or_at_the_end_and_once(background: Ba
     assert len(written) == 1
 
 
-def test_a_state_that_cannot_be_saved_is_refused_at_once(background: Background) -> None:
+def test_a_state_that_cannot_be_saved_is_refused_at_once(background: AsyncSaver) -> None:
     with pytest.raises(CheckpointError, match="cannot be saved"):
         background.save({"run": object()}, lambda parts: None)
     background.finish()
 
 
-def test_memory_is_used_again_and_let_go_of(background: Background) -> None:
+def test_memory_is_used_again_and_let_go_of(background: AsyncSaver) -> None:
     seen: list[list[int]] = []
     states: list[Any] = [{"a": torch.ones(1000), "b": torch.ones(500)}] * 3
     states += [{"a": torch.ones(1000)}, {"a": torch.ones(10)}]  # a smaller network, a drawn one

@@ -5,11 +5,11 @@ from __future__ import annotations
 from tests.ranks import Ranks
 from worm_dist.bench.checkpoint import checkpoint
 from worm_dist.bench.results import Panel
-from worm_dist.bench.workload import Scale
+from worm_dist.bench.workload import Workload
 
 
 def _panel() -> Panel:
-    return checkpoint(Scale("vgg_small", "vgg_small", rounds=2))
+    return checkpoint(Workload("vgg_small", "vgg_small", rounds=2))
 
 
 def test_saves_are_compared_with_none(ranks: Ranks) -> None:

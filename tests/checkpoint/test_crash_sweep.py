@@ -9,29 +9,31 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.ending import Ending, ends_at
-from tests.checkpoint.states import about, difference, save, small_state
+from tests.checkpoint.states import difference, info, save, small_state
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.staging import is_leftover
 from worm_dist.files import write_json
+
+pytestmark = pytest.mark.slow("ends a save at every call to the file system")
 
 REPORT = Path("runs") / "report" / "crash_sweep.json"
 _found: dict[str, int] = {}
 
 
-def _first(shelf: CheckpointManager) -> None:
+def _first(manager: CheckpointManager) -> None:
     """Into a folder that is not there yet."""
 
 
-def _next(shelf: CheckpointManager) -> None:
+def _next(manager: CheckpointManager) -> None:
     """After it three are kept, the last two and the best, and two are removed."""
     for step, value in {1: 0.5, 2: 0.9, 3: None, 4: 0.7}.items():
-        save(shelf, step, value)
+        save(manager, step, value)
 
 
-def _again(shelf: CheckpointManager) -> None:
+def _again(manager: CheckpointManager) -> None:
     """The step is there already, from before the run was resumed."""
-    save(shelf, 4)
-    shelf.save(about(5), {"run": small_state(50)})
+    save(manager, 4)
+    manager.save(info(5), {"run": small_state(50)})
 
 
 SITUATIONS: dict[str, tuple[Callable[[CheckpointManager], None], set[int | None]]] = {
@@ -39,7 +41,7 @@ SITUATIONS: dict[str, tuple[Callable[[CheckpointManager], None], set[int | None]
     "of one more, and the oldest go": (_next, {4}),
     "of a step that is there": (_again, {50}),
 }
-"""What is on the shelf before, and which states may be found if the save is not."""
+"""What is in the folder before, and which states may be found if the save is not."""
 NEW = 5
 
 

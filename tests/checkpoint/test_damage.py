@@ -211,7 +211,7 @@ def _tensor(**changes: Any) -> bytes:
         (b'{"float": "7ff8"}', "wanted 16 hexadecimal digits"),
         (b'{"float": "x"}', "wanted 16 hexadecimal digits"),
         (_tensor(tensor="biases"), "wanted tensor 'biases', found none"),
-        (_tensor(tensor=3), "a tensor's note: tensor: "),
+        (_tensor(tensor=3), "a tensor entry: tensor: "),
         (_tensor(dtype="float31"), "dtype 'float31' is not known"),
         (_tensor(dtype="float64"), r"wanted F64 \[3, 4\], found F32 \[3, 4\]"),
         (_tensor(shape=[4, 3]), r"wanted F32 \[4, 3\], found F32 \[3, 4\]"),
@@ -224,7 +224,7 @@ def _tensor(**changes: Any) -> bytes:
         (b"[]", "found '.*' as well"),
     ],
 )
-def test_a_skeleton_that_is_not_right(path: Path, content: bytes, text: str) -> None:
+def test_a_structure_that_is_not_right(path: Path, content: bytes, text: str) -> None:
     (path / "run.json").write_bytes(content)
     _sign(path, "run.json")
     with pytest.raises(CheckpointError, match=text) as caught:
@@ -301,27 +301,27 @@ def test_sizes_must_be_ones_that_torch_can_count(path: Path) -> None:
         _load(path)
 
 
-def test_one_tensor_has_one_form(path: Path) -> None:
-    note = json.loads(_tensor())["dict"][0][1]
-    (path / "run.json").write_text(json.dumps([note, {**note, "shape": [12]}]))
+def test_entries_of_one_tensor_must_be_equal(path: Path) -> None:
+    entry = json.loads(_tensor())["dict"][0][1]
+    (path / "run.json").write_text(json.dumps([entry, {**entry, "shape": [12]}]))
     _sign(path, "run.json")
-    with pytest.raises(CheckpointError, match="wanted one form"):
+    with pytest.raises(CheckpointError, match="wanted equal entries of tensor"):
         _load(path)
 
 
 def test_what_is_too_large_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "_LARGEST", 100)
+        patch.setattr(manifest, "_MAX_BYTES", 100)
         with pytest.raises(CheckpointError, match=r"manifest\.json: wanted at most 100 bytes"):
             _load(path)
     with monkeypatch.context() as patch:
-        patch.setattr(state_file, "_LARGEST_SKELETON", 100)
+        patch.setattr(state_file, "_MAX_STRUCTURE_BYTES", 100)
         with pytest.raises(CheckpointError, match=r"run\.json: wanted at most 100 bytes"):
             _load(path)
         with pytest.raises(CheckpointError, match="make tensors of long lists"):
             state_file.pack([0] * 100)
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors_file, "_LARGEST_HEADER", 100)
+        patch.setattr(safetensors_file, "_MAX_HEADER_BYTES", 100)
         with pytest.raises(CheckpointError, match="wanted a header of at most 100 bytes"):
             _load(path)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.checkpoint.ending import in_a_fork
-from tests.checkpoint.states import about, difference, save, small_state
+from tests.checkpoint.states import difference, info, save, small_state
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.manager import CheckpointManager
 
@@ -23,11 +23,11 @@ _READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 1 << 14, 1 << 18
 _NOT_PERMITTED = 77
 
 
-def _refused(shelf: CheckpointManager, text: str) -> None:
+def _refused(manager: CheckpointManager, text: str) -> None:
     """Save what does not fit; whoever runs this sees how it ends."""
     large = {"run": {"weights": torch.zeros(500_000)}}
     with pytest.raises(CheckpointError, match=text):
-        shelf.save(about(2), large)
+        manager.save(info(2), large)
 
 
 def _is_as_before(folder: Path) -> None:
@@ -79,11 +79,11 @@ def _on_a_small_disk(folder: Path, test: Callable[[Callable[[int], None]], None]
 @pytest.mark.fault(9, "a disk that is full")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
-        shelf = CheckpointManager(tmp_path)
-        save(shelf, 1)
-        _refused(shelf, r"run\.safetensors: disk full \(No space left on device\)")
+        manager = CheckpointManager(tmp_path)
+        save(manager, 1)
+        _refused(manager, r"run\.safetensors: disk full \(No space left on device\)")
         _is_as_before(tmp_path)
-        shelf.save(about(3), {"run": {"weights": torch.zeros(50_000)}})
+        manager.save(info(3), {"run": {"weights": torch.zeros(50_000)}})
 
     _on_a_small_disk(tmp_path, full)
 
@@ -91,9 +91,9 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 @pytest.mark.fault(9, "several ranks on a disk that is full")
 def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
-        shelf = CheckpointManager(tmp_path)
-        save(shelf, 1)
-        staged = shelf.stage(2)
+        manager = CheckpointManager(tmp_path)
+        save(manager, 1)
+        staged = manager.stage(2)
         staged.write("rank-0", {"weights": torch.zeros(50_000)})
         with pytest.raises(CheckpointError, match=r"rank-1\.safetensors: disk full"):
             staged.write("rank-1", {"weights": torch.zeros(500_000)})
@@ -107,14 +107,14 @@ def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
 @pytest.mark.fault(9, "a disk that can only be read")
 def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     def read_only(remount: Callable[[int], None]) -> None:
-        shelf = CheckpointManager(tmp_path)
-        save(shelf, 1)
+        manager = CheckpointManager(tmp_path)
+        save(manager, 1)
         remount(_READ_ONLY)
         with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
-            save(shelf, 2)
+            save(manager, 2)
         with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
-            shelf.rewind(0)
-        shelf.sweep()
+            manager.rewind(0)
+        manager.sweep()
         _is_as_before(tmp_path)
 
     _on_a_small_disk(tmp_path, read_only)

@@ -17,6 +17,8 @@ from tests.mutations import fuzzed, other_bytes, other_json, other_tensors
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.manager import CheckpointManager
 
+pytestmark = pytest.mark.slow("damages and reads hundreds of checkpoints")
+
 _PLAIN: list[Any] = [
     *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, ""),
     *("x", "..", "/", "F32", "F64", "BOOL", "float32", "bool", "weights", "7ff8000000000000"),
@@ -90,7 +92,7 @@ def test_other_tensors(checkpoint: _Checkpoint, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_other_shelves(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whatever happened to newer ones, an older one is found."""
-    folder = tmp_path_factory.mktemp("shelf")
+    folder = tmp_path_factory.mktemp("checkpoints")
     template = save(CheckpointManager(folder), 1)
     for step in (2, 3):
         path = folder / f"step-{step}"

@@ -100,9 +100,9 @@ def test_a_process_of_another_user_is_alive(tmp_path: Path) -> None:
 def test_a_lock_that_names_nobody_is_not_broken(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lock, "_SECONDS_TO_WRITE", 0.1)
     (tmp_path / "run.lock").write_bytes(content)
-    with pytest.raises(ConfigError, match="one that it does not name"), run_lock(tmp_path):
+    with pytest.raises(ConfigError, match="one that the file does not name"), run_lock(tmp_path):
         pass
     assert (tmp_path / "run.lock").read_bytes() == content
 
@@ -110,7 +110,7 @@ def test_a_lock_that_names_nobody_is_not_broken(
 def test_a_holder_that_has_not_yet_written_its_name_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "_PATIENCE", 20.0)  # the machine may be busy
+    monkeypatch.setattr(lock, "_SECONDS_TO_WRITE", 20.0)  # the machine may be busy
     (tmp_path / "run.lock").touch()
 
     def late() -> None:

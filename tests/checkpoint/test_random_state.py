@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoint.states import about, difference
+from tests.checkpoint.states import difference, info
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.checkpoint import Checkpoint
 from worm_dist.checkpoint.manager import CheckpointManager
@@ -38,7 +38,7 @@ def _numbers() -> list[Any]:
 def test_through_a_checkpoint(tmp_path: Path, odd: bool) -> None:
     if odd:
         _numbers()
-    path = CheckpointManager(tmp_path).save(about(1), {"run": random_state()})
+    path = CheckpointManager(tmp_path).save(info(1), {"run": random_state()})
     wanted = [_numbers() for _ in range(3)]
     state = Checkpoint(path).read("run")
     restore_random_state(state)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.checkpoint.states import about, difference, save, small_state
+from tests.checkpoint.states import difference, info, save, small_state
 from tests.ranks import Ranks
 from worm_dist import CheckpointError, ConfigError
 from worm_dist.checkpoint.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ def _names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> CheckpointManager:
+def manager(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "checkpoints")
 
 
@@ -32,30 +32,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_nothing_is_found_where_nothing_is(shelf: CheckpointManager, folder: Path) -> None:
-    assert shelf.newest() is None
-    shelf.sweep()
-    shelf.rewind(0)
+def test_nothing_is_found_where_nothing_is(manager: CheckpointManager, folder: Path) -> None:
+    assert manager.newest() is None
+    manager.sweep()
+    manager.rewind(0)
     assert not folder.exists()
 
 
-def test_a_checkpoint_says_what_it_is(shelf: CheckpointManager) -> None:
-    path = save(shelf, 7, value=0.5)
+def test_a_checkpoint_says_what_it_is(manager: CheckpointManager) -> None:
+    path = save(manager, 7, value=0.5)
     assert path.name == "step-7"
-    found = shelf.newest()
+    found = manager.newest()
     assert found is not None and found.path == path
     assert (found.step, found.parts, found.manifest.value) == (7, ["run"], 0.5)
-    assert (
-        found.manifest.model_dump(include=set(about(7).model_dump())) == about(7, 0.5).model_dump()
-    )
+    assert found.manifest.model_dump(include=set(info(7).model_dump())) == info(7, 0.5).model_dump()
     assert found.manifest.versions.keys() == {"python", "torch", "worm_dist"}
     assert not difference(found.read("run"), small_state(7))
 
 
-def test_the_newest_is_that_of_the_highest_step(shelf: CheckpointManager) -> None:
+def test_the_newest_is_that_of_the_highest_step(manager: CheckpointManager) -> None:
     for step in (9, 100, 20):
-        save(shelf, step)
-    newest = shelf.newest()
+        save(manager, step)
+    newest = manager.newest()
     assert newest is not None and newest.step == 100
 
 
@@ -63,68 +61,68 @@ def test_the_newest_is_that_of_the_highest_step(shelf: CheckpointManager) -> Non
     "name", ["latest", "step-", "step-9.tmp-1", "step-9x", "astep-9", "step-٩"]
 )
 def test_what_is_not_called_a_checkpoint_is_not_looked_at(
-    shelf: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture, name: str
+    manager: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    save(shelf, 3).rename(folder / name)
-    save(shelf, 2)
+    save(manager, 3).rename(folder / name)
+    save(manager, 2)
     (folder / "latest.txt").write_text("step-9")
-    newest = shelf.newest()
+    newest = manager.newest()
     assert newest is not None and newest.step == 2
     assert not caplog.records
 
 
 @pytest.mark.fault(7, "damaged ones are passed over")
 def test_damaged_ones_are_passed_over_with_a_warning(
-    shelf: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture
+    manager: CheckpointManager, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
-        save(shelf, step)
+        save(manager, step)
     (folder / "step-2" / "run.json").unlink()
     (folder / "step-3").mkdir()
     (folder / "step-4").write_text("not a folder")
     (folder / "step-5").symlink_to("nowhere")
-    newest = shelf.newest()
+    newest = manager.newest()
     assert newest is not None and newest.step == 1
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(": ")[0] for text in said] == [
-        f"checkpoint step-{step} is passed over" for step in (5, 4, 3, 2)
+        f"checkpoint step-{step} is skipped" for step in (5, 4, 3, 2)
     ]
     assert "step-2/run.json: wanted this file, found none" in said[-1]
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
-def test_if_all_are_damaged_there_is_none(shelf: CheckpointManager, folder: Path) -> None:
-    save(shelf, 1)
+def test_if_all_are_damaged_there_is_none(manager: CheckpointManager, folder: Path) -> None:
+    save(manager, 1)
     (folder / "step-1" / "manifest.json").write_text("{}")
-    assert shelf.newest() is None
+    assert manager.newest() is None
 
 
 @pytest.mark.fault(7, "one that is named is refused")
 def test_one_that_is_named_is_opened_or_refused(
-    shelf: CheckpointManager, folder: Path, tmp_path: Path
+    manager: CheckpointManager, folder: Path, tmp_path: Path
 ) -> None:
-    path = save(shelf, 1)
+    path = save(manager, 1)
     path.rename(tmp_path / "kept under another name")
     assert CheckpointManager.open(tmp_path / "kept under another name").step == 1
     with pytest.raises(
         CheckpointError, match=r"step-1/manifest\.json: wanted this file, found none"
     ):
         CheckpointManager.open(path)
-    save(shelf, 1).rename(folder / "step-2")
+    save(manager, 1).rename(folder / "step-2")
     with pytest.raises(CheckpointError, match="step-2: wanted step 2, found step 1"):
         CheckpointManager.open(folder / "step-2")
 
 
-def test_a_part_that_is_not_there_is_named(shelf: CheckpointManager) -> None:
+def test_a_part_that_is_not_there_is_named(manager: CheckpointManager) -> None:
     with pytest.raises(CheckpointError, match=r"step-1: wanted part 'rank-1', found \['run'\]"):
-        Checkpoint(save(shelf, 1)).read("rank-1")
+        Checkpoint(save(manager, 1)).read("rank-1")
 
 
-def test_the_last_ones_and_the_best_are_kept(shelf: CheckpointManager, folder: Path) -> None:
+def test_the_last_ones_and_the_best_are_kept(manager: CheckpointManager, folder: Path) -> None:
     values = [0.1, 0.9, None, float("nan"), 0.9, 0.2, float("inf"), 0.3]
     kept = []
     for step, value in enumerate(values):
-        save(shelf, step, value)
+        save(manager, step, value)
         kept.append([int(name.removeprefix("step-")) for name in _names(folder)])
     assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
 
@@ -142,47 +140,47 @@ def test_at_least_two_are_kept(folder: Path, keep_last: int) -> None:
 
 
 def test_damaged_ones_do_not_count_among_those_that_are_kept(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
     for step in (1, 2):
-        save(shelf, step)
+        save(manager, step)
     weights = folder / "step-2" / "run.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # the same size
-    newest = shelf.newest()
+    newest = manager.newest()
     assert newest is not None and newest.step == 1
     (folder / "step-3").mkdir()
-    save(shelf, 4)
+    save(manager, 4)
     assert _names(folder) == ["step-1", "step-2", "step-3", "step-4"]
-    save(shelf, 2)  # the run comes by again
-    save(shelf, 5)
+    save(manager, 2)  # the run comes by again
+    save(manager, 5)
     assert _names(folder) == ["step-3", "step-4", "step-5"]
 
 
 def test_those_after_the_step_that_is_saved_are_left_alone(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
     for step in (10, 20, 30):
         save(CheckpointManager(folder, 3), step)
-    save(shelf, 15)
+    save(manager, 15)
     assert _names(folder) == ["step-10", "step-15", "step-20", "step-30"]
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_forgets_the_later_ones(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
     for step in (10, 20, 30):
         save(CheckpointManager(folder, 3), step)
     (folder / "step-40").mkdir()
-    shelf.rewind(10)
+    manager.rewind(10)
     assert _names(folder) == ["step-10"]
 
 
-def test_a_step_may_be_saved_again(shelf: CheckpointManager, folder: Path) -> None:
-    save(shelf, 4)
-    save(shelf, 5)
+def test_a_step_may_be_saved_again(manager: CheckpointManager, folder: Path) -> None:
+    save(manager, 4)
+    save(manager, 5)
     for seed in (50, 51):
-        shelf.save(about(5), {"run": small_state(seed)})
-        newest = shelf.newest()
+        manager.save(info(5), {"run": small_state(seed)})
+        newest = manager.newest()
         assert newest is not None and newest.step == 5
         assert not difference(newest.read("run"), small_state(seed))
         assert _names(folder) == ["step-4", "step-5"]
@@ -190,9 +188,9 @@ def test_a_step_may_be_saved_again(shelf: CheckpointManager, folder: Path) -> No
 
 @pytest.mark.parametrize("kind", ["file", "link", "empty", "full"])
 def test_whatever_has_the_name_of_the_step_gives_way(
-    shelf: CheckpointManager, folder: Path, tmp_path: Path, kind: str
+    manager: CheckpointManager, folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    save(shelf, 4)
+    save(manager, 4)
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").touch()
@@ -205,71 +203,71 @@ def test_whatever_has_the_name_of_the_step_gives_way(
         if kind == "full":
             (folder / "step-5" / "folder").mkdir()
             (folder / "step-5" / "folder" / "file").touch()
-    save(shelf, 5)
+    save(manager, 5)
     assert _names(folder) == ["step-4", "step-5"]
     assert (victim / "file").exists()
     assert CheckpointManager.open(folder / "step-5").step == 5
 
 
 def test_of_two_of_one_step_the_replaced_one_is_second(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
     """A save that replaced one was ended before it could remove it."""
-    save(shelf, 5).rename(folder / "step-05")
-    newest = shelf.newest()
+    save(manager, 5).rename(folder / "step-05")
+    newest = manager.newest()
     assert newest is not None and newest.path.name == "step-05"
-    shelf.save(about(5), {"run": small_state(50)})
+    manager.save(info(5), {"run": small_state(50)})
     assert _names(folder) == ["step-5"]
-    newest = shelf.newest()
+    newest = manager.newest()
     assert newest is not None and newest.path.name == "step-5"
 
 
 @pytest.mark.fault(6, "what is unfinished is swept")
 def test_what_is_unfinished_is_swept_and_nothing_else(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
-    save(shelf, 1)
-    left = shelf.stage(2)
+    save(manager, 1)
+    left = manager.stage(2)
     left.write("run", small_state(2))
     (folder / "step-3.tmp-file").touch()
     (folder / "step-3.tmp-link").symlink_to(folder / "step-1")
     (folder / "notes.tmp-1").touch()
-    shelf.sweep()
+    manager.sweep()
     assert _names(folder) == ["notes.tmp-1", "step-1"]
     assert CheckpointManager.open(folder / "step-1").step == 1
 
 
 def test_a_state_that_cannot_be_saved_leaves_nothing(
-    shelf: CheckpointManager, folder: Path
+    manager: CheckpointManager, folder: Path
 ) -> None:
-    save(shelf, 1)
+    save(manager, 1)
     with pytest.raises(CheckpointError, match="cannot be saved"):
-        shelf.save(about(2), {"run": small_state(2), "rest": object()})
+        manager.save(info(2), {"run": small_state(2), "rest": object()})
     assert _names(folder) == ["step-1"]
 
 
-def test_a_file_of_which_nobody_told_is_found_before_it_is_missed(shelf: CheckpointManager) -> None:
-    staged = shelf.stage(1)
+def test_an_unlisted_file_is_found_at_commit(manager: CheckpointManager) -> None:
+    staged = manager.stage(1)
     files = staged.write("rank-0", {})
     staged.write("rank-1", {})
     with pytest.raises(CheckpointError, match=r"wanted the files .*rank-0.* found .*rank-1"):
-        shelf.commit(staged, about(1), files)
+        manager.commit(staged, info(1), files)
 
 
 def test_a_file_that_is_on_another_hosts_disk_is_missed(
-    shelf: CheckpointManager, folder: Path, tmp_path: Path
+    manager: CheckpointManager, folder: Path, tmp_path: Path
 ) -> None:
-    staged = shelf.stage(1)
+    staged = manager.stage(1)
     files = staged.write("rank-0", {})
     elsewhere = Staged(tmp_path / "elsewhere")
     elsewhere.path.mkdir()
     files |= elsewhere.write("rank-1", {})
-    with pytest.raises(CheckpointError, match="do all ranks write to one disk"):
-        staged.commit(about(1), files)
+    with pytest.raises(CheckpointError, match="do all ranks write to the same disk"):
+        staged.commit(info(1), files)
     (staged.path / "rank-1.json").touch()
     (staged.path / "rank-1.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"rank-1.* wanted \d+ bytes, found 0"):
-        shelf.commit(staged, about(1), files)
+        manager.commit(staged, info(1), files)
     assert not _names(folder)
 
 
@@ -280,16 +278,16 @@ def test_a_rank_that_has_no_such_folder_says_so(tmp_path: Path) -> None:
 
 def _save_on_every_rank(folder: str) -> dict[str, Any]:
     """As a trainer would do it."""
-    rank, shelf = dist.get_rank(), CheckpointManager(folder)
+    rank, manager = dist.get_rank(), CheckpointManager(folder)
     state = {"rank": rank, "mine": torch.arange(5) * rank}
-    told: list[Any] = [str(shelf.stage(3).path) if rank == 0 else None]
+    told: list[Any] = [str(manager.stage(3).path) if rank == 0 else None]
     dist.broadcast_object_list(told)
     staged = Staged(told[0])
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, staged.write(f"rank-{rank}", state))
     if rank == 0:
         files = {name: seal for files in gathered for name, seal in files.items()}
-        told = [str(shelf.commit(staged, about(3), files))]
+        told = [str(manager.commit(staged, info(3), files))]
     dist.broadcast_object_list(told)
     return Checkpoint(told[0]).read(f"rank-{rank}")
 
@@ -302,9 +300,9 @@ def test_ranks_write_parts_of_their_own(ranks: Ranks, folder: Path) -> None:
 
 
 def test_a_rank_reads_its_own_part_although_another_one_is_damaged(
-    shelf: CheckpointManager,
+    manager: CheckpointManager,
 ) -> None:
-    path = shelf.save(about(1), {f"rank-{rank}": small_state(rank) for rank in range(2)})
+    path = manager.save(info(1), {f"rank-{rank}": small_state(rank) for rank in range(2)})
     weights = path / "rank-1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     checkpoint = Checkpoint(path)

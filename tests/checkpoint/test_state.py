@@ -182,13 +182,13 @@ def _endless() -> list[Any]:
         ({"lr": np.float64(0.1)}, r"state\.lr: a numpy\.float64"),
         ({"a": np.zeros(2)}, r"state\.a: a numpy\.ndarray"),
         ({"a": {1}}, r"state\.a: a builtins\.set"),
-        ({1.5: 0}, "keys may be strings and whole numbers"),
-        ({True: 0}, "keys may be strings and whole numbers"),
-        ({(1, 2): 0}, "keys may be strings and whole numbers"),
+        ({1.5: 0}, "keys may be strings and integers"),
+        ({True: 0}, "keys may be strings and integers"),
+        ({(1, 2): 0}, "keys may be strings and integers"),
         ({"a": torch.zeros(2).to_sparse()}, r"state\.a: .*sparse.*cannot be saved"),
         ({"a": torch.zeros(2, device="meta")}, r"state\.a: .*meta cannot be saved"),
         ({"a": nn.UninitializedParameter()}, "Uninitialized"),
-        (_endless(), "nested 100 deep"),
+        (_endless(), "nested at most 100 deep"),
     ],
 )
 def test_what_cannot_be_saved_is_named(state: Any, text: str) -> None:

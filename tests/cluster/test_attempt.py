@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from worm_dist.distributed.restart_attempt import part_of_this_attempt
+from worm_dist.distributed.restart_attempt import store_of_this_attempt
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def _written_and_read(agent: TCPStore, rank: int, delay: float, text: str) -> li
     time.sleep(delay)
     seconds = timedelta(seconds=10)
     store = TCPStore("127.0.0.1", agent.port, is_master=False, timeout=seconds)
-    part = part_of_this_attempt(store, rank, world_size=3, timeout_seconds=10)
+    part = store_of_this_attempt(store, rank, world_size=3, timeout_seconds=10)
     part.set(f"address/{rank}", text)
     return [part.get(f"address/{other}").decode() for other in range(3)]
 
@@ -61,4 +61,4 @@ def test_a_rank_zero_that_never_answers_is_told(agent: TCPStore) -> None:
     agent.set("worm_dist/attempt", "old")
     agent.set("old/all", '["of the attempt before"]')
     with pytest.raises(RuntimeError, match=r"rank zero did not answer within 0\.2 seconds"):
-        part_of_this_attempt(agent, rank=1, world_size=2, timeout_seconds=0.2)
+        store_of_this_attempt(agent, rank=1, world_size=2, timeout_seconds=0.2)

@@ -9,30 +9,30 @@ BEHIND = RankStatus(11, "step 3, the next batch", "data.py:7, read")
 BUG = RankStatus(11, "step 3, the next batch", failure=Failure("ValueError: a bug", 1))
 TYPO = RankStatus(1, "the start", failure=Failure("data.root: there is no /x", 2))
 DIFFERS = RankStatus(1, "the start", failure=Failure("the ranks differ", 4))
-CUT_OFF = RankStatus(12, "step 3, the gradients", lost="RuntimeError: closed by peer")
+CUT_OFF = RankStatus(12, "step 3, the gradients", lost_contact="RuntimeError: closed by peer")
 STOPPED = RankStatus()
 KILLED = RankStatus(gone=True)
 
 
 @pytest.mark.parametrize(
-    ("standings", "says", "exit_code"),
+    ("statuses", "says", "exit_code"),
     [
         ([AHEAD, KILLED], "step 3, the gradients: rank 1 is gone: killed", 6),
         ([KILLED, AHEAD, KILLED], "step 3, the gradients: ranks 0 and 2 are gone: killed", 6),
         ([CUT_OFF, KILLED], "step 3, the gradients: rank 1 is gone: killed", 6),
-        ([AHEAD, STOPPED], "rank 1 is there but silent: stopped, or out of reach, for 3 s; ", 6),
+        ([AHEAD, STOPPED], "rank 1 is alive but unresponsive, for 3 s: stopped, or ", 6),
         ([BEHIND, AHEAD], "rank 0 is stuck at step 3, the next batch (data.py:7, read), for ", 6),
         ([BEHIND, AHEAD, BEHIND, BEHIND], "ranks 0, 2 and 3 are stuck at step 3, the next", 6),
-        ([CUT_OFF, AHEAD], "all ranks are there, but rank 0 is cut off from another: Runt", 6),
+        ([CUT_OFF, AHEAD], "all ranks are alive, but rank 0 is cut off from another: Runt", 6),
         ([AHEAD, BUG], "rank 1 failed at step 3, the next batch: ValueError: a bug", 1),
         ([KILLED, BUG], "rank 1 failed at step 3, the next batch: ValueError: a bug", 1),
     ],
 )
-def test_whoever_is_missed_is_named(standings: list[RankStatus], says: str, exit_code: int) -> None:
-    ending = diagnose(dict(enumerate(standings)), waited_seconds=3)
-    assert ending is not None
-    assert says in ending.text and "\n" not in ending.text
-    assert ending.exit_code == exit_code
+def test_whoever_is_missed_is_named(statuses: list[RankStatus], says: str, exit_code: int) -> None:
+    report = diagnose(dict(enumerate(statuses)), waited_seconds=3)
+    assert report is not None
+    assert says in report.text and "\n" not in report.text
+    assert report.exit_code == exit_code
 
 
 @pytest.mark.parametrize("at", [AHEAD, BEHIND])
@@ -43,23 +43,23 @@ def test_ranks_that_are_all_at_the_same_place_go_on(at: RankStatus) -> None:
 
 def test_all_end_with_the_code_that_is_closest_to_the_cause() -> None:
     """The rank without data has nothing that the others could agree with."""
-    ending = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
-    assert ending is not None and ending.exit_code == 2
-    assert ending.text == (
+    report = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
+    assert report is not None and report.exit_code == 2
+    assert report.text == (
         "rank 0 failed at the start: the ranks differ; "
         "rank 1 failed at the start: data.root: there is no /x"
     )
 
 
 def test_of_ranks_with_the_same_error_one_tells_it() -> None:
-    ending = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
-    assert ending is not None
-    told = [ending.tells("the ranks differ", rank) for rank in (0, 2)]
-    assert told == [False, True]
-    assert not ending.tells("data.root: there is no /x", 1)
-    assert not ending.tells("an error that came too late", 2)
+    report = diagnose({0: DIFFERS, 1: TYPO, 2: DIFFERS})
+    assert report is not None
+    covered = [report.covers("the ranks differ", rank) for rank in (0, 2)]
+    assert covered == [False, True]
+    assert not report.covers("data.root: there is no /x", 1)
+    assert not report.covers("an error that came too late", 2)
 
 
-def test_words_say_the_whole_ending() -> None:
-    words = {"text": "gone", "exit_code": 6, "speakers": [1, 2]}
-    assert FailureReport.of_words(words) == FailureReport("gone", 6, (1, 2))
+def test_a_report_survives_the_round_trip_through_json() -> None:
+    message = {"text": "gone", "exit_code": 6, "reporting_ranks": [1, 2]}
+    assert FailureReport.from_message(message) == FailureReport("gone", 6, (1, 2))

@@ -19,15 +19,15 @@ TOKEN = "secret"
 class _Rank(threading.Thread):
     """Takes steps together with the others, until it is stopped."""
 
-    def __init__(self, number: int, line: JsonConnection, step: threading.Barrier) -> None:
+    def __init__(self, number: int, connection: JsonConnection, step: threading.Barrier) -> None:
         super().__init__(daemon=True)
         self.num_steps = 0
-        self.halt = StopCoordinator()
-        self.halt.speak_through(lambda: line.say(halt=True))
-        self._line = line
+        self.stop = StopCoordinator()
+        self.stop.notify_by(lambda: connection.send(stop_requested=True))
+        self._connection = connection
         self._step = step
         self._random = random.Random(number)
-        line.say(rank=number, token=TOKEN)
+        connection.send(rank=number, token=TOKEN)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def run(self) -> None:
@@ -36,20 +36,20 @@ class _Rank(threading.Thread):
                 self._step.wait(5)  # as an all-reduce does
                 time.sleep(0.002 * self._random.random())
                 self.num_steps += 1
-                self.halt.pass_by()
+                self.stop.pass_boundary()
         except Stopped:
             pass
 
     def _watch(self) -> None:
         while True:
-            for words in self._line.heard_within(5):
+            for message in self._connection.receive_within(5):
                 time.sleep(0.01 * self._random.random())
-                if "passed" in words:
-                    self._line.say(passed=self.halt.waits())
-                elif "halt_at" in words:
-                    self.halt.stop_at(words["halt_at"])
-                elif "end" in words:
-                    self._line.close()
+                if "hold" in message:
+                    self._connection.send(num_passed=self.stop.hold())
+                elif "stop_at" in message:
+                    self.stop.stop_at(message["stop_at"])
+                elif "all_done" in message:
+                    self._connection.close()
                     return
 
 
@@ -57,32 +57,32 @@ class _Rank(threading.Thread):
 @pytest.mark.parametrize("after_seconds", [0.0, 0.013, 0.05])
 def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    roll = MonitorServer(server, TOKEN, 3, 1.0)
-    roll.start()
+    monitor = MonitorServer(server, TOKEN, 3, 1.0)
+    monitor.start()
     step = threading.Barrier(3)
-    lines = [JsonConnection(socket.create_connection(server.getsockname())) for _ in range(3)]
-    ranks = [_Rank(number, line, step) for number, line in enumerate(lines)]
+    connections = [JsonConnection(socket.create_connection(server.getsockname())) for _ in range(3)]
+    ranks = [_Rank(number, connection, step) for number, connection in enumerate(connections)]
     for rank in ranks:
         rank.start()
     time.sleep(after_seconds)
     before = max(rank.num_steps for rank in ranks)
     for number in asked:
-        ranks[number].halt.ask()
+        ranks[number].stop.request()
     for rank in ranks:
         rank.join(5)
         assert not rank.is_alive()
     assert len({rank.num_steps for rank in ranks}) == 1
     assert ranks[0].num_steps >= before
-    for line in lines:
-        line.say(done=True)
-    roll.join(5)
-    assert not roll.is_alive()
+    for connection in connections:
+        connection.send(done=True)
+    monitor.join(5)
+    assert not monitor.is_alive()
 
 
 def test_alone_it_is_the_next_place() -> None:
-    halt = StopCoordinator()
-    halt.pass_by()
-    halt.ask()
-    assert halt.wanted
+    stop = StopCoordinator()
+    stop.pass_boundary()
+    stop.request()
+    assert stop.requested
     with pytest.raises(Stopped):
-        halt.pass_by()
+        stop.pass_boundary()

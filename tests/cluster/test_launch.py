@@ -39,23 +39,25 @@ def test_a_plain_process_is_a_world_of_one() -> None:
 
 
 def test_torchrun_says_where_a_process_is() -> None:
-    place = RankInfo(5, 8, 1, local_world_size=2, address="node7", port=29400)
-    assert RankInfo.from_environment(TORCHRUN | MEETING) == place
+    rank_info = RankInfo(5, 8, 1, local_world_size=2, address="node7", port=29400)
+    assert RankInfo.from_environment(TORCHRUN | MEETING) == rank_info
     more = {"LOCAL_WORLD_SIZE": "4"}
     assert RankInfo.from_environment(TORCHRUN | MEETING | more).local_world_size == 4
 
 
 def test_deepspeed_counts_the_ranks_of_a_host_by_another_name() -> None:
-    place = RankInfo.from_environment(TORCHRUN | MEETING | {"LOCAL_SIZE": "4"})
-    assert place.local_world_size == 4
+    rank_info = RankInfo.from_environment(TORCHRUN | MEETING | {"LOCAL_SIZE": "4"})
+    assert rank_info.local_world_size == 4
 
 
 def test_srun_says_where_a_task_is() -> None:
     """Rank zero is on the first host of the step.  ``SLURM_LAUNCH_NODE_IPADDR`` is where srun was
     called, which may be a login node that runs no task."""
     environment = SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
-    place = RankInfo(5, 7, 1, local_world_size=3, address="rack07n3", port=20000 + 16002 % 12000)
-    assert RankInfo.from_environment(environment) == place
+    rank_info = RankInfo(
+        5, 7, 1, local_world_size=3, address="rack07n3", port=20000 + 16002 % 12000
+    )
+    assert RankInfo.from_environment(environment) == rank_info
     assert RankInfo.from_environment(environment | MEETING).address == "node7"
     assert RankInfo.from_environment(environment | MEETING).port == 29400
 
@@ -191,7 +193,7 @@ def test_an_mpi_that_does_not_load_is_one_line() -> None:
 
 def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two processes and one GPU the first joined nccl, the second gloo."""
-    place = RankInfo(0, 2, 0, local_world_size=2, address="node7", port=29400)
+    rank_info = RankInfo(0, 2, 0, local_world_size=2, address="node7", port=29400)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("worm_dist.distributed.init._store", lambda *_: None)
     asked: list[str] = []
@@ -201,8 +203,8 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
         raise RuntimeError("enough")
 
     monkeypatch.setattr(dist, "init_process_group", joined)
-    says = "rank 0 of 2 could not join the others at node7:29400: enough; see"
-    with pytest.raises(BackendError, match=says), process_group(place, "auto", 5):
+    says = "rank 0 of 2 could not join the others at node7:29400: enough; check"
+    with pytest.raises(BackendError, match=says), process_group(rank_info, "auto", 5):
         pass
     assert asked == ["gloo"]
 
@@ -211,9 +213,9 @@ def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.Mon
 def test_a_port_in_use_is_named_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        place = RankInfo(0, 2, 0, address="127.0.0.1", port=port)
+        rank_info = RankInfo(0, 2, 0, address="127.0.0.1", port=port)
         says = rf"127\.0\.0\.1:{port}, the port is in use; set MASTER_PORT"
-        with pytest.raises(BackendError, match=says), process_group(place, "gloo", 5):
+        with pytest.raises(BackendError, match=says), process_group(rank_info, "gloo", 5):
             pass
 
 

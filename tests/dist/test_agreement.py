@@ -365,7 +365,7 @@ def test_a_rank_that_cannot_trace_stops_the_others_too(ranks: Ranks) -> None:
 
 def test_a_floor_that_cannot_be_kept_is_told_at_once() -> None:
     network = Plain(first=3, second=3)
-    config = WormConfig(search={"prune_ratio": 0.9, "floor": 0.1})
+    config = WormConfig(search={"prune_ratio": 0.9, "min_keep_ratio": 0.1})
     optimizer = SGD(network.parameters(), lr=0.1)
     with pytest.raises(worm_dist.ConfigError, match=r"search\.floor"):
         worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))

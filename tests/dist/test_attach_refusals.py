@@ -83,9 +83,9 @@ class _Stepper:
 _OPTIMIZERS: dict[str, tuple[Callable[[list[Tensor]], Any], str]] = {
     "Lookahead": (
         lambda ps: Lookahead(Adam(ps)),
-        "Lookahead steps by way of the Adam in its attribute '_base_optimizer'",
+        "Lookahead wraps the Adam in its attribute '_base_optimizer'",
     ),
-    "Sam": (lambda ps: Sam(ps, SGD, lr=0.1), r"Sam steps .* attach\(model, optimizer.base, ...\)"),
+    "Sam": (lambda ps: Sam(ps, SGD, lr=0.1), r"Sam wraps .* attach\(model, optimizer.base, ...\)"),
     "LBFGS": (LBFGS, "LBFGS keeps a history"),
     "none": (lambda ps: None, "give the optimizer"),
     "no optimizer": (lambda ps: _Stepper(), "_Stepper is not a torch optimizer"),

@@ -20,6 +20,8 @@ from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("trains checkpointed blocks on real ranks")
+
 _DROPPED = (0, 3, 9, 11, 17)
 
 

@@ -46,6 +46,7 @@ def _run(compiled: bool) -> tuple[list[int], list[torch.Tensor], list[int]]:
     return frames, [p.detach().clone() for p in network.parameters()], sent
 
 
+@pytest.mark.slow("compiles networks with torch.compile")
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("world_size", [NO_GROUP, 2])
 def test_no_generation_compiles_anew_and_none_is_ignored(ranks: Ranks, world_size: int) -> None:

@@ -21,6 +21,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
+pytestmark = pytest.mark.slow("trains in every context on real ranks")
+
 _CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": nullcontext,
     "inference mode": torch.inference_mode,

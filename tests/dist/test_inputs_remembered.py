@@ -19,6 +19,8 @@ from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import Engine, WormConfig
 
+pytestmark = pytest.mark.slow("trains on every form of inputs on real ranks")
+
 _DROPPED = (0, 3, 8)
 _REMEMBERED = 8
 _Feed = Callable[[Tensor], Tensor]

@@ -241,7 +241,7 @@ def _tied() -> tuple[dict[str, list[bool]], str]:
     """For each norm what is kept of a network whose scales are all one; the digest of the mask."""
     network = Residual()
     model, optimizer = DistributedDataParallel(network), SGD(network.parameters(), lr=0.1)
-    config = WormConfig(search={"prune_ratio": _RATIO, "grouping": "layer", "floor": 0.0})
+    config = WormConfig(search={"prune_ratio": _RATIO, "grouping": "layer", "min_keep_ratio": 0.0})
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     engine.check()
     assert engine.mask is not None

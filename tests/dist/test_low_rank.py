@@ -24,6 +24,8 @@ from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
+pytestmark = pytest.mark.slow("trains with PowerSGD on two and three ranks")
+
 DENSE: tuple[int, ...] = ()
 GENERATIONS = [DENSE, (0, 3, 9), (3, 4, 10, 12), (0, 1)]  # channels 0, 9, 4, ... thaw again
 DRAWN = (-1,)

@@ -19,6 +19,8 @@ from tests.settings import at_once
 from worm_dist import ConfigError, DivergenceError, WormConfig
 from worm_dist.groups.channel_groups import ChannelGroup
 
+pytestmark = pytest.mark.slow("trains with many scores on real ranks")
+
 _RATIO = 0.5
 
 

@@ -120,6 +120,7 @@ def test_live_gradients_are_bit_equal_and_bytes_are_exact(
         assert set(result["dense"]) == {4 * sum(p.numel() for p in Residual().parameters())}
 
 
+@pytest.mark.slow("trains on three and four ranks")
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_on_more_ranks_only_the_order_of_the_sum_differs(ranks: Ranks, world_size: int) -> None:
     """A ring adds in an order that depends on the place in the buffer, and packing moves places."""

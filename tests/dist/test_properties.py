@@ -19,6 +19,8 @@ from tests.ranks import Ranks
 from worm_dist import Mask, WormConfig
 from worm_dist.groups.freeze_plan import FreezePlan, Scope
 
+pytestmark = pytest.mark.slow("trains random networks on real ranks")
+
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
     "nesterov": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),

@@ -21,6 +21,8 @@ from tests.settings import at_once
 from worm_dist import Engine, Mask, WormConfig
 from worm_dist.groups.channel_groups import Groups
 
+pytestmark = pytest.mark.slow("trains layers that pause and go on, on real ranks")
+
 _DROPPED = {"a": (0, 3, 5, 6), "b": (1, 2, 7)}
 _HOLD: dict[str, Any] = {"frozen_weights": "hold"}
 

@@ -154,4 +154,4 @@ def _attach_low_rank(name: str) -> None:
 def test_power_sgd_of_them_is_refused(ranks: Ranks, name: str) -> None:
     for outcome in ranks.outcomes(2, _attach_low_rank, name):
         assert outcome.error == "BackendError"
-        assert "of which PowerSGD knows nothing" in outcome.text
+        assert "which PowerSGD does not support" in outcome.text

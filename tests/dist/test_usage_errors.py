@@ -57,14 +57,14 @@ def test_an_optimizer_that_was_made_anew_is_not_heard(steps_per_epoch: int | Non
     loop.engine.check()
     loop.optimizer = SGD(loop.network.parameters(), lr=0.1)
     loop.train(1)
-    with pytest.raises(ConfigError, match=r"no optimizer step has been heard since step 2.* SGD"):
+    with pytest.raises(ConfigError, match=r"no optimizer step has been counted since step 2.* SGD"):
         loop.engine.check()
 
 
 def test_a_check_without_a_step_since_the_last_one() -> None:
     loop = _Loop(None)
     loop.engine.check()  # before the first step
-    with pytest.raises(ConfigError, match="check: no optimizer step has been heard since step 0"):
+    with pytest.raises(ConfigError, match="check: no optimizer step has been counted since step 0"):
         loop.engine.check()
 
 
@@ -157,9 +157,9 @@ def test_a_loss_without_the_penalty_is_warned_of_once(
 @pytest.mark.parametrize(
     ("factors", "said"),
     [
-        ([0.1], "0.1 times"),
-        ([10.0], "10 times"),
-        ([0.5, 0.25], "0.75 times"),
+        ([0.1], "with factor 0.1,"),
+        ([10.0], "with factor 10,"),
+        ([0.5, 0.25], "with factor 0.75,"),
         ([1.0], ""),
         ([0.25] * 4, ""),
         ([1.0] * 3, ""),

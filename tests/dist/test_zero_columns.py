@@ -23,6 +23,8 @@ from worm_dist.backends.optimizer_view import Owners
 from worm_dist.truncation.frozen_weights import Removed
 from worm_dist.truncation.truncation import Truncation
 
+pytestmark = pytest.mark.slow("trains until fades are over, on real ranks")
+
 FADE_STEPS = 4
 NETS = {"residual": Residual, "flattening": Flattening, "separable": Separable}
 

@@ -166,7 +166,7 @@ def _plain(name: str) -> str:
 @torch.no_grad()
 def _silence(network: nn.Module, groups: Groups, mask: Mask) -> None:
     for group in groups:
-        for member in group.silencers:
+        for member in group.zeroing_members:
             for name, dim in member.parameters:
                 places = member.positions[~mask[group.name]].flatten()
                 network.get_parameter(name).index_fill_(dim, places, 0)

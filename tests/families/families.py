@@ -22,7 +22,7 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 
 _UNNORMED = "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it without"
 _LAYER_NORM = r"LayerNorm(2d)?: of all norms only BatchNorm's channels are dropped"
-_PUT_OUT = "its channels are what the network puts out"
+_IS_OUTPUT = "its channels are outputs of the network"
 _UNCALLED = "it is never called, or not as a module"
 _ALL_OR_NONE = "none of its channels can be dropped without all others"
 
@@ -103,7 +103,7 @@ OWN: Mapping[str, Family] = {
     "channel split": Family(nets.Splitting, _images(8)),
     "squeeze-and-excitation": Family(nets.Squeezing, _images(8), score="weight_norm"),
     "two inputs": Family(nets.TwoInputs, _facts),
-    "nested outputs": Family(nets.DictOutputs, _images(8), dense={"shown.1": _PUT_OUT}),
+    "nested outputs": Family(nets.DictOutputs, _images(8), dense={"shown.1": _IS_OUTPUT}),
     "1-d": Family(nets.OneDimensional, _random(2, 2, 32)),
     "3-d": Family(nets.ThreeDimensional, _random(2, 1, 4, 4, 4)),
     "a ModuleList": Family(nets.ListOfLayers, _images(8), dense={"heads.idle": _UNCALLED}),

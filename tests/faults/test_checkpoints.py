@@ -23,9 +23,11 @@ from worm_dist.checkpoint.checkpoint import Checkpoint
 from worm_dist.checkpoint.lock import run_lock
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.reporting.result import Result
-from worm_dist.training.resume_config import changes, settled
-from worm_dist.training.run_folder import own_folder
+from worm_dist.training.resume_config import changes, fixed_settings
+from worm_dist.training.run_folder import open_run_folder
 from worm_dist.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow("trains runs and goes on with them")
 
 DENSE = {"preset": "dense", "epochs": 2}
 NEWEST, OLDER = 7, 6
@@ -113,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_by_name_refused(
     assert refused.error == "CheckpointError" and file in refused.text
     step, told = _gone_on(ranks, out)
     assert step == OLDER
-    assert any(f"checkpoint step-{NEWEST} is passed over: " in line for line in told)
+    assert any(f"checkpoint step-{NEWEST} is skipped: " in line for line in told)
 
 
 @pytest.mark.fault(6, "leftovers and a `latest` in a run's folder")
@@ -150,10 +152,12 @@ def test_a_planted_pickle_is_not_run(ranks: Ranks, out: Path, tmp_path: Path, fi
 def test_other_settings_do_not_go_on(ranks: Ranks, out: Path) -> None:
     refused = _refusal(ranks, out, str(_newest(out)), **{"optimizer.lr": 0.2})
     assert refused.error == "ConfigError"
-    assert "the settings are other ones (optimizer.lr: 0.1 -> 0.2); go on with the" in refused.text
+    assert (
+        "the config differs from the checkpoint (optimizer.lr: 0.1 -> 0.2); use the" in refused.text
+    )
     step, (told,) = _gone_on(ranks, out, **{"optimizer.lr": 0.2})
     assert step == 0
-    assert "unfinished run of other settings (optimizer.lr: 0.1 -> 0.2), which is put" in told
+    assert "unfinished run with another config (optimizer.lr: 0.1 -> 0.2); it is moved" in told
     assert len(list(out.parent.glob("run.*"))) == 1, "it is put aside, and not lost"
 
 
@@ -176,7 +180,7 @@ def test_what_may_change_and_what_may_not() -> None:
     def told(key: str, value: str) -> list[str]:
         before, after = (read_run_config(CONFIG, replaced) for replaced in ([], [(key, value)]))
         assert before != after
-        return changes(settled(before), settled(after))
+        return changes(fixed_settings(before), fixed_settings(after))
 
     may = {
         "epochs": "21",
@@ -242,7 +246,7 @@ def test_a_launcher_that_starts_again_means_its_own_run(out: Path, resume: str, 
     """It repeats the command line, and with it the words that began the run."""
     config = read_run_config(CONFIG, list(SMALL.items()))
     resume = resume if resume == "never" else str(out / "checkpoints" / resume)
-    with own_folder(out, resume, config, 1, {name: "1"}) as checkpoint:
+    with open_run_folder(out, resume, config, 1, {name: "1"}) as checkpoint:
         assert checkpoint is not None and checkpoint.step == NEWEST
 
 

@@ -55,10 +55,20 @@ def test_too_few_samples_are_refused_at_the_start(
 @pytest.mark.parametrize(
     ("part", "image", "target", "says"),
     [
-        ("train", None, 10, "sample 7 of the training split is of class 10, but there are only 10"),
-        ("train", None, -1, "sample 7 of the training split is of class -1, but there are only 10"),
-        ("train", torch.nan, None, "sample 7 of the training split has pixels that are no numbers"),
-        ("test", -torch.inf, None, "sample 7 of the test split has pixels that are no numbers"),
+        (
+            "train",
+            None,
+            10,
+            "sample 7 of the training split has class 10, but the valid classes are 0 to 9",
+        ),
+        (
+            "train",
+            None,
+            -1,
+            "sample 7 of the training split has class -1, but the valid classes are 0 to 9",
+        ),
+        ("train", torch.nan, None, "sample 7 of the training split has pixels that are not finite"),
+        ("test", -torch.inf, None, "sample 7 of the test split has pixels that are not finite"),
     ],
 )
 def test_a_sample_that_cannot_be_learned_from_is_named(

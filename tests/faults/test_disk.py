@@ -52,7 +52,7 @@ def test_results_that_are_lost_are_told_with_an_exit_code(driver: Driver) -> Non
     ends = driver(2, run)
     assert [end.exitcode for end in ends] == [3, 3]
     (line,) = ends[0].errors
-    assert f"what it came to is not in {driver.out}" in line
+    assert f"its results could not be written to {driver.out}" in line
     assert "result.json: " in line and "journal.jsonl: " in line
     assert "accuracy" in ends[0].printed, "the figures are at least on the console"
 
@@ -72,4 +72,4 @@ def test_a_folder_that_cannot_be_made_is_told_at_the_start(driver: Driver) -> No
     driver.out = driver.out.parent / "file" / "run"
     ends = driver(2, Run())
     assert [end.exitcode for end in ends] == [2, 2]
-    assert f"--out: cannot make {driver.out}: Not a directory" in ends[0].said
+    assert f"--out: cannot create {driver.out}: Not a directory" in ends[0].said

@@ -116,21 +116,21 @@ def _train_with_batches_for_three() -> str:
     if dist.get_rank() == 1:
         _push_by_one_bit(trainer)
     with pytest.raises(DivergenceError) as caught:
-        trainer.require_sound()
+        trainer.require_consistent()
     return str(caught.value)
 
 
 def _train_well() -> tuple[int, list[Tensor]]:
     """Steps, and the running means right after one."""
     trainer = small_trainer(divergence={"check_every": "1ba"})
-    real, means = trainer.require_sound, []
+    real, means = trainer.require_consistent, []
 
-    def require_sound() -> None:
+    def require_consistent() -> None:
         real()
         norms = [m for m in _network(trainer).modules() if isinstance(m, nn.BatchNorm2d)]
         means[:] = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
 
-    trainer.require_sound = require_sound  # type: ignore[method-assign]
+    trainer.require_consistent = require_consistent  # type: ignore[method-assign]
     trainer.run()
     return trainer.engine.step, means
 

@@ -17,6 +17,8 @@ from tests.faults.driver import Act, Driver, Fault, Run
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.distributed.graceful_stop import StopCoordinator
 
+pytestmark = pytest.mark.slow("stops whole runs and goes on with them")
+
 TEST = "worm_dist.training.trainer:evaluate"
 CHECK = "worm_dist.engine.engine:Engine.check"
 DRAW = "worm_dist.engine.engine:Engine.draw"
@@ -55,7 +57,7 @@ def _ask_to_stop(*signals: tuple[int, signal.Signals]) -> None:
     for pid, number in signals:
         os.kill(pid, number)
     deadline = time.monotonic() + 60
-    while not halt.wanted:
+    while not halt.requested:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

@@ -10,7 +10,9 @@ import pytest
 from tests.faults.driver import Act, Driver, Ended, Fault, Run, busy
 from worm_dist.errors import CheckpointError
 
-BATCH = "worm_dist.training.data.augmentation_rng:Replayed.__getitem__"
+pytestmark = pytest.mark.slow("waits until ranks give up; starts torchrun")
+
+BATCH = "worm_dist.training.data.augmentation_rng:SeededSamples.__getitem__"
 TEST = "worm_dist.training.trainer:evaluate"
 FINISH = "worm_dist.training.reporting.rank_zero:RankZeroReport.finish"
 BATCH_FOR = {2: {}, 3: {"data.batch_size": 18}}
@@ -67,7 +69,9 @@ def test_a_stopped_rank_is_named_in_bounded_time(
     ends = driver(world_size, Run((Fault.stop(rank, step=3),), settings))
     victim = ends.pop(rank)
     assert victim.exitcode is None, "it was there until the driver killed it"
-    _assert_all_end(ends, 6, 6, 3, "step 3, the gradients", f"rank {rank} is there but silent")
+    _assert_all_end(
+        ends, 6, 6, 3, "step 3, the gradients", f"rank {rank} is alive but unresponsive"
+    )
 
 
 @pytest.mark.fault(3, "a training thread that hangs")

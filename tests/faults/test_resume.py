@@ -23,10 +23,12 @@ from worm_dist.checkpoint.manifest import CheckpointInfo
 from worm_dist.errors import CheckpointError, ConfigError
 from worm_dist.training.checkpointer import RUN
 from worm_dist.training.config_file import read_run_config
-from worm_dist.training.resume_config import digest_of, settled
+from worm_dist.training.resume_config import digest_of, fixed_settings
 from worm_dist.training.run_config import RunConfig
-from worm_dist.training.run_folder import CHECKPOINTS, SETTINGS, own_folder
+from worm_dist.training.run_folder import CHECKPOINTS, SETTINGS, open_run_folder
 from worm_dist.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow("trains runs from many checkpoints to their end")
 
 
 def _gone_on_with(folder: Path, settings: Mapping[str, Any], steps: list[int]) -> None:
@@ -183,11 +185,11 @@ def _refusal(ranks: Ranks, world_size: int, out: Path, settings: dict[str, Any])
 def test_numbers_of_ranks_that_cannot_go_on_are_refused(ranks: Ranks, tmp_path: Path) -> None:
     _samples(ranks, 2, tmp_path / "a", 3, DENSE)
     told = _refusal(ranks, 3, tmp_path / "a", DENSE)
-    assert "batches of 16, which 3 ranks cannot share; start one of 1, 2, 4, 8, 16" in told
+    assert "batches of 16, which 3 ranks cannot share; start 1, 2, 4, 8, 16 ranks" in told
     powersgd = {**ALL_PHASES, "truncation.compression": "powersgd"}
     _samples(ranks, 2, tmp_path / "b", 3, powersgd)
     told = _refusal(ranks, 1, tmp_path / "b", powersgd)
-    assert "what PowerSGD leaves out is kept on each rank, so start 2" in told
+    assert "PowerSGD's error feedback is kept per rank, so start 2 ranks" in told
 
 
 @pytest.mark.fault(11, "ranks that cannot share the passes of a batch")
@@ -203,23 +205,23 @@ def test_what_deepspeeds_file_says_counts_and_not_where_it_is(tmp_path: Path) ->
         named = {"distributed.backend": "deepspeed", "distributed.deepspeed": str(path)}
         return read_run_config(CONFIG, list({**SMALL, **named}.items()))
 
-    settings = settled(config("a.json", 8))
+    settings = fixed_settings(config("a.json", 8))
     about = CheckpointInfo(
         step=3, world_size=2, phase="search", config_digest=digest_of(settings), value=None
     )
     CheckpointManager(out / CHECKPOINTS).save(about, {RUN: {}, SETTINGS: settings})
     with (
         pytest.raises(
-            CheckpointError, match=r"4 ranks cannot share in 8 passes each; start .* 1, 2$"
+            CheckpointError, match=r"4 ranks cannot share in 8 passes each; start 1, 2 ranks$"
         ),
-        own_folder(out, "auto", config("a.json", 8), 4),
+        open_run_folder(out, "auto", config("a.json", 8), 4),
     ):
         pass
-    with own_folder(out, "auto", config("moved.json", 8), 1) as chosen:
+    with open_run_folder(out, "auto", config("moved.json", 8), 1) as chosen:
         assert chosen is not None and chosen.step == 3
     edited = "distributed.deepspeed.gradient_accumulation_steps: 8 -> 4"
     with (
         pytest.raises(ConfigError, match=edited),
-        own_folder(out, str(chosen.path), config("a.json", 4), 2),
+        open_run_folder(out, str(chosen.path), config("a.json", 4), 2),
     ):
         pass

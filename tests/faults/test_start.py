@@ -11,6 +11,8 @@ import pytest
 from tests.faults.courses import under_zero
 from tests.faults.driver import Act, Driver, Fault, Run, busy
 
+pytestmark = pytest.mark.slow("waits for ranks that do not come")
+
 VERSIONS = "worm_dist.training.installation:versions"
 CODE = "worm_dist.training.installation:_digest"
 

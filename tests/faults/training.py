@@ -48,7 +48,10 @@ def train(
     config = read_run_config(CONFIG, [(key, str(value)) for key, value in pairs.items()])
     place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     device = torch.device("cpu")
-    with run._own(config, out, resume) as checkpoint, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        run._run_folder(config, out, resume) as checkpoint,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         code = run._train(
             config, out, checkpoint, place, device, Progress(), StopCoordinator(), heed
         )

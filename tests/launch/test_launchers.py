@@ -15,7 +15,11 @@ from worm_dist.__main__ import main
 
 OPEN_MPI = shutil.which("mpirun.openmpi")
 
-pytestmark = [needs_venv, pytest.mark.timeout(170)]
+pytestmark = [
+    pytest.mark.slow("starts launchers and whole runs"),
+    needs_venv,
+    pytest.mark.timeout(170),
+]
 
 SRUN = """#!/usr/bin/env bash
 # Two tasks on this host, with what srun tells them.
@@ -86,7 +90,7 @@ def test_what_launchers_put_in_front_is_no_setting(
     word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word, "train", str(ROOT / CONFIG), "--check"]) == 0
-    assert capsys.readouterr().out.endswith("digits.yaml: the settings are right\n")
+    assert capsys.readouterr().out.endswith("digits.yaml: the settings are valid\n")
     assert main([word, "train", "--check", str(ROOT / CONFIG), "--epochs=0"]) == 2
 
 

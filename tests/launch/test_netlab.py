@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow("makes hosts in network namespaces")
+
 NETLAB = Path(__file__).parents[2] / "launch" / "netlab"
 REFUSED = 6
 

@@ -22,7 +22,11 @@ from tests.launch.scripts import (
 )
 from tests.launch.test_netlab import REFUSED, _can_run
 
-pytestmark = [needs_venv, pytest.mark.timeout(170)]
+pytestmark = [
+    pytest.mark.slow("starts launchers and whole runs on two hosts"),
+    needs_venv,
+    pytest.mark.timeout(170),
+]
 
 
 def _worker(mark: str) -> int | None:

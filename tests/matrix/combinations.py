@@ -205,7 +205,9 @@ MASKS = (
         script=_BY_CHECKS,
         absent=_NONE_FROZEN,
     ),
-    Combination("prune_ratio .89", search={"prune_ratio": 0.89, "floor": 0.1}, script=_BY_CHECKS),
+    Combination(
+        "prune_ratio .89", search={"prune_ratio": 0.89, "min_keep_ratio": 0.1}, script=_BY_CHECKS
+    ),
     Combination("another mask every check", script=_BY_CHECKS),
     Combination(
         "a bucket without life",

@@ -16,6 +16,8 @@ from tests.matrix.findings import Findings
 from tests.matrix.run import run
 from tests.ranks import Outcome, Ranks
 
+pytestmark = pytest.mark.slow("trains every combination on real ranks")
+
 Look = Callable[[str, str], list[Findings]]
 
 

@@ -150,7 +150,7 @@ def test_the_engine_holds_bit_for_bit(name: str) -> None:
 
 def _train_by_different_masks() -> tuple[Tensor, Tensor, Tensor]:
     """Rank 0 freezes channel 0, rank 1 freezes channel 1, and nobody compares."""
-    ProcessGroupComm.require_equal = lambda self, parts, when: None  # type: ignore[method-assign]
+    ProcessGroupComm.assert_equal = lambda self, parts, when: None  # type: ignore[method-assign]
     torch.manual_seed(0)
     network = Residual()
     randomise(network, seed=3)

@@ -94,7 +94,7 @@ def test_a_name_is_planned_for_with_its_input(capsys: pytest.CaptureFixture[str]
         (("vgg_small", "--bandwidth", "1Gbit/s"), "needs both"),
         (("vgg_small", "--batch", "8"), "--batch"),
         (("vgg_small", "--ticket", "x", "--ratio", "0.5"), "--ratio"),
-        (("vgg_small", "--ticket", "nowhere"), "is it a ticket"),
+        (("vgg_small", "--ticket", "nowhere"), "is this the folder of a ticket"),
         ((DIGITS, "--world", "3", "--bandwidth", "1Gbit/s"), "not divisible by 3"),
         (("vgg_small", "--input", "3x2x2"), "does not run"),
     ],
@@ -107,7 +107,7 @@ def test_a_mistake_is_one_clear_error(words: tuple[str, ...], message: str) -> N
 def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
     """BatchNorm has no variance of a single value: one sample, shrunk to one pixel."""
     words = ("vgg_small", "--input", "3x4x4", "--world", "2", "--bandwidth", "1Gbit/s")
-    with pytest.raises(ConfigError, match="--batch: the network does not train on batches of 1"):
+    with pytest.raises(ConfigError, match="--batch: the network cannot be trained on batches of 1"):
         _plan(*words, "--batch", "1")
 
 

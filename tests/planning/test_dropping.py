@@ -35,7 +35,7 @@ def _shared(name: str, round_to: int = 1, **search: Any) -> tuple[Mask, dict[str
 @pytest.mark.parametrize("name", list(_NETWORKS))
 @pytest.mark.parametrize("ratio", [0.0, 0.29, 0.5, 0.77, 0.9])
 def test_the_share_is_exact_and_about_the_same_in_every_group(name: str, ratio: float) -> None:
-    mask, dropped = _shared(name, prune_ratio=ratio, floor=0.0)
+    mask, dropped = _shared(name, prune_ratio=ratio, min_keep_ratio=0.0)
     assert mask.num_channels - mask.num_kept == int(round(ratio * mask.num_channels, 9))
     for group, size in mask.sizes.items():
         assert abs(dropped[group] - ratio * size) <= 1
@@ -116,7 +116,7 @@ def test_a_damaged_ticket_is_refused(
 
 
 def test_what_is_no_ticket_is_refused(tmp_path: Path, groups: Groups) -> None:
-    with pytest.raises(CheckpointError, match="is it a ticket"):
+    with pytest.raises(CheckpointError, match="is this the folder of a ticket"):
         mask_of_ticket(tmp_path, groups)
     (tmp_path / "ticket.json").write_bytes(b"\xff{")
     with pytest.raises(CheckpointError, match="not a ticket"):

@@ -74,8 +74,8 @@ def _run(name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_it_is_what_the_engine_comes_to(case: str, ranks: Ranks, tmp_path: Path) -> None:
     name, config = CASES[case]
     came_to = ranks(2, _run, name, config, tmp_path / "ticket")[0]
-    subject = Target(name, SHAPE, 10, WormConfig(**config))
-    found = forecast(subject, tmp_path / "ticket", None, None)
+    target = Target(name, SHAPE, 10, WormConfig(**config))
+    found = forecast(target, tmp_path / "ticket", None, None)
     total = {stage: costs.total for stage, costs in found.costs.items()}
 
     assert found.mask.digest == came_to["digest"]
@@ -130,7 +130,7 @@ def test_heads_and_neurons_are_groups_and_what_reads_them_is_not() -> None:
     rest = found.costs["dense"].rest
     assert rest.parameters == sum(
         p.numel()
-        for name, p in found.subject.build().named_parameters()
+        for name, p in found.target.build().named_parameters()
         if "in_proj" not in name and "mlp.0" not in name
     )
 

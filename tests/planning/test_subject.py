@@ -28,16 +28,16 @@ def test_a_name_gets_the_images_it_is_made_for() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_settings_of_a_run_say_it_all_but_the_classes_in_folders(path: Path) -> None:
     classes = 1000 if path.stem == "resnet50" else None
-    subject = target_of_config(path, None, classes, None)
-    subject.build()
-    assert subject.batch_size is not None and subject.samples_per_rank(2) * 2 == subject.batch_size
+    target = target_of_config(path, None, classes, None)
+    target.build()
+    assert target.batch_size is not None and target.samples_per_rank(2) * 2 == target.batch_size
 
 
 def test_samples_are_what_the_data_are() -> None:
-    subject = target_of_config(CONFIGS / "digits.yaml", None, None, None)
+    target = target_of_config(CONFIGS / "digits.yaml", None, None, None)
     data = load_data(DataConfig())
-    assert subject.sample_shape == data.sample_shape
-    assert subject.num_classes == data.num_classes
+    assert target.sample_shape == data.sample_shape
+    assert target.num_classes == data.num_classes
 
 
 def test_classes_are_counted_where_the_folders_are(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_classes_are_counted_where_the_folders_are(tmp_path: Path) -> None:
         target_of_config(path, None, None, None)
     for name in ("cat", "dog", "eel"):
         (tmp_path / "train" / name).mkdir(parents=True)
-    subject = target_of_config(path, None, None, None)
-    assert (subject.num_classes, subject.sample_shape) == (3, (3, 64, 64))
+    target = target_of_config(path, None, None, None)
+    assert (target.num_classes, target.sample_shape) == (3, (3, 64, 64))
     assert target_of_config(path, None, 5, None).num_classes == 5
 
 
@@ -60,10 +60,10 @@ def test_a_run_without_a_search_has_nothing_to_plan(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    subject = target_of_config(CONFIGS / "digits.yaml", None, None, None)
-    assert subject.samples_per_rank(4) == 16
+    target = target_of_config(CONFIGS / "digits.yaml", None, None, None)
+    assert target.samples_per_rank(4) == 16
     with pytest.raises(ConfigError, match="64 is not divisible by 3 ranks"):
-        subject.samples_per_rank(3)
+        target.samples_per_rank(3)
 
 
 def test_deepspeed_sends_more_than_gradients(tmp_path: Path) -> None:

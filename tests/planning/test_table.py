@@ -163,14 +163,14 @@ def test_what_stays_dense_is_told_with_the_reason(deep: Forecast) -> None:
 
 
 def test_our_own_form_of_a_known_network_is_told_from_torchvisions(found: Forecast) -> None:
-    other = dataclasses.replace(found, subject=dataclasses.replace(found.subject, model="resnet18"))
+    other = dataclasses.replace(found, target=dataclasses.replace(found.target, model="resnet18"))
     assert _log(other)[0].endswith("torchvision's is torchvision/resnet18")
 
 
 def _head(**settings: Any) -> str:
     """What is said before the tables."""
-    subject = Target("vgg_small", (1, 8, 8), 10, WormConfig(**settings))
-    lines = _log(forecast(subject, None, None, None))
+    target = Target("vgg_small", (1, 8, 8), 10, WormConfig(**settings))
+    lines = _log(forecast(target, None, None, None))
     return " ".join(lines[2 : lines.index("")])
 
 
@@ -185,8 +185,8 @@ def test_the_head_says_what_share_was_asked_for_and_what_came_of_it() -> None:
 
 def _titles(name: str, **search: Any) -> list[str]:
     """The title and the headings of the table of groups."""
-    subject = Target(name, (1, 8, 8), 10, WormConfig(search=search))
-    lines = _log(forecast(subject, None, None, None))
+    target = Target(name, (1, 8, 8), 10, WormConfig(search=search))
+    lines = _log(forecast(target, None, None, None))
     start = next(n for n, line in enumerate(lines) if line.startswith("Channel groups"))
     return [lines[start], " ".join(lines[start + 1].split())]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worm_dist.planning.formatting import column, fair, listed, seconds, short, shortened
+from worm_dist.planning.formatting import column, column_widths, listed, seconds, short, shortened
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,6 @@ def test_names_in_a_column_shrink_alike_as_long_as_they_can() -> None:
 
 
 def test_room_goes_to_those_that_need_it() -> None:
-    assert fair([5, 40, 9], 30) == [5, 16, 9]
-    assert fair([20, 20, 20], 30) == [10, 10, 10]
-    assert fair([3, 4], 30) == [3, 4]
+    assert column_widths([5, 40, 9], 30) == [5, 16, 9]
+    assert column_widths([20, 20, 20], 30) == [10, 10, 10]
+    assert column_widths([3, 4], 30) == [3, 4]

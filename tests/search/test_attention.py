@@ -23,7 +23,7 @@ def test_heads_are_slices_of_parameters_that_exist(kind: str) -> None:
     for attention in attentions:
         weight = parameters[weight_of(network, attention.reader)]
         assert attention.columns.flatten().tolist() == list(range(weight.shape[1]))
-        for module, positions, sliced in attention.makers:
+        for module, positions, sliced in attention.producers:
             network.get_submodule(module)
             assert positions.dtype == torch.int64 and len(positions) == attention.num_heads
             assert sliced
@@ -36,7 +36,7 @@ def test_heads_are_slices_of_parameters_that_exist(kind: str) -> None:
 def test_a_head_of_packed_rows() -> None:
     attention = nn.MultiheadAttention(4, 2)
     ((found,), _) = find_attentions(attention)
-    ((module, positions, parameters),) = found.makers
+    ((module, positions, parameters),) = found.producers
     assert (found.module, found.num_heads, found.reader) == ("", 2, "out_proj")
     assert found.columns.tolist() == [[0, 1], [2, 3]]
     assert positions.tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
@@ -46,7 +46,7 @@ def test_a_head_of_packed_rows() -> None:
 def test_a_head_of_a_window_has_a_column_of_the_table() -> None:
     network = nn.Sequential(ShiftedWindowAttention(4, [2, 2], [0, 0], 2, qkv_bias=False))
     ((found,), _) = find_attentions(network)
-    rows, table = found.makers
+    rows, table = found.producers
     assert rows.module == "0.qkv" and rows.parameters == (("0.qkv.weight", 0),)
     assert table.module == "0" and table.parameters == (("0.relative_position_bias_table", 1),)
     assert table.positions.tolist() == [[0], [1]]
@@ -84,12 +84,15 @@ def _normed() -> nn.Module:
 @pytest.mark.parametrize(
     ("attention", "reason"),
     [
-        (OwnAttention(4, 2), "OwnAttention: a class of its own, derived from nn.MultiheadAtt"),
-        (SelfAttention(mix=nn.Linear(4, 4)), "SelfAttention: not a kind of attention that is"),
+        (OwnAttention(4, 2), "OwnAttention: an unknown subclass of nn.MultiheadAtt"),
+        (SelfAttention(mix=nn.Linear(4, 4)), "SelfAttention: not a supported kind of attention"),
         (_separate(keys=2), "several heads share their keys and values"),
         (_separate(reads=8), "at.o_proj does not read its heads side by side"),
-        (_separate(talk=nn.Linear(2, 2)), "its talk.bias, talk.weight is to each head is not"),
-        (_separate(q_norm=nn.LayerNorm(4)), "its q_norm.bias, q_norm.weight is to each head"),
+        (
+            _separate(talk=nn.Linear(2, 2)),
+            "its parameters talk.bias, talk.weight cannot be assigned",
+        ),
+        (_separate(q_norm=nn.LayerNorm(4)), "its parameters q_norm.bias, q_norm.weight cannot"),
         (_normed(), "its qkv is not a plain linear layer"),
         (SelfAttention(qkv=nn.Linear(6, 15), proj=nn.Linear(5, 6)), "15 rows are not made of 2"),
         (

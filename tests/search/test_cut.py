@@ -45,13 +45,17 @@ def _flags(draw: st.DrawFn, num_channels: int) -> list[bool]:
 
 
 def _slowly(
-    sizes: dict[str, int], scores: list[float], pools: list[Pool], floor: float, lost: list[bool]
+    sizes: dict[str, int],
+    scores: list[float],
+    pools: list[Pool],
+    floor: float,
+    irreversible: list[bool],
 ) -> tuple[list[bool], tuple[str, ...]]:
-    """The cut in plain Python: pool by pool walk up the sorted channels, the lost ones first, and
-    skip what the floor protects."""
+    """The cut in plain Python: pool by pool walk up the sorted channels, the irreversible ones
+    first, and skip what the floor protects."""
     names = list(sizes)
     channels = [(group, c) for group, size in enumerate(sizes.values()) for c in range(size)]
-    ranked = sorted((not gone, *entry) for gone, *entry in zip(lost, scores, channels))
+    ranked = sorted((not gone, *entry) for gone, *entry in zip(irreversible, scores, channels))
     dropped, spared = set(), set()
     for pool in pools:
         here = [(alive, c) for alive, _, c in ranked if names[c[0]] in pool.groups]
@@ -121,30 +125,31 @@ def test_is_the_published_rule_where_scores_differ_and_no_floor_binds(
 def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.DataObject) -> None:
     sizes, scores, ratio, floor = case
     flags = data.draw(
-        st.lists(st.booleans(), min_size=scores.numel(), max_size=scores.numel()), label="lost"
+        st.lists(st.booleans(), min_size=scores.numel(), max_size=scores.numel()),
+        label="irreversible",
     )
-    lost = torch.tensor(flags)
+    irreversible = torch.tensor(flags)
     try:
-        mask, _ = select_channels(scores, sizes, ratio, floor, lost)
+        mask, _ = select_channels(scores, sizes, ratio, floor, irreversible)
     except ConfigError:
         assume(False)
-    assert not bool((mask.keep & lost).any())
+    assert not bool((mask.keep & irreversible).any())
     num_dropped = scores.numel() - mask.num_kept
-    assert num_dropped == max(_num_dropped(ratio, scores.numel()), int(lost.sum()))
+    assert num_dropped == max(_num_dropped(ratio, scores.numel()), int(irreversible.sum()))
 
 
 @given(_pooled(), st.data())
 def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject) -> None:
-    """Ratios, floors, ties and lost channels at once; what cannot be done is refused."""
+    """Ratios, floors, ties and irreversible channels at once; what cannot be done is refused."""
     sizes, scores, pools, floor = case
-    lost = data.draw(st.composite(_flags)(scores.numel()), label="lost")
+    irreversible = data.draw(st.composite(_flags)(scores.numel()), label="irreversible")
     try:
-        expected = _slowly(sizes, scores.tolist(), pools, floor, lost)
+        expected = _slowly(sizes, scores.tolist(), pools, floor, irreversible)
     except ConfigError:
         with pytest.raises(ConfigError, match=r"^search\.floor: "):
-            select_channels(scores, sizes, pools, floor, torch.tensor(lost))
+            select_channels(scores, sizes, pools, floor, torch.tensor(irreversible))
         return
-    mask, floored = select_channels(scores, sizes, pools, floor, torch.tensor(lost))
+    mask, floored = select_channels(scores, sizes, pools, floor, torch.tensor(irreversible))
     assert (mask.keep.tolist(), floored) == expected
 
 
@@ -234,8 +239,8 @@ def test_the_pool_that_cannot_lose_its_share_is_named() -> None:
     """The other pool has channels enough, but they are not this one's to give."""
     pools = [Pool(0.1, ("large",)), Pool(0.75, ("small", "tiny"))]
     message = (
-        "search.floor: 0.5 protects so many channels of groups small and 1 more that only 3 of 6 "
-        "may be dropped, but the ratio 0.75 asks for 4; lower one of them"
+        "search.min_keep_ratio: 0.5 protects so many channels of groups small and 1 more that only "
+        "3 of 6 may be dropped, but the ratio 0.75 asks for 4; lower one of them"
     )
     with pytest.raises(ConfigError) as error:
         select_channels(torch.rand(46), {"large": 40, "small": 4, "tiny": 2}, pools, 0.5)
@@ -265,7 +270,7 @@ def test_scores_that_are_not_finite_name_their_group(bad: float, place: int, gro
 def test_the_scores_given_are_left_alone(seed: int) -> None:
     scores = torch.rand(20, generator=torch.Generator().manual_seed(seed))
     before = scores.clone()
-    select_channels(scores, {"a": 20}, 0.5, 0.1, lost=torch.arange(20) < 3)
+    select_channels(scores, {"a": 20}, 0.5, 0.1, irreversible=torch.arange(20) < 3)
     assert torch.equal(scores, before)
 
 

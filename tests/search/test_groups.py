@@ -140,7 +140,7 @@ def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
     groups = _groups(_LeftDense())
     assert [group.name for group in groups] == ["conv2", "conv4"]
     assert groups.dense == {
-        "bn1": "coupled with other (GroupNorm), which is not understood",
+        "bn1": "coupled with other (GroupNorm), which is not supported",
         "other": "GroupNorm: of all norms only BatchNorm's channels are dropped",
         "bn3": "bn3 has no scale that trains",
         "grouped": "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it "

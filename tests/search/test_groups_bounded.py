@@ -84,15 +84,13 @@ class _Rolled(nn.Module):
 def test_channels_that_wander_stay_dense() -> None:
     groups = find_drawable_groups(_Rolled(), random_images(2))
     assert groups.sizes == {"plain.conv1": 6, "plain.conv2": 8}
-    assert groups.dense == {
-        "bn": "without some of its channels the network computes something else"
-    }
+    assert groups.dense == {"bn": "without some of its channels the network computes other values"}
 
 
 def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed, so that all ranks give up at the same place."""
-    monkeypatch.setattr(dependency, "_MOST_QUESTIONS", 5)
+    monkeypatch.setattr(dependency, "_MAX_WIDTH_QUERIES", 5)
     groups = find_groups(Plain(), random_images(1))
     assert len(groups) == 0
-    gave_up = "not traced: TimeoutError: too many ways lead through it"
+    gave_up = "not traced: TimeoutError: too many paths lead through it"
     assert groups.dense[""] == groups.dense["conv1"] == gave_up

@@ -90,7 +90,7 @@ def test_a_network_that_cannot_train_on_the_example_is_looked_at_in_eval_mode() 
     assert groups.dense == {
         "bn1": "aux, which the example inputs do not reach, is 8 wide too and may use its "
         "channels; give inputs that reach it",
-        "aux_bn": "no layer that could be cut makes its channels",
+        "aux_bn": "no prunable layer produces its channels",
         "aux": "it is never called, or not as a module",
         "aux_head": "it is never called, or not as a module",
     }

@@ -14,7 +14,7 @@ def _mask(number: int) -> Mask:
 
 def _record(history: History, *numbers: int) -> None:
     for number in numbers:
-        history.record(step=len(history.findings) * 7, mask=_mask(number), floored=())
+        history.record(step=len(history.records) * 7, mask=_mask(number), floored=())
 
 
 def test_a_finding_holds_what_the_check_saw() -> None:
@@ -22,7 +22,7 @@ def test_a_finding_holds_what_the_check_saw() -> None:
     history.record(4, _mask(2), ("group",))
     history.record(8, _mask(5), ())
     history.record(12, _mask(4), ())
-    first, second, third = history.findings
+    first, second, third = history.records
     assert (first.step, first.mask, first.floored) == (4, _mask(2), ("group",))
     assert (first.distances, first.distance_mean, first.distance_max) == ((), None, None)
     assert second.distances == (0.3,)
@@ -34,8 +34,8 @@ def test_a_finding_holds_what_the_check_saw() -> None:
 def test_elbow_comes_before_settled() -> None:
     history = History(SearchConfig(window=4, settled=0.1))
     _record(history, 2, 8, 6, 6, 6, 6)
-    assert [f.elbow for f in history.findings] == [False, False, False, False, True, True]
-    assert [f.settled for f in history.findings] == [False] * 5 + [True]
+    assert [f.elbow for f in history.records] == [False, False, False, False, True, True]
+    assert [f.settled for f in history.records] == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize("rule", ["relative", "kneedle"])
@@ -43,5 +43,5 @@ def test_a_settled_mask_is_past_its_elbow_whatever_the_rule_says(rule: str) -> N
     """Masks that never moved have a flat curve, in which no rule finds an elbow."""
     history = History(SearchConfig(window=3, settled=0.1, elbow={"rule": rule}))
     _record(history, 5, 5, 5)
-    assert [f.elbow for f in history.findings] == [False, False, True]
-    assert history.findings[-1].settled
+    assert [f.elbow for f in history.records] == [False, False, True]
+    assert history.records[-1].settled

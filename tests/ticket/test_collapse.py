@@ -68,7 +68,7 @@ def _dead_on_two_ranks() -> str:
 def test_a_dead_network_is_told_on_every_rank(ranks: Ranks) -> None:
     one, other = ranks(2, _dead_on_two_ranks)
     assert one == other
-    assert one.startswith("check at step 4: the network puts out the same whatever it is given.")
+    assert one.startswith("check at step 4: the network's output no longer depends on its input.")
     assert "Nothing but zeros comes from conv2." in one
     assert "lower learning rate" in one
     assert CollapseError.exit_code == 7
@@ -84,8 +84,8 @@ def test_a_dead_branch_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> No
             _step(engine, random_images(4, seed=number))
             engine.check()
     (record,) = caplog.records
-    assert "check at step 1: nothing but zeros comes from" in record.getMessage()
-    assert "of conv1;" in record.getMessage()
+    assert "check at step 1: the remaining channels of" in record.getMessage()
+    assert "of conv1 are all zero;" in record.getMessage()
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -83,7 +83,7 @@ def test_nothing_drawn_is_nothing_to_save(tmp_path: Path) -> None:
     network = Residual()
     optimizer = SGD(network.parameters(), lr=0.05)
     engine = worm_dist.attach(network, optimizer, example_inputs=random_images(1))
-    with pytest.raises(ConfigError, match="nothing has been drawn"):
+    with pytest.raises(ConfigError, match="no ticket has been drawn"):
         engine.save_ticket(tmp_path / "ticket")
     assert not (tmp_path / "ticket").exists()
 

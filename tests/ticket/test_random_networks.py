@@ -26,13 +26,15 @@ from worm_dist.pruning import exactness
 from worm_dist.pruning.rehearsal import Rehearsal
 from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 
+pytestmark = pytest.mark.slow("draws hundreds of random networks")
+
 _NUM_PARTS, _NUM_EXAMPLES = 6, 85
 _TOLERANCE = 1e-9
 # What is drawn keeps its statistics, so it can be compared.
 _CONFIG = WormConfig(ticket=TicketConfig(recalibrate_batches=0))
 _REFUSAL = (
-    "a rehearsal on a copy fails: (without some of its channels the network (fails: |computes|puts "
-    "out)|its channels are what the network puts out)"
+    "a rehearsal on a copy fails: (without some of its channels the network (fails: |computes|"
+    "returns)|its channels are outputs of the network)"
 )
 
 

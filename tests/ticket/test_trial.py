@@ -233,7 +233,7 @@ def test_one_kind_is_not_tried_block_by_block(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_in_doubt_after_many_trials_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exactness, "_MOST_TRIALS", 0)
+    monkeypatch.setattr(exactness, "_MAX_TRIALS", 0)
     network = _Branching(_INEXACT["mean"])
     groups = find_drawable_groups(network, random_images(1), optional=True)
     assert not groups
@@ -243,7 +243,7 @@ def test_what_is_in_doubt_after_many_trials_stays_dense(monkeypatch: pytest.Monk
 def test_a_long_trial_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(exactness, "_SECONDS_IN_SILENCE", -1.0)
+    monkeypatch.setattr(exactness, "_SECONDS_BEFORE_WARNING", -1.0)
     with caplog.at_level(logging.WARNING):
         find_drawable_groups(Plain(), random_images(1))
     (line,) = caplog.messages

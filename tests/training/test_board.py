@@ -24,7 +24,7 @@ def _findings() -> tuple[CheckRecord, ...]:
     history = History(SearchConfig())
     for step in (10, 20, 30):
         history.record(step, Mask({"a": torch.arange(8) < 4}), floored=())
-    return history.findings
+    return history.records
 
 
 def _read(folder: Path) -> EventAccumulator:
@@ -135,8 +135,8 @@ def test_training_goes_on_with_one_warning_when_the_file_is_lost(
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from worm_dist.training.board import Board
-board = Board(Path(sys.argv[1]))
+from worm_dist.training.reporting.tensorboard import TensorBoardLog
+board = TensorBoardLog(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for step in range(100):
     board.scalars(step, {"loss": 1.0})

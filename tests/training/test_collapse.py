@@ -31,8 +31,8 @@ def test_a_network_that_decays_to_nothing_stops_every_rank(ranks: Ranks, preset:
 def _judged(settings: dict[str, Any]) -> list[str]:
     """What is said of a test at chance with different pasts."""
     trainer = small_trainer(**settings)
-    lost = EvalResult(0.1, 2.3, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
-    better = EvalResult(0.5, 1.6, chance=0.1, chance_loss=2.3, num_samples=360, answers=True)
+    lost = EvalResult(0.1, 2.3, chance=0.1, chance_loss=2.3, num_samples=360, output_varies=True)
+    better = EvalResult(0.5, 1.6, chance=0.1, chance_loss=2.3, num_samples=360, output_varies=True)
     said = []
     for scores, loss, drawn in (
         ((lost,), 2.3, None),  # it has not learnt yet
@@ -40,7 +40,7 @@ def _judged(settings: dict[str, Any]) -> list[str]:
         ((better, lost), 2.3, 0.5),  # right after a published draw
         ((better, lost), 2.3, None),
     ):
-        trainer._at.has_learnt, trainer.result.ticket_epoch = False, drawn
+        trainer._position.has_learnt, trainer.result.ticket_epoch = False, drawn
         try:
             for score in scores:
                 trainer._require_better_than_chance(score, loss if score is lost else 1.6)
@@ -63,12 +63,14 @@ def test_what_has_never_been_learnt_is_said_at_the_end(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "answers", "is_chance"),
+    ("accuracy", "output_varies", "is_chance"),
     [(0.10, True, True), (0.14, True, True), (0.16, True, False), (0.99, False, True)],
 )
 def test_chance_is_what_a_constant_answer_and_luck_come_to(
-    accuracy: float, answers: bool, is_chance: bool
+    accuracy: float, output_varies: bool, is_chance: bool
 ) -> None:
     """Of 360 images of ten classes."""
-    score = EvalResult(accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, answers=answers)
+    score = EvalResult(
+        accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, output_varies=output_varies
+    )
     assert score.is_chance is is_chance

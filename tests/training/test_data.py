@@ -122,7 +122,9 @@ def test_damaged_fashion_mnist_is_named(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if zipped else ""))
     for damage in (_truncate, lambda path: path.write_bytes(b"\x1f\x8b<html>not found</html>")):
         damage(path)
-        with pytest.raises(ConfigError, match=rf"^data\.root: cannot read {path}: .*get it anew$"):
+        with pytest.raises(
+            ConfigError, match=rf"^data\.root: cannot read {path}: .*get the file again$"
+        ):
             _load("fashion-mnist", tmp_path)
 
 
@@ -425,7 +427,7 @@ def test_test_shards_differ_by_one_sample_at_most(tmp_path: Path, world_size: in
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "world_size", "advice"), [(65, 4, "take 64 or 68"), (3, 4, "take 4")]
+    ("batch_size", "world_size", "advice"), [(65, 4, "use 64 or 68"), (3, 4, "use 4")]
 )
 @pytest.mark.fault(20, "a batch that the ranks cannot share")
 def test_batch_that_cannot_be_shared_out_is_refused(

@@ -39,7 +39,7 @@ class _Digests(Report):
 def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str], str, Any]]:
     """For every run the masks at its checks, a digest of its last weights, its result."""
     place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
-    os.environ.update(place.in_words_of_torchrun, MASTER_ADDR="localhost", MASTER_PORT="1")
+    os.environ.update(place.torchrun_environment, MASTER_ADDR="localhost", MASTER_PORT="1")
     warnings.simplefilter("ignore")  # of DeepSpeed's, at its import
     ends = {}
     for name, replaced in runs.items():
@@ -54,6 +54,7 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
     return ends
 
 
+@pytest.mark.slow("trains whole runs under DeepSpeed")
 @pytest.mark.timeout(300)
 def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
     short = [("epochs", "8")]
@@ -87,6 +88,7 @@ def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
         )
 
 
+@pytest.mark.slow("trains whole runs under DeepSpeed")
 @pytest.mark.timeout(200)
 def test_passes_and_bf16(ranks: Ranks, tmp_path: Path) -> None:
     """Two passes a step are one step of twice the batch; bf16 trains on fp32 copies."""
@@ -129,11 +131,11 @@ def test_the_run_completes_the_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "it is no JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected an object of settings"),
-        ('{"train_batch_size": 64}', "train_batch_size: leave it out; data.batch_size decides"),
-        ('{"optimizer": {}}', "optimizer: leave it out; optimizer decides"),
-        ('{"gradient_accumulation_steps": 3}', "cannot be shared out over 2 ranks and 3 passes"),
+        ('{"train_batch_size": 64}', "train_batch_size: remove it; data.batch_size sets it"),
+        ('{"optimizer": {}}', "optimizer: remove it; optimizer sets it"),
+        ('{"gradient_accumulation_steps": 3}', "cannot be divided over 2 ranks and 3 passes"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(tmp_path: Path, content: str, told: str) -> None:
@@ -155,10 +157,11 @@ def _refusals(path: Path, settings: list[Any]) -> list[str]:
     return said
 
 
+@pytest.mark.slow("imports DeepSpeed on every rank")
 def test_what_deepspeed_itself_refuses_is_told(ranks: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "deepspeed.json"
     for said in ranks(2, _refusals, path, [{"stage": 9}, {"stage": 1, "stagger": 2}]):
-        assert all(f"distributed.deepspeed: {path}: DeepSpeed refuses it" in each for each in said)
+        assert all(f"distributed.deepspeed: {path}: DeepSpeed rejects it" in each for each in said)
         assert "stage Input should be 0, 1, 2" in said[0]
         assert "stagger" in said[1]
 

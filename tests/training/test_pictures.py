@@ -44,7 +44,7 @@ def _findings(
         history.record(
             10 * (check + 1), Mask.from_vector(sizes, scores > scores.median()), floored=()
         )
-    return history.findings
+    return history.records
 
 
 def _pixels(figure: Figure) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_mask_picture_shows_kept_and_dropped_in_the_legends_colours() -> None:
     kept = torch.tensor([True] * 30 + [False] * 10)
     history = History(SearchConfig())
     history.record(5, Mask({"only": kept}), floored=())
-    figure = mask_picture(history.findings)
+    figure = mask_picture(history.records)
     pixels = _pixels(figure).reshape(-1, 3)
     shares = {
         patch.get_label(): (pixels == np.round(255 * np.array(to_rgb(patch.get_facecolor())))).all(
@@ -105,7 +105,7 @@ def test_mask_picture_sorts_each_group_for_itself_and_hides_no_change() -> None:
     history = History(SearchConfig())
     history.record(1, first, floored=())
     history.record(2, second, floored=())
-    (image,) = mask_picture(history.findings).axes[0].get_images()
+    (image,) = mask_picture(history.records).axes[0].get_images()
     shown = np.asarray(image.get_array())
     assert shown[:3].tolist() == [[1, 1], [1, 0], [0, 0]]
     assert sorted(shown[3:].tolist()) == [[0, 1], [1, 0]]

@@ -19,6 +19,8 @@ from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.trainer import Trainer
 from worm_dist.verdict import Verdict
 
+pytestmark = pytest.mark.slow("trains whole runs")
+
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
 

@@ -18,6 +18,8 @@ from worm_dist.training.config_file import read_run_config
 from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow("trains a whole run")
+
 CONFIG = Path(__file__).parents[2] / "configs" / "vit-digits.yaml"
 FAST = (
     ("epochs", "2"),

@@ -24,6 +24,8 @@ from tests.resuming import differences
 from tests.zero.building import engine_around, settings_of
 from worm_dist import BackendError, DrawError, WormConfig
 
+pytestmark = pytest.mark.slow("imports DeepSpeed on every rank, many times")
+
 Stage = tuple[int, str]
 
 _STAGES: tuple[Stage, ...] = ((0, "bf16"), (1, "bf16"), (2, "fp32"))

@@ -21,6 +21,8 @@ from tests.zero.building import engine_around, import_deepspeed, settings_of
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("imports DeepSpeed on every rank, many times")
+
 _WIDTH = 48
 _DRAWS = 10
 _HOOKS = ("pre", "post")

@@ -16,6 +16,8 @@ from tests.zero.building import engine_around, settings_of
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("imports DeepSpeed on every rank")
+
 _WAYS = ((0, 2), (1, 2), (2, 1), (2, 2))
 """Stage, and passes a step."""
 

@@ -27,6 +27,8 @@ from tests.ranks import Ranks
 from tests.zero.building import engine_around, import_deepspeed, settings_of
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("imports DeepSpeed on every rank, many times")
+
 _BF16: Mapping[str, Any] = {"enabled": True}
 
 
@@ -170,14 +172,14 @@ CASES: Mapping[str, Case] = {
         2,
         {"zero_optimization": {"zero_quantized_gradients": True}},
     ),
-    "pipeline": Case("pipeline parallelism cuts the network into stages", network=_pipeline),
+    "pipeline": Case("pipeline parallelism splits the network into stages", network=_pipeline),
     "complex": Case("complex parameters have not been proved exact", 0, network=Complex),
     "sparse": Case(
         "sparse gradients are reduced by another path",
         0,
         network=Words,
     ),
-    "experts": Case("experts (MoE) are reduced in groups of their own", 0, network=Experts),
+    "experts": Case("experts (MoE) are reduced in process groups of their own", 0, network=Experts),
     "tensor parallelism": Case(
         "tensor parallelism spreads a channel over ranks", arguments={"mpu": OneRank()}
     ),
@@ -187,9 +189,9 @@ CASES: Mapping[str, Case] = {
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ),
     "1-bit Adam": Case("OnebitAdam compresses and averages by itself", 0, optimizer=_onebit),
-    "Adagrad": Case("an Adagrad of its own", 2, optimizer=_adagrad),
+    "Adagrad": Case("replaces a given Adagrad by its own", 2, optimizer=_adagrad),
     "Muon": Case(
-        "MuonWithAuxAdam makes one step of a whole matrix",
+        "MuonWithAuxAdam updates a whole matrix jointly",
         1,
         {"optimizer": {"type": "Muon", "params": {"lr": 0.1, "torch_adam": True}}},
         network=Plain,
@@ -197,11 +199,11 @@ CASES: Mapping[str, Case] = {
     ),
     "no optimizer": Case("the engine has no optimizer", 0, optimizer=None),
     "rule free": Case(
-        "truncation.frozen_weights 'free' is not there for DeepSpeed",
+        "truncation.frozen_weights 'free' is not supported under DeepSpeed",
         config={"truncation": {"frozen_weights": "free"}},
     ),
     "compression": Case(
-        "truncation.compression 'bf16' is not there for DeepSpeed; set communication_data_type",
+        "truncation.compression 'bf16' is not supported under DeepSpeed; set",
         config={"truncation": {"compression": "bf16"}},
     ),
 }
@@ -270,7 +272,7 @@ def _sayings_of_others() -> dict[str, str]:
 
 
 _CHANGED = (
-    "BackendError: attach: DeepSpeed: {} is not the one we know; install deepspeed>=0.19,<0.20"
+    "BackendError: attach: DeepSpeed: {} has an unknown signature; install deepspeed>=0.19,<0.20"
 )
 OTHERS = {
     "other optimizer": "ConfigError: attach: this is not the DeepSpeed engine's optimizer; leave "

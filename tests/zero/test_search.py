@@ -23,6 +23,8 @@ from tests.settings import at_once
 from tests.zero.building import engine_around, settings_of
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("imports DeepSpeed on every rank, many times")
+
 _WAYS = ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2")
 _BF16_WAYS = ("ZeRO 0 bf16", "ZeRO 1 bf16", "ZeRO 2 bf16")
 _PRESETS = ("worm", "worm-paper", "early-bird", "dense", "worm with gates")

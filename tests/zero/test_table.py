@@ -17,6 +17,8 @@ from tests.zero.row import COLUMNS
 from tests.zero.rows import ROWS
 from tests.zero.run import run
 
+pytestmark = pytest.mark.slow("trains every row under DeepSpeed")
+
 _ROWS_A_CALL = 10
 
 

@@ -1,1 +1,1 @@
-"""How a network is wrapped and stepped: DistributedDataParallel, DeepSpeed, a bare module."""
+"""Training wrappers and their optimizers: DistributedDataParallel, DeepSpeed, a bare module."""

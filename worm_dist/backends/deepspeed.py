@@ -1,7 +1,7 @@
-"""Zero: DeepSpeed's engine, ZeRO stages 0 to 2, as something to attach to and to build anew.
+"""DeepSpeed: a network in a DeepSpeed engine, ZeRO stages 0 to 2.
 
-Its reduction points are not a public interface, so only versions that are known are accepted, and
-what has not been proved exact is refused with its name.
+Its reduction points are not a public interface, so only known versions are accepted, and features
+that have not been verified to be exact are refused by name.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..comm_hooks.deepspeed_reduce import DeepSpeedReducer
+from ..comm_hooks.reducer import Reducer
 from ..config import TruncationConfig
 from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..errors import BackendError, ConfigError
-from .deepspeed_optimizer import CopyingOptimizerView, PartitionedOptimizerView
+from .backend import not_compiled
+from .deepspeed_optimizer import CopyingOptimizerView, PartitionedOptimizerView, partition_shards
 from .optimizer_view import OptimizerView
 from .sparse_weights import sparse_weights
 from .trained_parameters import only_these_train
@@ -48,7 +51,7 @@ _CARRIED = (
     "training_dataloader",
     "tput_timer",
 )
-"""What of an engine goes on in the one that is built anew."""
+"""Attributes of an engine that are carried over to the engine built after a draw."""
 
 _REDUCTION_POINTS = {
     "DeepSpeedEngine.allreduce_and_copy": ["self", "small_bucket", "dp_group", "dp_world_size"],
@@ -84,89 +87,94 @@ def is_deepspeed(model: nn.Module) -> bool:
 
 
 class DeepSpeedBackend:
-    """A network in DeepSpeed's engine.
+    """A network in a DeepSpeed engine, ZeRO stages 0 to 2; see ``Backend`` for its other members.
 
     Attributes:
         model: the engine.
-        called: what it calls: the network, or what torch.compile made of it.
-        network: the network itself.
-        averaged: the parameters whose gradients are reduced.
-        finds_unused: never: DeepSpeed reduces what has no gradient as zeros.
-        stage: of ZeRO.
-        wrapper: the engine's optimizer, in stage 0 perhaps a torch optimizer.
-        process_group: that gradients are reduced in.
+        stage: the stage of ZeRO.
+        wrapper: the engine's optimizer; in stage 0 it may be a torch optimizer.
     """
 
-    finds_unused = False
+    averages = True
+    finds_unused = False  # DeepSpeed reduces missing gradients as zeros
     keeps_hooks = False
+    rebuilds_buckets = False
 
     def __init__(self, model: Any) -> None:
         _require_known(model)
         self.model = model
         self.called: nn.Module = model.module
-        self.network: nn.Module = getattr(model.module, "_orig_mod", model.module)
+        self.network: nn.Module = not_compiled(model.module)
         self.stage = int(model.zero_optimization_stage())
         self.wrapper = model.optimizer
         self.process_group: dist.ProcessGroup = model.seq_data_parallel_group
-        self.ranks: Communicator = ProcessGroupComm(self.process_group, model.device)
-        self._stepping: OptimizerView = (
+        self.comm: Communicator = ProcessGroupComm(self.process_group, model.device)
+        self._view: OptimizerView = (
             OptimizerView(self.wrapper)
             if isinstance(self.wrapper, Optimizer)
             else CopyingOptimizerView(self.wrapper)
             if self.stage == 0
             else PartitionedOptimizerView(self.wrapper)
         )
-        self.averaged = frozenset(self._stepping.parameters)
+        self.averaged: frozenset[Tensor] = frozenset(self._view.parameters)
 
     @property
     def step_bytes(self) -> int:
-        """What a dense step hands to collectives: gradients, and in stages 1 and 2 this rank's
-        partitions of the weights."""
-        sent = self.model.communication_data_type.itemsize
-        gradients = sum(p.numel() * sent for p in self.averaged)
-        if self.stage == 2:  # reduces in every pass
+        """Bytes of all gradients, and in stages 1 and 2 of this rank's partitions of the weights;
+        see ``Backend``."""
+        element_size = self.model.communication_data_type.itemsize
+        gradients = sum(p.numel() * element_size for p in self.averaged)
+        if self.stage == 2:  # reduces in every backward pass
             gradients *= self.model.gradient_accumulation_steps()
-        if not self._stepping.shared or self.ranks.size == 1:
+        if not self._view.shared or self.comm.size == 1:
             return int(gradients)
-        weights = sum(flat.nbytes // self.ranks.size for flat in self.wrapper.bit16_groups_flat)
+        weights = sum(flat.nbytes // self.comm.size for flat in self.wrapper.bit16_groups_flat)
         return int(gradients + weights)
 
-    def stepping_of(self, optimizer: Optimizer | None) -> OptimizerView:
-        """How the engine's optimizer steps.
+    def reduces_at_once(self, truncation: TruncationConfig) -> bool:
+        """Always, so that bytes are counted in the same way in every phase."""
+        return True
+
+    def make_reducer(self, truncation: TruncationConfig) -> Reducer:
+        """Patch the engine's reduction points; see ``Backend``."""
+        return DeepSpeedReducer(self.model, self.stage, partition_shards)
+
+    def optimizer_view(self, optimizer: Optimizer | None) -> OptimizerView:
+        """The view of the engine's optimizer.
 
         Raises:
-            ConfigError: another optimizer is given.
+            ConfigError: ``optimizer`` is a different one.
         """
-        if optimizer not in (None, self.wrapper, self._stepping.optimizer):
+        if optimizer not in (None, self.wrapper, self._view.optimizer):
             raise ConfigError(
                 "attach: this is not the DeepSpeed engine's optimizer; leave it out, or give the "
                 "one that deepspeed.initialize returned"
             )
-        return self._stepping
+        return self._view
 
-    def optimizer_of(self, stepping: OptimizerView) -> Optimizer:
+    def user_optimizer(self, view: OptimizerView) -> Optimizer:
         """DeepSpeed's wrapper, which has an optimizer's methods, or the torch optimizer itself."""
         optimizer: Optimizer = self.wrapper
         return optimizer
 
     def require_fit(self, truncation: TruncationConfig) -> None:
-        """Settings that hard truncation cannot keep here.
+        """Refuse settings that hard truncation does not support under DeepSpeed.
 
         Raises:
             BackendError: naming the first one.
         """
         if truncation.mode == "hard" and truncation.frozen_weights == "free":
             raise BackendError(
-                "attach: truncation.frozen_weights 'free' is not there for DeepSpeed, whose "
-                "optimizers keep gradients elsewhere; choose remove or hold"
+                "attach: truncation.frozen_weights 'free' is not supported under DeepSpeed, whose "
+                "optimizers keep gradients in buffers of their own; choose remove or hold"
             )
         if truncation.compression != "none":
             raise BackendError(
-                f"attach: truncation.compression {truncation.compression!r} is not there for "
+                f"attach: truncation.compression {truncation.compression!r} is not supported under "
                 "DeepSpeed; set communication_data_type in its own config"
             )
         clipping = float(self.model.gradient_clipping())
-        if self.ranks.rank == 0:
+        if self.comm.rank == 0:
             logger.info(
                 "DeepSpeed clips gradients to norm %g%s; the norm counts live elements",
                 clipping,
@@ -176,19 +184,19 @@ class DeepSpeedBackend:
             )
 
     def release(self) -> None:
-        """Take the engine's hooks off its network before that is cut."""
+        """Remove the engine's hooks from its network before the network is pruned."""
         engine = self.model
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
         engine.destroy()
 
     def retire(self) -> None:
-        """The engine is dead.
+        """Make the stale engine refuse to train.
 
-        Variables of the user's may keep it and its optimizer for as long as they train; the dense
-        network and its master weights must not stay in memory with them.
+        User code may hold references to it and its optimizer for the rest of the training; they
+        must not keep the dense network and its master weights in memory.
         """
-        engine, optimizer = self.model, self._stepping.optimizer
+        engine, optimizer = self.model, self._view.optimizer
         engine.optimizer = None
         engine.param_names = {}
         engine.register_forward_pre_hook(_refuse)
@@ -196,25 +204,25 @@ class DeepSpeedBackend:
             vars(self.wrapper).clear()
             self.wrapper.optimizer = optimizer  # learning rates can still be read
             self.wrapper.step = self.wrapper.zero_grad = _refuse
-        gc.collect()  # engines hold themselves in circles, with all their buffers
+        gc.collect()  # engines are in reference cycles, with all their buffers
 
     def revive(self) -> nn.Module:
-        """The engine, whose network and torch optimizer are again as they were, hooks and all."""
+        """The same engine, with its gradient hooks registered again; see ``Backend``."""
         if self.stage:
             self.wrapper._grad_acc_hooks = []
             self.wrapper.create_gradient_handling_hooks()
         model: nn.Module = self.model
         return model
 
-    def wrapped_again(self) -> nn.Module:
-        """The network as it is now in a new engine with the same settings and torch optimizer.
+    def rewrap(self) -> nn.Module:
+        """Wrap the network as it is now in a new engine with the same settings and torch optimizer.
 
-        Counters, schedule, monitor and loader are those of the old engine; so nothing is made again
-        of what the settings say of them.
+        Counters, schedule, monitor and loader are taken from the old engine, so their sections of
+        the settings are left out.
         """
         import deepspeed
 
-        old, optimizer = self.model, self._stepping.optimizer
+        old, optimizer = self.model, self._view.optimizer
         settings = copy.deepcopy(_settings(old))
         for section in ("scheduler", *_MONITORS):
             settings.pop(section, None)
@@ -226,15 +234,15 @@ class DeepSpeedBackend:
             )
         for name in _CARRIED:
             setattr(model, name, getattr(old, name))
-        again: nn.Module = model
-        return again
+        rewrapped: nn.Module = model
+        return rewrapped
 
 
 def _require_known(engine: Any) -> None:
-    """Only what was seen to be exact.
+    """Refuse engines with features that have not been verified to be exact.
 
     Raises:
-        BackendError: naming what is not.
+        BackendError: naming the feature.
     """
     for reason in _refusals(engine):
         raise BackendError(f"attach: DeepSpeed: {reason}")
@@ -255,13 +263,13 @@ def _refusals(engine: Any) -> Iterator[str]:
         yield "the engine has no optimizer; give deepspeed.initialize one"
     if stage == 3:
         yield (
-            "ZeRO stage 3 partitions the weights themselves, which are scored, held and cut whole "
-            "here; choose stage 0, 1 or 2"
+            "ZeRO stage 3 partitions the weights themselves, and here every rank scores, holds and "
+            "prunes full weights; choose stage 0, 1 or 2"
         )
     if engine.pipeline_parallelism:
-        yield "pipeline parallelism cuts the network into stages; masks are of the whole network"
+        yield "pipeline parallelism splits the network into stages; masks span the whole network"
     if engine.has_moe_layers:
-        yield "experts (MoE) are reduced in groups of their own; train without them"
+        yield "experts (MoE) are reduced in process groups of their own; train without them"
     if engine.mpu is not None or engine.autotp_size() > 1:
         yield "tensor parallelism spreads a channel over ranks; train with data parallelism alone"
     if engine.sequence_parallel_size > 1:
@@ -294,13 +302,12 @@ def _optimizer_refusals(engine: Any, stage: int) -> Iterator[str]:
         yield f"{type(basic).__name__} compresses and averages by itself; choose another optimizer"
     elif stage in (1, 2) and isinstance(basic, torch.optim.Adagrad):
         yield (
-            "DeepSpeed puts an Adagrad of its own in the place of the one that it is given; choose "
-            "another optimizer, or stage 0"
+            "DeepSpeed replaces a given Adagrad by its own; choose another optimizer, or stage 0"
         )
     elif stage in (1, 2) and "muon" in type(basic).__name__.lower():
         yield (
-            f"{type(basic).__name__} makes one step of a whole matrix, whose parts cannot be "
-            "frozen or cut apart; choose another optimizer"
+            f"{type(basic).__name__} updates a whole matrix jointly, so that single channels "
+            "cannot be frozen or pruned; choose another optimizer"
         )
     elif kind == "BF16_Optimizer":
         yield (
@@ -318,7 +325,7 @@ def _optimizer_refusals(engine: Any, stage: int) -> Iterator[str]:
 
 
 def _changed_points() -> Iterator[str]:
-    """A function that we replace must be the one we know, whatever the version says."""
+    """Patched functions whose signature is not the known one, whatever the version number."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import stage_1_and_2
 
@@ -329,7 +336,7 @@ def _changed_points() -> Iterator[str]:
         owner, name = point.split(".")
         function = getattr(owners[owner], name, None)
         if function is None or list(inspect.signature(function).parameters) != known:
-            yield f"{point} is not the one we know; install deepspeed>=0.19,<0.20"
+            yield f"{point} has an unknown signature; install deepspeed>=0.19,<0.20"
 
 
 def _settings(engine: Any) -> dict[str, Any]:
@@ -339,6 +346,6 @@ def _settings(engine: Any) -> dict[str, Any]:
 
 def _refuse(*arguments: Any, **keywords: Any) -> None:
     raise BackendError(
-        "this engine or optimizer belongs to the network before the draw; go on with engine.model "
-        "and engine.optimizer"
+        "stale wrapper: this DeepSpeed engine or optimizer belongs to the network before the draw; "
+        "continue with engine.model and engine.optimizer"
     )

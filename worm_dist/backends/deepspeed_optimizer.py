@@ -1,7 +1,7 @@
-"""ZeRO stepping: where DeepSpeed's optimizers keep what they step.
+"""DeepSpeed optimizer views: the master weights that DeepSpeed's optimizers step.
 
-They step copies in full precision.  In stage 0 these are whole; in stages 1 and 2 the copies of a
-parameter group lie in a row, and each rank has, and steps, one stretch of the row.
+In stage 0 every rank has full copies of the parameters.  In stages 1 and 2 the copies of a
+parameter group are one flat tensor, of which each rank holds and steps one partition.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm_hooks.patching import Patch
 from .optimizer_view import Handle, OptimizerView, Owners, Shard
-from .patching import Patch
 
 __all__ = ["CopyingOptimizerView", "PartitionedOptimizerView", "partition_shards"]
 
 
 class _WrappedOptimizerView(OptimizerView):
-    """The torch optimizer in a wrapper of DeepSpeed's, which may skip a step, or step once for
-    each of its groups, or step to see whether it can."""
+    """View of the torch optimizer in a DeepSpeed wrapper, which may skip a step, step once per
+    parameter group, or step once to initialise its state."""
 
     copies = True
 
@@ -28,7 +28,7 @@ class _WrappedOptimizerView(OptimizerView):
         super().__init__(wrapper.optimizer)
         self._wrapper = wrapper
 
-    def listen(
+    def register_hooks(
         self,
         before: Callable[[], None],
         hold: Callable[[Owners], None],
@@ -36,22 +36,22 @@ class _WrappedOptimizerView(OptimizerView):
     ) -> list[Handle]:
         def step(*arguments: Any, **keywords: Any) -> Any:
             before()
-            result = override.original(*arguments, **keywords)
+            result = patch.original(*arguments, **keywords)
             if not self._wrapper.overflow:
                 after()
             return result
 
-        override = Patch(self._wrapper, "step", step)
-        moved = self.optimizer.register_step_post_hook(lambda *_: hold(self._moved()))
-        return [override, moved]
+        patch = Patch(self._wrapper, "step", step)
+        hook = self.optimizer.register_step_post_hook(lambda *_: hold(self._stepped_tensors()))
+        return [patch, hook]
 
-    def _moved(self) -> Owners:
-        """What the torch optimizer has just stepped."""
+    def _stepped_tensors(self) -> Owners:
+        """The tensors that the torch optimizer has just stepped."""
         return None
 
 
 class CopyingOptimizerView(_WrappedOptimizerView):
-    """DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
+    """View of DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper)
@@ -75,7 +75,8 @@ class CopyingOptimizerView(_WrappedOptimizerView):
 
 
 class PartitionedOptimizerView(_WrappedOptimizerView):
-    """DeepSpeed's ``DeepSpeedZeroOptimizer``: every rank steps its partition of every group."""
+    """View of DeepSpeed's ``DeepSpeedZeroOptimizer``: every rank steps its partition of every
+    parameter group."""
 
     shared = True
 
@@ -87,8 +88,8 @@ class PartitionedOptimizerView(_WrappedOptimizerView):
             rank = dist.get_rank(wrapper.real_dp_process_group[number])
             self._shards |= partition_shards(wrapper, number, rank, owner)
             self._owners |= dict.fromkeys(wrapper.bit16_groups[number], owner)
-        # Nobody steps these, but a shift that does not train fades with its scale all the same.
-        self._still = {p for p in wrapper.param_names if p not in self._owners}
+        # Not stepped by any rank, but an untrained shift still fades together with its scale.
+        self._untrained = {p for p in wrapper.param_names if p not in self._owners}
 
     @property
     def groups(self) -> Sequence[Sequence[Tensor]]:
@@ -99,40 +100,44 @@ class PartitionedOptimizerView(_WrappedOptimizerView):
         return self._owners[parameter]
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
-        if parameter in self._still:
+        if parameter in self._untrained:
             return (Shard(parameter, 0, parameter, 0),)
         return (self._shards[parameter],) if parameter in self._shards else ()
 
-    def listen(
+    def register_hooks(
         self,
         before: Callable[[], None],
         hold: Callable[[Owners], None],
         after: Callable[[], None],
     ) -> list[Handle]:
         if all(self.optimizer.state.get(flat) for flat in self._owners.values()):
-            # Moments may have been carried over; DeepSpeed would not find them before a step.
+            # Transferred moments: DeepSpeed would not link them before the first step.
             self._wrapper._lazy_init_hp_params_optimizer_state()
-        return super().listen(before, hold, after)
+        return super().register_hooks(before, hold, after)
 
-    def _moved(self) -> Owners:
-        """One group's partition, which is copied back before the next group's turn."""
-        return self._still.union(*(group["params"] for group in self.optimizer.param_groups))
+    def _stepped_tensors(self) -> Owners:
+        """One parameter group's partition, which is copied back before the next group is
+        stepped."""
+        return self._untrained.union(*(group["params"] for group in self.optimizer.param_groups))
 
 
 def partition_shards(wrapper: Any, number: int, rank: int, owner: Tensor) -> dict[Tensor, Shard]:
-    """What lies in one rank's partition of a parameter group.
+    """The shards in one rank's partition of a parameter group.
 
     Args:
-        wrapper: a ``DeepSpeedZeroOptimizer``.
-        number: of the group.
-        rank: whose partition.
-        owner: ``[elements of a partition]``, that the shards are parts of.
+        wrapper: the ``DeepSpeedZeroOptimizer``.
+        number: index of the parameter group.
+        rank: rank that owns the partition.
+        owner: the partition ``[elements]``, of which the shards are views.
+
+    Returns:
+        The shards by parameter.
     """
     begin, end = rank * owner.numel(), (rank + 1) * owner.numel()
     flat = wrapper.bit16_groups_flat[number]
     shards = {}
     for parameter in wrapper.round_robin_bit16_groups[number]:
-        # Parameters are views of the row; there may be padding between them.
+        # Parameters are views of the flat tensor; there may be padding between them.
         offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         assert 0 <= offset <= flat.numel() - parameter.numel()
         first, last = max(offset, begin), min(offset + parameter.numel(), end)

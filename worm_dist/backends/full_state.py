@@ -1,4 +1,4 @@
-"""Holdings: what an optimizer keeps of every parameter, whole, whichever rank steps it."""
+"""Full state: the full (unsharded) optimizer state of each parameter, gathered and scattered."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from .optimizer_view import OptimizerView, Shard
 __all__ = ["FullParamState", "gather", "part_of", "scatter_full_state"]
 
 _VALUE = "the weights themselves"
-"""Key of what is stepped; moments have the keys that the optimizer gave them."""
+"""Key of the stepped values; moments have the optimizer's own keys."""
 
 
 @dataclass(frozen=True, eq=False)
 class FullParamState:
-    """Of one parameter.
+    """The full (unsharded) state of one parameter.
 
     Attributes:
-        value: what is stepped: the parameter itself, or its master weights.
-        moments: state that belongs to its elements one by one, of the same shape.
-        loose: state that belongs to no element, such as a count of steps.
+        value: the stepped values, of the parameter's shape: the parameter or its master weights.
+        moments: per-element state of the same shape, by the optimizer's keys.
+        per_param: state that is not per element, such as the step count.
     """
 
     value: Tensor
     moments: Mapping[str, Tensor]
-    loose: Mapping[str, object]
+    per_param: Mapping[str, object]
 
 
 def gather(
-    stepping: OptimizerView, ranks: Communicator, take: Callable[[Tensor, Tensor], Tensor]
+    view: OptimizerView, comm: Communicator, take: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[Tensor, FullParamState]:
-    """Everything, put together bit for bit.  Collective if the ranks share the stepping.
+    """Gather the full state of every parameter, bit for bit.  Collective if the state is sharded.
 
     Args:
-        stepping: of the optimizer.
-        ranks: that step together.
-        take: is given a parameter and a whole tensor of its shape, of which there may be no room
-            for all at once, and returns what is wanted of it.
+        view: the optimizer's view.
+        comm: the communicator of the ranks that share the optimizer.
+        take: called with a parameter and one full tensor of its shape; returns what is to be kept
+            of it, since there may be no memory for all full tensors at once.
+
+    Returns:
+        The state by parameter, with the tensors that ``take`` returned.
     """
-    parameters = [p for group in stepping.groups for p in group]
-    states = {p: stepping.optimizer.state.get(stepping.owner(p), {}) for p in parameters}
-    keys = {p: [k for k, v in states[p].items() if _is_of(v, stepping, p)] for p in parameters}
+    parameters = [p for group in view.groups for p in group]
+    states = {p: view.optimizer.state.get(view.owner(p), {}) for p in parameters}
+    keys = {p: [k for k, v in states[p].items() if _is_per_element(v, view, p)] for p in parameters}
     found: dict[Tensor, dict[str, Tensor]] = {p: {} for p in parameters}
-    # Groups may differ in what they keep: without momentum there is none.
+    # Parameter groups may have different keys: without momentum there is no buffer.
     for key in (_VALUE, *sorted({key for p in parameters for key in keys[p]})):
         having = [p for p in parameters if key in (_VALUE, *keys[p])]
-        for p, whole in zip(having, _whole(stepping, having, key, ranks), strict=True):
-            found[p][key] = take(p, whole)
+        for p, full in zip(having, _full_tensors(view, having, key, comm), strict=True):
+            found[p][key] = take(p, full)
     return {
         p: FullParamState(
             tensors.pop(_VALUE),
@@ -64,58 +67,59 @@ def gather(
 
 
 @torch.no_grad()
-def scatter_full_state(stepping: OptimizerView, holdings: Mapping[Tensor, FullParamState]) -> None:
-    """Give every rank's optimizer its part.  Tensors that it has already are written to.
+def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullParamState]) -> None:
+    """Write this rank's shards of a full state into its optimizer, in place where tensors exist.
 
     Args:
-        stepping: of the optimizer.
-        holdings: by parameter, on any device.
+        view: the optimizer's view.
+        full_states: the full state by parameter, on any device.
     """
-    for parameter, holding in holdings.items():
-        owner = stepping.owner(parameter)
-        if holding.moments or holding.loose:
-            state = stepping.optimizer.state[owner]
-            for key, value in holding.loose.items():
-                state[key] = _placed(key, value, owner, stepping.optimizer)
-            for key, moment in holding.moments.items():
-                if not _is_of(state.get(key), stepping, parameter):
+    for parameter, full_state in full_states.items():
+        owner = view.owner(parameter)
+        if full_state.moments or full_state.per_param:
+            state = view.optimizer.state[owner]
+            for key, value in full_state.per_param.items():
+                state[key] = _placed(key, value, owner, view.optimizer)
+            for key, moment in full_state.moments.items():
+                if not _is_per_element(state.get(key), view, parameter):
                     state[key] = torch.zeros_like(owner, dtype=moment.dtype)
-        for shard in stepping.shards(parameter):
-            mine = {_VALUE: shard.value, **stepping.moments(shard)}
-            for key, whole in {_VALUE: holding.value, **holding.moments}.items():
-                mine[key].copy_(part_of(whole, shard))
+        for shard in view.shards(parameter):
+            local = {_VALUE: shard.value, **view.moments(shard)}
+            for key, full in {_VALUE: full_state.value, **full_state.moments}.items():
+                local[key].copy_(part_of(full, shard))
 
 
-def part_of(whole: Tensor, shard: Shard) -> Tensor:
-    """What a shard has of a tensor of its parameter's shape: a view of the shape of its value."""
-    if shard.value.shape == whole.shape:
-        return whole
-    return whole.reshape(-1)[shard.begin :][: shard.value.numel()]
+def part_of(full: Tensor, shard: Shard) -> Tensor:
+    """The shard's part of a tensor of its parameter's shape: a view of the shape of its value."""
+    if shard.value.shape == full.shape:
+        return full
+    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
 
 
-def _whole(
-    stepping: OptimizerView, parameters: Sequence[Tensor], key: str, ranks: Communicator
+def _full_tensors(
+    view: OptimizerView, parameters: Sequence[Tensor], key: str, comm: Communicator
 ) -> list[Tensor]:
-    """Tensors of the parameters' shapes, from every rank's shards."""
+    """One full tensor per parameter, of its shape, put together from every rank's shards."""
 
-    def mine(shard: Shard) -> Tensor:
-        return shard.value if key == _VALUE else stepping.moments(shard)[key]
+    def local(shard: Shard) -> Tensor:
+        return shard.value if key == _VALUE else view.moments(shard)[key]
 
-    if not stepping.shared:
-        return [mine(shard).detach() for p in parameters for shard in stepping.shards(p)]
+    if not view.shared:
+        return [local(shard).detach() for p in parameters for shard in view.shards(p)]
     sizes = [p.numel() for p in parameters]
-    row = torch.zeros(sum(sizes), device=parameters[0].device)
-    places = [place.view(p.shape) for p, place in zip(parameters, row.split(sizes), strict=True)]
-    for parameter, place in zip(parameters, places, strict=True):
-        for shard in stepping.shards(parameter):
-            assert mine(shard).dtype == torch.float32
-            part_of(place, shard).copy_(mine(shard))
-    row = ranks.joined(row)
-    return [place.view(p.shape) for p, place in zip(parameters, row.split(sizes), strict=True)]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    tensors = [t.view(p.shape) for p, t in zip(parameters, flat.split(sizes), strict=True)]
+    for parameter, full in zip(parameters, tensors, strict=True):
+        for shard in view.shards(parameter):
+            assert local(shard).dtype == torch.float32
+            part_of(full, shard).copy_(local(shard))
+    flat = comm.all_reduce_disjoint(flat)
+    return [t.view(p.shape) for p, t in zip(parameters, flat.split(sizes), strict=True)]
 
 
 def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> object:
-    """A copy where torch would have it: steps are counted on the CPU if no kernel has to know."""
+    """A copy on the device where torch keeps this state: the step count is on the CPU unless the
+    optimizer is capturable or fused."""
     if not isinstance(value, Tensor):
         return value
     options = next(
@@ -125,6 +129,6 @@ def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> obj
     return value.to(owner.device if on_device else "cpu", copy=True)
 
 
-def _is_of(value: object, stepping: OptimizerView, parameter: Tensor) -> bool:
-    """Whether a piece of state belongs to elements one by one."""
-    return isinstance(value, Tensor) and value.shape == stepping.owner(parameter).shape
+def _is_per_element(value: object, view: OptimizerView, parameter: Tensor) -> bool:
+    """Whether an entry of the optimizer's state is per element."""
+    return isinstance(value, Tensor) and value.shape == view.owner(parameter).shape

@@ -1,7 +1,7 @@
-"""Optimizer state: by the parameters' names, whole, whichever optimizer and sharding it comes from.
+"""Optimizer state: the full (unsharded) state by parameter name, for any optimizer and sharding.
 
-Under ZeRO no rank has it all; it is put together on rank zero, and each rank takes its part again,
-also in another stage, or under DistributedDataParallel.
+Under ZeRO no rank has all of it: rank zero gathers it, and on loading each rank takes its part,
+also in another ZeRO stage or under DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .optimizer_view import OptimizerView
 __all__ = ["OptimizerState"]
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-"""DeepSpeed's, that schedules and accumulation go by."""
+"""DeepSpeed's counters, which schedules and gradient accumulation depend on."""
 
 
 class _Part(BaseModel):
@@ -52,53 +52,55 @@ class OptimizerState:
     """Reads and writes the state of one optimizer.
 
     Args:
-        stepping: of the optimizer.
-        network: not wrapped.
-        model: wrapped.
-        ranks: that step together.
+        view: the optimizer's view.
+        network: the bare network.
+        model: the wrapped network.
+        comm: the communicator of the ranks that share the optimizer.
     """
 
     def __init__(
-        self, stepping: OptimizerView, network: nn.Module, model: nn.Module, ranks: Communicator
+        self, view: OptimizerView, network: nn.Module, model: nn.Module, comm: Communicator
     ) -> None:
-        self._stepping = stepping
+        self._view = view
         self._model = model
-        self._ranks = ranks
+        self._comm = comm
         names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
         self._parameters: dict[str, Tensor] = {}
         self._groups: list[list[str]] = []
-        for number, group in enumerate(stepping.groups):
-            # What a loss learns is stepped too, but is not in the network.
-            here = {
-                names.get(p, f"group {number}, parameter {place}"): p
-                for place, p in enumerate(group)
+        for number, group in enumerate(view.groups):
+            # Parameters of the loss are stepped too, but have no name in the network.
+            named = {
+                names.get(p, f"group {number}, parameter {index}"): p
+                for index, p in enumerate(group)
             }
-            self._parameters |= here
-            self._groups.append(list(here))
+            self._parameters |= named
+            self._groups.append(list(named))
 
     def read(self) -> dict[str, Any] | None:
-        """On rank zero the whole state in plain values, elsewhere None.  Collective.
+        """Gather the full state.  Collective.
 
-        A master weight is None where it is the weight itself, to the bit.
+        Returns:
+            On rank zero the full state in plain values, elsewhere None.  ``"value"`` is None where
+            the stepped value equals the parameter bit for bit.
         """
-        is_zero = self._ranks.rank == 0
+        is_zero = self._comm.rank == 0
 
         def take(parameter: Tensor, whole: Tensor) -> Tensor:
-            if not self._stepping.shared:
+            if not self._view.shared:
                 return whole
-            # There may be no room for everything where the network is trained.
+            # The training device may have no memory for the full state.
             return whole.cpu() if is_zero else whole.new_empty(0)
 
-        found = gather(self._stepping, self._ranks, take)
+        found = gather(self._view, self._comm, take)
         if not is_zero:
             return None
-        options = self._stepping.optimizer.param_groups
+        options = self._view.optimizer.param_groups
         return {
             "parameters": {
                 name: {
                     "value": None if _same_bits(found[p].value, p) else found[p].value,
                     "moments": dict(found[p].moments),
-                    "loose": dict(found[p].loose),
+                    "loose": dict(found[p].per_param),
                 }
                 for name, p in self._parameters.items()
             },
@@ -115,17 +117,17 @@ class OptimizerState:
         }
 
     def structure(self, state: Any) -> bytes:
-        """A digest of what must be the same on all ranks, short of moments and weights.
+        """Validate a state and digest what must be equal on all ranks, except moments and weights.
 
         Raises:
-            CheckpointError: it is not a state, or not of these parameters.
+            CheckpointError: it is not an optimizer state, or has other parameters.
         """
         try:
             valid = _State.model_validate(state)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"load_optimizer_state: {place}: {first['msg'][:200]}") from error
+            key = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"load_optimizer_state: {key}: {first['msg'][:200]}") from error
         for complaint in self._complaints(valid):
             raise CheckpointError(f"load_optimizer_state: {complaint}")
         options = [group.options for group in valid.groups]
@@ -137,11 +139,11 @@ class OptimizerState:
         if odd:
             yield (
                 f"parameters: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}: the optimizer "
-                "steps other ones; load the engine's state first, and build network and "
-                "optimizer as they were"
+                "steps different ones; load the engine's state first, and build network and "
+                "optimizer as they were when the state was saved"
             )
         if groups != self._groups:
-            yield "groups: the optimizer has other groups of parameters"
+            yield "groups: the optimizer's parameter groups differ from the saved ones"
         for name, parameter in state.parameters.items():
             shape = self._parameters[name].shape
             tensors = {"value": parameter.value, **parameter.moments}
@@ -153,25 +155,25 @@ class OptimizerState:
                     )
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Give each rank its part of a state that ``structure`` has accepted; the weights must
-        be loaded already."""
-        optimizer = self._stepping.optimizer
+        """Load this rank's part of a state that ``structure`` has accepted.  The weights must be
+        loaded before."""
+        optimizer = self._view.optimizer
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             group.update(saved["options"])
-        holdings = {}
+        full_states = {}
         for name, saved in state["parameters"].items():
             parameter = self._parameters[name]
-            self._forget_more_than(parameter, saved)
+            self._drop_other_keys(parameter, saved)
             value = parameter.detach() if saved["value"] is None else saved["value"]
-            holdings[parameter] = FullParamState(value, saved["moments"], saved["loose"])
-        scatter_full_state(self._stepping, holdings)
+            full_states[parameter] = FullParamState(value, saved["moments"], saved["loose"])
+        scatter_full_state(self._view, full_states)
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
                 setattr(self._model, name, count)
 
-    def _forget_more_than(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        """A new optimizer may have begun with a state already."""
-        state = self._stepping.optimizer.state.get(self._stepping.owner(parameter), {})
+    def _drop_other_keys(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
+        """Delete keys that the saved state lacks: a new optimizer may already have some state."""
+        state = self._view.optimizer.state.get(self._view.owner(parameter), {})
         for key in state.keys() - saved["moments"].keys() - saved["loose"].keys():
             del state[key]
 

@@ -1,7 +1,7 @@
-"""Stepping: which tensors an optimizer really steps, and when it does.
+"""Optimizer view: the tensors that an optimizer really steps, and hooks around its steps.
 
-Usually these are the parameters.  Under ZeRO they are flat master copies, of which each rank steps
-a part; what holds weights still and what carries the optimizer's state over must find them there.
+Usually these tensors are the parameters.  Under ZeRO they are flat master copies, of which each
+rank steps one partition; held weights are restored and optimizer state is transferred there.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 __all__ = ["Handle", "OptimizerView", "Owners", "Shard"]
 
 Owners: TypeAlias = Collection[Tensor] | None
-"""Tensors that an optimizer has just stepped; None for all of its own."""
+"""Tensors that the optimizer has just stepped; None for all of its tensors."""
 
 
 class Handle(Protocol):
-    """Of something that can be taken away again."""
+    """Something registered that can be removed again."""
 
     def remove(self) -> None: ...
 
@@ -30,10 +30,10 @@ class Shard:
     """Consecutive elements of one parameter, as this rank's optimizer steps them.
 
     Attributes:
-        value: the elements; of the parameter's shape if these are all of it, else ``[elements]``.
-        begin: place of the first one in the flattened parameter.
-        owner: the tensor that the optimizer steps; ``value`` is a part of it.
-        offset: place of the first one in the flattened owner.
+        value: the elements, of the parameter's shape if it is complete, else ``[elements]``.
+        begin: index of the first element in the flattened parameter.
+        owner: the tensor that the optimizer steps; ``value`` is a view of it.
+        offset: index of the first element in the flattened owner.
     """
 
     value: Tensor
@@ -42,8 +42,8 @@ class Shard:
     offset: int
 
     def moments(self, state: Mapping[str, object]) -> dict[str, Tensor]:
-        """Of the owner's state what belongs to these elements one by one, as views that have the
-        shape of ``value``."""
+        """The per-element entries of the owner's optimizer state, restricted to this shard: views
+        of the shape of ``value``."""
         return {
             key: tensor if self.value is self.owner else self._part(tensor)
             for key, tensor in state.items()
@@ -56,12 +56,12 @@ class Shard:
 
 
 class OptimizerView:
-    """A torch optimizer that steps the parameters themselves.
+    """View of a torch optimizer that steps the parameters themselves.
 
     Attributes:
-        optimizer: its state is where the moments are.
-        copies: whether it steps copies of the parameters.
-        shared: whether each rank steps only its part of them.
+        optimizer: the torch optimizer that holds the state.
+        copies: whether it steps copies of the parameters (master weights).
+        shared: whether its state is sharded: each rank steps only its part.
     """
 
     copies = False
@@ -72,34 +72,40 @@ class OptimizerView:
 
     @property
     def groups(self) -> Sequence[Sequence[Tensor]]:
-        """The network's parameters in each of the optimizer's groups."""
+        """The network's parameters in each of the optimizer's parameter groups."""
         return [group["params"] for group in self.optimizer.param_groups]
 
     @property
     def parameters(self) -> set[Tensor]:
-        """All that are stepped, by this rank or another."""
+        """All parameters that are stepped, on this rank or another."""
         return {parameter for group in self.groups for parameter in group}
 
     def owner(self, parameter: Tensor) -> Tensor:
-        """The tensor whose state in the optimizer is, or holds, this parameter's."""
+        """The tensor under which the optimizer keeps this parameter's state."""
         return parameter
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
-        """The parts of a parameter that this rank steps."""
+        """The shards of a parameter that this rank steps."""
         return (Shard(parameter, 0, parameter, 0),)
 
     def moments(self, shard: Shard) -> dict[str, Tensor]:
-        """The optimizer's state of a shard, element by element."""
+        """The per-element optimizer state of a shard; see ``Shard.moments``."""
         return shard.moments(self.optimizer.state.get(shard.owner, {}))
 
-    def listen(
+    def register_hooks(
         self,
         before: Callable[[], None],
         hold: Callable[[Owners], None],
         after: Callable[[], None],
     ) -> list[Handle]:
-        """Call ``before`` and ``after`` every step, and ``hold`` as soon as weights have moved and
-        before anything else is made of them; it may be called several times a step."""
+        """Register hooks around every optimizer step.
+
+        Args:
+            before: called before the step.
+            hold: called with the stepped tensors right after they have changed and before they
+                are used or copied; possibly several times per step.
+            after: called after the step.
+        """
 
         def stepped(*_: object) -> None:
             hold(None)

@@ -1,4 +1,4 @@
-"""Optimizers: the one that steps and holds the state, behind what the user steps."""
+"""Optimizers: find the torch optimizer that holds the state inside the one the user steps."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..errors import BackendError, ConfigError
 __all__ = ["innermost"]
 
 _TRANSPARENT = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
-"""Wrappers that leave all that is done to weights to another optimizer, and where they keep it."""
-_REFUSED = {
-    "LBFGS": "keeps a history of the whole network as flat vectors, of which no channel can be "
-    "cut; use one that keeps its state element by element, such as SGD or AdamW",
-    "ZeroRedundancyOptimizer": "keeps parameters in places of its own, where the draw does not "
-    "find them; use DeepSpeed's ZeRO stage 1, or a torch optimizer",
+"""Wrapper classes that change no weights themselves, with the attribute of the inner optimizer."""
+_UNSUPPORTED = {
+    "LBFGS": "keeps a history of the whole network as flat vectors, from which no channel can be "
+    "removed; use an optimizer with per-element state, such as SGD or AdamW",
+    "ZeroRedundancyOptimizer": "keeps parameters in buffers of its own, which the draw does not "
+    "know; use DeepSpeed's ZeRO stage 1, or a torch optimizer",
 }
 
 
 def innermost(optimizer: object) -> Optimizer:
-    """The torch optimizer that step hooks are registered on and whose state is cut.
+    """The torch optimizer that step hooks are registered on and whose state a draw prunes.
 
     Args:
-        optimizer: what is given to ``attach``.
+        optimizer: the optimizer given to ``attach``, possibly wrapped.
 
     Raises:
-        ConfigError: there is none, or it is not known what else is done around its steps.
-        BackendError: it cannot be cut.
+        ConfigError: it is None, no torch optimizer, or an unknown wrapper of one.
+        BackendError: its state cannot be pruned.
     """
     if optimizer is None:
         raise ConfigError("attach: give the optimizer; only a DeepSpeed engine has its own")
@@ -36,26 +36,26 @@ def innermost(optimizer: object) -> Optimizer:
     for kind, attribute in _TRANSPARENT.items():
         if kind in kinds and isinstance(inner := getattr(optimizer, attribute, None), Optimizer):
             return innermost(inner)
-    for kind, reason in _REFUSED.items():
+    for kind, reason in _UNSUPPORTED.items():
         if kind in kinds:
             raise BackendError(f"attach: {kind} {reason}")
-    within = _within(optimizer)
-    if within:
-        attribute, inner = within[0]
+    held = _held_optimizers(optimizer)
+    if held:
+        attribute, inner = held[0]
         kind = type(inner).__name__
         raise ConfigError(
-            f"attach: {name} steps by way of the {kind} in its attribute {attribute!r}, and what "
-            f"else it does to weights is not known. If {kind} is the last to move them, as with "
-            f"SAM, give that one, attach(model, optimizer.{attribute}, ...), and step as before; "
-            f"if not, as with Lookahead, train with {kind} alone"
+            f"attach: {name} wraps the {kind} in its attribute {attribute!r}, and how else it "
+            f"changes weights is not known. If {kind} is the last to change them, as with SAM, "
+            f"attach that one, attach(model, optimizer.{attribute}, ...), and step as before; if "
+            f"not, as with Lookahead, train with {kind} alone"
         )
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"attach: {name} is not a torch optimizer; give what steps the weights")
     return optimizer
 
 
-def _within(optimizer: object) -> list[tuple[str, Optimizer]]:
-    """Optimizers that this one holds, by attribute."""
+def _held_optimizers(optimizer: object) -> list[tuple[str, Optimizer]]:
+    """Other optimizers in this one's attributes, with the attribute's name."""
     attributes: dict[str, Any] = getattr(optimizer, "__dict__", {})
     return [
         (f"{key}[0]" if isinstance(value, (list, tuple)) else key, each)

@@ -1,4 +1,4 @@
-"""Sparse weights: parameters whose gradients name only the rows that were looked up."""
+"""Sparse weights: parameters with sparse gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["sparse_weights"]
 
 
 def sparse_weights(network: nn.Module) -> frozenset[Tensor]:
-    """The weights of all embeddings that were made with ``sparse=True``."""
+    """The weights of all embeddings constructed with ``sparse=True``."""
     return frozenset(
         module.weight
         for module in network.modules()

@@ -1,4 +1,4 @@
-"""Trained: which parameters a wrapper takes for those that train."""
+"""Trained parameters: choose which parameters a new wrapper registers for training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ __all__ = ["only_these_train"]
 
 @contextmanager
 def only_these_train(network: nn.Module, parameters: Collection[Tensor]) -> Iterator[None]:
-    """Within, these of a network's parameters require gradients, and no others.
+    """Context in which exactly these parameters of a network require gradients.
 
-    A wrapper averages what trains when it is made.  At that moment layers may rest that train at
-    other times: in gradual unfreezing, or the one half of a GAN while the other half steps.
+    A wrapper averages the parameters that require gradients when it is constructed.  At that moment
+    layers may be switched off that train at other times: in gradual unfreezing, or one half of a
+    GAN while the other half steps.
     """
-    trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    required_grad = {parameter: parameter.requires_grad for parameter in network.parameters()}
     try:
-        for parameter in trains:
+        for parameter in required_grad:
             parameter.requires_grad_(parameter in parameters)
         yield
     finally:
-        for parameter, trained in trains.items():
-            parameter.requires_grad_(trained)
+        for parameter, requires_grad in required_grad.items():
+            parameter.requires_grad_(requires_grad)

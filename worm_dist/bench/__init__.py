@@ -1,1 +1,1 @@
-"""Side by side with plain DDP, compressing hooks and PowerSGD: bytes, seconds, overhead."""
+"""Benchmarks against plain DDP, compression hooks and PowerSGD: bytes, step time, overhead."""

@@ -1,4 +1,4 @@
-"""Checkpoint: what a save takes of training, written in between or in the background."""
+"""Benchmark of checkpointing: cost of a synchronous and of an asynchronous save."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from ..checkpoint.async_save import Background
+from ..checkpoint.async_save import AsyncSaver
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.manifest import CheckpointInfo
 from ..models import build_model
@@ -20,34 +20,32 @@ from .network import Link, over_ranks
 from .results import Panel, rows
 from .step import seconds_of
 from .variants import Step, Variant, dense, training
-from .workload import Scale, alternate
+from .workload import Workload, alternate
 
 __all__ = ["checkpoint"]
 
 _STEPS = 2
-"""Of training for each save."""
+"""Training steps for each save."""
 Save = Callable[[Mapping[str, Any]], object]
 
 
-def checkpoint(scale: Scale) -> Panel:
-    """Seconds of a few steps with and without a save among them.  Collective."""
+def checkpoint(workload: Workload) -> Panel:
+    """Measure the seconds of a few steps with and without a save.  Collective."""
 
     def build() -> nn.Module:
-        return build_model(scale.model_of_checks, 10, 3)
+        return build_model(workload.checked_model, 10, 3)
 
     model, optimizer = training(build)
-    step = dense(model, optimizer, scale.batch())
-    about = CheckpointInfo(
-        step=0, world_size=dist.get_world_size(), phase="dense", config_digest=""
-    )
-    background = Background()
+    step = dense(model, optimizer, workload.batch())
+    info = CheckpointInfo(step=0, world_size=dist.get_world_size(), phase="dense", config_digest="")
+    background = AsyncSaver()
     with tempfile.TemporaryDirectory() as folder:
-        shelf = CheckpointManager(folder)
+        manager = CheckpointManager(folder)
         saves: dict[str, Save] = {
             "no save": lambda states: None,
-            "saved in between": lambda states: shelf.save(about, states),
+            "saved in between": lambda states: manager.save(info, states),
             "saved in the background": lambda states: background.save(
-                states, lambda copies: shelf.save(about, copies)
+                states, lambda copies: manager.save(info, copies)
             ),
         }
         waits: dict[str, list[float]] = {name: [] for name in saves}
@@ -65,16 +63,16 @@ def checkpoint(scale: Scale) -> Panel:
 
             return steps
 
-        running = [Variant(name, with_save(name), lambda: None, None) for name in saves]
-        measured = alternate(running, scale.rounds, seconds_of)
+        variants = [Variant(name, with_save(name), lambda: None, None) for name in saves]
+        measured = alternate(variants, workload.rounds, seconds_of)
         size = sum(path.stat().st_size for path in Path(folder).glob("*/*"))
     return Panel(
         key="checkpoint",
         title=f"Seconds for {_STEPS} steps and a save",
         unit="s",
-        rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
+        rows=rows(variants, over_ranks(measured, dist.ReduceOp.MAX)),
         setting={
-            "network that is saved": scale.model_of_checks,
+            "network that is saved": workload.checked_model,
             "network": Link().network,
             "rounds": len(measured[0]),
             "disk": f"that of {Path(folder).parent}",

@@ -1,4 +1,4 @@
-"""Place: the two ranks of a benchmark, and the network between them."""
+"""Two ranks of a benchmark, and the network interface between them."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _LOOPBACK = "lo"
 
 @contextmanager
 def two_ranks() -> Iterator[int]:
-    """Join the other rank over gloo; yields this one's number.
+    """Join the other rank over gloo; yield this rank's number.
 
     Raises:
-        BackendError: there are not two.
+        BackendError: the world size is not 2.
     """
-    place = RankInfo.from_environment()
-    if place.world_size != 2:
+    rank_info = RankInfo.from_environment()
+    if rank_info.world_size != 2:
         raise BackendError(
-            f"bench: it measures what two ranks tell one another, but there are {place.world_size};"
-            " start it with launch/netlab -- python -m worm_dist bench ..., or with torchrun "
+            f"bench: it needs exactly 2 ranks, but there are {rank_info.world_size}; "
+            "start it with launch/netlab -- python -m worm_dist bench ..., or with torchrun "
             "--standalone --nproc-per-node 2 -m worm_dist bench ..."
         )
     torch.set_num_threads(1)
-    with process_group(place, "gloo", _TIMEOUT):
-        yield place.rank
+    with process_group(rank_info, "gloo", _TIMEOUT):
+        yield rank_info.rank
 
 
 class Link:
-    """The network interface that the ranks talk over.
+    """Network interface between the ranks.
 
     Attributes:
-        name: of the interface.
-        is_loopback: both ranks are on one host; what both send is counted, and what everybody
-            else on this machine tells himself is counted with it.
-        network: how fast it is, as launch/netlab was told; else its name.
+        name: name of the interface.
+        is_loopback: True if both ranks are on one host; the counter then includes both ranks and
+            all other local traffic of the machine.
+        network: the rate that launch/netlab was given; otherwise the interface's name.
     """
 
     def __init__(self) -> None:
@@ -56,17 +56,17 @@ class Link:
         self._counter = Path("/sys/class/net") / self.name / "statistics" / "tx_bytes"
 
     def __str__(self) -> str:
-        """For a heading."""
+        """The network for a heading, such as ``100 Mbit/s``."""
         rate = re.fullmatch(r"(\d+)([kmg]?)bit", self.network)
         if rate is None:
             return {"unlimited": "an unlimited link"}.get(self.network, self.network)
         return f"{rate[1]} {rate[2].upper()}bit/s"
 
     def sent_bytes(self) -> int:
-        """What the kernel has transmitted over the interface so far.
+        """Bytes that the kernel has transmitted over the interface so far.
 
         Raises:
-            BackendError: the kernel does not tell.
+            BackendError: the kernel has no such counter.
         """
         try:
             return int(self._counter.read_text())
@@ -77,8 +77,13 @@ class Link:
             ) from error
 
 
-def over_ranks(values: list[list[float]], how: dist.ReduceOp.RedOpType) -> list[list[float]]:
-    """Sum or maximum of the two ranks' values, element by element.  Collective."""
+def over_ranks(values: list[list[float]], op: dist.ReduceOp.RedOpType) -> list[list[float]]:
+    """Reduce values over the ranks, element by element.  Collective.
+
+    Args:
+        values: rows of equal length, of the same shape on all ranks.
+        op: ``SUM`` or ``MAX``.
+    """
     reduced = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(reduced, op=how)
+    dist.all_reduce(reduced, op=op)
     return [[float(value) for value in row] for row in reduced]

@@ -1,4 +1,4 @@
-"""Overhead: what an engine costs that truncates nothing, and what a check costs."""
+"""Benchmark of overhead: an engine that truncates nothing, a check, and a stage of the draw."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from ..verdict import Phase
 from .network import Link, over_ranks
 from .results import Panel, Spread, rows
 from .step import seconds_of
-from .variants import DDP, HALF, WARM_UP, Batch, Step, Variant, dense, keeping, training
-from .workload import Scale, alternate
+from .variants import DDP, HALF, WARM_UP, Batch, Step, Variant, dense, training, uniform_mask
+from .workload import Workload, alternate
 
 __all__ = ["overhead"]
 
 _TIMES_THE_ROUNDS = 8
-"""A few percent are looked for, so there are more rounds than in the other benchmarks."""
+"""Factor on the number of rounds, as differences of a few percent must be resolved."""
 _CHECKS = 12
-"""The third starts truncation, and has to plan it."""
+"""Number of checks; the third one starts truncation and plans it."""
 
 
-def overhead(scale: Scale) -> Panel:
-    """Seconds of a step with and without an engine, and of a check.  Collective."""
+def overhead(workload: Workload) -> Panel:
+    """Measure the seconds of a step with and without an engine, and of a check.  Collective."""
     link = Link()
-    running = _contenders(scale)
-    measured = alternate(running, _TIMES_THE_ROUNDS * scale.rounds, seconds_of)
+    variants = _variants(workload)
+    measured = alternate(variants, _TIMES_THE_ROUNDS * workload.rounds, seconds_of)
     return Panel(
         key="overhead",
         title="Seconds a step, nothing truncated",
         unit="s",
-        rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
+        rows=rows(variants, over_ranks(measured, dist.ReduceOp.MAX)),
         setting={"network": link.network, "rounds": len(measured[0])},
-        figures={**_check(scale), **_stages(scale)},
+        figures={**_check(workload), **_stages(workload)},
     )
 
 
-def _contenders(scale: Scale) -> list[Variant]:
-    batch = scale.batch()
-    loops = {DDP: dense(*training(scale.build), batch)}
-    # The same once more: what it differs by is noise.
-    loops["DDP again"] = dense(*training(scale.build), batch)
-    engine = _engine(scale)
+def _variants(workload: Workload) -> list[Variant]:
+    batch = workload.batch()
+    loops = {DDP: dense(*training(workload.build), batch)}
+    # A second DDP run; its difference from the first one is noise.
+    loops["DDP again"] = dense(*training(workload.build), batch)
+    engine = _engine(workload)
     loops["engine attached"] = dense(engine.model, engine.optimizer, batch)
-    loops["engine and its L1 penalty"] = _penalised(_engine(scale), batch)
+    loops["engine and its L1 penalty"] = _penalised(_engine(workload), batch)
     return [Variant(name, loop, lambda: None, None) for name, loop in loops.items()]
 
 
-def _engine(scale: Scale) -> Engine:
-    images, _ = scale.batch()
-    return attach(*training(scale.build), example_inputs=images[:1], steps_per_epoch=1)
+def _engine(workload: Workload) -> Engine:
+    images, _ = workload.batch()
+    return attach(*training(workload.build), example_inputs=images[:1], steps_per_epoch=1)
 
 
 def _penalised(engine: Engine, batch: Batch) -> Step:
-    """The loop of a search; without an engine, a search would pay for the penalty as well."""
+    """The step of a search with the L1 penalty, which a search without an engine needs as well."""
     images, labels = batch
 
     def step() -> None:
@@ -72,9 +72,9 @@ def _penalised(engine: Engine, batch: Batch) -> Step:
     return step
 
 
-def _check(scale: Scale) -> dict[str, float]:
-    """What ``Engine.check`` costs on the larger network."""
-    network = build_model(scale.model_of_checks, 10, 3)
+def _check(workload: Workload) -> dict[str, float]:
+    """Measure ``Engine.check`` on the larger network."""
+    network = build_model(workload.checked_model, 10, 3)
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
         for norm in norms:
@@ -82,7 +82,7 @@ def _check(scale: Scale) -> dict[str, float]:
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = torch.randn(1, 3, 32, 32)
-    # Where frozen channels leave, checks cut no other mask.
+    # During gradual removal a check does not compute a new mask.
     config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
     engine = attach(model, optimizer, config, example_inputs=images, steps_per_epoch=1)
     before = _num_collectives(model.process_group)
@@ -100,18 +100,18 @@ def _check(scale: Scale) -> dict[str, float]:
     }
 
 
-def _stages(scale: Scale) -> dict[str, float]:
-    """What a stage of the draw costs, the new wrapper included, beside a dense step."""
-    batch = scale.batch()
-    model, optimizer = training(scale.build)
+def _stages(workload: Workload) -> dict[str, float]:
+    """Measure a stage of the draw, including the new wrapper, in dense steps."""
+    batch = workload.batch()
+    model, optimizer = training(workload.build)
     step = dense(model, optimizer, batch)
     for _ in range(WARM_UP):
         step()
-    steps = [seconds_of(step) for _ in range(scale.rounds)]
+    steps = [seconds_of(step) for _ in range(workload.rounds)]
     removal = RemovalConfig(duration=Interval(8, "ba"), fade_steps=1, stage=0.1)
     config = WormConfig(truncation=TruncationConfig(removal=removal))
     engine = attach(model, optimizer, config, example_inputs=batch[0][:1], steps_per_epoch=100)
-    engine.truncate(keeping(engine.groups, HALF))
+    engine.truncate(uniform_mask(engine.groups, HALF))
     draws = []
     while engine.phase is not Phase.TICKET:
         dense(engine.model, optimizer, batch)()
@@ -131,12 +131,12 @@ def _stages(scale: Scale) -> dict[str, float]:
 
 
 def _num_collectives(group: dist.ProcessGroup) -> int:
-    """gloo numbers them; what torch's debug modes compare across the ranks."""
+    """gloo's sequence number of collectives, which torch's debug mode compares across ranks."""
     return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
 
 
 def _seconds_of_check(engine: Engine) -> float:
-    engine.optimizer.step()  # there are no gradients: nothing moves, but a check is due again
+    engine.optimizer.step()  # without gradients no weight changes, but a check is due again
     dist.barrier()
     begin = time.perf_counter()
     engine.check()

@@ -1,4 +1,4 @@
-"""Picture: every benchmark's contenders as bars, beside the share of bytes that is ideal."""
+"""Plot of the benchmarks: the variants as bars, with the ideal share of bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .results import Panel, Row
 
 __all__ = ["picture"]
 
-# Of the palette of Okabe and Ito, which the colour-blind tell apart.
+# From the colour-blind safe palette of Okabe and Ito.
 _OURS, _OURS_COMPRESSED, _IDEAL = "#0072B2", "#56B4E9", "#D55E00"
 _OTHERS, _GREY = "#B8B8B8", "#666666"
 _BAR = 0.62
 _LINE = 0.24
-"""Inches from one bar to the next."""
+"""Distance between bars in inches."""
 
 
 def picture(panels: Sequence[Panel]) -> Figure:
-    """One set of bars for each panel: ratios to the first contender, whiskers at the quartiles."""
+    """Plot one bar chart per panel: ratios to the first variant, with whiskers at the quartiles."""
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     most = max(len(panel.rows) + len(panel.figures) for panel in panels)
@@ -34,7 +34,7 @@ def picture(panels: Sequence[Panel]) -> Figure:
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels):
         _bars(axes, panel)
-        axes.set_ylim(most - 0.4, -0.6)  # bars as thick in each, the first on top
+        axes.set_ylim(most - 0.4, -0.6)  # equally thick bars in all panels, the first on top
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _legend(figure)
@@ -73,7 +73,7 @@ def _colour(name: str) -> str:
 
 
 def _beside(axes: Axes, height: int, row: Row, unit: str) -> None:
-    """The ideal line across the bar, and the figures in a column on the right."""
+    """Draw the ideal as a line across the bar, and the figures in a column on the right."""
     if row.ideal is not None:
         ends = (height - 0.45, height + 0.45)
         axes.plot((row.ideal,) * 2, ends, color=_IDEAL, linewidth=2, zorder=3)
@@ -95,7 +95,7 @@ def _legend(figure: Figure) -> None:
             Patch(color=_OURS_COMPRESSED, label="worm_dist, compressed"),
             Patch(color=_OTHERS, label="others"),
             Line2D([], [], color="black", linewidth=1, label="quartiles over the rounds"),
-            Line2D([], [], color=_IDEAL, linewidth=2, label="ideal: bytes of what lives"),
+            Line2D([], [], color=_IDEAL, linewidth=2, label="ideal: bytes of live elements"),
         ],
         loc="outside lower center",
         ncols=5,

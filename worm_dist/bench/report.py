@@ -1,4 +1,4 @@
-"""Report: a benchmark's table, and the file and the picture of all benchmarks in a folder."""
+"""Prints a benchmark's table, and writes the file and plot of all benchmarks in a folder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _KINDS = ("wire", "step", "overhead", "zero", "checkpoint")
 
 
 def read_panels(folder: Path) -> list[Panel]:
-    """What earlier benchmarks found; nothing if there were none.
+    """Read the results of earlier benchmarks; empty if there are none.
 
     Raises:
-        CheckpointError: the file is not one of ours.
+        CheckpointError: the file has another format.
     """
     path = folder / _FILE
     if not path.exists():
@@ -42,7 +42,7 @@ def read_panels(folder: Path) -> list[Panel]:
 
 
 def write_panels(folder: Path, earlier: Sequence[Panel], newest: Panel) -> None:
-    """Write ``bench.json`` and ``bench.png``: a panel for each benchmark, the newest of its key."""
+    """Write ``bench.json`` and ``bench.png`` with the newest panel of each key."""
     panels = {panel.key: panel for panel in (*earlier, newest)}
     ordered = sorted(panels.values(), key=_position)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_panels(folder: Path, earlier: Sequence[Panel], newest: Panel) -> None:
 
 
 def _position(panel: Panel) -> tuple[int, float]:
-    """Bytes, then seconds from the slowest network to the fastest, overhead, DeepSpeed, saves."""
+    """Sort key: kind of benchmark, then network, from the slowest to the fastest."""
     kind, _, network = panel.key.partition(" ")
     number, unit = network.rstrip("kmgbit"), network.lstrip("0123456789")
     scale = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -60,7 +60,7 @@ def _position(panel: Panel) -> tuple[int, float]:
 
 
 def show(panel: Panel, file: TextIO | None = None) -> None:
-    """Print the table; plain where there is no terminal."""
+    """Print the table of a panel."""
     file = file or sys.stdout
     console = rich.console.Console(
         file=file,
@@ -77,7 +77,7 @@ def show(panel: Panel, file: TextIO | None = None) -> None:
 
 def _table(panel: Panel) -> Table:
     table = Table(title=panel.title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("contender", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
     for heading in (
         panel.unit,
         "quartiles",

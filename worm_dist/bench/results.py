@@ -1,4 +1,4 @@
-"""Panel: what one benchmark found, ready for a table, a file or a picture."""
+"""Results of a benchmark, for its table, file and plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Panel", "Row", "Spread", "rows"]
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure that was measured several times: median and quartiles."""
+    """Median and quartiles of repeated measurements."""
 
     median: float
     low: float
@@ -29,14 +29,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender.
+    """Results of one variant.
 
     Attributes:
-        name: of the contender.
-        value: in the panel's unit.
-        ratio: to the first contender in the same round.
-        sent_share: of the gradients' bytes, handed to collectives; None if not known.
-        ideal: share of these bytes that cannot be avoided; None if not defined.
+        name: name of the variant.
+        value: the measured value, in the panel's unit.
+        ratio: the value divided by that of the first variant in the same round.
+        sent_share: bytes passed to collectives as a fraction of the gradients' bytes; None if
+            unknown.
+        ideal: smallest possible fraction; None if not defined.
     """
 
     name: str
@@ -48,15 +49,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one benchmark found.
+    """Results of one benchmark.
 
     Attributes:
-        key: of the benchmark and the network that it ran over.
-        title: for people.
-        unit: of the rows' values.
-        rows: the contenders, the one that the others are compared with first.
-        figures: further ones, each with its name.
-        setting: what it ran on.
+        key: identifier of the benchmark and, for step times, the network.
+        title: heading of the table and the plot.
+        unit: unit of the rows' values.
+        rows: the variants, with the baseline first.
+        setting: description of the environment, by name.
+        figures: additional figures, by name.
     """
 
     key: str
@@ -68,7 +69,7 @@ class Panel:
 
     @property
     def lines(self) -> list[str]:
-        """The figures, for people."""
+        """The additional figures as lines of text."""
         return [
             f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}"
             for name, value in self.figures.items()
@@ -79,10 +80,10 @@ class Panel:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Panel:
-        """The panel that ``as_json`` described.
+        """Rebuild a panel from what ``as_json`` returned.
 
         Raises:
-            KeyError, TypeError: it is something else.
+            KeyError, TypeError: the content has another format.
         """
         rows = tuple(
             Row(**{**row, "value": Spread(**row["value"]), "ratio": Spread(**row["ratio"])})
@@ -91,16 +92,21 @@ class Panel:
         return cls(**{**content, "rows": rows})
 
 
-def rows(contenders: Sequence[Variant], values: Sequence[Sequence[float]]) -> tuple[Row, ...]:
-    """The rows of a panel from what ``alternate`` measured."""
+def rows(variants: Sequence[Variant], values: Sequence[Sequence[float]]) -> tuple[Row, ...]:
+    """Build the rows of a panel.
+
+    Args:
+        variants: the variants, with the baseline first.
+        values: measured values of each variant, one per round.
+    """
     return tuple(
         Row(
-            contender.name,
-            Spread.of(mine),
-            # Within a round: what slowed one contender down has slowed down its neighbours too.
-            Spread.of([value / first for value, first in zip(mine, values[0], strict=True)]),
-            contender.sent_share(),
-            contender.ideal,
+            variant.name,
+            Spread.of(own_values),
+            # Ratios within a round, as a busy machine slows all variants of a round.
+            Spread.of([value / first for value, first in zip(own_values, values[0], strict=True)]),
+            variant.sent_share(),
+            variant.ideal,
         )
-        for contender, mine in zip(contenders, values, strict=True)
+        for variant, own_values in zip(variants, values, strict=True)
     )

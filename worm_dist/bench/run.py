@@ -1,4 +1,4 @@
-"""Run: one benchmark on two ranks, from the command line to the results on disk."""
+"""Runs one benchmark on two ranks and writes its results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .report import read_panels, show, write_panels
 from .results import Panel
 from .step import step
 from .wire import wire
-from .workload import FULL, QUICK, Scale
+from .workload import FULL, QUICK, Workload
 from .zero import zero
 
 __all__ = ["run"]
 
-_BENCHMARKS: Mapping[str, Callable[[Scale], Panel]] = {
+_BENCHMARKS: Mapping[str, Callable[[Workload], Panel]] = {
     "wire": wire,
     "step": step,
     "overhead": overhead,
@@ -31,35 +31,35 @@ _BENCHMARKS: Mapping[str, Callable[[Scale], Panel]] = {
 
 
 def run(benchmark: str, quick: bool, folder: Path) -> None:
-    """Measure, and report on rank zero.  Both ranks call it.
+    """Run a benchmark; rank zero prints and writes the results.  Both ranks call it.
 
     Args:
         benchmark: ``wire``, ``step``, ``overhead``, ``zero`` or ``checkpoint``.
-        quick: a small network and few rounds.
-        folder: for ``bench.json`` and ``bench.png``; what other benchmarks left there stays.
+        quick: True for a small network and few rounds.
+        folder: folder of ``bench.json`` and ``bench.png``; results of other benchmarks are kept.
 
     Raises:
-        BackendError: there are not two ranks.
-        CheckpointError: the folder holds a ``bench.json`` of another kind.
+        BackendError: the world size is not 2.
+        CheckpointError: the folder has a ``bench.json`` of another format.
     """
-    scale = QUICK if quick else FULL
-    # An unusable folder is told before minutes are spent.
+    workload = QUICK if quick else FULL
+    # Read first, so that an unusable folder is reported before minutes are spent.
     earlier = read_panels(folder)
     with two_ranks() as rank:
         if rank == 0 and Link().is_loopback:
             print("bench: both ranks are on one host, over lo; launch/netlab gives each its own")
-        panel = _BENCHMARKS[benchmark](scale)
+        panel = _BENCHMARKS[benchmark](workload)
         if rank == 0:
-            panel = replace(panel, setting={**_setting(scale), **panel.setting})
+            panel = replace(panel, setting={**_setting(workload), **panel.setting})
             show(panel)
             write_panels(folder, earlier, panel)
             print(f"files: {folder}")
 
 
-def _setting(scale: Scale) -> dict[str, str | int]:
-    """What is the same for all of them."""
-    parameters = sum(p.numel() for p in scale.build().parameters())
+def _setting(workload: Workload) -> dict[str, str | int]:
+    """The environment that is common to all benchmarks."""
+    parameters = sum(p.numel() for p in workload.build().parameters())
     return {
-        "network trained": f"{scale.model}, {parameters:,} parameters, 2 images a rank",
+        "network trained": f"{workload.model}, {parameters:,} parameters, 2 images a rank",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }

@@ -1,4 +1,4 @@
-"""Step: seconds that a training step takes."""
+"""Benchmark of step time."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch.distributed as dist
 from .network import Link, over_ranks
 from .results import Panel, rows
 from .variants import REMARKS, Step, variants
-from .workload import Scale, alternate
+from .workload import Workload, alternate
 
 __all__ = ["seconds_of", "step"]
 
 
-def step(scale: Scale) -> Panel:
-    """Seconds from the forward pass to the end of the optimizer's step.  Collective."""
+def step(workload: Workload) -> Panel:
+    """Measure the seconds of a step of all variants, forward pass to optimizer.  Collective."""
     link = Link()
-    running = list(variants(scale.build, scale.batch()))
-    measured = alternate(running, scale.rounds, seconds_of)
+    all_variants = list(variants(workload.build, workload.batch()))
+    measured = alternate(all_variants, workload.rounds, seconds_of)
     return Panel(
         key=f"step {link.network}",
         title=f"Seconds a step, over {link}",
         unit="s",
-        rows=rows(running, over_ranks(measured, dist.ReduceOp.MAX)),
+        rows=rows(all_variants, over_ranks(measured, dist.ReduceOp.MAX)),
         setting={"network": link.network, "rounds": len(measured[0]), **REMARKS},
     )
 
 
 def seconds_of(step: Step) -> float:
-    """How long one step takes this rank; both begin together."""
+    """Seconds of one step on this rank; a barrier synchronizes the start."""
     dist.barrier()
     begin = time.perf_counter()
     step()

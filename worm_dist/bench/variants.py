@@ -1,6 +1,6 @@
-"""Contenders: one training step of the same network, each with another way of sending gradients."""
+"""Compared variants: training steps of the same network with different gradient reductions."""
 
-# No postponed annotations here: torch reads the hook's, and wants classes, not strings.
+# No postponed annotations here: torch checks the hook's annotations, which must be classes.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -30,37 +30,37 @@ __all__ = [
     "Step",
     "Variant",
     "dense",
-    "keeping",
     "training",
+    "uniform_mask",
     "variants",
 ]
 
 DDP = "DDP"
-"""Name of the contender that all are compared with."""
+"""Name of the baseline."""
 
 LIVE_SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
-"""Shares of the channels, the same in every group, that worm_dist lets live."""
+"""Shares of live channels for the worm_dist variants, the same in every group."""
 
 HALF = 0.5
-"""Of the channels, where they fade and where PowerSGD sends what lives."""
+"""Share of live channels for the faded and the PowerSGD variant."""
 
 WARM_UP = 4
-"""Steps before anything is measured: DDP rebuilds its buckets after the first, PowerSGD sends all
-of the first two; a fade of one step is over after the first, and the columns that read faded
-channels leave after the second."""
+"""Steps before the measurement.  DDP rebuilds its buckets after the first step, PowerSGD starts
+after two, a fade of one step ends after the first, and the columns that read faded channels are
+left out after the second."""
 
 REMARKS = {
-    "bf16 hook": "written anew; torch registers its own only where there is NCCL",
-    "PowerSGD": "one bucket after the other; over gloo, two at a time abort",
+    "bf16 hook": "reimplemented here; torch's own requires NCCL",
+    "PowerSGD": "one bucket at a time; over gloo, two buckets in flight abort",
     "worm, faded": "the columns that read faded channels are left out too, as after a draw",
 }
-"""What a reader of the figures should know."""
+"""Remarks on the variants, for the readers of the figures."""
 
 Batch = tuple[Tensor, Tensor]
-"""Images and labels."""
+"""Images ``[n, 3, 32, 32]`` and labels ``[n]``."""
 
 Step = Callable[[], object]
-"""Forward, backward, all-reduce, optimizer; collective."""
+"""Takes a training step: forward, backward, all-reduce, optimizer.  Collective."""
 
 
 _AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
@@ -68,15 +68,15 @@ _AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take a training step.
+    """One variant of the training step.
 
     Attributes:
-        name: for the table.
-        step: take it.
-        sent_share: after a step, the share of the gradients' bytes that was handed to
-            collectives; None where it is not known.
-        ideal: the share that cannot be avoided: that of what lives, half of it if it is rounded to
-            two bytes; None where something else is sent.
+        name: name in tables and plots.
+        step: function that takes a step.
+        sent_share: function that returns the bytes passed to collectives in the newest step, as a
+            fraction of the gradients' bytes; None if unknown.
+        ideal: smallest possible fraction, that of the live elements, halved for two-byte formats;
+            None if something other than gradients is sent.
     """
 
     name: str
@@ -86,14 +86,14 @@ class Variant:
 
 
 def training(build: Callable[[], nn.Module]) -> tuple[DistributedDataParallel, Optimizer]:
-    """The same wrapped network and optimizer for every contender."""
+    """Build the wrapped network and the optimizer, alike for all variants."""
     torch.manual_seed(0)
     model = DistributedDataParallel(build())
     return model, SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
 
 def dense(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Step:
-    """The plain loop."""
+    """The step of a plain training loop."""
     images, labels = batch
 
     def step() -> None:
@@ -105,7 +105,7 @@ def dense(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Step:
 
 
 def variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
-    """All of them, plain DDP first."""
+    """Yield all variants, plain DDP first."""
     model, optimizer = training(build)
     yield Variant(DDP, dense(model, optimizer, batch), lambda: 1.0, 1.0)
 
@@ -140,8 +140,15 @@ def _worm(
     fades: bool = False,
     compression: Literal["none", "bf16", "powersgd"] = "none",
 ) -> Variant:
-    """Our engine, with the given share of every group's channels live; the others are held, or have
-    faded."""
+    """Variant of worm_dist's engine with a share of every group's channels live.
+
+    Args:
+        build: builds the network.
+        batch: the batch of every step.
+        share: share of live channels, 0 to 1.
+        fades: True if the frozen channels have faded, False if they are held.
+        compression: the setting ``truncation.compression``.
+    """
     model, optimizer = training(build)
     truncation = (
         TruncationConfig(removal=_AT_ONCE, compression=compression)
@@ -155,9 +162,9 @@ def _worm(
         example_inputs=batch[0][:1],
         steps_per_epoch=1,
     )
-    mask = keeping(engine.groups, share)
+    mask = uniform_mask(engine.groups, share)
     engine.truncate(mask)
-    # A faded channel's columns in the layers behind it need not be sent either.
+    # The columns that read a faded channel need not be sent either.
     scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
     plan = FreezePlan(model.module, engine.groups, ~mask.keep, scope)
     live = plan.live_fraction(list(model.module.parameters()))
@@ -171,8 +178,8 @@ def _worm(
     )
 
 
-def keeping(groups: Groups, share: float) -> Mask:
-    """The mask that keeps the first channels of every group, at least one."""
+def uniform_mask(groups: Groups, share: float) -> Mask:
+    """Mask that keeps the same share of every group: the first channels, at least one."""
     return Mask(
         {
             group.name: torch.arange(group.num_channels) < max(1, round(share * group.num_channels))
@@ -184,18 +191,18 @@ def keeping(groups: Groups, share: float) -> Mask:
 def _bf16_hook(
     process_group: dist.ProcessGroup | None, bucket: GradBucket
 ) -> torch.futures.Future[Tensor]:
-    """torch's ``bf16_compress_hook``, which torch registers only where there is NCCL."""
-    whole = bucket.buffer()
-    half = whole.to(torch.bfloat16).div_(dist.get_world_size(process_group))
-    work = dist.all_reduce(half, group=process_group, async_op=True)
+    """Reimplementation of torch's ``bf16_compress_hook``, which requires NCCL."""
+    buffer = bucket.buffer()
+    compressed = buffer.to(torch.bfloat16).div_(dist.get_world_size(process_group))
+    work = dist.all_reduce(compressed, group=process_group, async_op=True)
     reduced: torch.futures.Future[list[Tensor]] = work.get_future()
-    return reduced.then(lambda _: whole.copy_(half))
+    return reduced.then(lambda _: buffer.copy_(compressed))
 
 
 def _power_sgd_in_turn(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """torch's PowerSGD, one bucket after the other.
+    """torch's PowerSGD hook, waiting for each bucket.
 
-    Its later collectives start from callbacks.  Over gloo these run in several threads, so that
+    Its later collectives are started from callbacks.  Over gloo these run in several threads, so
     with two buckets in flight the ranks start them in different orders, and the process aborts.
     """
     reduced: torch.futures.Future[Tensor] = powerSGD_hook(state, bucket)

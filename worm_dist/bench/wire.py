@@ -1,4 +1,4 @@
-"""Wire: bytes that a training step puts on the network, as the kernel counts them."""
+"""Benchmark of network traffic: bytes per training step, from the kernel's counter."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch.distributed as dist
 from .network import Link, over_ranks
 from .results import Panel, Row, rows
 from .variants import REMARKS, Step, Variant, variants
-from .workload import Scale, alternate
+from .workload import Workload, alternate
 
 __all__ = ["bytes_sent", "wire"]
 
 _STEPS = 2
 
 
-def wire(scale: Scale) -> Panel:
-    """Megabytes that a rank sends in a step.  Collective."""
-    running = list(variants(scale.build, scale.batch()))
-    sent, setting = bytes_sent(running, scale.rounds)
+def wire(workload: Workload) -> Panel:
+    """Measure the megabytes that a rank sends in a step.  Collective."""
+    compared = list(variants(workload.build, workload.batch()))
+    sent, setting = bytes_sent(compared, workload.rounds)
     return Panel(
         key="wire",
         title="Bytes on the wire, a step and rank",
@@ -30,13 +30,18 @@ def wire(scale: Scale) -> Panel:
 
 
 def bytes_sent(
-    running: Sequence[Variant], rounds: int
+    compared: Sequence[Variant], rounds: int
 ) -> tuple[tuple[Row, ...], dict[str, str | int]]:
-    """What a rank sends in a step, in megabytes: gradients, BatchNorm's buffers, acknowledgements
-    and the headers that the kernel counts.  Collective.
+    """Measure the megabytes that a rank sends in a step.  Collective.
+
+    They include gradients, BatchNorm's buffers, acknowledgements and headers.
+
+    Args:
+        compared: the variants, with the baseline first.
+        rounds: number of measurements of each variant.
 
     Returns:
-        A row for each contender, and how they were measured.
+        A row for each variant, and the environment of the measurement, by name.
     """
     link = Link()
 
@@ -45,18 +50,18 @@ def bytes_sent(
         before = link.sent_bytes()
         for _ in range(_STEPS):
             step()
-        # The other rank has everything that this one sent, or it would not have come here.
+        # After the barrier the other rank has received everything that this one sent.
         dist.barrier()
         return (link.sent_bytes() - before) / _STEPS / 1e6
 
-    measured = over_ranks(alternate(running, rounds, megabytes), dist.ReduceOp.SUM)
-    # Each host counts what it sends; the loopback counts both ranks' bytes, and each of them reads.
+    measured = over_ranks(alternate(compared, rounds, megabytes), dist.ReduceOp.SUM)
+    # Each host counts what it sends; the loopback counts both ranks' bytes, and both read it.
     readers = 4 if link.is_loopback else 2
-    values = [[both / readers for both in mine] for mine in measured]
-    how = "tx_bytes of both ranks, lo counts them together" if link.is_loopback else "tx_bytes"
+    values = [[total / readers for total in row] for row in measured]
+    counter = "tx_bytes of both ranks, lo counts them together" if link.is_loopback else "tx_bytes"
     setting: dict[str, str | int] = {
-        "counter": f"{how} ({link.name})",
+        "counter": f"{counter} ({link.name})",
         "network": link.network,
         "rounds": len(measured[0]),
     }
-    return rows(running, values), setting
+    return rows(compared, values), setting

@@ -1,4 +1,4 @@
-"""Scale: how large a benchmark is, and the loop that all of them share."""
+"""Workload of a benchmark, and the measurement loop that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -15,61 +15,65 @@ from ..models import build_model
 from .network import over_ranks
 from .variants import WARM_UP, Batch, Step, Variant
 
-__all__ = ["FULL", "QUICK", "Scale", "alternate"]
+__all__ = ["FULL", "QUICK", "Workload", "alternate"]
 
-_PATIENCE = 240.0
-"""Seconds for all rounds: over a slow network there are fewer."""
-_FEWEST = 3
+_TIME_LIMIT = 240.0
+"""Seconds for all rounds; over a slow network the number of rounds is reduced."""
+_FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How large a benchmark is.
+class Workload:
+    """Workload of a benchmark.
 
     Attributes:
-        model: whose gradients are sent, in CIFAR form.
-        model_of_checks: whose channels are scored.
-        rounds: how often every contender is measured, if the network is fast enough.
+        model: name of the model that is trained, on 32x32 images.
+        checked_model: name of the model for checks and checkpoints.
+        rounds: number of measurements of every variant, if the network is fast enough.
     """
 
     model: str
-    model_of_checks: str
+    checked_model: str
     rounds: int
 
     def build(self) -> nn.Module:
         return build_model(self.model, 10, 3)
 
     def batch(self) -> Batch:
-        """Two images for each rank: the less there is to compute, the more the traffic shows."""
-        random = torch.Generator().manual_seed(dist.get_rank())
-        images = torch.randn(2, 3, 32, 32, generator=random)
-        return images, torch.randint(10, (2,), generator=random)
+        """Create a batch of two images, small so that communication dominates the step."""
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        images = torch.randn(2, 3, 32, 32, generator=generator)
+        return images, torch.randint(10, (2,), generator=generator)
 
 
-FULL = Scale("resnet18", "torchvision/resnet50", rounds=10)
-QUICK = Scale("resnet20", "resnet20", rounds=2)
+FULL = Workload("resnet18", "torchvision/resnet50", rounds=10)
+QUICK = Workload("resnet20", "resnet20", rounds=2)
 
 
 def alternate(
-    contenders: Sequence[Variant], rounds: int, measure: Callable[[Step], float]
+    variants: Sequence[Variant], rounds: int, measure: Callable[[Step], float]
 ) -> list[list[float]]:
-    """Measure every contender once in every round, so that a busy minute strikes them all.
-    Collective.
+    """Measure every variant once per round, so that a busy machine slows all alike.  Collective.
+
+    Args:
+        variants: the variants to measure.
+        rounds: largest number of rounds.
+        measure: takes a variant's step and returns the measured value.
 
     Returns:
-        For every contender what was measured in each round; the same number of rounds on all ranks.
+        The values of every variant, one per round; the number of rounds is equal on all ranks.
     """
-    for contender in contenders:
+    for variant in variants:
         for _ in range(WARM_UP):
-            contender.step()
-        if contender.ideal is not None:
-            # What has faded has left by now, and nothing is rounded less than it should be.
-            share = contender.sent_share()
-            assert share is not None and math.isclose(share, contender.ideal), contender
+            variant.step()
+        if variant.ideal is not None:
+            # The warm-up must have reached the steady state: fades done, compression active.
+            share = variant.sent_share()
+            assert share is not None and math.isclose(share, variant.ideal), variant
     begin = time.perf_counter()
-    values = [[measure(contender.step)] for contender in contenders]
+    values = [[measure(variant.step)] for variant in variants]
     ((seconds,),) = over_ranks([[time.perf_counter() - begin]], dist.ReduceOp.MAX)
-    for _ in range(1, min(rounds, max(_FEWEST, int(_PATIENCE / seconds)))):
-        for mine, contender in zip(values, contenders, strict=True):
-            mine.append(measure(contender.step))
+    for _ in range(1, min(rounds, max(_FEWEST_ROUNDS, int(_TIME_LIMIT / seconds)))):
+        for own_values, variant in zip(values, variants, strict=True):
+            own_values.append(measure(variant.step))
     return values

@@ -1,4 +1,4 @@
-"""Zero: bytes that a step under DeepSpeed puts on the network, dense and with half of the rows."""
+"""Benchmark of network traffic under DeepSpeed's ZeRO, dense and with half of the channels live."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from ..config import TruncationConfig, WormConfig
 from ..engine.engine import Engine, attach
 from ..training.parallelize import deepspeed_module
 from .results import Panel
-from .variants import HALF, Batch, Step, Variant, keeping
+from .variants import HALF, Batch, Step, Variant, uniform_mask
 from .wire import bytes_sent
-from .workload import Scale
+from .workload import Workload
 
 __all__ = ["zero"]
 
 _STAGES = (0, 1, 2)
 
 
-def zero(scale: Scale) -> Panel:
-    """Megabytes that a rank sends in a step of each stage of ZeRO: gradients, and in stages 1 and 2
-    the weights that ranks tell one another.  Collective."""
-    rows, setting = bytes_sent(list(_contenders(scale.build, scale.batch())), scale.rounds)
+def zero(workload: Workload) -> Panel:
+    """Measure the megabytes that a rank sends in a step, for ZeRO stages 0 to 2.  Collective.
+
+    They include gradients and, in stages 1 and 2, the all-gather of the weights.
+    """
+    rows, setting = bytes_sent(list(_variants(workload.build, workload.batch())), workload.rounds)
     value = {row.name: row.value.median for row in rows}
     return Panel(
         key="zero",
@@ -45,14 +47,14 @@ def _name(stage: int, share: float | None) -> str:
     return f"ZeRO-{stage}" if share is None else f"worm {100 * share:.0f} %, ZeRO-{stage}"
 
 
-def _contenders(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
+def _variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
     for stage in _STAGES:
         model = _engine(build, stage, batch)
         yield Variant(_name(stage, None), _step(model, batch), lambda: None, None)
         model = _engine(build, stage, batch)
         config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
         engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
-        engine.truncate(keeping(engine.groups, HALF))
+        engine.truncate(uniform_mask(engine.groups, HALF))
         yield Variant(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
 
 

@@ -1,5 +1,5 @@
-"""Checkpoints on disk: a training state that is there whole or not at all, and found again.
+"""Atomic checkpoints on disk: each is complete or absent, and verified when it is read.
 
-It knows nothing of engines, trainers and process groups: a state is nested dicts, lists and tuples
-of tensors and plain values.  Nothing that is read is executed.
+The package is independent of engines, trainers and process groups: a state is nested dicts, lists
+and tuples of tensors and plain values.  Nothing that is read is executed.
 """

@@ -1,7 +1,7 @@
-"""Background: a checkpoint is written while training goes on.
+"""Asynchronous saving: a checkpoint is written by a thread while training goes on.
 
-Training waits while the state is copied in memory, not while it is hashed and written.  One save is
-on its way at a time, and one copy of the state is kept for all of them.
+Training waits only while the state is copied in memory, not while it is hashed and written.  At
+most one save is in flight, and its buffers are reused by the next one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from .state_file import Packed, pack
 from .tensor_meta import TensorMetadata
 
-__all__ = ["Background"]
+__all__ = ["AsyncSaver"]
 
 Write = Callable[[Mapping[str, Packed]], object]
 
 
-class Background:
-    """Copies states and has them written by a thread.
+class AsyncSaver:
+    """Copies states to CPU memory and writes the copies in a thread.
 
-    Leave it with ``finish``: only then is the last checkpoint known to be written.
+    Call ``finish`` at the end: only then is the last checkpoint known to be written.
     """
 
     def __init__(self) -> None:
@@ -33,29 +33,27 @@ class Background:
         self._error: BaseException | None = None
 
     def save(self, states: Mapping[str, Any], write: Write) -> None:
-        """Copy the states and return; the copies are written meanwhile.
-
-        Waits for the save before this one.
+        """Wait for the previous save, copy the states and start writing the copies.
 
         Args:
-            states: by the name of their part; see ``Staged.write``.
-            write: is called in the thread with the copies, of which it keeps nothing; it talks to
-                no other process.
+            states: the state of each part, by name; see ``Staged.write``.
+            write: function that writes the copies; called in the thread.  It must not keep them,
+                nor communicate with other processes.
 
         Raises:
-            WormError, or what else ``write`` raised in the save before this one.
-            CheckpointError: the states cannot be saved.
+            CheckpointError: a state cannot be saved.
+            Exception: any error that ``write`` raised in the previous save.
         """
         self.finish()
-        copies = self._copies(states)
+        copies = self._copy(states)
         self._thread = threading.Thread(target=self._run, args=(write, copies), name="checkpoint")
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the save on its way is written, if there is one.
+        """Wait until the save in flight is written, if there is one.
 
         Raises:
-            What ``write`` raised.
+            Exception: any error that ``write`` raised in that save.
         """
         if self._thread is not None:
             self._thread.join()
@@ -70,19 +68,19 @@ class Background:
         except BaseException as error:
             self._error = error
 
-    def _copies(self, states: Mapping[str, Any]) -> dict[str, Packed]:
+    def _copy(self, states: Mapping[str, Any]) -> dict[str, Packed]:
         buffers: dict[tuple[str, str], Tensor] = {}
         copies: dict[str, Packed] = {}
         for part, state in states.items():
             packed = pack(state)
             tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
-            for name, (form, memory) in packed.tensors.items():
-                # The memory of the save before: to take new memory costs several times the copy.
+            for name, (metadata, memory) in packed.tensors.items():
+                # Reused, because allocating new memory takes several times as long as the copy.
                 buffer = self._buffers.pop((part, name), None)
                 if buffer is None or buffer.numel() != memory.numel():
                     buffer = torch.empty(memory.numel(), dtype=torch.uint8)
                 buffers[part, name] = buffer
-                tensors[name] = form, buffer.copy_(memory)
-            copies[part] = Packed(packed.skeleton, tensors)
+                tensors[name] = metadata, buffer.copy_(memory)
+            copies[part] = Packed(packed.structure, tensors)
         self._buffers = buffers
         return copies

@@ -1,4 +1,4 @@
-"""Checkpoint: one that is on disk."""
+"""A checkpoint on disk, for reading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .durable_io import check_size, file_size, open_sealed
+from .durable_io import check_size, file_size, open_verified
 from .manifest import Manifest, read_manifest
 from .staging import STEP
 from .state_file import read_part
@@ -15,58 +15,66 @@ __all__ = ["Checkpoint"]
 
 
 class Checkpoint:
-    """A checkpoint whose manifest is right and whose files have the right sizes.
+    """A checkpoint with a valid manifest, whose files have the sizes that the manifest states.
 
     Args:
-        path: of its folder.
+        path: the checkpoint's folder.
 
     Attributes:
-        manifest: what it says of itself.
+        path: the checkpoint's folder.
+        manifest: the content of its manifest.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, it is of another step than the
-            folder, or a file is missing or of another size.
+        CheckpointError: the manifest is missing or damaged, its step is not that of the folder's
+            name, or a file is missing or of another size.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
-        named = STEP.fullmatch(self.path.name)
-        if named and int(named[1]) != self.step:
+        match = STEP.fullmatch(self.path.name)
+        if match and int(match[1]) != self.step:
             raise CheckpointError(
-                f"{self.path}: wanted step {int(named[1])}, found step {self.step} in its "
+                f"{self.path}: wanted step {int(match[1])}, found step {self.step} in its "
                 "manifest; was the folder renamed?"
             )
-        for name, seal in self.manifest.files.items():
-            check_size(self.path / name, file_size(self.path / name), seal)
+        for name, digest in self.manifest.files.items():
+            check_size(self.path / name, file_size(self.path / name), digest)
 
     @property
     def step(self) -> int:
+        """Number of optimizer steps taken when the checkpoint was written."""
         return self.manifest.step
 
     @property
     def parts(self) -> list[str]:
-        """Names of the states in it."""
+        """Sorted names of the states in the checkpoint."""
         return sorted({Path(name).stem for name in self.manifest.files})
 
     def verify(self) -> None:
-        """Compare every byte of every file with the manifest.
+        """Verify the sha256 digest of every file.
 
         Raises:
-            CheckpointError: a file is not what was written.
+            CheckpointError: a file is missing, damaged or replaced.
         """
-        for name, seal in self.manifest.files.items():
-            with open_sealed(self.path / name, seal):
+        for name, digest in self.manifest.files.items():
+            with open_verified(self.path / name, digest):
                 pass
 
     def read(self, part: str) -> Any:
-        """The state of a part, as it was written, its tensors on the CPU.
+        """Read the state of a part; its tensors are on the CPU.
 
-        The part's two files are compared before they are parsed, and no others: a rank need not
-        read what belongs to the others.
+        Only the part's own two files are read, each verified before it is parsed, so that a rank
+        need not read the states of the others.
+
+        Args:
+            part: name of the part, one of ``parts``.
+
+        Returns:
+            The state as it was passed to ``Staged.write``.
 
         Raises:
-            CheckpointError: there is no such part, or a file is not what was written.
+            CheckpointError: there is no such part, or a file is missing, damaged or replaced.
         """
         if part not in self.parts:
             raise CheckpointError(f"{self.path}: wanted part {part!r}, found {self.parts}")

@@ -1,4 +1,4 @@
-"""Disk: bytes that last once they are written, and that are read only if they are the same."""
+"""Durable writes and verified reads: files are synced, hashed, and compared before use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "Part",
     "check_size",
     "file_size",
-    "open_sealed",
+    "open_verified",
     "read_small",
     "reading",
     "sync_folder",
@@ -29,22 +29,22 @@ __all__ = [
     "writing",
 ]
 
-_CHUNK = 1 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK_BYTES = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Part(BaseModel):
-    """A strict, frozen piece of what is written as JSON."""
+    """Base of the models that are written as JSON: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class FileDigest(Part):
-    """What a file must still be when it is read.
+    """Size and hash of a file, by which it is verified when it is read.
 
     Attributes:
-        size: in bytes.
-        sha256: in hexadecimal digits.
+        size: file size in bytes.
+        sha256: SHA-256 of the content, 64 hexadecimal digits.
     """
 
     size: Annotated[int, Field(ge=0)]
@@ -53,21 +53,21 @@ class FileDigest(Part):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the system become a CheckpointError that names the path."""
+    """Turn an ``OSError`` of writing into a ``CheckpointError`` that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL:
             raise CheckpointError(
-                f"{path}: disk full ({error.strerror}); it is not written, what was there "
-                "before is as it was; free some space"
+                f"{path}: disk full ({error.strerror}); nothing was written, what was "
+                "there before is unchanged; free some space"
             ) from error
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors of the system become a CheckpointError that names the path."""
+    """Turn an ``OSError`` of reading into a ``CheckpointError`` that names the path."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -77,12 +77,19 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
-    """Write a new file and wait until the disk has it.
+    """Write a new file and sync it to disk.
 
-    The bytes are hashed on their way out of memory, so whatever changes them later is found.
+    The bytes are hashed as they leave memory, so any later change to the file is detected.
+
+    Args:
+        path: path of the file, which must not exist.
+        chunks: content of the file, in order.
+
+    Returns:
+        Size and hash of what was written.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written, or the file is there already.
+        CheckpointError: the disk is full or cannot be written, or the file exists already.
     """
     digest, size = hashlib.sha256(), 0
     with writing(path):
@@ -101,7 +108,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
+    """Sync a folder's entries to disk, so that new and renamed files in it survive a crash."""
     with writing(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -111,42 +118,59 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_sealed(path: Path, seal: FileDigest) -> Iterator[BufferedReader]:
-    """A file whose size and hash have been compared with its seal, at its beginning.
+def open_verified(path: Path, expected: FileDigest) -> Iterator[BufferedReader]:
+    """Open a file after verifying its size and hash.
 
-    What is read is what was compared, even if another file takes its name meanwhile.
+    The verified file is the one that is read, even if another file takes its name meanwhile.
+
+    Args:
+        path: path of the file.
+        expected: size and hash from when the file was written.
+
+    Yields:
+        The open file, positioned at its start.
 
     Raises:
-        CheckpointError: it is missing, is no plain file, or is not what was sealed.
+        CheckpointError: the file is missing, not a regular file, or differs from ``expected``.
     """
     with reading(path), _open(path) as file:
-        check_size(path, os.fstat(file.fileno()).st_size, seal)
+        check_size(path, os.fstat(file.fileno()).st_size, expected)
         digest = hashlib.sha256()
-        chunk = memoryview(bytearray(_CHUNK))
+        chunk = memoryview(bytearray(_CHUNK_BYTES))
         while count := file.readinto(chunk):
             digest.update(chunk[:count])
-        if digest.hexdigest() != seal.sha256:
+        if digest.hexdigest() != expected.sha256:
             raise CheckpointError(
-                f"{path}: wanted sha256 {seal.sha256}, found {digest.hexdigest()}; the file was "
-                "damaged or replaced"
+                f"{path}: wanted sha256 {expected.sha256}, found {digest.hexdigest()}; the file "
+                "was damaged or replaced"
             )
         file.seek(0)
         yield file
 
 
-def check_size(path: Path, size: int, seal: FileDigest) -> None:
-    """Raises a CheckpointError if the size is not the sealed one."""
-    if size != seal.size:
+def check_size(path: Path, size: int, expected: FileDigest) -> None:
+    """Check the size of a file.
+
+    Args:
+        path: path of the file, for the error message.
+        size: present size of the file in bytes.
+        expected: size and hash from when the file was written.
+
+    Raises:
+        CheckpointError: the sizes differ.
+    """
+    if size != expected.size:
         raise CheckpointError(
-            f"{path}: wanted {seal.size} bytes, found {size}; the file was cut short or replaced"
+            f"{path}: wanted {expected.size} bytes, found {size}; the file was truncated or "
+            "replaced"
         )
 
 
 def file_size(path: Path) -> int:
-    """Of a plain file; links are not followed.
+    """The size of a regular file in bytes; symbolic links are not followed.
 
     Raises:
-        CheckpointError: it is missing or is no plain file.
+        CheckpointError: the file is missing or not a regular file.
     """
     with reading(path):
         status = os.lstat(path)
@@ -155,10 +179,14 @@ def file_size(path: Path) -> int:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The whole of a file that may not have more bytes than the limit.
+    """Read a whole file of limited size.
+
+    Args:
+        path: path of the file.
+        limit: largest size allowed, in bytes.
 
     Raises:
-        CheckpointError: it is missing, is no plain file, or is larger.
+        CheckpointError: the file is missing, not a regular file, or larger than ``limit``.
     """
     with reading(path), _open(path) as file:
         content = file.read(limit + 1)
@@ -168,7 +196,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def _open(path: Path) -> BufferedReader:
-    # A link could lead anywhere, and to open a pipe could take for ever.
+    # A symbolic link could lead anywhere, and opening a pipe could block forever.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         file = os.fdopen(os.open(path, flags), "rb")

@@ -1,4 +1,4 @@
-"""Shelf: the checkpoints of one run, newest and best, side by side in one folder."""
+"""The checkpoints of one run in one folder: saving, finding, and removing old ones."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Puts checkpoints into a folder, finds them again and removes old ones.
+    """Saves checkpoints to a folder, finds them again and removes old ones.
 
-    Only one process may write to it at a time: see ``run_lock``.
+    Only one process may write to the folder at a time: see ``run_lock``.
 
     Args:
-        folder: of the checkpoints; it is made when the first one is written.
-        keep_last: how many of the newest are kept, at least two: the newest may turn out damaged.
-            The best is kept besides.
+        folder: folder of the checkpoints; created when the first one is written.
+        keep_last: number of newest checkpoints to keep, at least 2, since the newest may turn out
+            to be damaged.  The best one is kept in addition.
 
     Raises:
-        ConfigError: fewer than two are to be kept.
+        ConfigError: ``keep_last`` is less than 2.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
@@ -43,88 +43,105 @@ class CheckpointManager:
         self._keep_last = keep_last
         self._damaged: set[Path] = set()
 
-    def save(self, about: CheckpointInfo, states: Mapping[str, Any]) -> Path:
-        """Write a checkpoint whose states are all in this process; its folder is returned.
+    def save(self, info: CheckpointInfo, states: Mapping[str, Any]) -> Path:
+        """Write a checkpoint whose states are all in this process.
 
         Args:
-            about: what the manifest says.
-            states: by the name of their part; see ``Staged.write``.
+            info: description of the checkpoint.
+            states: the state of each part, by name; see ``Staged.write``.
+
+        Returns:
+            The checkpoint's folder.
 
         Raises:
-            CheckpointError: it cannot be written; nothing of it is left.
+            CheckpointError: the checkpoint cannot be written; nothing of it is left on disk.
         """
-        staged = self.stage(about.step)
+        staged = self.stage(info.step)
         try:
             files = {
-                name: seal
+                name: digest
                 for part, state in states.items()
-                for name, seal in staged.write(part, state).items()
+                for name, digest in staged.write(part, state).items()
             }
         except BaseException:
             staged.abandon()
             raise
-        return self.commit(staged, about, files)
+        return self.commit(staged, info, files)
 
     def stage(self, step: int) -> Staged:
-        """A new folder for ranks to write to: ``Staged.write``, then ``commit`` or ``abandon``."""
-        return Staged.create(self._folder, step)
+        """Create a temporary folder for several ranks to write to.
 
-    def commit(
-        self, staged: Staged, about: CheckpointInfo, files: Mapping[str, FileDigest]
-    ) -> Path:
-        """Make what was staged the checkpoint of its step, and remove what need not be kept.
+        Each rank calls ``Staged.write``; then one calls ``commit``, or ``Staged.abandon``.
 
         Args:
-            staged: of this shelf.
-            about: what the manifest says besides the files.
-            files: what ``Staged.write`` returned, of all ranks together.
+            step: number of optimizer steps taken.
+        """
+        return Staged.create(self._folder, step)
+
+    def commit(self, staged: Staged, info: CheckpointInfo, files: Mapping[str, FileDigest]) -> Path:
+        """Turn a staged folder into the checkpoint of its step, and remove old checkpoints.
+
+        Args:
+            staged: a folder from ``stage``.
+            info: description of the checkpoint.
+            files: the return values of ``Staged.write`` on all ranks, merged.
+
+        Returns:
+            The checkpoint's folder.
 
         Raises:
-            CheckpointError: a file is not there, or it cannot be written; nothing of it is left.
+            CheckpointError: a file is missing, or the checkpoint cannot be written; nothing of it
+                is left on disk.
         """
         try:
-            path = staged.commit(about, files)
+            path = staged.commit(info, files)
         except BaseException:
             staged.abandon()
             raise
         self._damaged.discard(path)
-        self.retain(about.step)
+        self.retain(info.step)
         return path
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint of which every byte is right; None if there is none.
+        """The newest valid checkpoint; None if there is none.
 
-        Others are passed with a warning that says which and why.
+        Damaged ones are skipped with a warning that names the checkpoint and the reason.
         """
         for _, path in reversed(self._found()):
             try:
                 return self.open(path)
             except CheckpointError as error:
                 self._damaged.add(path)
-                logger.warning("checkpoint %s is passed over: %s", path.name, error)
+                logger.warning("checkpoint %s is skipped: %s", path.name, error)
         return None
 
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
-        """A checkpoint of which every byte is right.
+        """Open a checkpoint and verify all of its files.
+
+        Args:
+            path: the checkpoint's folder.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: it is missing, damaged or incomplete.
         """
         checkpoint = Checkpoint(path)
         checkpoint.verify()
         return checkpoint
 
     def retain(self, step: int) -> None:
-        """Remove all up to a step but the newest ones and the best.
+        """Remove all checkpoints up to a step except the newest ones and the best one.
 
-        Those that are known to be damaged count for nothing, and are not removed.  Those after the
-        step are left alone.
+        Checkpoints that are known to be damaged are neither counted nor removed.  Those after the
+        step are left unchanged.
+
+        Args:
+            step: number of optimizer steps.
 
         Raises:
-            CheckpointError: one cannot be removed.
+            CheckpointError: a checkpoint cannot be removed.
         """
-        whole: dict[int, Checkpoint] = {}
+        complete: dict[int, Checkpoint] = {}
         for found, path in self._found():
             if found > step or path in self._damaged:
                 continue
@@ -132,40 +149,44 @@ class CheckpointManager:
                 checkpoint = Checkpoint(path)
             except CheckpointError:
                 continue
-            if found in whole:
-                discard(whole[found].path)  # the earlier of two of one step
-            whole[found] = checkpoint
-        kept = list(whole)[-self._keep_last :]
-        values = [(checkpoint.manifest.value, step) for step, checkpoint in whole.items()]
+            if found in complete:
+                discard(complete[found].path)  # the earlier of two checkpoints of one step
+            complete[found] = checkpoint
+        kept = list(complete)[-self._keep_last :]
+        values = [(checkpoint.manifest.value, step) for step, checkpoint in complete.items()]
         measured = [(value, step) for value, step in values if value is not None]
         if measured:
             kept.append(max(measured)[1])
-        for found in whole.keys() - kept:
-            discard(whole[found].path)
+        for found in complete.keys() - kept:
+            discard(complete[found].path)
 
     def rewind(self, step: int) -> None:
-        """Remove all after a step: the run goes on from there, and they are of another course.
+        """Remove all checkpoints after a step, from which the run is about to resume.
+
+        Args:
+            step: number of optimizer steps.
 
         Raises:
-            CheckpointError: one cannot be removed.
+            CheckpointError: a checkpoint cannot be removed.
         """
         for found, path in self._found():
             if found > step:
                 discard(path)
 
     def sweep(self) -> None:
-        """Remove what was left unfinished.  No other process may be writing."""
+        """Remove unfinished checkpoints; no other process may be writing to the folder."""
         for name in self._names():
             if is_leftover(name):
                 remove(self._folder / name)
 
     def _found(self) -> list[tuple[int, Path]]:
-        """All that are called checkpoints, by step; what they are remains to be seen.
+        """Step and path of every entry with the name of a checkpoint, by step; not validated.
 
-        Of two of one step the one that was about to be replaced has a zero in front, and is first.
+        Of two entries of one step the one that was about to be replaced, whose number has a leading
+        zero, comes first.
         """
-        named = [(STEP.fullmatch(name), name) for name in self._names()]
-        found = [(int(match[1]), name) for match, name in named if match]
+        matches = [(STEP.fullmatch(name), name) for name in self._names()]
+        found = [(int(match[1]), name) for match, name in matches if match]
         return [(step, self._folder / name) for step, name in sorted(found, key=_age)]
 
     def _names(self) -> list[str]:

@@ -1,6 +1,6 @@
-"""Manifest: what a checkpoint is, and what each of its files must be.
+"""The manifest of a checkpoint: its description, and size and hash of each of its files.
 
-It is written last and read first.  A folder without it is no checkpoint.
+It is written last and read first.  A folder without it is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _NAME = "manifest.json"
 _FORMAT_VERSION = 1
-_LARGEST = 4 << 20
-"""Bytes; about ten thousand ranks with files of their own."""
+_MAX_BYTES = 4 << 20
+"""Largest manifest that is read; enough for the files of about ten thousand ranks."""
 
-# Names in one folder: neither separators nor anything that begins with a dot.
+# Names within the folder: no separators, no leading dot.
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}\.(json|safetensors)\z")]
 
 
@@ -35,15 +35,15 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 class CheckpointInfo(Part):
-    """What is known of a checkpoint without its tensors.
+    """Description of a checkpoint.
 
     Attributes:
-        step: optimizer steps taken.
-        world_size: of the run that wrote it.
-        phase: of that run.
-        config_digest: of its settings.
-        value: how good the model is, higher is better; of the checkpoints the best is kept.  None
-            if it was not measured, and so are NaN and the infinities.
+        step: number of optimizer steps taken.
+        world_size: number of ranks of the run that wrote it.
+        phase: phase of the run.
+        config_digest: digest of the run's settings.
+        value: quality of the model, higher is better; the checkpoint with the highest value is
+            kept.  None if it was not measured; NaN and infinities are stored as None.
     """
 
     step: Annotated[int, Field(ge=0, lt=10**18)]
@@ -57,9 +57,9 @@ class Manifest(CheckpointInfo):
     """The content of ``manifest.json``.
 
     Attributes:
-        format_version: of the files.
-        versions: of Python and packages, by name.
-        files: what each file must be, by its name in the folder.
+        format_version: version of the file formats.
+        versions: versions of Python and packages, by name.
+        files: size and hash of each file, by its name in the folder.
     """
 
     format_version: int
@@ -68,21 +68,26 @@ class Manifest(CheckpointInfo):
 
 
 class _Format(BaseModel):
-    """What a manifest of any version has."""
+    """The part of a manifest that is common to all format versions."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     format_version: int
 
 
-def write_manifest(folder: Path, about: CheckpointInfo, files: Mapping[str, FileDigest]) -> None:
-    """Write ``manifest.json`` into the folder, durably.
+def write_manifest(folder: Path, info: CheckpointInfo, files: Mapping[str, FileDigest]) -> None:
+    """Write ``manifest.json`` into a folder and sync it to disk.
+
+    Args:
+        folder: the checkpoint's folder.
+        info: description of the checkpoint.
+        files: size and hash of each file, by its name in the folder.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     manifest = Manifest(
-        **about.model_dump(),
+        **info.model_dump(),
         format_version=_FORMAT_VERSION,
         versions={
             "python": platform.python_version(),
@@ -94,13 +99,14 @@ def write_manifest(folder: Path, about: CheckpointInfo, files: Mapping[str, File
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's folder.
+    """Read and validate the manifest of a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a format that this version does not read.
+        CheckpointError: the manifest is missing, damaged, or of a format that this version of the
+            library does not read.
     """
     path = folder / _NAME
-    content = read_small(path, _LARGEST)
+    content = read_small(path, _MAX_BYTES)
     found = _validated(_Format, path, content).format_version
     if found != _FORMAT_VERSION:
         raise CheckpointError(
@@ -120,7 +126,7 @@ def _validated(model: type[_Model], path: Path, content: bytes) -> _Model:
 
 
 def complaint(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line that what was read cannot make long."""
+    """The first error of a validation in one line, whose length is limited whatever was read."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(str(name) for name in first["loc"])
-    return f"{place[:100]}: {first['msg'][:200]}" if place else first["msg"][:200]
+    key = ".".join(str(name) for name in first["loc"])
+    return f"{key[:100]}: {first['msg'][:200]}" if key else first["msg"][:200]

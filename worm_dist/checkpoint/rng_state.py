@@ -1,4 +1,4 @@
-"""Random state: where the generators of Python, numpy and torch stand."""
+"""Random number generator states of Python, numpy and torch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ __all__ = ["random_state", "restore_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """The state of this process's generators, that of the current CUDA device included.
+    """The states of this process's generators, including that of the current CUDA device.
 
-    A checkpoint can hold it: numpy's numbers are a list, torch's are uint8 tensors.
+    Returns:
+        A state that a checkpoint can hold, by library; numpy's key is a list of integers, torch's
+        states are uint8 tensors.  ``cuda`` is None without a GPU.
     """
     generator = np.random.get_state(legacy=False)
     assert isinstance(generator, dict)
-    numbers = generator["state"]
+    numpy_state = generator["state"]
     return {
         "python": random.getstate(),
-        "numpy": {**generator, "state": {**numbers, "key": numbers["key"].tolist()}},
+        "numpy": {**generator, "state": {**numpy_state, "key": numpy_state["key"].tolist()}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def restore_random_state(state: Any) -> None:
-    """Let the generators go on from a state of ``random_state``.
+    """Restore the generators; the state of a CUDA device is ignored where there is none.
 
-    That of a CUDA device is left out where there is none.
+    Args:
+        state: states as returned by ``random_state``.
 
     Raises:
-        CheckpointError: it is not such a state.
+        CheckpointError: the state is not of that form.
     """
     try:
         random.setstate(state["python"])

@@ -1,10 +1,10 @@
-"""Tensor file: tensors by name in the safetensors format, which other programs read as well.
+"""Reads and writes named tensors in the safetensors format, which other programs read as well.
 
-The format is eight bytes of length, that much JSON, then the tensors without gaps.  It is written
-and read here, and not by the library: so bytes are hashed as they leave memory, a full disk is an
-error that can be told from others, each tensor gets memory of its own (the library's share one
-mapping of the file, and die if the file is cut short), and nothing in the file is believed before
-it has been compared.
+The format is eight bytes of header length, a JSON header, then the tensors without gaps.  The
+safetensors library is not used, for four reasons: here bytes are hashed as they leave memory, a
+full disk raises an error that can be distinguished from others, each tensor gets memory of its own
+(the library's tensors share one memory mapping, and reading them crashes if the file is truncated),
+and nothing in the file is used before it is validated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tensor_meta import TensorMetadata
 
 __all__ = ["TensorFile", "write_tensors"]
 
-_LARGEST_HEADER = 64 << 20
+_MAX_HEADER_BYTES = 64 << 20
 
 _Size = Annotated[int, Field(ge=0, le=2**62)]
 
@@ -41,25 +41,29 @@ _HEADER = TypeAdapter(dict[str, _Entry])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, tuple[TensorMetadata, Tensor]]) -> FileDigest:
-    """Write a new file, durably.
+    """Write a new file and sync it to disk.
 
     Args:
-        path: of the file.
-        tensors: form and uint8[num_bytes] by name, on any device.
+        path: path of the file, which must not exist.
+        tensors: metadata and content of each tensor, by name; the content is uint8[num_bytes] on
+            any device.
+
+    Returns:
+        Size and hash of the file.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     return write_file(path, _chunks(tensors))
 
 
 def _chunks(tensors: Mapping[str, tuple[TensorMetadata, Tensor]]) -> Iterator[bytes | memoryview]:
-    # The widest numbers first, so that each begins at a multiple of its size.
+    # The widest dtypes first, so that every tensor is aligned to its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1][0].item_size)
     header, end = {}, 0
-    for name, (form, _) in ordered:
-        dtype, shape = form.stored
-        begin, end = end, end + form.num_bytes
+    for name, (metadata, _) in ordered:
+        dtype, shape = metadata.stored
+        begin, end = end, end + metadata.num_bytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -69,44 +73,48 @@ def _chunks(tensors: Mapping[str, tuple[TensorMetadata, Tensor]]) -> Iterator[by
 
 
 class TensorFile:
-    """Reads tensors out of an open file.
+    """Reads tensors from an open safetensors file.
 
     Args:
-        file: at its beginning.
-        size: of the file in bytes.
-        path: for messages.
+        file: the open file, positioned at its start.
+        size: size of the file in bytes.
+        path: path of the file, for messages.
 
     Raises:
-        CheckpointError: it is not in the format.
+        CheckpointError: the file is not in the safetensors format.
     """
 
     def __init__(self, file: BufferedReader, size: int, path: Path) -> None:
         self._file = file
         self._path = path
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path}: wanted a header of at most {min(max(size - 8, 0), _LARGEST_HEADER)} "
+                f"{path}: wanted a header of at most {min(max(size - 8, 0), _MAX_HEADER_BYTES)} "
                 f"bytes, found {length}; it is not a safetensors file"
             )
-        self._begin = 8 + length
+        self._data_offset = 8 + length
         try:
             self._header = _HEADER.validate_json(file.read(length))
         except ValidationError as error:
             raise CheckpointError(
                 f"{path}: not the header of a safetensors file: {complaint(error)}"
             ) from error
-        self._check_offsets(size - self._begin)
+        self._check_offsets(size - self._data_offset)
 
     @property
     def names(self) -> set[str]:
+        """Names of the tensors in the file."""
         return set(self._header)
 
-    def form(self, name: str) -> TensorMetadata:
-        """Of a tensor in the file, if nothing else says what it is.
+    def metadata(self, name: str) -> TensorMetadata:
+        """The metadata of a tensor according to the file's header.
+
+        Args:
+            name: name of the tensor, one of ``names``.
 
         Raises:
-            CheckpointError: its dtype or shape is not one of torch's.
+            CheckpointError: torch has no such dtype or shape.
         """
         entry = self._header[name]
         try:
@@ -116,36 +124,48 @@ class TensorFile:
                 f"{self._path}: tensor {name[:200]!r}: {complaint(error)}"
             ) from error
 
-    def read(self, name: str, form: TensorMetadata) -> Tensor:
-        """A tensor on the CPU, in memory of its own.
+    def read(self, name: str, metadata: TensorMetadata) -> Tensor:
+        """Read a tensor into newly allocated CPU memory.
+
+        Args:
+            name: name of the tensor.
+            metadata: expected dtype, shape and strides.
 
         Raises:
-            CheckpointError: there is no tensor of that name and form, or no memory for it.
+            CheckpointError: there is no tensor of that name with that metadata, or not enough
+                memory.
         """
         entry = self._header.get(name)
         if entry is None:
             raise CheckpointError(f"{self._path}: wanted tensor {name[:200]!r}, found none")
-        wanted, found = form.stored, (entry.dtype, entry.shape)
+        wanted, found = metadata.stored, (entry.dtype, entry.shape)
         begin, end = entry.data_offsets
-        if wanted != found or end - begin != form.num_bytes or not form.is_possible:
+        if wanted != found or end - begin != metadata.num_bytes or not metadata.is_valid:
             raise CheckpointError(
-                f"{self._path}: tensor {name[:200]!r}: wanted {_shown(wanted)}, found "
-                f"{_shown(found)} of {end - begin} bytes"
+                f"{self._path}: tensor {name[:200]!r}: wanted {_format(wanted)}, found "
+                f"{_format(found)} of {end - begin} bytes"
             )
         try:
-            memory = torch.empty(form.num_bytes, dtype=torch.uint8)
+            memory = torch.empty(metadata.num_bytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{self._path}: tensor {name[:200]!r}: there is no memory for its {end - begin} "
+                f"{self._path}: tensor {name[:200]!r}: not enough memory for its {end - begin} "
                 "bytes"
             ) from error
-        self._file.seek(self._begin + begin)
-        if self._file.readinto(memory.numpy().data) != form.num_bytes:
-            raise CheckpointError(f"{self._path}: the file was cut short while it was read")
-        return form.tensor_of(memory)
+        self._file.seek(self._data_offset + begin)
+        if self._file.readinto(memory.numpy().data) != metadata.num_bytes:
+            raise CheckpointError(f"{self._path}: the file was truncated while it was read")
+        return metadata.tensor_of(memory)
 
     def _check_offsets(self, size: int) -> None:
-        """Tensors lie one after another, without gaps, to the end of the file."""
+        """Check that the tensors cover the data without gaps or overlaps.
+
+        Args:
+            size: size of the data in bytes.
+
+        Raises:
+            CheckpointError: they do not.
+        """
         end = 0
         for begin, until in sorted(entry.data_offsets for entry in self._header.values()):
             if begin != end or until < begin:
@@ -158,6 +178,6 @@ class TensorFile:
             raise CheckpointError(f"{self._path}: wanted {end} bytes of tensors, found {size}")
 
 
-def _shown(stored: tuple[str, list[int]]) -> str:
+def _format(stored: tuple[str, list[int]]) -> str:
     dtype, shape = stored
     return f"{dtype[:20]} {str(shape)[:100]}"

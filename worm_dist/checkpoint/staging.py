@@ -1,10 +1,10 @@
-"""Folder: a checkpoint while it is written, and how it takes its place all at once.
+"""Staging: a checkpoint is written to a temporary folder and renamed once it is complete.
 
-    step-7.tmp-<uuid>/     files are written here, by one rank or by many, and synced
+    step-7.tmp-<uuid>/     files are written here, by one rank or by several, and synced
     manifest.json          written last, by one rank; then the folder is synced
-    step-7/                renamed; then the folder above is synced
+    step-7/                renamed; then the parent folder is synced
 
-Killed at any point, there is the checkpoint before, or this one.
+If the process is killed at any point, either the previous checkpoint or this one is complete.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LEFTOVER = re.compile(r"step-[0-9]+\.tmp-.*", re.DOTALL)
 
 
 class Staged:
-    """The folder of a checkpoint that is not there yet.
+    """A checkpoint that is being written to a temporary folder.
 
-    Rank zero makes it with ``create`` and commits it; other ranks are told its path, and write
-    parts of their own.  Nothing here talks to other processes.
+    Rank zero creates it with ``create`` and commits it; other ranks construct it with the same path
+    and write parts of their own.  Nothing here communicates with other processes.
 
     Args:
-        path: of the staged folder.
+        path: the temporary folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,12 +44,16 @@ class Staged:
 
     @classmethod
     def create(cls, folder: Path, step: int) -> Staged:
-        """A new folder for the checkpoint of a step.
+        """Create a temporary folder for the checkpoint of a step.
+
+        Args:
+            folder: folder of the run's checkpoints; created if it is missing.
+            step: number of optimizer steps taken.
 
         Raises:
-            CheckpointError: it cannot be made.
+            CheckpointError: the folder cannot be created.
         """
-        path = _aside(folder / f"step-{step}")
+        path = _temporary_path(folder / f"step-{step}")
         with writing(path):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -58,39 +62,39 @@ class Staged:
         return cls(path)
 
     def write(self, part: str, state: Any) -> dict[str, FileDigest]:
-        """Write a state, durably, under a name that no other rank uses.
+        """Write a state and sync it to disk.
 
         Args:
-            part: letters, digits, ``_`` and ``-``.
-            state: see ``pack``; or what ``pack`` returned.
+            part: name of the state, of letters, digits, ``_`` and ``-``; not used by another rank.
+            state: a state as described in ``pack``, or the return value of ``pack``.
 
         Returns:
-            What ``commit`` wants to know, from all ranks that write.
+            Size and hash of each file written, by name, for ``commit``.
 
         Raises:
             CheckpointError: the disk is full or cannot be written, or the state cannot be saved.
         """
         return write_part(self.path, part, state if isinstance(state, Packed) else pack(state))
 
-    def commit(self, about: CheckpointInfo, files: Mapping[str, FileDigest]) -> Path:
-        """Make it the checkpoint of its step, in place of an earlier one of the same step.
+    def commit(self, info: CheckpointInfo, files: Mapping[str, FileDigest]) -> Path:
+        """Rename the folder to the checkpoint of its step; replaces an earlier one of that step.
 
         Args:
-            about: what the manifest says besides the files.
-            files: what ``write`` returned, of all ranks together.
+            info: description of the checkpoint.
+            files: the return values of ``write`` on all ranks, merged.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: a file is not there, or it cannot be written.
+            CheckpointError: a file is missing, or the checkpoint cannot be written.
         """
         self._check(files)
-        write_manifest(self.path, about, files)
+        write_manifest(self.path, info, files)
         sync_folder(self.path)
-        final = self.path.with_name(f"step-{about.step}")
+        final = self.path.with_name(f"step-{info.step}")
         with writing(final):
-            earlier = _put_back(final) if os.path.lexists(final) else None
+            earlier = _move_earlier(final) if os.path.lexists(final) else None
             os.replace(self.path, final)
         sync_folder(final.parent)
         if earlier is not None:
@@ -98,7 +102,7 @@ class Staged:
         return final
 
     def abandon(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the temporary folder with its content."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _check(self, files: Mapping[str, FileDigest]) -> None:
@@ -107,26 +111,26 @@ class Staged:
         if found != files.keys():
             raise CheckpointError(
                 f"{self.path}: wanted the files {sorted(files)}, found {sorted(found)}; do all "
-                "ranks write to one disk?"
+                "ranks write to the same disk?"
             )
-        for name, seal in files.items():
-            check_size(self.path / name, file_size(self.path / name), seal)
+        for name, digest in files.items():
+            check_size(self.path / name, file_size(self.path / name), digest)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, or whatever has its name: first the name, then the content.
+    """Remove a checkpoint, or whatever has its name: rename it, then remove its content.
 
     Raises:
         CheckpointError: it cannot be renamed.
     """
-    aside = _aside(path)
+    temporary = _temporary_path(path)
     with writing(path):
-        os.replace(path, aside)
-    remove(aside)
+        os.replace(path, temporary)
+    remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a file; what cannot be removed stays."""
+    """Remove a file, or a folder with its content; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -135,15 +139,15 @@ def remove(path: Path) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether it is the name of something unfinished."""
+    """Whether a name is that of an unfinished checkpoint's folder."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def _put_back(final: Path) -> Path:
-    """Make room for a checkpoint of the same step; returns where the earlier one is now.
+def _move_earlier(final: Path) -> Path:
+    """Rename an earlier checkpoint of the same step, and return its new path.
 
-    A folder cannot take the place of one that is not empty.  With one more zero in its name the
-    earlier one is found until the new one is there.
+    A folder cannot be renamed to one that is not empty.  With a leading zero in its number the
+    earlier checkpoint is still found until the new one is in place.
     """
     earlier = final.with_name(final.name.replace("-", "-0"))
     if os.path.lexists(earlier):
@@ -152,5 +156,5 @@ def _put_back(final: Path) -> Path:
     return earlier
 
 
-def _aside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")

@@ -1,6 +1,6 @@
-"""Part: one nested state as two files, its skeleton and its tensors.
+"""A part of a checkpoint: one nested state as two files, its structure (JSON) and its tensors.
 
-A checkpoint has one part, or one for each rank that has a state of its own.
+A checkpoint has one part or several, such as one for each rank with a state of its own.
 """
 
 from __future__ import annotations
@@ -18,140 +18,163 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from . import tree_json
-from .durable_io import FileDigest, open_sealed, write_file
+from .durable_io import FileDigest, open_verified, write_file
 from .manifest import complaint
 from .safetensors_file import TensorFile, write_tensors
 from .tensor_meta import TensorMetadata
 
 __all__ = ["Packed", "pack", "read_part", "write_part"]
 
-_LARGEST_SKELETON = 64 << 20
+_MAX_STRUCTURE_BYTES = 64 << 20
 _NAME = re.compile(r"(?!manifest$)[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 
 
-class _Note(TensorMetadata):
-    """The object that stands for a tensor in the skeleton."""
+class _TensorEntry(TensorMetadata):
+    """The JSON object that stands for a tensor in the structure.
+
+    Attributes:
+        tensor: name of the tensor in the safetensors file.
+    """
 
     tensor: str
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A state taken apart; its tensors are still the memory of the state.
+    """A state separated into its structure and its tensors, which share the state's memory.
 
     Attributes:
-        skeleton: JSON.
-        tensors: form and uint8[num_bytes] by name, on the device of the tensor.
+        structure: the state as JSON, with an entry in place of each tensor.
+        tensors: metadata and content of each tensor, by name; the content is uint8[num_bytes] on
+            the tensor's device.
     """
 
-    skeleton: bytes
+    structure: bytes
     tensors: Mapping[str, tuple[TensorMetadata, Tensor]]
 
 
 def pack(state: Any) -> Packed:
-    """Take a state apart.
+    """Separate a state into its structure and its tensors.
 
     Args:
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.  A
-            tensor that is there twice is kept once, and is one tensor again when it is read.
+            tensor that occurs twice is stored once, and is a single tensor again when it is read.
 
     Raises:
-        CheckpointError: the state holds something else; the message says where.
+        CheckpointError: the state contains something else; the message names the key.
     """
     tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
     names: dict[tuple[Any, ...], str] = {}
 
-    def note(place: str, tensor: Tensor) -> dict[str, Any]:
+    def encode_tensor(key: str, tensor: Tensor) -> dict[str, Any]:
         try:
-            form = TensorMetadata.of(tensor)
+            metadata = TensorMetadata.of(tensor)
         except CheckpointError as error:
-            raise CheckpointError(f"state{place[:200]}: {error}") from None
+            raise CheckpointError(f"state{key[:200]}: {error}") from None
         identity = (
-            # A conjugate is a view of the same memory, and so are rows of no elements.
+            # A conjugate shares its tensor's memory; empty tensors all have data_ptr 0.
             *(tensor.device, tensor.data_ptr() or id(tensor), tensor.is_conj(), tensor.is_neg()),
             *(tensor.dtype, tensor.shape, tensor.stride()),
         )
         if identity not in names:
-            name = place.removeprefix(".") or "state"
-            while name in tensors or name == "__metadata__":  # a.b may be one key, or two
+            name = key.removeprefix(".") or "state"
+            while name in tensors or name == "__metadata__":  # a.b may be one key, or two nested
                 name += "'"
             names[identity] = name
-            tensors[name] = form, form.memory_of(tensor)
-        return _Note(**form.model_dump(), tensor=names[identity]).model_dump(exclude_none=True)
+            tensors[name] = metadata, metadata.memory_of(tensor)
+        entry = _TensorEntry(**metadata.model_dump(), tensor=names[identity])
+        return entry.model_dump(exclude_none=True)
 
-    content = tree_json.encode(state, note)
-    if len(content) > _LARGEST_SKELETON:
+    structure = tree_json.encode(state, encode_tensor)
+    if len(structure) > _MAX_STRUCTURE_BYTES:
         raise CheckpointError(
-            f"state: all but its tensors takes {len(content)} bytes, and {_LARGEST_SKELETON} are "
-            "read; make tensors of long lists"
+            f"state: everything but its tensors takes {len(structure)} bytes as JSON, more than "
+            f"the limit of {_MAX_STRUCTURE_BYTES}; make tensors of long lists"
         )
-    return Packed(content, tensors)
+    return Packed(structure, tensors)
 
 
 def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]:
-    """Write the two files of a part, durably; neither is left behind if one cannot be written.
+    """Write the two files of a part and sync them; neither is left if one cannot be written.
+
+    Args:
+        folder: folder to write to.
+        part: name of the part, of letters, digits, ``_`` and ``-``.
+        packed: the state.
 
     Returns:
-        What the files must be, by name.
+        Size and hash of each file, by name.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
     assert _NAME.fullmatch(part), part
-    plan, data = _files(folder, part)
+    json_path, tensor_path = _paths(folder, part)
     try:
         return {
-            data.name: write_tensors(data, packed.tensors),
-            plan.name: write_file(plan, [packed.skeleton]),
+            tensor_path.name: write_tensors(tensor_path, packed.tensors),
+            json_path.name: write_file(json_path, [packed.structure]),
         }
     except BaseException:
-        for path in (data, plan):
+        for path in (tensor_path, json_path):
             with suppress(OSError):
                 os.unlink(path)
         raise
 
 
-def read_part(folder: Path, part: str, seals: Mapping[str, FileDigest]) -> Any:
-    """The state of a part, its tensors on the CPU.  Nothing is parsed before it is compared.
+def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
+    """Read the state of a part; each file is verified before it is parsed.
+
+    Args:
+        folder: the checkpoint's folder.
+        part: name of the part.
+        files: size and hash of the checkpoint's files, by name.
+
+    Returns:
+        The state as it was passed to ``pack``, its tensors on the CPU.
 
     Raises:
-        CheckpointError: a file is missing, damaged or not what was sealed.
+        CheckpointError: a file is missing, damaged or replaced.
     """
-    plan, data = _files(folder, part)
-    for path in (plan, data):
-        if path.name not in seals:
-            raise CheckpointError(f"{path}: wanted this file, found {sorted(seals)[:10]}")
-    size = seals[plan.name].size
-    if size > _LARGEST_SKELETON:
-        raise CheckpointError(f"{plan}: wanted at most {_LARGEST_SKELETON} bytes, found {size}")
+    json_path, tensor_path = _paths(folder, part)
+    for path in (json_path, tensor_path):
+        if path.name not in files:
+            raise CheckpointError(f"{path}: wanted this file, found {sorted(files)[:10]}")
+    size = files[json_path.name].size
+    if size > _MAX_STRUCTURE_BYTES:
+        raise CheckpointError(
+            f"{json_path}: wanted at most {_MAX_STRUCTURE_BYTES} bytes, found {size}"
+        )
     with (
-        open_sealed(plan, seals[plan.name]) as plan_file,
-        open_sealed(data, seals[data.name]) as data_file,
+        open_verified(json_path, files[json_path.name]) as json_file,
+        open_verified(tensor_path, files[tensor_path.name]) as tensor_file,
     ):
-        tensors = TensorFile(data_file, seals[data.name].size, data)
-        found: dict[str, tuple[_Note, Tensor]] = {}
+        tensors = TensorFile(tensor_file, files[tensor_path.name].size, tensor_path)
+        decoded: dict[str, tuple[_TensorEntry, Tensor]] = {}
 
-        def tensor(node: dict[str, Any]) -> Tensor:
+        def decode_tensor(node: dict[str, Any]) -> Tensor:
             try:
-                note = _Note.model_validate(node)
+                entry = _TensorEntry.model_validate(node)
             except ValidationError as error:
-                raise CheckpointError(f"{plan}: a tensor's note: {complaint(error)}") from error
-            if note.tensor not in found:
-                found[note.tensor] = note, tensors.read(note.tensor, note)
-            first, value = found[note.tensor]
-            if first != note:
+                raise CheckpointError(f"{json_path}: a tensor entry: {complaint(error)}") from error
+            if entry.tensor not in decoded:
+                decoded[entry.tensor] = entry, tensors.read(entry.tensor, entry)
+            first, value = decoded[entry.tensor]
+            if first != entry:
                 raise CheckpointError(
-                    f"{plan}: wanted one form of tensor {note.tensor[:200]!r}, found two"
+                    f"{json_path}: wanted equal entries of tensor {entry.tensor[:200]!r}, found "
+                    "two that differ"
                 )
             return value
 
-        state = tree_json.decode(plan_file.read(), tensor, plan)
-    if unused := tensors.names - found.keys():
+        state = tree_json.decode(json_file.read(), decode_tensor, json_path)
+    if unused := tensors.names - decoded.keys():
         raise CheckpointError(
-            f"{data}: wanted the tensors of {plan.name}, found {min(unused)[:200]!r} as well"
+            f"{tensor_path}: wanted the tensors of {json_path.name}, found "
+            f"{min(unused)[:200]!r} as well"
         )
     return state
 
 
-def _files(folder: Path, part: str) -> tuple[Path, Path]:
+def _paths(folder: Path, part: str) -> tuple[Path, Path]:
     return folder / f"{part}.json", folder / f"{part}.safetensors"

@@ -1,4 +1,4 @@
-"""Form: dtype, shape and strides of a tensor, and the bytes that it is made of."""
+"""Tensor metadata (dtype, shape, strides), and conversion between tensors and their bytes."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _CODES = {
     "bool": "BOOL",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-    # What not every version of safetensors reads is stored as bytes.
+    # Not read by every version of safetensors, so stored as bytes.
     "float8_e4m3fnuz": None,
     "float8_e5m2fnuz": None,
     "float8_e8m0fnu": None,
     "complex128": None,
     "complex64": None,
 }
-"""torch's name of a dtype, and that of the safetensors format."""
+"""Names of dtypes: torch's to those of the safetensors format."""
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in _CODES if hasattr(torch, name)
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LARGEST = 2**62
+_MAX_ELEMENTS = 2**62
 
 
 def _known(name: str) -> str:
@@ -52,17 +52,17 @@ def _known(name: str) -> str:
     return name
 
 
-_Sizes = Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST)]], Field(max_length=64)]
+_Sizes = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_ELEMENTS)]], Field(max_length=64)]
 
 
 class TensorMetadata(Part):
-    """What a tensor is besides its bytes.
+    """Dtype and memory layout of a tensor.
 
     Attributes:
-        dtype: torch's name of it.
+        dtype: torch's name of the dtype, such as ``float32``.
         shape: sizes of the dimensions.
-        strides: None for rows one after another; else of a tensor that fills its memory in
-            another order, such as channels_last.
+        strides: strides in elements, for a dense tensor that is not contiguous, such as one in
+            channels_last; None for a contiguous layout.
     """
 
     dtype: Annotated[str, AfterValidator(_known)]
@@ -71,10 +71,10 @@ class TensorMetadata(Part):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """Of a plain tensor.
+        """The metadata of a plain tensor.
 
         Raises:
-            CheckpointError: it is sparse, quantized, without memory, or of a subclass.
+            CheckpointError: the tensor is sparse, quantized, on the meta device, or of a subclass.
         """
         if (
             type(tensor) not in (Tensor, nn.Parameter)
@@ -87,12 +87,17 @@ class TensorMetadata(Part):
                 f"{tensor.device} cannot be saved; make it a plain tensor"
             )
         shape, strides = list(tensor.shape), list(tensor.stride())
-        keeps = _fills_memory(shape, strides) and strides != _rows_first(shape)
-        return cls(dtype=_NAMES[tensor.dtype], shape=shape, strides=strides if keeps else None)
+        is_reordered = _is_dense(shape, strides) and strides != _contiguous_strides(shape)
+        kept_strides = strides if is_reordered else None
+        return cls(dtype=_NAMES[tensor.dtype], shape=shape, strides=kept_strides)
 
     @classmethod
     def as_stored(cls, code: str, shape: list[int]) -> Self:
-        """Of a tensor that another program has written: rows one after another.
+        """The metadata of a contiguous tensor in a safetensors file.
+
+        Args:
+            code: safetensors' name of the dtype, such as ``F32``.
+            shape: sizes of the dimensions.
 
         Raises:
             ValueError: torch has no such dtype.
@@ -102,35 +107,42 @@ class TensorMetadata(Part):
 
     @property
     def num_elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Size of all elements in bytes."""
         return self.num_elements * self.item_size
 
     @property
     def item_size(self) -> int:
+        """Size of an element in bytes."""
         return _DTYPES[self.dtype].itemsize
 
     @property
     def stored(self) -> tuple[str, list[int]]:
-        """dtype and shape in a safetensors file."""
+        """Dtype and shape under which the tensor is stored in a safetensors file."""
         code = _CODES[self.dtype]
         if code is None:
             return "U8", [self.num_bytes]
         return code, self.shape if self.strides is None else [self.num_elements]
 
     @property
-    def is_possible(self) -> bool:
-        """Whether torch can make it: from bytes that may not be ours."""
-        if math.prod(size for size in self.shape if size) > _LARGEST:
+    def is_valid(self) -> bool:
+        """Whether torch can create such a tensor; metadata from a file may be inconsistent."""
+        if math.prod(size for size in self.shape if size) > _MAX_ELEMENTS:
             return False
         return self.strides is None or (
-            len(self.strides) == len(self.shape) and _fills_memory(self.shape, self.strides)
+            len(self.strides) == len(self.shape) and _is_dense(self.shape, self.strides)
         )
 
     def memory_of(self, tensor: Tensor) -> Tensor:
-        """uint8[num_bytes]: the memory of a tensor of this form; a copy only if it has gaps."""
+        """The content of a tensor with this metadata, as uint8[num_bytes].
+
+        Returns:
+            A view of the tensor's memory; a copy if the tensor is not dense.
+        """
         plain = tensor.detach().resolve_conj().resolve_neg()
         if self.strides is None:
             flat = plain.contiguous().view(-1)
@@ -139,25 +151,25 @@ class TensorMetadata(Part):
         return flat.view(torch.uint8)
 
     def tensor_of(self, memory: Tensor) -> Tensor:
-        """The tensor of this form in uint8[num_bytes], which it keeps."""
+        """A tensor with this metadata that shares the memory of a uint8[num_bytes] tensor."""
         flat = memory.view(_DTYPES[self.dtype])
         if self.strides is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.strides)
 
 
-def _fills_memory(shape: list[int], strides: list[int]) -> bool:
-    """Every element has a place of its own, and no place is left over."""
-    wanted = 1
+def _is_dense(shape: list[int], strides: list[int]) -> bool:
+    """Whether the elements fill a block of memory without gaps or overlaps."""
+    expected = 1
     for stride, size in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n != 1):
-        if stride != wanted:
+        if stride != expected:
             return False
-        wanted *= size
-    # The stride along a single element means nothing, but tells channels_last from rows.
-    return wanted > 0 and all(stride <= wanted for stride in strides)
+        expected *= size
+    # The stride of a dimension of size 1 is arbitrary, but torch detects channels_last by it.
+    return expected > 0 and all(stride <= expected for stride in strides)
 
 
-def _rows_first(shape: list[int]) -> list[int]:
+def _contiguous_strides(shape: list[int]) -> list[int]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

@@ -1,12 +1,12 @@
-"""Skeleton: a nested state as JSON, with a note in the place of every tensor.
+"""Encodes a nested state as JSON, with an entry in place of each tensor.
 
-What JSON has stands for itself: null, true, false, strings, whole numbers of any size, finite
-floats and lists.  Everything else is an object of one kind:
+null, true, false, strings, integers of any size, finite floats and lists are encoded as themselves.
+Everything else is an object with one of these keys:
 
-    {"dict": [[key, value], ...]}        keys are strings or whole numbers
+    {"dict": [[key, value], ...]}        keys are strings or integers
     {"tuple": [value, ...]}
-    {"float": "7ff8000000000000"}        NaN and the infinities, by their bits
-    {"tensor": name, ...}                the tensor of that name in the file beside it
+    {"float": "7ff8000000000000"}        NaN and infinities, by their bits
+    {"tensor": name, ...}                the tensor of that name in the safetensors file
 """
 
 from __future__ import annotations
@@ -25,82 +25,87 @@ from ..errors import CheckpointError
 
 __all__ = ["decode", "encode"]
 
-_DEEPEST = 100
+_MAX_DEPTH = 100
 
 
-def encode(state: Any, note: Callable[[str, Tensor], dict[str, Any]]) -> bytes:
-    """The state as JSON.
+def encode(state: Any, encode_tensor: Callable[[str, Tensor], dict[str, Any]]) -> bytes:
+    """Encode a state as JSON.
 
     Args:
         state: nested dicts (ordered ones become plain), lists and tuples of tensors, numbers,
             strings, booleans and None.
-        note: gives the object that stands for a tensor, from its dotted place and the tensor.
+        encode_tensor: function that returns the JSON object for a tensor, from its dotted key and
+            the tensor; the object must have the key ``tensor``.
 
     Raises:
-        CheckpointError: the state holds something else; the message says where.
+        CheckpointError: the state contains something else; the message names the key.
     """
-    return json.dumps(_node(state, "", _DEEPEST, note), allow_nan=False).encode()
+    return json.dumps(_encode(state, "", _MAX_DEPTH, encode_tensor), allow_nan=False).encode()
 
 
-def decode(content: bytes, tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> Any:
-    """The state that ``encode`` was given.
+def decode(content: bytes, decode_tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> Any:
+    """Decode a state that was encoded by ``encode``.
 
     Args:
-        content: JSON.
-        tensor: gives the tensor for an object with the key ``tensor``; it may raise
-            CheckpointError.
-        path: of the file, for messages.
+        content: the JSON text.
+        decode_tensor: function that returns the tensor for an object with the key ``tensor``; it
+            may raise CheckpointError.
+        path: path of the file, for messages.
 
     Raises:
-        CheckpointError: the content is not what ``encode`` writes.
+        CheckpointError: ``encode`` does not write such content.
     """
     try:
         node = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: wanted a state in JSON, found {error}") from error
-    return _Reader(tensor, path).value(node, _DEEPEST)
+    return _Decoder(decode_tensor, path).value(node, _MAX_DEPTH)
 
 
-def _node(state: Any, place: str, depth: int, note: Callable[[str, Tensor], dict[str, Any]]) -> Any:
+def _encode(
+    state: Any, key: str, depth: int, encode_tensor: Callable[[str, Tensor], dict[str, Any]]
+) -> Any:
     kind = type(state)
     if isinstance(state, Tensor):
-        return note(place, state)
-    # Exact types: a subclass, such as numpy's float, would come back as something else.
+        return encode_tensor(key, state)
+    # Exact types: a subclass, such as numpy's float, would be decoded as another type.
     if state is None or kind in (bool, int, str) or (kind is float and math.isfinite(state)):
         return state
     if kind is float:
         return {"float": struct.pack(">d", state).hex()}
     if depth == 0:
-        raise CheckpointError(f"{_shown(place)}: states may be nested {_DEEPEST} deep, no more")
+        raise CheckpointError(f"{_format(key)}: states may be nested at most {_MAX_DEPTH} deep")
     if kind in (list, tuple):
-        nodes = [_node(value, f"{place}.{i}", depth - 1, note) for i, value in enumerate(state)]
+        nodes = [
+            _encode(value, f"{key}.{i}", depth - 1, encode_tensor) for i, value in enumerate(state)
+        ]
         return nodes if kind is list else {"tuple": nodes}
     if kind in (dict, OrderedDict):
-        for key in state:
-            if type(key) not in (str, int):
+        for name in state:
+            if type(name) not in (str, int):
                 raise CheckpointError(
-                    f"{_shown(place)}: keys may be strings and whole numbers, and {key!r} is a "
-                    f"{type(key).__name__}"
+                    f"{_format(key)}: keys may be strings and integers, but {name!r} is a "
+                    f"{type(name).__name__}"
                 )
         return {
             "dict": [
-                [key, _node(value, f"{place}.{key}", depth - 1, note)]
-                for key, value in state.items()
+                [name, _encode(value, f"{key}.{name}", depth - 1, encode_tensor)]
+                for name, value in state.items()
             ]
         }
     raise CheckpointError(
-        f"{_shown(place)}: a {kind.__module__}.{kind.__qualname__} cannot be saved; use dicts, "
+        f"{_format(key)}: a {kind.__module__}.{kind.__qualname__} cannot be saved; use dicts, "
         "lists, tuples, tensors, numbers, strings, booleans and None"
     )
 
 
-def _shown(place: str) -> str:
-    return f"state{place[:200]}"
+def _format(key: str) -> str:
+    return f"state{key[:200]}"
 
 
-class _Reader:
-    def __init__(self, tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> None:
-        self._tensor = tensor
+class _Decoder:
+    def __init__(self, decode_tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> None:
+        self._decode_tensor = decode_tensor
         self._path = path
 
     def value(self, node: Any, depth: int) -> Any:
@@ -109,11 +114,11 @@ class _Reader:
         if not isinstance(node, (dict, list)):
             return node
         if depth == 0:
-            self._refuse(f"at most {_DEEPEST} levels", "more")
+            self._refuse(f"at most {_MAX_DEPTH} levels", "more")
         if isinstance(node, list):
             return [self.value(value, depth - 1) for value in node]
         if "tensor" in node:
-            return self._tensor(node)
+            return self._decode_tensor(node)
         match node:
             case {"tuple": list(nodes)} if len(node) == 1:
                 return tuple(self.value(value, depth - 1) for value in nodes)
@@ -124,14 +129,14 @@ class _Reader:
         self._refuse("a dict, a tuple, a float or a tensor", f"an object with {list(node)}")
 
     def _dict(self, pairs: list[Any], depth: int) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+        state: dict[Any, Any] = {}
         for pair in pairs:
             if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int)):
                 self._refuse("a key and a value", pair)
-            if pair[0] in found:
+            if pair[0] in state:
                 self._refuse("every key once", pair[0])
-            found[pair[0]] = self.value(pair[1], depth - 1)
-        return found
+            state[pair[0]] = self.value(pair[1], depth - 1)
+        return state
 
     def _float(self, digits: str) -> float:
         try:

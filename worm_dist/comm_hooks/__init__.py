@@ -1,1 +1,1 @@
-"""How gradients are reduced: what lives is packed, averaged and unpacked."""
+"""Gradient reduction: live slices are packed, averaged over the ranks and unpacked."""

@@ -1,4 +1,4 @@
-"""Averaging: how the ranks average what lives of a bucket."""
+"""All-reduce: average the live elements of a bucket over the ranks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["AllReduce", "Averager", "BucketView", "completed"]
 
 @dataclass(frozen=True)
 class BucketView:
-    """What lives of a bucket, in one backward pass.
+    """The live elements of a gradient bucket in one backward pass.
 
     Attributes:
-        bucket: which bucket; the same in every pass.
-        is_last: no other bucket follows in this pass.
-        plan: which slices live; None if all do.
-        parameters: whose gradients are in it.
-        whole: the bucket.
-        gradients: views of it, as the parameters lie in memory.
-        packing: how ``elements`` were packed; None if the whole bucket lives.
-        elements: ``[live elements]``, averaged in place; ``whole`` itself if all of it lives.
-        parts: views of ``elements``, one for each gradient.
+        bucket: key of the bucket, the same in every pass.
+        is_last: whether this is the last bucket of the pass.
+        plan: the freeze plan; None if all slices are live.
+        parameters: the parameters whose gradients are in the bucket.
+        full: the bucket's full buffer.
+        gradients: views of ``full`` with the parameters' shapes and strides.
+        packing: the packing of ``elements``; None if the whole bucket is live.
+        elements: ``[live elements]``, averaged in place; ``full`` itself if all of it is live.
+        parts: views of ``elements``, one per gradient.
     """
 
     bucket: tuple[int, ...]
     is_last: bool
     plan: FreezePlan | None
     parameters: Sequence[Tensor]
-    whole: Tensor
+    full: Tensor
     gradients: Sequence[Tensor]
     packing: Packing | None
     elements: Tensor
@@ -44,42 +44,42 @@ class BucketView:
 
 
 class Averager(Protocol):
-    """A way to average."""
+    """A method to average the live elements of buckets over the ranks."""
 
-    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
-        """Average the payload's elements in place.  Collective: every rank brings as many.
+    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+        """Start averaging ``view.elements`` in place.  Collective: the same number of elements on
+        every rank.
 
         Returns:
-            A future that is done when they are averaged, and how many bytes are handed to
-            collectives.
+            A future that is done when they are averaged, and the bytes handed to collectives.
         """
 
-    def remembered(
+    def state_dict(
         self, plan: FreezePlan | None, names: Mapping[Tensor, str]
     ) -> dict[str, Any] | None:
-        """What this rank remembers from pass to pass, in plain values, by the parameters' names;
-        None if it remembers nothing.
+        """This rank's state between passes in plain values, by parameter name; None if there is
+        none.
 
         Args:
-            plan: which slices will live in the next pass.
-            names: of the parameters.
+            plan: the freeze plan of the next pass.
+            names: the parameters' names.
         """
 
-    def remember(
+    def load_state_dict(
         self,
         state: Mapping[str, Any] | None,
         plan: FreezePlan | None,
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Go on from what ``remembered`` gave, before the first pass."""
+        """Restore a state of ``state_dict``, before the first pass."""
 
 
 class AllReduce:
-    """One all-reduce of the elements, which may be rounded for it.
+    """Averages by one all-reduce of the elements, optionally in a lower precision.
 
     Args:
-        process_group: that of the wrapper.
-        dtype: what elements are rounded to; None leaves them as they are.
+        process_group: the wrapper's process group.
+        dtype: dtype of the sent elements; None sends them in their own.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, dtype: torch.dtype | None) -> None:
@@ -87,30 +87,30 @@ class AllReduce:
         self._dtype = dtype
         self._wires: dict[tuple[int, ...], Tensor] = {}
 
-    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
-        elements = payload.elements
+    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+        elements = view.elements
         if elements.numel() == 0:
-            # Nothing lives in this bucket, on any rank: the plan is the same on all.
+            # No live element on any rank: the plan is the same on all.
             return completed(elements), 0
         # Scaled before the sum, by multiplication, as DDP itself does without a hook.
         elements.mul_(1 / dist.get_world_size(self._process_group))
-        if elements.is_complex():  # rounded as they are, they would lose their imaginary part
+        if elements.is_complex():  # a cast to a real dtype would drop the imaginary part
             elements = torch.view_as_real(elements)
-        wire = self._wire(payload, elements)
+        wire = self._wire(view, elements)
         work = dist.all_reduce(wire, group=self._process_group, async_op=True)
         reduced: torch.futures.Future[list[Tensor]] = work.get_future()
 
         def widened(reduced: torch.futures.Future[list[Tensor]]) -> None:
-            reduced.value()  # raises what went wrong
+            reduced.value()  # raises the error of a failed collective
             if wire is not elements:
                 elements.copy_(wire)
 
         return reduced.then(widened), wire.numel() * wire.element_size()
 
-    def remembered(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
+    def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
         return None
 
-    def remember(
+    def load_state_dict(
         self,
         state: Mapping[str, Any] | None,
         plan: FreezePlan | None,
@@ -118,18 +118,18 @@ class AllReduce:
     ) -> None:
         pass
 
-    def _wire(self, payload: BucketView, elements: Tensor) -> Tensor:
-        """The elements as they are sent: themselves, or rounded into a buffer that is kept."""
+    def _wire(self, view: BucketView, elements: Tensor) -> Tensor:
+        """The tensor to send: the elements themselves, or a persistent buffer of ``dtype``."""
         if self._dtype is None or self._dtype == elements.dtype:
             return elements
-        wire = self._wires.get(payload.bucket)
+        wire = self._wires.get(view.bucket)
         if wire is None or wire.numel() != elements.numel():
-            wire = self._wires[payload.bucket] = torch.empty_like(elements, dtype=self._dtype)
+            wire = self._wires[view.bucket] = torch.empty_like(elements, dtype=self._dtype)
         return wire.copy_(elements)
 
 
 def completed(elements: Tensor) -> torch.futures.Future[None]:
-    """A future that is done; what follows it may work on the elements' device."""
+    """A completed future whose callbacks may work on the elements' device."""
     done: torch.futures.Future[None] = torch.futures.Future(
         devices=[elements.device] if elements.is_cuda else []
     )

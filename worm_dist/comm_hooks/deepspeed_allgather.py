@@ -1,57 +1,64 @@
-"""Gather: ZeRO's parameter all-gather, without what has not changed.
+"""DeepSpeed all-gather: ZeRO's all-gather of updated parameters, without unchanged slices.
 
-After a step in stages 1 and 2 every rank has moved its partition and is told the others'.  A slice
-that is held has the same bits on all ranks before and after, so it need not be told.  Parameters of
-which something fades are told whole until that is over, and vectors always: together they are next
-to nothing.
+After a step in stages 1 and 2 every rank has updated its partition and receives the others'.  A
+held slice has the same bits on all ranks before and after, so it need not be sent.  Parameters
+with fading slices are sent in full until the fade is over, and vectors always: they are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.deepspeed_optimizer import partition_shards
-from ..backends.patching import Patch
 from ..groups.freeze_plan import FreezePlan
 from .packing import Packing
+from .patching import Patch
 from .reducer import Reducer
 
-__all__ = ["PackedGather"]
+__all__ = ["PackedGather", "ShardsOf"]
+
+ShardsOf: TypeAlias = Callable[[Any, int, int, Tensor], Mapping[Tensor, Any]]
+"""A function of ZeRO's optimizer, a parameter group's index, a rank and its flat partition; returns
+the shards in it by parameter."""
 
 
 class PackedGather:
-    """Gathers the live part of one optimizer's partitions.
+    """Gathers the live parts of one optimizer's partitions.
 
     Args:
-        wrapper: a ``DeepSpeedZeroOptimizer``.
-        counter: counts the bytes that this rank hands over.
+        wrapper: the ``DeepSpeedZeroOptimizer``.
+        counter: the reducer whose byte counters are increased.
+        shards_of: returns the shards of a rank's partition.
     """
 
-    def __init__(self, wrapper: Any, counter: Reducer) -> None:
+    def __init__(self, wrapper: Any, counter: Reducer, shards_of: ShardsOf) -> None:
         from deepspeed.runtime.zero import stage_1_and_2
 
         self._wrapper = wrapper
         self._counter = counter
+        self._shards_of = shards_of
         self._groups: list[_Group] = []
-        # DeepSpeed calls a function of its module, the same one for every engine of the process.
-        # It is taken while this optimizer steps and at no other time.
+        # DeepSpeed calls a function of its module, the same for every engine of the process; so it
+        # is patched only while this optimizer steps.
         self._module = stage_1_and_2
         self._step = Patch(wrapper, "step", self._with_gather)
         size = dist.get_world_size(wrapper.dp_process_group)
         weights = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
         self._dense_bytes = weights // size if size > 1 else 0
 
-    def adopt(self, plan: FreezePlan, moving: Collection[Tensor] = ()) -> None:
-        """Gather by another plan from the next step on; what is ``moving`` is told whole."""
+    def set_plan(self, plan: FreezePlan, fading_params: Collection[Tensor] = ()) -> None:
+        """Use another plan from the next step on; ``fading_params`` are sent in full."""
         numbers = range(len(self._wrapper.bit16_groups_flat))
-        self._groups = [_Group(self._wrapper, number, plan, moving) for number in numbers]
+        self._groups = [
+            _Group(self._wrapper, number, plan, fading_params, self._shards_of)
+            for number in numbers
+        ]
 
     def remove(self) -> None:
-        """Leave the gathering to DeepSpeed."""
+        """Restore DeepSpeed's own all-gather."""
         self._groups = []
         self._step.remove()
 
@@ -73,10 +80,15 @@ class PackedGather:
 
 
 class _Group:
-    """One parameter group: the live part of each rank's partition."""
+    """One parameter group: the live part of every rank's partition."""
 
     def __init__(
-        self, wrapper: Any, number: int, plan: FreezePlan, moving: Collection[Tensor]
+        self,
+        wrapper: Any,
+        number: int,
+        plan: FreezePlan,
+        fading_params: Collection[Tensor],
+        shards_of: ShardsOf,
     ) -> None:
         self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
         self._rank = dist.get_rank(self._process_group)
@@ -84,27 +96,28 @@ class _Group:
         self._values: list[list[Tensor]] = []
         self._packings: list[Packing] = []
         for rank, partition in enumerate(partitions):
-            shards = partition_shards(wrapper, number, rank, partition)
+            shards = shards_of(wrapper, number, rank, partition)
             values = [shard.value for shard in shards.values()]
             blocks = [
                 plan.blocks[p].part(shard.begin, shard.value.numel())
-                if p in plan.blocks and p.dim() > 1 and p not in moving
+                if p in plan.blocks and p.dim() > 1 and p not in fading_params
                 else None
                 for p, shard in shards.items()
             ]
             shapes = [value.shape for value in values]
             self._packings.append(Packing(blocks, shapes, partition.dtype, partition.device))
             self._values.append(values)
-        # A rank's share of what all of them tell, as a partition is of the whole.
-        told = sum(packing.num_live for packing in self._packings) * partitions[0].element_size()
-        self.sent_bytes = told // len(partitions) if len(partitions) > 1 else 0
+        # Averaged over the ranks, comparable to the size of a partition.
+        num_bytes = sum(p.num_live for p in self._packings) * partitions[0].element_size()
+        self.sent_bytes = num_bytes // len(partitions) if len(partitions) > 1 else 0
 
     def gather(self) -> None:
-        """Collective; the layouts follow from the plan, so all ranks have the same.
+        """Send and receive the live parts.  Collective; the layouts follow from the plan, so they
+        are the same on all ranks.
 
-        Each rank broadcasts what lives of its partition.  An all-gather wants parts of one size,
-        and the longest may well be a layer of which nothing is frozen; padded to that, most of
-        what was saved would be sent after all.
+        Each rank broadcasts the live elements of its partition.  An all-gather needs equal sizes,
+        and the largest may be that of a partition without frozen slices; with padding to it most of
+        the savings would be lost.
         """
         if len(self._packings) == 1:
             return
@@ -116,7 +129,7 @@ class _Group:
         ]
         for work in works:
             assert work is not None
-            work.wait()  # on a GPU, the stream that writes the parts back waits, not the host
+            work.wait()  # on a GPU the current stream waits, not the host
         for rank, packing in enumerate(self._packings):
             if rank != self._rank:
                 packing.update(self._values[rank], packing.parts)

@@ -1,8 +1,8 @@
-"""Zero: frozen slices left out at DeepSpeed's reduction points, ZeRO stages 0 to 2.
+"""DeepSpeed reduction: gradient reduction without frozen slices, ZeRO stages 0 to 2.
 
-DeepSpeed's own functions are called with the packed elements in place of a whole bucket, so
-scaling, precision and process groups are as its settings say.  They run on the stream that
-DeepSpeed has chosen, with the packing before and the unpacking behind them on the same one.
+DeepSpeed's own functions are called with the packed elements instead of a full bucket, so scaling,
+precision and process groups follow its settings.  Packing, reduction and unpacking run in order on
+the stream that DeepSpeed has chosen.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.deepspeed import DeepSpeedBackend
-from ..backends.patching import Patch
 from ..groups.freeze_plan import FreezePlan
-from .deepspeed_allgather import PackedGather
+from .deepspeed_allgather import PackedGather, ShardsOf
 from .packing import Packing
+from .patching import Patch
 from .reducer import Reducer
 
 __all__ = ["DeepSpeedReducer"]
@@ -28,7 +27,13 @@ Spans = tuple["Span", ...]
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Consecutive elements of one parameter's gradient; a partition may begin within it."""
+    """Consecutive elements of one parameter's gradient; a partition may begin within it.
+
+    Attributes:
+        parameter: the parameter.
+        begin: index of the first element in the flattened gradient.
+        num_elements: number of elements.
+    """
 
     parameter: Tensor
     begin: int
@@ -36,8 +41,8 @@ class Span:
 
     @property
     def shape(self) -> torch.Size:
-        whole = self.num_elements == self.parameter.numel()
-        return self.parameter.shape if whole else torch.Size((self.num_elements,))
+        is_complete = self.num_elements == self.parameter.numel()
+        return self.parameter.shape if is_complete else torch.Size((self.num_elements,))
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -45,50 +50,55 @@ class Span:
 
 
 class DeepSpeedReducer(Reducer):
-    """Packs what DeepSpeed reduces, and what it gathers in stages 1 and 2.
+    """Packs the gradients that DeepSpeed reduces, and in stages 1 and 2 the weights it gathers.
 
     Args:
-        wrapping: whose reduction points are taken until ``remove``.
+        engine: the ``DeepSpeedEngine`` whose reduction points are patched until ``remove``.
+        stage: the stage of ZeRO.
+        shards_of: returns the shards of a rank's partition.
     """
 
-    def __init__(self, wrapping: DeepSpeedBackend) -> None:
+    def __init__(self, engine: Any, stage: int, shards_of: ShardsOf) -> None:
         super().__init__()
         self._packings: dict[tuple[object, ...], Packing | None] = {}
         self._gather: PackedGather | None = None
         self._bucket: tuple[Tensor, Spans] | None = None
         self._bucket_is_probed = False
-        wrapper = wrapping.wrapper
+        wrapper = engine.optimizer
         self._wrapper = wrapper
-        self._overrides: list[Patch] = []
-        if wrapping.stage == 0:
-            self._engine = wrapping.model
-            self._take(self._engine, "allreduce_and_copy", self._allreduce_and_copy)
+        self._patches: list[Patch] = []
+        if stage == 0:
+            self._engine = engine
+            self._patch(engine, "allreduce_and_copy", self._allreduce_and_copy)
             return
-        self._take(wrapper, "average_tensor", self._average_tensor)
+        self._patch(wrapper, "average_tensor", self._average_tensor)
         if wrapper.reduce_scatter:
-            self._take(wrapper, "allreduce_bucket", self._allreduce_bucket)
+            self._patch(wrapper, "allreduce_bucket", self._allreduce_bucket)
         else:
-            self._take(wrapper, "gradient_reduction_w_predivide", self._gradient_reduction)
-        self._gather = PackedGather(wrapper, self)
+            self._patch(wrapper, "gradient_reduction_w_predivide", self._gradient_reduction)
+        self._gather = PackedGather(wrapper, self, shards_of)
 
-    def _take(self, target: Any, name: str, function: Callable[..., Any]) -> None:
-        override = Patch(target, name, lambda *a, **k: function(override.original, *a, **k))
-        self._overrides.append(override)
+    def _patch(self, target: Any, name: str, function: Callable[..., Any]) -> None:
+        patch = Patch(target, name, lambda *a, **k: function(patch.original, *a, **k))
+        self._patches.append(patch)
 
-    def adopt(
-        self, plan: FreezePlan, held: FreezePlan | None = None, moving: Collection[Tensor] = ()
+    def set_plan(
+        self,
+        plan: FreezePlan,
+        held: FreezePlan | None = None,
+        fading_params: Collection[Tensor] = (),
     ) -> None:
-        super().adopt(plan, held, moving)
+        super().set_plan(plan, held, fading_params)
         self._packings.clear()
-        # Columns whose gradients are not reduced are not held: decay goes on moving them, on the
-        # rank that steps them, so the others have to be told.
+        # Columns whose gradients are not reduced are not held: weight decay still changes them on
+        # the rank that steps them, so they must be gathered.
         if self._gather is not None:
-            self._gather.adopt(held or plan, moving)
+            self._gather.set_plan(held or plan, fading_params)
 
     def remove(self) -> None:
         super().remove()
-        for override in self._overrides:
-            override.remove()
+        for patch in self._patches:
+            patch.remove()
         if self._gather is not None:
             self._gather.remove()
         self._packings.clear()
@@ -98,7 +108,7 @@ class DeepSpeedReducer(Reducer):
     def _allreduce_and_copy(
         self, original: Callable[..., None], small_bucket: list[Tensor], *arguments: Any
     ) -> None:
-        """A bucket is a list of whole gradients."""
+        """Replacement of ``allreduce_and_copy``; a bucket is a list of full gradients."""
         parameters = {
             p.grad.data_ptr(): p for p in self._engine.module.parameters() if p.grad is not None
         }
@@ -120,9 +130,9 @@ class DeepSpeedReducer(Reducer):
     def _average_tensor(
         self, original: Callable[..., None], tensor: Tensor, communication_data_type: torch.dtype
     ) -> None:
-        """Keep in mind which parameters' gradients lie in the tensor one behind the other."""
-        places = self._wrapper.ipg_buckets[communication_data_type].params
-        parameters = [self._wrapper.bit16_groups[group][place] for group, place, _ in places]
+        """Note which parameters' gradients are concatenated in the tensor that is averaged."""
+        indices = self._wrapper.ipg_buckets[communication_data_type].params
+        parameters = [self._wrapper.bit16_groups[group][index] for group, index, _ in indices]
         self._bucket = tensor, tuple(Span(p, 0, p.numel()) for p in parameters)
         self._bucket_is_probed = False
         original(tensor, communication_data_type)
@@ -131,7 +141,7 @@ class DeepSpeedReducer(Reducer):
     def _gradient_reduction(
         self, original: Callable[..., Tensor], tensor: Tensor, communication_data_type: torch.dtype
     ) -> Tensor:
-        """Without reduce_scatter: the whole tensor at once."""
+        """Reduction without reduce_scatter: the full tensor at once."""
         _, spans = self._probed_bucket()
         rounded = tensor.to(communication_data_type)
 
@@ -152,14 +162,14 @@ class DeepSpeedReducer(Reducer):
         communication_data_type: torch.dtype,
         **keywords: Any,
     ) -> Tensor:
-        """With reduce_scatter: slices of the tensor, each for the rank whose partition it is in;
-        reduced together, or to their ranks alone."""
-        tensor, everything = self._probed_bucket()
+        """Reduction with reduce_scatter: slices of the tensor, each in one rank's partition,
+        reduced on all ranks or only to that rank."""
+        tensor, all_spans = self._probed_bucket()
         spans = tuple(
             span
             for part in bucket
             for span in _within(
-                everything, int(part.storage_offset() - tensor.storage_offset()), part.numel()
+                all_spans, int(part.storage_offset() - tensor.storage_offset()), part.numel()
             )
         )
         flat: Tensor = self._wrapper.flatten(bucket)
@@ -174,7 +184,8 @@ class DeepSpeedReducer(Reducer):
         return rounded
 
     def _probed_bucket(self) -> tuple[Tensor, Spans]:
-        """The bucket that is being reduced; probed once, though its slices come in turn."""
+        """The bucket that is being reduced, probed once although its slices are reduced one by
+        one."""
         assert self._bucket is not None
         tensor, spans = self._bucket
         if not self._bucket_is_probed:
@@ -191,17 +202,17 @@ class DeepSpeedReducer(Reducer):
         element_size: int,
         reduce: Callable[[Tensor], None],
     ) -> bool:
-        """Reduce what lives and write it back, with zeros where gradients are frozen.
+        """Reduce the live elements and write them back, with zeros for frozen slices.
 
         Returns:
-            False if all of it lives: then nothing was done.
+            False if all elements are live: then nothing was done.
         """
         self.dense_bytes += element_size * sum(span.num_elements for span in spans)
         packing = self._packing(spans, gradients)
         if packing is None:
             self.sent_bytes += element_size * sum(span.num_elements for span in spans)
             return False
-        if packing.buffer.numel():  # else nothing lives here, on any rank: the plan is the same
+        if packing.buffer.numel():  # else no live element on any rank: the plan is the same
             packing.pack(gradients)
             reduce(packing.buffer)
             self.sent_bytes += element_size * packing.buffer.numel()
@@ -209,7 +220,7 @@ class DeepSpeedReducer(Reducer):
         return True
 
     def _packing(self, spans: Spans, gradients: Sequence[Tensor]) -> Packing | None:
-        """How to pack these spans; None if all of them live."""
+        """The packing of these spans, cached; None if all of them are live."""
         key = (gradients[0].dtype, *(span.key for span in spans)) if gradients else ()
         if key not in self._packings:
             blocks = [self.plan.blocks.get(span.parameter) if self.plan else None for span in spans]
@@ -237,11 +248,17 @@ def _write(result: Tensor, elements: Tensor) -> None:
 
 
 def _within(spans: Spans, begin: int, num_elements: int) -> list[Span]:
-    """Those parts of spans, which lie one behind the other, that a slice covers."""
-    covered, at, end = [], 0, begin + num_elements
+    """The parts of concatenated spans that a slice covers.
+
+    Args:
+        spans: the concatenated spans.
+        begin: index of the slice's first element in the concatenation.
+        num_elements: number of elements of the slice.
+    """
+    covered, offset, end = [], 0, begin + num_elements
     for span in spans:
-        first, last = max(at, begin), min(at + span.num_elements, end)
+        first, last = max(offset, begin), min(offset + span.num_elements, end)
         if first < last:
-            covered.append(Span(span.parameter, span.begin + first - at, last - first))
-        at += span.num_elements
+            covered.append(Span(span.parameter, span.begin + first - offset, last - first))
+        offset += span.num_elements
     return covered

@@ -1,8 +1,8 @@
-"""Gradients: hooks on parameters that truncate frozen slices as the gradient arrives.
+"""Gradient hooks: tensor hooks on parameters that truncate the gradients of frozen slices.
 
 Used where no communication hook does it: on a bare network, and for soft truncation.  A tensor
-hook sees each backward pass's own gradient before it is accumulated, so accumulation over several
-passes truncates each of them once.
+hook receives the gradient of one backward pass before it is accumulated, so with gradient
+accumulation each pass is truncated once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["GradientHooks"]
 
 
 class GradientHooks:
-    """Multiplies the gradients of frozen slices by a ratio; 0 gives exact zeros."""
+    """Multiplies the gradients of frozen slices by a ratio; 0 writes exact zeros."""
 
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
         self._handles: list[RemovableHandle] = []
 
-    def adopt(self, plan: FreezePlan) -> None:
-        """Truncate by another plan from the next backward pass on."""
+    def set_plan(self, plan: FreezePlan) -> None:
+        """Use another plan from the next backward pass on."""
         self.remove()
         self._handles = [
             _registered(parameter, _truncation(block, self._ratio))
@@ -40,10 +40,10 @@ class GradientHooks:
 
 
 def _registered(parameter: Tensor, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """A hook that also truncates what trains only later."""
-    trains = parameter.requires_grad
+    """Register a hook, also on a parameter that does not require gradients yet."""
+    required_grad = parameter.requires_grad
     handle: RemovableHandle = parameter.requires_grad_(True).register_hook(hook)
-    parameter.requires_grad_(trains)
+    parameter.requires_grad_(required_grad)
     return handle
 
 
@@ -55,7 +55,7 @@ def _truncation(block: Block, ratio: float) -> Callable[[Tensor], Tensor]:
             for dim, frozen in block.frozen.items():
                 truncated.index_fill_(dim, frozen, 0)
             return truncated
-        assert len(block.frozen) == 1, "only what scales channels is truncated softly"
+        assert len(block.frozen) == 1, "soft truncation applies to scales and shifts only"
         ((dim, frozen),) = block.frozen.items()
         factor = torch.ones(block.shape[dim], dtype=gradient.dtype, device=gradient.device)
         factor.index_fill_(0, frozen, ratio)

@@ -1,7 +1,7 @@
-"""Packing: a bucket's gradients to one contiguous buffer of their live elements, and back.
+"""Packing: copy the live elements of a bucket's gradients to one contiguous buffer, and back.
 
-One copy each way, by whole rows; no loop over channels and no host-device synchronisation.  The
-buffer is made once for a generation: allocating it anew each step costs several times the copy.
+One copy each way, row by row; no loop over channels and no host-device synchronisation.  The buffer
+is allocated once per generation: allocating it in every step costs several times the copy.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from ..groups.freeze_plan import Block
 
-__all__ = ["Packing", "as_it_lies"]
+__all__ = ["Packing", "with_parameter_strides"]
 
 
 class Packing:
-    """How one bucket is packed for one generation.
+    """The layout of one bucket's live elements in one generation.
 
     Args:
-        blocks: which part of each of the bucket's gradients lives, in its order; None for all.
-        shapes: of the gradients.
-        dtype, device: of the gradients.
+        blocks: the live and frozen slices of each gradient, in the bucket's order; None if all of
+            a gradient is live.
+        shapes: the gradients' shapes.
+        dtype, device: the gradients' dtype and device.
 
     Attributes:
-        blocks: as given.
-        num_live: elements that live.
+        blocks: the argument.
+        num_live: number of live elements.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class Packing:
 
     @cached_property
     def buffer(self) -> Tensor:
-        """``[live elements]``; what is sent.  Made when it is first asked for."""
+        """The buffer to send, ``[live elements]``, allocated at first use."""
         return torch.empty(self.num_live, dtype=self._dtype, device=self._device)
 
     @cached_property
     def parts(self) -> list[Tensor]:
-        """The live part of every gradient, views of the buffer."""
+        """The live part of every gradient, as views of the buffer."""
         return self.parts_of(self.buffer)
 
     def parts_of(self, buffer: Tensor) -> list[Tensor]:
@@ -63,7 +64,7 @@ class Packing:
         return [part.view(shape) for part, shape in parts]
 
     def pack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
-        """Copy the live part of every gradient into the buffer, or into these parts of another."""
+        """Copy the live part of every gradient into the buffer, or into ``parts`` of another."""
         parts = self.parts if parts is None else parts
         for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
             if block is None:
@@ -72,8 +73,8 @@ class Packing:
                 _take(gradient, block, part)
 
     def unpack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
-        """Write the buffer, or these parts of another, back to the live parts of the gradients, and
-        exact zeros to the frozen parts."""
+        """Write the buffer, or ``parts`` of another, to the live parts of the gradients, and exact
+        zeros to their frozen parts."""
         parts = self.parts if parts is None else parts
         for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
             if block is None:
@@ -84,8 +85,8 @@ class Packing:
                     gradient.index_fill_(dim, frozen, 0)
 
     def update(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Write these parts of another buffer to the live parts of the values, and leave the frozen
-        parts as they are."""
+        """Write ``parts`` of a buffer to the live parts of the values; frozen parts stay
+        unchanged."""
         for value, block, part in zip(values, self.blocks, parts, strict=True):
             if block is None:
                 value.copy_(part)
@@ -93,9 +94,9 @@ class Packing:
                 _put(value, block, part)
 
 
-def as_it_lies(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A bucket's gradient with the strides that DDP gave it, those of a dense parameter; what the
-    bucket hands out is always in rows.  In channels_last, its columns are not the parameter's."""
+def with_parameter_strides(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A bucket's gradient with the strides in which DDP stored it: those of its dense parameter.
+    ``GradBucket.gradients`` views it as contiguous, which is wrong in channels_last."""
     if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
         return gradient
     return gradient.as_strided(parameter.shape, parameter.stride())
@@ -105,7 +106,7 @@ def _take(gradient: Tensor, block: Block, out: Tensor) -> None:
     if out.numel() == 0:
         return
     if len(block.live) == 2:
-        # Rows first: they are contiguous, and the columns are then taken from fewer of them.
+        # Rows first: they are contiguous, and columns are then selected from fewer of them.
         gradient = gradient.index_select(0, block.live[0])
         torch.index_select(gradient, 1, block.live[1], out=out)
     else:

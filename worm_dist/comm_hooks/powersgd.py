@@ -1,8 +1,8 @@
-"""Low rank: PowerSGD of what lives (arXiv 1905.13727), by torch's own hook.
+"""PowerSGD: low-rank compression of live gradients (arXiv 1905.13727), by torch's own hook.
 
-torch's hook asks a bucket for its buffer, its gradients, its number and whether it is the last one,
-and for nothing else; so it works as well on a stand-in that has the live parts.  What it remembers
-of a bucket lies as these parts do, and has to follow when other channels freeze.
+torch's hook uses only a bucket's buffer, gradients, index and ``is_last``; so it works as well on a
+substitute with the live parts.  Its state per bucket has the layout of these parts, and must be
+repacked when other channels freeze.
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from ..groups.freeze_plan import FreezePlan
 from .allreduce import BucketView, completed
 from .packing import Packing
-from .powersgd_state import Memory, blocks_under, thin_sizes
+from .powersgd_state import BucketState, blocks_under, pq_sizes
 
 __all__ = ["PowerSGD"]
 
 _EXACT_PASSES = 2
-"""DDP arranges its buckets anew after the first pass, and torch's hook begins no sooner than here;
-until then it averages everything exactly."""
+"""Passes that are averaged exactly: DDP rebuilds its buckets after the first one, and torch's hook
+allows no smaller number."""
 
-_TINY = 1e-8
-"""Added to the length of a vector before the vector is divided by it.  A layer behind channels that
-have all faded has a gradient of zeros only; torch's default adds nothing, and makes NaN of it."""
+_EPSILON = 1e-8
+"""Orthogonalisation epsilon, added to the norm that a vector is divided by.  Behind channels that
+have all faded a layer's gradient is all zeros; torch's default epsilon of 0 makes NaN of it."""
 
-_SPARK = 1e-7
+_REFILL = 1e-7
+"""Value of zero elements of Q; see ``_refill_zeros``."""
 
 _SEEDS = 1_000_000_000
-"""torch's hook draws a seed below this wherever it draws thin matrices."""
+"""torch's hook draws a seed below this number whenever it draws Q matrices."""
 
 
 class PowerSGD:
-    """Every matrix of live gradients becomes the product of two thin ones, and these are averaged;
-    what that leaves out is added to the rank's next gradient.  Vectors, and matrices that are
-    hardly larger than the thin ones, are averaged exactly.
+    """Averages low-rank approximations of gradients, with error feedback.
+
+    Every matrix of live gradients is approximated by a product P Q^T, whose factors are averaged;
+    the approximation error is added to the rank's next gradient.  Vectors, and matrices not much
+    larger than their factors, are averaged exactly.
 
     Args:
-        process_group: that of the wrapper.
-        rank: columns of the thin matrices.
+        process_group: the wrapper's process group.
+        rank: number of columns of P and Q.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, rank: int) -> None:
@@ -52,7 +55,7 @@ class PowerSGD:
             process_group,
             matrix_approximation_rank=rank,
             start_powerSGD_iter=_EXACT_PASSES,
-            orthogonalization_epsilon=_TINY,
+            orthogonalization_epsilon=_EPSILON,
         )
         self._numbers: dict[tuple[int, ...], int] = {}
         self._parameters: dict[int, Sequence[Tensor]] = {}
@@ -61,80 +64,79 @@ class PowerSGD:
         self._last_pass: list[int] = []
         self._num_draws = 0
         self._num_passes = 0
-        self._loaded: list[Memory] = []
-        self._layout: list[Sequence[Tensor]] = []
-        self._apart: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
+        self._saved_buckets: list[BucketState] = []
+        self._saved_layout: list[Sequence[Tensor]] = []
+        self._by_parameter: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
 
-    def start(self, payload: BucketView) -> tuple[torch.futures.Future[None], int]:
-        """See ``Averaging``; the future is done already.
+    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+        """See ``Averager``; the returned future is already completed.
 
-        The later collectives of a bucket start from callbacks.  gloo runs these in several threads,
-        so that with two buckets in flight the ranks would start them in different orders, and the
-        process aborts: one bucket has to wait for the other.  NCCL runs them at once, in the thread
-        that starts the bucket, each on a CUDA stream that has waited for the collective before it;
-        to wait then means that the stream of the backward pass waits too, which costs nothing more:
-        torch's hook has synchronised the device by then.
+        torch's hook starts a bucket's later collectives from callbacks.  gloo runs callbacks in
+        several threads: with two buckets in flight the ranks would start collectives in different
+        orders, and the process aborts.  So a bucket is waited for before the next one.  NCCL runs
+        callbacks in the thread that starts the bucket, each on a CUDA stream that has waited for
+        the previous collective; waiting then only makes the backward stream wait, which costs
+        nothing more, as torch's hook has synchronised the device before.
         """
-        state, elements = self._state, payload.elements
-        number = self._number_of(payload)
-        self._recall(number, payload)
-        self._follow(number, payload)
-        bucket = cast(GradBucket, _LiveBucket(number, payload))
+        state, elements = self._state, view.elements
+        number = self._number_of(view)
+        self._restore(number, view)
+        self._repack(number, view)
+        bucket = cast(GradBucket, _LiveBucket(number, view))
         if elements.numel() == 0:
-            # The last bucket of a pass counts the passes, also if nothing lives in it.
+            # The last bucket increments the pass count, also if it has no live element.
             state.maybe_increase_iter(bucket)
             return completed(elements), 0
 
-        self._rekindle(number)
+        self._refill_zeros(number)
         exact = state.iter < state.start_powerSGD_iter
         self._num_draws += not exact and number not in state.p_memory_dict
         num_sent_before = state.total_numel_after_compression
         powerSGD_hook(state, bucket).wait()
         num_sent = state.total_numel_after_compression - num_sent_before
         if exact:
-            num_sent = elements.numel()  # torch counts only what it compresses
+            num_sent = elements.numel()  # torch counts compressed passes only
         elif not bool(elements.sum().isfinite()):
-            # An overflow, such as loss scaling provokes, must not be remembered for ever.  All
-            # ranks see it, and begin anew with this bucket.
+            # An overflow, for example by loss scaling, must not stay in the error feedback.  It is
+            # in the average, so all ranks reset this bucket.
             state.error_dict.pop(number)
-            self._forget_matrices(number)
+            self._drop_p_and_q(number)
         return completed(elements), num_sent * elements.element_size()
 
-    def _follow(self, number: int, payload: BucketView) -> None:
-        """Carry what is remembered of a bucket over to another packing.
+    def _repack(self, number: int, view: BucketView) -> None:
+        """Repack a bucket's state if its packing has changed.
 
-        What was left out of an element's gradient is kept with the element, if it lives on; one
-        that thaws begins with nothing.  The thin matrices have other sizes now, and are drawn anew,
-        alike on all ranks.
+        The error feedback of elements that stay live is kept; thawed elements start with zero.  Q
+        has another size now and is drawn anew, the same on all ranks.
         """
-        before = self._packings.get(number, payload.packing)
-        self._packings[number] = payload.packing
-        left_out = self._state.error_dict.get(number)
-        if before is not payload.packing and left_out is not None:
-            self._state.error_dict[number] = _repacked(left_out, before, payload)
-            self._forget_matrices(number)
+        before = self._packings.get(number, view.packing)
+        self._packings[number] = view.packing
+        error_feedback = self._state.error_dict.get(number)
+        if before is not view.packing and error_feedback is not None:
+            self._state.error_dict[number] = _repacked(error_feedback, before, view)
+            self._drop_p_and_q(number)
 
-    # ---- other buckets, and a restart ------------------------------------------------------------
+    # ---- rebuilt buckets and resuming ------------------------------------------------------------
 
-    def remembered(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> dict[str, Any]:
-        """See ``Averaging``: passes and draws so far, and of every bucket, in the order of the last
-        pass, its parameters, what was left out of their gradients and their thin matrices."""
+    def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """See ``Averager``: numbers of passes and of drawn seeds, and for every bucket, in the
+        order of the last pass, its parameters, their error feedback and their Q."""
         return {
             "passes": self._state.iter,
             "draws": self._num_draws,
             "buckets": [
                 {
-                    "parameters": [names[p] for p in memory.parameters],
-                    "left_out": _named(memory.left_out, names),
-                    "thin": _named(memory.thin, names)
-                    if memory.thin is not None and memory.fits(plan)
+                    "parameters": [names[p] for p in bucket.parameters],
+                    "left_out": _named(bucket.error_feedback, names),
+                    "thin": _named(bucket.q, names)
+                    if bucket.q is not None and bucket.fits(plan)
                     else None,
                 }
-                for memory in self._memories
+                for bucket in self._bucket_states
             ],
         }
 
-    def remember(
+    def load_state_dict(
         self,
         state: Mapping[str, Any] | None,
         plan: FreezePlan | None,
@@ -145,21 +147,21 @@ class PowerSGD:
         for _ in range(state["draws"]):
             self._draw_seed()
         for bucket in state["buckets"]:
-            here = [parameters[name] for name in bucket["parameters"]]
-            left_out = _unnamed(bucket["left_out"], parameters)
-            thin = None if bucket["thin"] is None else _unnamed(bucket["thin"], parameters)
-            self._loaded.append(Memory(here, blocks_under(plan, here), left_out, thin))
-        self._layout = [memory.parameters for memory in self._loaded]
+            members = [parameters[name] for name in bucket["parameters"]]
+            errors = _unnamed(bucket["left_out"], parameters)
+            q = None if bucket["thin"] is None else _unnamed(bucket["thin"], parameters)
+            self._saved_buckets.append(BucketState(members, blocks_under(plan, members), errors, q))
+        self._saved_layout = [bucket.parameters for bucket in self._saved_buckets]
 
     @property
-    def _memories(self) -> list[Memory]:
-        """Of all buckets; after a restart of those that there were before, until DDP has come to
-        the same ones again."""
+    def _bucket_states(self) -> list[BucketState]:
+        """The states of all buckets; after a resume those of the saved buckets, until DDP has
+        rebuilt its buckets as they were."""
         state, rank = self._state, self._state.matrix_approximation_rank
-        if self._loaded or state.iter < state.start_powerSGD_iter:
-            return self._loaded
-        memories = [
-            Memory.of(
+        if self._saved_buckets or state.iter < state.start_powerSGD_iter:
+            return self._saved_buckets
+        buckets = [
+            BucketState.from_hook(
                 self._parameters[number],
                 self._packings[number],
                 state.error_dict.get(number),
@@ -168,125 +170,129 @@ class PowerSGD:
             )
             for number in self._last_pass
         ]
-        arranged = [Memory.arranged(memories, parameters) for parameters in self._layout]
-        return arranged or memories
+        regrouped = [BucketState.regrouped(buckets, members) for members in self._saved_layout]
+        return regrouped or buckets
 
-    def _number_of(self, payload: BucketView) -> int:
-        """The bucket's number.  If it is a new one, DDP has arranged its buckets anew, and all that
-        is remembered is taken apart."""
-        number = self._numbers.setdefault(payload.bucket, len(self._numbers))
+    def _number_of(self, view: BucketView) -> int:
+        """The bucket's number.  A new bucket means that DDP has rebuilt its buckets: then all state
+        is split by parameter."""
+        number = self._numbers.setdefault(view.bucket, len(self._numbers))
         if number not in self._parameters:
-            self._parameters[number] = tuple(payload.parameters)
-            if not all(p in self._apart for p in payload.parameters):
-                self._take_apart(payload.plan)
+            self._parameters[number] = tuple(view.parameters)
+            if not all(p in self._by_parameter for p in view.parameters):
+                self._split_by_parameter(view.plan)
         self._this_pass.append(number)
-        if payload.is_last:
+        if view.is_last:
             self._last_pass, self._this_pass = self._this_pass, []
             self._num_passes += 1
             if self._num_passes == _EXACT_PASSES:
-                self._layout = []  # DDP will not arrange its buckets again
+                self._saved_layout = []  # DDP rebuilds its buckets only once
         return number
 
-    def _take_apart(self, plan: FreezePlan | None) -> None:
+    def _split_by_parameter(self, plan: FreezePlan | None) -> None:
+        """Move the state of all buckets to ``_by_parameter``: error feedback and Q."""
         state = self._state
-        for memory in self._memories:
-            thin = memory.thin if memory.fits(plan) else None
-            if thin is None and self._layout and memory.num_live(plan):
-                thin = memory.drawn(plan, state.matrix_approximation_rank, self._draw_seed())
-            for p in memory.parameters:
-                self._apart[p] = memory.left_out.get(p), None if thin is None else thin[p]
-        self._loaded = []
-        for remembered in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
-            remembered.clear()
+        for bucket in self._bucket_states:
+            q = bucket.q if bucket.fits(plan) else None
+            if q is None and self._saved_layout and bucket.num_live(plan):
+                q = bucket.draw_q(plan, state.matrix_approximation_rank, self._draw_seed())
+            for p in bucket.parameters:
+                self._by_parameter[p] = bucket.error_feedback.get(p), None if q is None else q[p]
+        self._saved_buckets = []
+        for by_number in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            by_number.clear()
 
     def _draw_seed(self) -> int:
         self._num_draws += 1
         return int(self._state.rng.randint(_SEEDS))
 
-    def _recall(self, number: int, payload: BucketView) -> None:
-        """Put together what was taken apart, as it lies in this bucket."""
+    def _restore(self, number: int, view: BucketView) -> None:
+        """Restore this bucket's state from ``_by_parameter``, in the bucket's layout."""
         state = self._state
-        if not self._apart or payload.parameters[0] not in self._apart:
+        if not self._by_parameter or view.parameters[0] not in self._by_parameter:
             return
-        left_out, thin = zip(*(self._apart.pop(p) for p in payload.parameters))
-        self._packings[number] = payload.packing
-        if payload.elements.numel() == 0:
+        errors, qs = zip(*(self._by_parameter.pop(p) for p in view.parameters))
+        self._packings[number] = view.packing
+        if view.elements.numel() == 0:
             return
-        if any(one is not None for one in left_out):
-            packed = torch.zeros_like(payload.elements)
-            zeros = (torch.zeros_like(g) for g in payload.gradients)
-            whole = [zero if one is None else one for one, zero in zip(left_out, zeros)]
-            if payload.packing is not None:
-                payload.packing.pack(whole, payload.packing.parts_of(packed))
+        if any(error is not None for error in errors):
+            packed = torch.zeros_like(view.elements)
+            zeros = (torch.zeros_like(g) for g in view.gradients)
+            full = [zero if error is None else error for error, zero in zip(errors, zeros)]
+            if view.packing is not None:
+                view.packing.pack(full, view.packing.parts_of(packed))
             else:
-                for place, one in zip(_like_gradients(packed, payload), whole, strict=True):
-                    place.copy_(one)
+                for part, error in zip(_like_gradients(packed, view), full, strict=True):
+                    part.copy_(error)
             state.error_dict[number] = packed
-        if any(row is not None for row in thin):
-            rows = [row for row in thin if row is not None]
-            state.q_memory_dict[number] = torch.cat(rows).to(payload.elements)
-            # The first of two thin matrices is computed anew in every pass.
+        if any(q is not None for q in qs):
+            state.q_memory_dict[number] = torch.cat([q for q in qs if q is not None]).to(
+                view.elements
+            )
+            # P is computed anew in every pass; only its size matters.
             rank = state.matrix_approximation_rank
-            size = sum(thin_sizes(part.shape, rank)[0] for part in payload.parts)
-            state.p_memory_dict[number] = payload.elements.new_empty(size)
+            size = sum(pq_sizes(part.shape, rank)[0] for part in view.parts)
+            state.p_memory_dict[number] = view.elements.new_empty(size)
 
-    def _forget_matrices(self, number: int) -> None:
+    def _drop_p_and_q(self, number: int) -> None:
         self._state.p_memory_dict.pop(number, None)
         self._state.q_memory_dict.pop(number, None)
 
-    def _rekindle(self, number: int) -> None:
-        """A matrix whose gradient was all zeros in one pass has got a thin matrix of zeros, and
-        would be approximated by zeros ever after.  Something tiny in their place, alike on all
-        ranks, is enough to find its way back; it is lost in rounding beside anything else."""
-        thin = self._state.q_memory_dict.get(number)
-        if thin is not None:
-            thin.masked_fill_(thin == 0, _SPARK)
+    def _refill_zeros(self, number: int) -> None:
+        """Replace zeros in a bucket's Q by a tiny value, the same on all ranks.
+
+        A gradient of zeros in one pass gives a Q of zeros, which would approximate every later
+        gradient by zeros.  Beside other values the tiny value is lost in rounding.
+        """
+        q = self._state.q_memory_dict.get(number)
+        if q is not None:
+            q.masked_fill_(q == 0, _REFILL)
 
 
 class _LiveBucket:
-    """What torch's hook asks of a bucket, answered with what lives of it."""
+    """The part of GradBucket's interface that torch's hook uses, for the live elements."""
 
-    def __init__(self, number: int, payload: BucketView) -> None:
+    def __init__(self, number: int, view: BucketView) -> None:
         self._number = number
-        self._payload = payload
+        self._view = view
 
     def index(self) -> int:
-        """The hook remembers by this number.  It is that of the bucket's parameters and not the
-        bucket's own, which means another bucket once DDP has arranged them anew."""
+        """The key of the hook's state.  It identifies the bucket's parameters; DDP's own index
+        means another bucket after a rebuild."""
         return self._number
 
     def is_last(self) -> bool:
-        return self._payload.is_last
+        return self._view.is_last
 
     def buffer(self) -> Tensor:
-        return self._payload.elements
+        return self._view.elements
 
     def gradients(self) -> list[Tensor]:
-        # Scalars as vectors: the hook takes everything for a matrix of so many rows.
-        parts = (part for part in self._payload.parts if part.numel() > 0)
+        # Scalars as vectors: the hook views every gradient as a matrix of shape[0] rows.
+        parts = (part for part in self._view.parts if part.numel() > 0)
         return [part if part.dim() > 0 else part.view(1) for part in parts]
 
 
-def _repacked(elements: Tensor, before: Packing | None, payload: BucketView) -> Tensor:
-    """Elements that were packed as ``before``, packed as the payload is; zero if not among them."""
-    whole = torch.empty_like(payload.whole)
-    gradients = _like_gradients(whole, payload)
+def _repacked(elements: Tensor, before: Packing | None, view: BucketView) -> Tensor:
+    """Convert elements from the packing ``before`` to the view's; new elements are zero."""
+    full = torch.empty_like(view.full)
+    gradients = _like_gradients(full, view)
     if before is None:
-        whole.copy_(elements)
+        full.copy_(elements)
     else:
         before.unpack(gradients, before.parts_of(elements))
-    if payload.packing is None:
-        return whole
-    repacked = torch.empty_like(payload.elements)
-    payload.packing.pack(gradients, payload.packing.parts_of(repacked))
+    if view.packing is None:
+        return full
+    repacked = torch.empty_like(view.elements)
+    view.packing.pack(gradients, view.packing.parts_of(repacked))
     return repacked
 
 
-def _like_gradients(whole: Tensor, payload: BucketView) -> list[Tensor]:
-    """Views of a tensor as large as the bucket, as the bucket's gradients are views of it."""
+def _like_gradients(full: Tensor, view: BucketView) -> list[Tensor]:
+    """Views of a tensor of the bucket's size, laid out like the bucket's gradients."""
     return [
-        whole.as_strided(g.shape, g.stride(), g.storage_offset() - payload.whole.storage_offset())
-        for g in payload.gradients
+        full.as_strided(g.shape, g.stride(), g.storage_offset() - view.full.storage_offset())
+        for g in view.gradients
     ]
 
 

@@ -1,1 +1,1 @@
-"""What the ranks agree on: the only ad-hoc collectives."""
+"""Process groups: launchers, collectives, failure detection and the graceful stop."""

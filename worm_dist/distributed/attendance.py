@@ -1,11 +1,11 @@
-"""Attendance: no rank is alone in a collective that the training loop calls.
+"""Detects that only some ranks call a collective of the engine, before it hangs.
 
-A loop that calls ``check`` on rank zero only lets that rank average scores while the others average
-gradients: a hang, or sums of unlike things.  So ranks leave marks in the store of their process
-group: whoever comes to such a call marks that it is there, and whoever begins another pass although
-the call is due marks that it has gone past.  Each writes first and reads then, so of two ranks at
-least one sees the other, and neither ever waits.  That costs two words with the store for each
-check that is due, and nothing for a pass.
+A training loop that calls ``check`` on rank zero only makes that rank average scores while the
+others average gradients: a hang, or sums of unrelated tensors.  So ranks set marks in the store of
+their process group: a rank that enters such a call marks that it is present, and a rank that begins
+another forward pass although the call is due marks that it has skipped it.  Each writes before it
+reads, so of two ranks at least one sees the other's mark, and neither ever waits.  That costs two
+store operations for each check that is due, and nothing for a pass.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..errors import BackendError
 __all__ = ["Attendance"]
 
 _numbers = itertools.count()
-"""Every rank attaches its engines in the same order, so they are numbered alike."""
+"""Numbers of the engines; equal on all ranks, which attach them in the same order."""
 
 
 class Attendance:
-    """Marks of the ranks of one process group.
+    """The marks of one engine, in the store of its process group.
 
     Args:
-        group: None if there is one process only.
+        group: the process group; None for a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -41,14 +41,14 @@ class Attendance:
             self._store = PrefixStore(f"worm_dist/{number}", store)
 
     def at(self, call: str, is_collective: bool = True) -> AbstractContextManager[None]:
-        """A context in which the call's collectives run.
+        """A context in which the collectives of a call run.
 
         Args:
-            call: what every rank says alike, such as ``check at step 22``.
-            is_collective: whether there are any.
+            call: name of the call, equal on all ranks, such as ``check at step 22``.
+            is_collective: whether the call runs any collective.
 
         Raises:
-            BackendError: another rank has gone past the call.
+            BackendError: another rank has skipped the call.
         """
         if self._store is None or not is_collective:
             return nullcontext()
@@ -57,35 +57,40 @@ class Attendance:
     @contextmanager
     def _at(self, call: str, store: Store) -> Iterator[None]:
         store.add(f"{call}: present", 1)
-        _require_none_past(store, call)
+        _require_not_skipped(store, call)
         try:
             yield
         except BackendError:
             raise
-        except RuntimeError:  # of a backend, when the rank that went past has ended
-            _require_none_past(store, call)
+        except RuntimeError:  # raised by the backend when the rank that skipped it has ended
+            _require_not_skipped(store, call)
             raise
 
-    def go_past(self, call: str) -> None:
-        """Begin another pass although the call is due.
+    def mark_skipped(self, call: str) -> None:
+        """Mark that this rank begins another forward pass although the call is due.
+
+        Args:
+            call: name of the call, as in ``at``.
 
         Raises:
-            BackendError: another rank waits there.
+            BackendError: another rank is in the call.
         """
         if self._store is None:
             return
-        self._store.add(f"{call}: gone past", 1)
-        self._store.set(f"{call}: who", str(self._rank))
+        self._store.add(f"{call}: skipped", 1)
+        self._store.set(f"{call}: skipped by", str(self._rank))
         if self._store.add(f"{call}: present", 0):
             raise BackendError(
                 f"{call}: other ranks are in it, but rank {self._rank} has begun the next pass "
-                "without calling it; every rank must call it, at the same place of the loop"
+                "without calling it; every rank "
+                "must call it, at the same point of the loop"
             )
 
 
-def _require_none_past(store: Store, call: str) -> None:
-    if store.add(f"{call}: gone past", 0):
+def _require_not_skipped(store: Store, call: str) -> None:
+    if store.add(f"{call}: skipped", 0):
+        rank = store.get(f"{call}: skipped by").decode()
         raise BackendError(
-            f"{call}: rank {store.get(f'{call}: who').decode()} has begun the next pass without "
-            "calling it; every rank must call it, at the same place of the loop"
+            f"{call}: rank {rank} has begun the next pass without calling it; every rank "
+            "must call it, at the same point of the loop"
         )

@@ -1,8 +1,8 @@
-"""Agree: everything that the ranks tell one another outside of gradient reduction.
+"""All collectives outside of gradient reduction.
 
-Every rank calls the same methods in the same order, whatever its data.  A check costs one sum of
-the scores, one comparison of digests and one broadcast of a verdict of fixed size; none of them
-grows with the history.
+Every rank calls the same methods in the same order, whatever its data.  A check costs one
+all-reduce of the scores, one comparison of digests and one broadcast of a fixed-size verdict; none
+of them grows with the history.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,58 +22,87 @@ from ..errors import BackendError, DivergenceError
 __all__ = ["Communicator", "Parts", "ProcessGroupComm", "SingleProcessComm", "bits"]
 
 Parts = Mapping[str, Mapping[str, bytes]]
-"""What must be equal on all ranks: ``{what: {group: bytes}}``."""
+"""Bytes that must be equal on all ranks: ``{what: {channel group: bytes}}``."""
 
 _MOST_RANKS_NAMED = 8
 
 
 def bits(groups: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The bits of a tensor for each group, to be compared."""
+    """The raw bytes of each channel group's tensor, for ``Communicator.assert_equal``."""
     return {name: tensor.cpu().numpy().tobytes() for name, tensor in groups.items()}
 
 
 class Communicator(Protocol):
-    """The processes that train one network together."""
+    """Collectives over the ranks that train one network; every method is collective.
+
+    Attributes:
+        rank: this process's rank, 0 to size - 1.
+        size: number of ranks.
+        sent_bytes: total size of the tensors given to these collectives so far.
+    """
 
     rank: int
     size: int
     sent_bytes: int
-    """Handed to these collectives so far."""
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average of a tensor over the ranks, the same bits on each."""
+        """Average a tensor over the ranks; the result is bit-identical on all of them."""
 
-    def joined(self, parts: Tensor) -> Tensor:
-        """A float32 tensor of which every rank has some elements and zeros elsewhere, whole and bit
-        for bit on each."""
+    def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
+        """Assemble a float32 tensor whose non-zero elements are disjoint across the ranks.
+
+        Args:
+            parts: float32 tensor of any shape: this rank's elements, zero elsewhere.
+
+        Returns:
+            The complete tensor, with every element bit for bit as its rank has it.
+        """
 
     def any(self, flag: Tensor) -> bool:
         """Whether a number ``[1]`` is above zero on any rank."""
 
-    def require_equal(self, parts: Parts, when: str) -> None:
-        """Compare bits across the ranks.
+    def assert_equal(self, parts: Parts, when: str) -> None:
+        """Check that bytes are identical on all ranks.
+
+        Args:
+            parts: the bytes to compare.
+            when: point of the run, for the error message.
 
         Raises:
-            DivergenceError: on every rank, naming what differs, the ranks and the group.
+            DivergenceError: on every rank, naming what differs, the ranks and the channel group.
         """
 
-    def differences(self, said: Mapping[str, str]) -> list[str]:
-        """Compare words across the ranks; every rank says the same things.
+    def compare(self, texts: Mapping[str, str]) -> list[str]:
+        """Compare texts across the ranks.
+
+        Args:
+            texts: this rank's texts by name.
 
         Returns:
-            Empty if all agree; else, on every rank, such as ``lr is 0.1 on ranks 0, 2, 0.2 on rank
-            1``.
+            One line per difference, the same lines on every rank, such as ``lr is 0.1 on ranks 0,
+            2, 0.2 on rank 1``; empty if all agree.
         """
 
     def failures(self, own: str) -> list[str]:
-        """What went wrong on which ranks; empty if nothing did.
+        """Collect the error messages of all ranks.
 
         Args:
-            own: what went wrong on this one; empty if nothing did.
+            own: this rank's error message; empty if it has none.
+
+        Returns:
+            One line per distinct message, with its ranks; empty if no rank has failed.
         """
 
-    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
-        """Rank zero's float64 ``[size]``, on every rank; nobody else calls ``decide``.
+    def broadcast_from_rank0(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+        """Broadcast a decision that rank zero computes.
+
+        Args:
+            decide: function that returns the decision, float64 ``[size]``; called on rank zero
+                only.
+            size: number of elements of the decision.
+
+        Returns:
+            The decision, float64 ``[size]`` on the CPU, the same on every rank.
 
         Raises:
             BackendError: on the other ranks, if ``decide`` raised on rank zero.
@@ -81,7 +110,7 @@ class Communicator(Protocol):
 
 
 class SingleProcessComm:
-    """One process without a process group."""
+    """The collectives of a single process, which has no process group."""
 
     rank = 0
     size = 1
@@ -90,31 +119,31 @@ class SingleProcessComm:
     def mean(self, values: Tensor) -> Tensor:
         return values
 
-    def joined(self, parts: Tensor) -> Tensor:
+    def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
         return parts
 
     def any(self, flag: Tensor) -> bool:
         return bool(flag > 0)
 
-    def require_equal(self, parts: Parts, when: str) -> None:
+    def assert_equal(self, parts: Parts, when: str) -> None:
         pass
 
-    def differences(self, said: Mapping[str, str]) -> list[str]:
+    def compare(self, texts: Mapping[str, str]) -> list[str]:
         return []
 
     def failures(self, own: str) -> list[str]:
         return [own] if own else []
 
-    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+    def broadcast_from_rank0(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         return decide()
 
 
 class ProcessGroupComm:
-    """The ranks of a process group.
+    """Collectives over a ``torch.distributed`` process group.
 
     Args:
-        group: the process group that the gradients are reduced in.
-        device: where its collectives expect their tensors.
+        group: the process group in which the gradients are reduced.
+        device: the device on which its collectives expect their tensors.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -130,8 +159,8 @@ class ProcessGroupComm:
         dist.all_reduce(mean, group=self._group)
         return mean
 
-    def joined(self, parts: Tensor) -> Tensor:
-        # As whole numbers: a float's -0 would come out of the sum as 0.
+    def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
+        # Summed as integers: a float sum would turn -0 into 0.
         bits = parts.view(torch.int32).to(self._device, copy=True)
         self._count(bits)
         dist.all_reduce(bits, group=self._group)
@@ -143,54 +172,54 @@ class ProcessGroupComm:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return bool(largest > 0)
 
-    def require_equal(self, parts: Parts, when: str) -> None:
-        # No backend can see that two ranks pack different channels of equal count.
-        if not self._all_have(torch.cat([_numbers(_digest(g)) for g in parts.values()])):
-            self._explain(parts, when)
+    def assert_equal(self, parts: Parts, when: str) -> None:
+        # No backend detects that two ranks pack different channels of equal count.
+        if not self._all_equal(torch.cat([_numbers(_digest(g)) for g in parts.values()])):
+            self._raise_divergence(parts, when)
 
-    def differences(self, said: Mapping[str, str]) -> list[str]:
-        texts = {name: text.encode() for name, text in said.items()}
-        if self._all_have(_numbers(_digest(texts))):
+    def compare(self, texts: Mapping[str, str]) -> list[str]:
+        encoded = {name: text.encode() for name, text in texts.items()}
+        if self._all_equal(_numbers(_digest(encoded))):
             return []
-        everyone = self._gathered(dict(said))
+        gathered = self._gather(dict(texts))
         lines = []
-        for name in {name: None for theirs in everyone for name in theirs}:
+        for name in {name: None for theirs in gathered for name in theirs}:
             holders: dict[str, list[int]] = {}
-            for rank, theirs in enumerate(everyone):
+            for rank, theirs in enumerate(gathered):
                 holders.setdefault(theirs.get(name, "missing"), []).append(rank)
             if len(holders) > 1:
-                values = (f"{text} on {_counted(on)}" for text, on in holders.items())
+                values = (f"{text} on {_format_ranks(ranks)}" for text, ranks in holders.items())
                 lines.append(f"{name} is {', '.join(values)}")
         return lines
 
     def failures(self, own: str) -> list[str]:
         if not self.any(torch.tensor([float(bool(own))])):
             return []
-        ranks: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(self._gathered(own)):
-            ranks.setdefault(theirs, []).append(rank)
-        return [f"{_counted(on)}: {text}" for text, on in ranks.items() if text]
+        holders: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(self._gather(own)):
+            holders.setdefault(theirs, []).append(rank)
+        return [f"{_format_ranks(ranks)}: {text}" for text, ranks in holders.items() if text]
 
-    def _all_have(self, numbers: Tensor) -> bool:
-        """Whether int64 ``[n]`` of 32 bits each are equal on all ranks."""
-        # The MAX of [d, -d] shows the largest and the smallest d at once: equal if all are.
+    def _all_equal(self, numbers: Tensor) -> bool:
+        """Whether int64 ``[n]``, each of 32 bits, is equal on all ranks."""
+        # One MAX over [d, -d] gives both the largest and the smallest d.
         extremes = torch.stack([numbers, -numbers]).to(self._device)
         self._count(extremes)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
         largest, minus_smallest = extremes.cpu()
         return torch.equal(largest, -minus_smallest)
 
-    def _gathered(self, own: Any) -> list[Any]:
-        """An object of every rank.  Where all have seen a difference, all may afford it."""
-        everyone: list[Any] = [None] * self.size
-        # Under nccl objects travel through the current device, which may not be this rank's.
+    def _gather(self, own: Any) -> list[Any]:
+        """Gather one object per rank; slow, so called only after a difference was found."""
+        gathered: list[Any] = [None] * self.size
+        # Under nccl objects are sent from the current device, which may not be this rank's.
         on_gpu = self._device.type == "cuda"
         with torch.cuda.device(self._device) if on_gpu else nullcontext():
-            dist.all_gather_object(everyone, own, group=self._group)
-        return everyone
+            dist.all_gather_object(gathered, own, group=self._group)
+        return gathered
 
-    def _explain(self, parts: Parts, when: str) -> None:
-        everyone = self._gathered(
+    def _raise_divergence(self, parts: Parts, when: str) -> NoReturn:
+        gathered = self._gather(
             {
                 (what, group): hashlib.blake2b(value, digest_size=8).hexdigest()
                 for what, groups in parts.items()
@@ -198,15 +227,15 @@ class ProcessGroupComm:
             }
         )
         lines = []
-        for what, group in {key: None for digests in everyone for key in digests}:
-            values = [digests.get((what, group)) for digests in everyone]
-            (usual, votes), *_ = Counter(values).most_common(1)
-            if votes == self.size:
+        for what, group in {key: None for digests in gathered for key in digests}:
+            values = [digests.get((what, group)) for digests in gathered]
+            (reference, count), *_ = Counter(values).most_common(1)
+            if count == self.size:
                 continue
             # Without a majority rank zero is the reference.
-            usual = usual if votes > self.size / 2 else values[0]
-            odd = [str(rank) for rank, value in enumerate(values) if value != usual]
-            lines.append(f"{what} of group {group}: rank {', '.join(odd)} differs")
+            reference = reference if count > self.size / 2 else values[0]
+            differing = [str(rank) for rank, value in enumerate(values) if value != reference]
+            lines.append(f"{what} of group {group}: rank {', '.join(differing)} differs")
         raise DivergenceError(
             f"the ranks no longer hold the same network ({when}): "
             + "; ".join(lines)
@@ -214,13 +243,13 @@ class ProcessGroupComm:
             "that reach the weights outside of the averaged gradients"
         )
 
-    def decided_by_rank_zero(self, decide: Callable[[], Tensor], size: int) -> Tensor:
+    def broadcast_from_rank0(self, decide: Callable[[], Tensor], size: int) -> Tensor:
         decision = torch.full((size,), torch.nan, dtype=torch.float64)
         failure: Exception | None = None
         if self.rank == 0:
             try:
                 decision = decide()
-            except Exception as error:  # the others must not wait for a verdict that never comes
+            except Exception as error:  # raised after the broadcast that the others wait in
                 failure = error
         assert decision.shape == (size,) and decision.dtype == torch.float64
         decision = decision.to(self._device)
@@ -229,14 +258,14 @@ class ProcessGroupComm:
         if failure is not None:
             raise failure
         if bool(decision.isnan().all()):
-            raise BackendError("rank 0 could not decide; its own error says why")
+            raise BackendError("rank 0 could not decide; see rank 0's own error")
         return decision.cpu()
 
-    def _count(self, payload: Tensor) -> None:
-        self.sent_bytes += payload.numel() * payload.element_size()
+    def _count(self, tensor: Tensor) -> None:
+        self.sent_bytes += tensor.numel() * tensor.element_size()
 
 
-def _counted(ranks: Sequence[int]) -> str:
+def _format_ranks(ranks: Sequence[int]) -> str:
     if len(ranks) > _MOST_RANKS_NAMED:
         return f"{len(ranks)} ranks"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
@@ -251,5 +280,5 @@ def _digest(groups: Mapping[str, bytes]) -> bytes:
 
 
 def _numbers(digest: bytes) -> Tensor:
-    """int64 ``[len / 4]``; of 32 bits each, so that their negatives are numbers too."""
+    """A digest as int64 ``[len / 4]``, each of 32 bits, so that negation cannot overflow."""
     return torch.frombuffer(bytearray(digest), dtype=torch.int32).to(torch.int64)

@@ -1,7 +1,7 @@
-"""Line: words between two processes, beside whatever torch sends.
+"""JSON messages between two processes over TCP, independent of torch's own communication.
 
-It is silent while all is well.  When a process dies, its kernel ends the line, so that the other
-end knows at once, whatever the backend of the gradients does.
+Nothing is sent while all is well.  When a process dies, its kernel closes the connection, so that
+the peer notices at once, whatever the backend of the gradients does.
 """
 
 from __future__ import annotations
@@ -13,71 +13,75 @@ import select
 import socket
 from typing import Any, TypeAlias
 
-__all__ = ["JsonConnection", "Words"]
+__all__ = ["JsonConnection", "Message"]
 
-Words: TypeAlias = dict[str, Any]
+Message: TypeAlias = dict[str, Any]
 
-_SECONDS_TO_SEND = 5
-# A host that has lost its power ends no line; after this it counts as ended.
-_SECONDS_OF_SILENCE, _SECONDS_BETWEEN_PROBES, _PROBES = 10, 5, 4
+_SEND_TIMEOUT_SECONDS = 5
+# A host that loses its power closes no connection; after these probes it counts as closed.
+_SECONDS_BEFORE_PROBES, _SECONDS_BETWEEN_PROBES, _NUM_PROBES = 10, 5, 4
 
 
 class JsonConnection:
-    """JSON objects over a connected socket."""
+    """JSON objects, one per line, over a connected socket.
+
+    Args:
+        connection: the connected TCP socket; owned by this object.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(_SECONDS_TO_SEND)
+        connection.settimeout(_SEND_TIMEOUT_SECONDS)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
-            ("TCP_KEEPIDLE", _SECONDS_OF_SILENCE),
+            ("TCP_KEEPIDLE", _SECONDS_BEFORE_PROBES),
             ("TCP_KEEPINTVL", _SECONDS_BETWEEN_PROBES),
-            ("TCP_KEEPCNT", _PROBES),
+            ("TCP_KEEPCNT", _NUM_PROBES),
         ):
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        # A loader process would keep the line open for seconds after its rank was killed.
+        # A data loader process would keep it open for seconds after its rank was killed.
         os.register_at_fork(after_in_child=connection.close)
         self._connection = connection
-        self._ready = select.poll()
-        self._ready.register(connection, select.POLLIN)
-        self._begun = b""
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
+        self._incomplete = b""
 
     def fileno(self) -> int:
-        """For ``select``."""
+        """The socket's file descriptor, for ``select``."""
         return self._connection.fileno()
 
-    def say(self, **words: Any) -> None:
-        """Send an object; to one who has gone, nothing.  That is noticed by listening."""
+    def send(self, **message: Any) -> None:
+        """Send an object; errors are ignored, since ``receive`` reports a closed connection."""
         with contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps(words).encode() + b"\n")
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def heard(self) -> list[Words]:
-        """The objects that have come, once there is something to read; it may be half of one.
+    def receive(self) -> list[Message]:
+        """Wait for data and return the objects completed by it; none if it ends within an object.
 
         Raises:
-            EOFError: the other end has gone, or does not speak like us.
+            EOFError: the peer has closed the connection, or does not send JSON.
         """
         try:
-            came = self._connection.recv(65536)
+            data = self._connection.recv(65536)
         except OSError as error:
             raise EOFError from error
-        if not came:
+        if not data:
             raise EOFError
-        *whole, self._begun = (self._begun + came).split(b"\n")
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
         try:
-            said = [json.loads(words) for words in whole]
-        except ValueError as error:  # somebody looks for open ports
+            objects = [json.loads(line) for line in lines]
+        except ValueError as error:  # a port scanner, for example
             raise EOFError from error
-        return [words for words in said if isinstance(words, dict)]
+        return [message for message in objects if isinstance(message, dict)]
 
-    def heard_within(self, seconds: float) -> list[Words]:
-        """The objects that come in that time, none if nothing does.
+    def receive_within(self, seconds: float) -> list[Message]:
+        """Like ``receive``, but return an empty list if no data arrives within ``seconds``.
 
         Raises:
-            EOFError: the other end has gone.
+            EOFError: the peer has closed the connection, or does not send JSON.
         """
-        return self.heard() if self._ready.poll(1000 * max(0.0, seconds)) else []
+        return self.receive() if self._readable.poll(1000 * max(0.0, seconds)) else []
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket."""
         self._connection.close()

@@ -1,4 +1,4 @@
-"""Voice: what a process says of its error, and how it leaves."""
+"""Error reports of a process: on stderr, for torchrun and for other ranks; and its exit."""
 
 from __future__ import annotations
 
@@ -15,63 +15,72 @@ from typing import NoReturn
 from ..errors import WormError
 from .diagnosis import FailureReport
 
-__all__ = ["AlreadyReported", "hard_exit", "one_line", "record", "tell"]
+__all__ = ["AlreadyReported", "hard_exit", "one_line", "print_error", "write_torchelastic_error"]
 
-_LONGEST_LINE = 600
+_MAX_LINE_LENGTH = 600
 
 
 class AlreadyReported(WormError):
-    """The run has ended and this rank has said why; all that is left is to exit."""
+    """The run has failed and the error is already printed; the process only has to exit.
 
-    def __init__(self, ending: FailureReport) -> None:
-        super().__init__(ending.text)
-        self.exit_code = ending.exit_code
+    Args:
+        report: the failure report that all ranks share.
+    """
+
+    def __init__(self, report: FailureReport) -> None:
+        super().__init__(report.text)
+        self.exit_code = report.exit_code
 
 
-def tell(error: Exception, rank: int | str | None) -> None:
-    """One line for an error of ours, which says what to do; a traceback for any other."""
+def print_error(error: Exception, rank: int | str | None) -> None:
+    """Print an error to stderr: one line for a ``WormError``, a traceback for any other.
+
+    Args:
+        error: the error.
+        rank: this process's rank; None if it is not known.
+    """
     where = "" if rank is None else f" (rank {rank})"
     if isinstance(error, WormError):
-        said = f"worm_dist: error{where}: {error}\n"
+        text = f"worm_dist: error{where}: {error}\n"
     else:
-        said = f"worm_dist: error{where}:\n{_traceback(error)}"
-    # In one piece, or other ranks' words would come between.
-    sys.stderr.write(said)
+        text = f"worm_dist: error{where}:\n{_traceback(error)}"
+    # A single write, so that other ranks' output is not interleaved.
+    sys.stderr.write(text)
     sys.stderr.flush()
 
 
-def record(error: Exception) -> None:
-    """Leave the error where torchrun looks for what went wrong first, as its ``record`` does."""
+def write_torchelastic_error(error: Exception) -> None:
+    """Write the error file in which torchrun looks for the root cause, as torchelastic does."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    ours = isinstance(error, WormError)
-    said = {
+    is_worm_error = isinstance(error, WormError)
+    message = {
         "message": f"{type(error).__name__}: {error}",
         "extraInfo": {
-            "py_callstack": str(error) if ours else _traceback(error),
-            # torchrun takes the earliest, in whole seconds, for the cause of all; of several in
-            # the same second it takes the first that it looks at, which may have failed after.
+            "py_callstack": str(error) if is_worm_error else _traceback(error),
+            # torchrun takes the earliest error, in whole seconds, for the root cause; among several
+            # of the same second it takes the first that it reads, which may be a later one.
             "timestamp": str(int(time.time()) - 1),
         },
     }
-    Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")
+    Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, for other ranks: with its kind, unless it is one of ours."""
+    """An error's message on one line, for other ranks; with its type unless a ``WormError``."""
     kind = "" if isinstance(error, WormError) else f"{type(error).__name__}: "
-    said = " ".join(f"{kind}{error}".split())
-    return said if len(said) <= _LONGEST_LINE else f"{said[:_LONGEST_LINE]} ..."
+    text = " ".join(f"{kind}{error}".split())
+    return text if len(text) <= _MAX_LINE_LENGTH else f"{text[:_MAX_LINE_LENGTH]} ..."
 
 
 def hard_exit(exit_code: int) -> NoReturn:
-    """End the process without taking the interpreter apart.
+    """End the process without the interpreter's shutdown, after exit handlers and flushes.
 
-    torch keeps gloo's threads alive once a network has been wrapped, whoever lets go of it.  When
-    one of them is at work while Python shuts down, the process dies of SIGABRT after everything
-    was done ("terminate called without an active exception", seen at one exit in sixty with torch
-    2.14), and the launcher takes the run for failed.
+    torch keeps gloo's threads alive once a network has been wrapped, even after every reference is
+    gone.  When one of them is at work while Python shuts down, the process dies of SIGABRT after
+    everything was done ("terminate called without an active exception", seen at one exit in sixty
+    with torch 2.14), and the launcher takes the run for failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

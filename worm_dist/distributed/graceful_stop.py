@@ -1,15 +1,16 @@
-"""Halt: where all ranks stop when one of them is asked to.
+"""Graceful stop: all ranks stop at the same step boundary when one of them is asked to.
 
-A job that is about to lose its machine hears of it on one rank, on some, or on all, at different
-moments.  They must stop at the same place, or those who go on wait for those who do not.  To agree
-on it in every step would cost a collective; here nobody says a word until somebody is asked:
+A scheduler that is about to take a machine away signals one rank, some or all of them, at
+different moments.  All ranks must stop at the same step, or those that go on wait for those that
+do not.  To agree on it in every step would cost a collective; here nothing is sent until a rank is
+asked to stop:
 
-1. the rank that is asked tells rank zero's roll; it asks all ranks how many places they have
-   passed, and whoever has answered waits at the next one;
-2. the roll names the place after the furthest of them, which nobody has passed, and all go on to
-   it.
+1. that rank notifies the monitor on rank zero.  The monitor asks every rank how many step
+   boundaries it has passed; a rank that has answered waits at its next boundary;
+2. the monitor sends the boundary after the furthest one, which no rank has passed, and all ranks go
+   on to it.
 
-So a rank takes at most the step that it is in and the one after it, and waits for one answer.
+So a rank completes at most its current step and the one after, and waits for one answer.
 """
 
 from __future__ import annotations
@@ -21,55 +22,68 @@ __all__ = ["StopCoordinator", "Stopped"]
 
 
 class Stopped(Exception):
-    """All ranks stop here, because one of them was asked to; nothing is wrong."""
+    """Raised on every rank at the agreed step boundary after a stop request; not an error."""
 
 
 class StopCoordinator:
-    """The places of one rank: between two steps, numbered alike on all ranks.
+    """The stop request of one rank, and its boundaries between steps, numbered alike on all ranks.
 
     Attributes:
-        wanted: some rank has been asked to stop.
+        requested: whether any rank has been asked to stop.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.requested = False
         self._num_passed = 0
-        self._place: int | None = None
-        self._say: Callable[[], None] = self._stop_alone
-        self._moves = threading.Condition()
+        self._last_boundary: int | None = None
+        self._on_request: Callable[[], None] = self._stop_alone
+        self._decided = threading.Condition()
 
-    def speak_through(self, say: Callable[[], None]) -> None:
-        """There are other ranks: ``say`` tells the roll that this one has been asked."""
-        self._say = say
+    def notify_by(self, notify: Callable[[], None]) -> None:
+        """Set how a stop request is passed on to the monitor.
 
-    def ask(self) -> None:
-        """This rank is asked to stop.  A signal handler may call it, at any moment."""
-        self._say()
+        Args:
+            notify: function that tells the monitor that this rank was asked to stop.  Without one
+                the request concerns this process only.
+        """
+        self._on_request = notify
 
-    def pass_by(self) -> None:
-        """The training thread comes to a place; costs a microsecond while nobody is asked.
+    def request(self) -> None:
+        """Ask all ranks to stop.  A signal handler may call it at any moment."""
+        self._on_request()
+
+    def pass_boundary(self) -> None:
+        """Called by the training thread between two steps; takes about a microsecond.
 
         Raises:
-            Stopped: it is the last one, on every rank.
+            Stopped: this is the agreed boundary, on every rank.
         """
-        with self._moves:
+        with self._decided:
             self._num_passed += 1
-            if self.wanted:
-                self._moves.wait_for(lambda: self._place is not None)
-            if self._place is not None and self._num_passed >= self._place:
+            if self.requested:
+                self._decided.wait_for(lambda: self._last_boundary is not None)
+            if self._last_boundary is not None and self._num_passed >= self._last_boundary:
                 raise Stopped
 
-    def waits(self) -> int:
-        """From now on the training thread waits at its next place; how many it has passed."""
-        with self._moves:
-            self.wanted = True
+    def hold(self) -> int:
+        """Make the training thread wait at its next boundary until ``stop_at`` is called.
+
+        Returns:
+            The number of boundaries passed so far.
+        """
+        with self._decided:
+            self.requested = True
             return self._num_passed
 
-    def stop_at(self, place: int) -> None:
-        """The place has been decided."""
-        with self._moves:
-            self._place = place
-            self._moves.notify_all()
+    def stop_at(self, boundary: int) -> None:
+        """Set the boundary at which all ranks stop, and release a waiting training thread.
+
+        Args:
+            boundary: number of the boundary, counted from 1.
+        """
+        with self._decided:
+            self._last_boundary = boundary
+            self._decided.notify_all()
 
     def _stop_alone(self) -> None:
-        self.stop_at(self.waits() + 1)
+        self.stop_at(self.hold() + 1)

@@ -1,4 +1,4 @@
-"""Launch: which process this is, and the process group it joins."""
+"""Rank information from the launcher, and initialization of the process group."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from ..errors import BackendError
 from . import mpi, slurm
-from .launchers import SRUN, TORCHRUN, require_agreement, started_by, whole_number
-from .rendezvous import meet
-from .restart_attempt import part_of_this_attempt
+from .launchers import SRUN, TORCHRUN, read_int, require_agreement, started_by
+from .rendezvous import wait_for_all_ranks
+from .restart_attempt import store_of_this_attempt
 
 __all__ = ["RankInfo", "process_group"]
 
 Backend = Literal["auto", "gloo", "nccl"]
 
-_SECONDS_LATER = 30
-"""By which a collective's own timeout comes after the watch, which names the rank that is missing;
-nccl's would abort the process."""
-_SECONDS_TO_ANSWER = 2
+_EXTRA_SECONDS = 30
+"""Difference between the timeout of a collective and the watchdog's, which ends first and names the
+missing rank; nccl's timeout would abort the process."""
+_SECONDS_TO_CONNECT = 2
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among those that a launcher started.
+    """This process's rank and the rendezvous address, as assigned by the launcher.
 
     Attributes:
-        rank: 0 to world_size - 1, over all hosts.
+        rank: rank over all hosts, 0 to world_size - 1.
         world_size: number of processes.
-        local_rank: 0 and up, on this host; also the number of its GPU.
+        local_rank: rank on this host, 0 to local_world_size - 1; also the index of its GPU.
         local_world_size: number of processes on this host.
-        address, port: where rank zero waits for the others; a process alone waits nowhere.
+        address: host name or IP address of the store on rank zero; empty for a single process.
+        port: TCP port of that store; 0 for a single process.
 
     Raises:
-        BackendError: the numbers contradict one another.
+        BackendError: the values contradict one another.
     """
 
     rank: int
@@ -54,148 +55,160 @@ class RankInfo:
     port: int = 0
 
     def __post_init__(self) -> None:
-        for number, below, size, name in (
+        for rank_name, rank, size, size_name in (
             ("RANK", self.rank, self.world_size, "WORLD_SIZE"),
             ("LOCAL_RANK", self.local_rank, self.local_world_size, "LOCAL_WORLD_SIZE"),
         ):
-            if not 0 <= below < size:
-                raise BackendError(f"launch: {number} {below} is not below {name} {size}")
+            if not 0 <= rank < size:
+                raise BackendError(f"launch: {rank_name} {rank} is not below {size_name} {size}")
         if self.world_size > 1 and self.address and not 0 < self.port < 2**16:
             raise BackendError(f"launch: MASTER_PORT {self.port} is no port; choose 1 to 65535")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo:
-        """Read what torchrun, deepspeed, mpirun or srun says; a plain process is a world of one.
+        """Read the variables of torchrun, deepspeed, mpirun or srun.
 
-        Collective if mpirun started this process: its ranks agree on where to meet.
+        Without a launcher the world size is 1.  Collective if mpirun started this process: its
+        ranks then agree on the address and port.
+
+        Args:
+            environment: environment variables of the process.
 
         Raises:
-            BackendError: the variables are incomplete, are no numbers, or contradict one another;
-                mpirun and mpi4py do not belong together.
+            BackendError: variables are missing, are no integers, or contradict one another; or
+                mpi4py belongs to another mpirun.
         """
         launcher = started_by(environment)
         if launcher is None:
             return cls(0, 1, 0)
         if launcher == TORCHRUN:
             require_agreement(environment)
-            return cls._from_words_of_torchrun(environment)
+            return cls._from_torchrun_environment(environment)
         if launcher == SRUN:
-            return cls._from_words_of_torchrun(slurm.torchrun_environment(environment))
-        return cls._from_words_of_torchrun(mpi.torchrun_environment(environment, launcher))
+            return cls._from_torchrun_environment(slurm.torchrun_environment(environment))
+        return cls._from_torchrun_environment(mpi.torchrun_environment(environment, launcher))
 
     @classmethod
-    def _from_words_of_torchrun(cls, said: Mapping[str, str]) -> RankInfo:
+    def _from_torchrun_environment(cls, variables: Mapping[str, str]) -> RankInfo:
         needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-        if said.get("WORLD_SIZE") != "1":
+        if variables.get("WORLD_SIZE") != "1":
             needed += ["MASTER_ADDR", "MASTER_PORT"]
-        missing = [name for name in needed if name not in said]
+        missing = [name for name in needed if name not in variables]
         if missing:
-            given = [name for name in needed if name in said]
+            given = [name for name in needed if name in variables]
             raise BackendError(
                 f"launch: {', '.join(given)} set, but not {', '.join(missing)}; start with "
                 "torchrun, or unset them to run one process"
             )
-        local_rank = whole_number(said, "LOCAL_RANK")
-        # deepspeed has a name of its own for it.  A launcher that does not say how many there are
-        # has started at least this one.
-        sizes = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in said]
+        local_rank = read_int(variables, "LOCAL_RANK")
+        # deepspeed calls it LOCAL_SIZE; without either there are at least local_rank + 1 processes.
+        sizes = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in variables]
         return cls(
-            whole_number(said, "RANK"),
-            whole_number(said, "WORLD_SIZE"),
+            read_int(variables, "RANK"),
+            read_int(variables, "WORLD_SIZE"),
             local_rank,
-            whole_number(said, sizes[0]) if sizes else local_rank + 1,
-            said.get("MASTER_ADDR", ""),
-            whole_number(said, "MASTER_PORT") if "MASTER_PORT" in said else 0,
+            read_int(variables, sizes[0]) if sizes else local_rank + 1,
+            variables.get("MASTER_ADDR", ""),
+            read_int(variables, "MASTER_PORT") if "MASTER_PORT" in variables else 0,
         )
 
     @property
-    def in_words_of_torchrun(self) -> dict[str, str]:
-        """The variables that torch's own rendezvous and DeepSpeed read."""
-        said = {
+    def torchrun_environment(self) -> dict[str, str]:
+        """The environment variables that torch's own rendezvous and DeepSpeed read."""
+        variables = {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
         }
         if self.address:
-            said |= {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
-        return said
+            variables |= {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
+        return variables
 
 
 @contextmanager
 def process_group(
-    place: RankInfo, backend: Backend, timeout_seconds: float
+    rank_info: RankInfo, backend: Backend, timeout_seconds: float
 ) -> Iterator[torch.device]:
-    """Join the other processes; yields the device to train on.
+    """Initialize the default process group; destroy it on exit.  Collective.
 
-    Meanwhile the environment says where this process is in the words of torchrun, whoever started
-    it.
+    Inside the context the environment has torchrun's variables, whichever launcher was used.
+
+    Args:
+        rank_info: this process's rank information.
+        backend: backend of ``torch.distributed``; ``auto`` is nccl if every process of this host
+            has a GPU, else gloo.
+        timeout_seconds: limit on the wait for the other ranks.
+
+    Yields:
+        The device to train on.
 
     Raises:
-        BackendError: the backend does not work here, or the others do not come in time; then it
-            names who is missing.
+        BackendError: the backend does not work here, or not all ranks join in time; the message
+            names the missing ones.
     """
     gpus = torch.cuda.device_count()
-    if backend == "nccl" and place.local_rank >= gpus:
+    if backend == "nccl" and rank_info.local_rank >= gpus:
         raise BackendError(
-            f"distributed.backend: nccl needs a GPU for local rank {place.local_rank}, but this "
-            f"host has {gpus}; start fewer processes, or choose gloo"
+            f"distributed.backend: nccl needs a GPU for local rank {rank_info.local_rank}, but "
+            f"this host has {gpus}; start fewer processes, or choose gloo"
         )
-    # One choice for all processes of a host: were each to look for its own GPU, the first would
-    # join nccl and the others gloo, and wait for one another.
-    on_gpu = backend == "nccl" or (backend == "auto" and 0 < place.local_world_size <= gpus)
-    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    # One choice for all processes of a host: with fewer GPUs than processes, a choice by each would
+    # make some join nccl and the others gloo, and wait for one another.
+    on_gpu = backend == "nccl" or (backend == "auto" and 0 < rank_info.local_world_size <= gpus)
+    device = torch.device("cuda", rank_info.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with _environment(place.in_words_of_torchrun):
+    with _environment(rank_info.torchrun_environment):
         try:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=_store(place, timeout_seconds),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timedelta(seconds=timeout_seconds + _SECONDS_LATER),
+                store=_store(rank_info, timeout_seconds),
+                rank=rank_info.rank,
+                world_size=rank_info.world_size,
+                timeout=timedelta(seconds=timeout_seconds + _EXTRA_SECONDS),
                 device_id=device if on_gpu else None,
             )
         except (RuntimeError, ValueError) as error:
-            raise _did_not_join(place, error) from error
+            raise _join_error(rank_info, error) from error
         try:
             yield device
         finally:
             dist.destroy_process_group()
 
 
-def _store(place: RankInfo, timeout_seconds: float) -> Store:
-    """Where the ranks learn of one another, when all have come."""
-    if place.world_size == 1:
-        return HashStore()  # One process needs no address and no port to meet itself.
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _connected(place, place.rank == 0 and not of_agent, timeout_seconds)
-    if of_agent:
-        return part_of_this_attempt(store, place.rank, place.world_size, timeout_seconds)
-    meet(store, place.rank, place.world_size, timeout_seconds)
+def _store(rank_info: RankInfo, timeout_seconds: float) -> Store:
+    """The store for ``init_process_group``, once all ranks have joined."""
+    if rank_info.world_size == 1:
+        return HashStore()  # in memory: a single process needs no port
+    is_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = rank_info.rank == 0 and not is_agent_store
+    store = _connect(rank_info, is_master, timeout_seconds)
+    if is_agent_store:
+        return store_of_this_attempt(store, rank_info.rank, rank_info.world_size, timeout_seconds)
+    wait_for_all_ranks(store, rank_info.rank, rank_info.world_size, timeout_seconds)
     return store
 
 
-def _connected(place: RankInfo, is_master: bool, timeout_seconds: float) -> Store:
-    """Connect to the store.  On a thread: whoever has the port may take the call and never answer,
-    and torch would wait for ever.
+def _connect(rank_info: RankInfo, is_master: bool, timeout_seconds: float) -> Store:
+    """Connect to the store, in a thread: a foreign program at that port may accept the connection
+    and never answer, and torch would wait forever.
 
     Raises:
-        RuntimeError: the store cannot be opened, or nothing that answers is there in time.
+        RuntimeError: the store cannot be opened, or did not answer in time.
     """
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(
             TCPStore,
-            place.address,
-            place.port,
+            rank_info.address,
+            rank_info.port,
             is_master=is_master,
             timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
-        ).result(timeout_seconds + _SECONDS_TO_ANSWER)
+        ).result(timeout_seconds + _SECONDS_TO_CONNECT)
     except FutureTimeout:
-        raise RuntimeError("whoever listens there is not rank zero of this run") from None
+        raise RuntimeError("the program at that port is not rank zero of this run") from None
     finally:
         pool.shutdown(wait=False)
 
@@ -214,16 +227,16 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _did_not_join(place: RankInfo, error: Exception) -> BackendError:
-    where = f"{place.address}:{place.port}"
+def _join_error(rank_info: RankInfo, error: Exception) -> BackendError:
+    where = f"{rank_info.address}:{rank_info.port}"
     if "EADDRINUSE" in str(error):
         return BackendError(
-            f"launch: rank {place.rank} cannot wait for the others at {where}, the port is in use; "
-            "set MASTER_PORT to a free one, or end the program that has it"
+            f"launch: rank {rank_info.rank} cannot open its store at {where}, the port is in use; "
+            "set MASTER_PORT to a free one, or end the program that uses it"
         )
     reason = str(error).strip().split("\n")[0]
     return BackendError(
-        f"launch: rank {place.rank} of {place.world_size} could not join the others at {where}: "
-        f"{reason}; see that all ranks were started, and that MASTER_ADDR names rank zero's host "
-        "as the others reach it"
+        f"launch: rank {rank_info.rank} of {rank_info.world_size} could not join the others at "
+        f"{where}: {reason}; check that all ranks were started, and that MASTER_ADDR names rank "
+        "zero's host as the others reach it"
     )

@@ -1,16 +1,15 @@
-"""Launchers: which one started this process, and what it calls the process's numbers.
+"""Detects the launcher that started this process, by the environment variables that it sets.
 
-The first that is found counts:
+The first one found is used:
 
-1. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``: torchrun and deepspeed set them, launch/netlab does, a
-   person may.
-2. mpirun.  It may use srun to reach its hosts; what srun says is then about mpirun's own helpers.
-3. srun, inside a step; the shell of a batch script or of salloc is no rank.
-4. None: a plain process.
+1. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``: set by torchrun, deepspeed, launch/netlab or by hand.
+2. mpirun.  It may use srun to reach its hosts; srun's variables then describe mpirun's own helpers.
+3. srun, inside a job step; the shell of a batch script or of salloc is no rank.
+4. None: a process started without a launcher.
 
 torchrun or deepspeed may run below mpirun or srun, once on each host.  Their ranks then rightly
-differ from those around them.  Anybody else's must agree: a forgotten ``export RANK=0`` would make
-every process of mpirun or srun rank zero.
+differ from those of the outer launcher.  Ranks set in any other way must agree with it: a forgotten
+``export RANK=0`` would make every process of mpirun or srun rank zero.
 """
 
 from __future__ import annotations
@@ -26,14 +25,21 @@ __all__ = [
     "SRUN",
     "TORCHRUN",
     "Launcher",
+    "read_int",
     "require_agreement",
     "started_by",
-    "whole_number",
 ]
 
 
 class Launcher(NamedTuple):
-    """Names of the variables that a launcher sets."""
+    """A launcher and the environment variables that it sets.
+
+    Attributes:
+        name: the launcher's name, for messages.
+        rank: name of the variable with the rank.
+        world_size: name of the variable with the number of ranks.
+        local_rank: name of the variable with the rank within the host.
+    """
 
     name: str
     rank: str
@@ -53,38 +59,40 @@ SRUN = Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
 def started_by(environment: Mapping[str, str]) -> Launcher | None:
-    """The launcher whose numbers count; None for a plain process."""
+    """The launcher that assigned this process's rank; None for a process started without one."""
     if any(name in environment for name in TORCHRUN[1:]):
         return TORCHRUN
-    return _around(environment)
+    return _outer_launcher(environment)
 
 
 def require_agreement(environment: Mapping[str, str]) -> None:
-    """Compare ``RANK`` and ``WORLD_SIZE`` with what mpirun or srun says.
+    """Check ``RANK`` and ``WORLD_SIZE`` against the variables of mpirun or srun, if any are set.
 
     Raises:
-        BackendError: they differ, and neither torchrun nor deepspeed set them.
+        BackendError: they differ, and were set neither by torchrun nor by deepspeed.
     """
-    around = _around(environment)
+    outer = _outer_launcher(environment)
     by_torchrun = "TORCHELASTIC_RUN_ID" in environment
     by_deepspeed = "CROSS_SIZE" in environment and "LOCAL_SIZE" in environment
-    # One process below mpirun or srun may as well be a shell that starts ranks of its own.
-    if by_torchrun or by_deepspeed or around is None or environment.get(around[2], "1") == "1":
+    if by_torchrun or by_deepspeed or outer is None:
         return
-    told = [(TORCHRUN.rank, around.rank), (TORCHRUN.world_size, around.world_size)]
-    if any(environment.get(ours) != environment.get(theirs) for ours, theirs in told):
+    # A single process below mpirun or srun may be a shell that starts ranks of its own.
+    if environment.get(outer.world_size, "1") == "1":
+        return
+    pairs = [(TORCHRUN.rank, outer.rank), (TORCHRUN.world_size, outer.world_size)]
+    if any(environment.get(inner) != environment.get(name) for inner, name in pairs):
         raise BackendError(
-            f"launch: {_values(environment, TORCHRUN)}, but {around.name} says "
-            f"{_values(environment, around)}; unset {', '.join(TORCHRUN[1:])}, which a shell or a "
+            f"launch: {_values(environment, TORCHRUN)}, but {outer.name} says "
+            f"{_values(environment, outer)}; unset {', '.join(TORCHRUN[1:])}, which a shell or a "
             "script has left there, or start torchrun once on each host"
         )
 
 
-def whole_number(environment: Mapping[str, str], name: str) -> int:
-    """The value of a variable.
+def read_int(environment: Mapping[str, str], name: str) -> int:
+    """The value of an environment variable as an integer.
 
     Raises:
-        BackendError: it is no whole number.
+        BackendError: the value is not an integer.
     """
     try:
         return int(environment[name])
@@ -94,11 +102,12 @@ def whole_number(environment: Mapping[str, str], name: str) -> int:
         ) from None
 
 
-def _around(environment: Mapping[str, str]) -> Launcher | None:
+def _outer_launcher(environment: Mapping[str, str]) -> Launcher | None:
+    """mpirun or srun, if one of them started this process or its parent."""
     in_step = "SLURM_STEP_ID" in environment
     if OPEN_MPI.world_size in environment:
         return OPEN_MPI
-    # srun can speak PMI too, but it does not count the ranks of a host by this name.
+    # srun can set the PMI variables too, but not MPI_LOCALNRANKS.
     if "MPI_LOCALNRANKS" in environment or (HYDRA.world_size in environment and not in_step):
         return HYDRA
     return SRUN if in_step and SRUN.rank in environment else None

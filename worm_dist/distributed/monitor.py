@@ -1,17 +1,19 @@
-"""Roll: rank zero knows who is there, and says when nobody is to go on.
+"""The monitor on rank zero: watches all ranks and ends the run on all of them if one fails.
 
-Every rank holds a line to it, rank zero included.  What comes over it:
+Every rank, rank zero included, has a connection to it.  Messages from a rank:
 
-- ``rank``, ``token``: who this is, first of all.
-- ``failed``, ``exit_code``, ``what``: the rank has raised an error of its own, and where.
-- ``lost``: it has lost contact with another rank, says its backend.
-- ``overdue``: it has been at one station for as long as it is willing to wait, in seconds.
-- ``at``, ``what``, ``where``: its answer to a call of the roll.
-- ``halt``: it has been asked to stop; ``passed`` is the answer to a question of the same name.
-- ``done``: it has come to the end of the run.
+- ``rank``, ``token``: identification, the first message.
+- ``failed``, ``exit_code``, ``what``: the rank has raised an error of its own, and at which
+  progress point.
+- ``lost_contact``: its backend reports that it lost contact with another rank.
+- ``overdue``: seconds that it has been at one progress point, once that exceeds its timeout.
+- ``number``, ``what``, ``where``: its progress point, in answer to ``report_progress``.
+- ``stop_requested``: it has been asked to stop; ``num_passed`` is its answer to ``hold``.
+- ``done``: it has completed the run.
 
-What goes back: ``where`` calls the roll, ``patience`` says that nothing is wrong, ``ending`` that
-all stop, ``end`` that all have done; ``passed`` and ``halt_at`` are about a halt, see there.
+Messages to the ranks: ``report_progress`` asks for the progress point, ``keep_waiting`` says that
+nothing is wrong, ``failure_report`` that all ranks end, ``all_done`` that all have completed the
+run; ``hold`` and ``stop_at`` belong to a graceful stop, see ``graceful_stop``.
 """
 
 from __future__ import annotations
@@ -24,164 +26,171 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from .connection import JsonConnection, Words
+from .connection import JsonConnection, Message
 from .diagnosis import Failure, RankStatus, diagnose
 
 __all__ = ["MonitorServer"]
 
-SECONDS_TO_SETTLE = 0.3
-"""Errors that several ranks raise at the same step come in within this time."""
-_SECONDS_TO_HANG_UP = 1.0
+SECONDS_TO_COLLECT = 0.3
+"""Time within which the errors that several ranks raise at the same step arrive."""
+_SECONDS_TO_DISCONNECT = 1.0
 
 
 class MonitorServer(threading.Thread):
-    """Answers all ranks until they have come to the end or to an ending.
+    """A thread that serves all ranks until they have completed the run, or one has failed.
 
     Args:
-        server: where the ranks call; closed at the end.
-        token: what they identify themselves with.
-        world_size: how many there are.
-        grace_seconds: how long a rank may take to answer.
+        server: listening socket to which the ranks connect; closed at the end.
+        token: secret by which the ranks identify themselves.
+        world_size: number of ranks.
+        grace_seconds: time that a rank may take to answer.
     """
 
     def __init__(
         self, server: socket.socket, token: str, world_size: int, grace_seconds: float
     ) -> None:
-        super().__init__(name="worm_dist roll", daemon=True)
+        super().__init__(name="worm_dist monitor", daemon=True)
         self._server = server
         self._token = token
         self._grace_seconds = grace_seconds
-        self._standings = {rank: RankStatus() for rank in range(world_size)}
-        self._lines: dict[int, JsonConnection] = {}
+        self._statuses = {rank: RankStatus() for rank in range(world_size)}
+        self._connections: dict[int, JsonConnection] = {}
         self._done: set[int] = set()
-        self._halts = False
-        self._passed: dict[int, int] = {}
-        self._called_at: float | None = None
+        self._stop_requested = False
+        self._num_passed: dict[int, int] = {}
+        self._asked_at: float | None = None
         self._waited_seconds = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(server, selectors.EVENT_READ)
 
     def run(self) -> None:
-        over: Words | None = None
-        while over is None:
-            for line, words in self._heard(self._seconds_to_decision):
-                self._take(line, words)
-            over = self._outcome()
-        self._tell_all(**over)
-        # The words must have arrived before this process ends, and the lines with it.
-        deadline = time.monotonic() + _SECONDS_TO_HANG_UP
-        while self._lines and time.monotonic() < deadline:
-            for _ in self._heard(deadline - time.monotonic()):
+        last_message: Message | None = None
+        while last_message is None:
+            for connection, message in self._receive(self._seconds_to_decision):
+                self._handle(connection, message)
+            last_message = self._decide()
+        self._send_to_all(**last_message)
+        # The ranks must have received it before this process ends and closes the connections.
+        deadline = time.monotonic() + _SECONDS_TO_DISCONNECT
+        while self._connections and time.monotonic() < deadline:
+            for _ in self._receive(deadline - time.monotonic()):
                 pass
         self._server.close()
 
-    # ---- listening -------------------------------------------------------------------------------
+    # ---- receiving -------------------------------------------------------------------------------
 
-    def _heard(self, seconds: float | None) -> Iterator[tuple[JsonConnection, Words]]:
-        """What comes in that time; a line that ends is noted."""
+    def _receive(self, seconds: float | None) -> Iterator[tuple[JsonConnection, Message]]:
+        """Yield the messages that arrive within that time; accept and close connections."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._server:
                 with contextlib.suppress(OSError):
-                    connection, _ = self._server.accept()
-                    self._selector.register(JsonConnection(connection), selectors.EVENT_READ)
+                    accepted, _ = self._server.accept()
+                    self._selector.register(JsonConnection(accepted), selectors.EVENT_READ)
                 continue
-            line = key.fileobj
-            assert isinstance(line, JsonConnection)
+            connection = key.fileobj
+            assert isinstance(connection, JsonConnection)
             try:
-                yield from ((line, words) for words in line.heard())
+                yield from ((connection, message) for message in connection.receive())
             except EOFError:
-                self._hang_up(line)
+                self._disconnect(connection)
 
-    def _hang_up(self, line: JsonConnection) -> None:
-        if line not in self._selector.get_map():
+    def _disconnect(self, connection: JsonConnection) -> None:
+        if connection not in self._selector.get_map():
             return
-        self._selector.unregister(line)
-        line.close()
-        for rank in [rank for rank, theirs in self._lines.items() if theirs is line]:
-            del self._lines[rank]
-            self._standings[rank].gone = True
-            self._call()
+        self._selector.unregister(connection)
+        connection.close()
+        for rank in [rank for rank, other in self._connections.items() if other is connection]:
+            del self._connections[rank]
+            self._statuses[rank].gone = True
+            self._ask_for_progress()
 
-    def _take(self, line: JsonConnection, words: Words) -> None:
-        if "token" in words:
-            if words["token"] != self._token:
-                self._hang_up(line)
+    def _handle(self, connection: JsonConnection, message: Message) -> None:
+        if "token" in message:
+            if message["token"] != self._token:
+                self._disconnect(connection)
                 return
-            self._lines[words["rank"]] = line
-            if self._called_at is not None:  # it has come in the middle of a call
-                line.say(where=True)
-            if self._halts:
-                line.say(passed=True)
+            self._connections[message["rank"]] = connection
+            # The rank has connected after these were sent to the others.
+            if self._asked_at is not None:
+                connection.send(report_progress=True)
+            if self._stop_requested:
+                connection.send(hold=True)
             return
-        rank = next((rank for rank, theirs in self._lines.items() if theirs is line), None)
+        rank = self._rank_of(connection)
         if rank is None:
-            return  # whoever that is has not said who it is
-        known = self._standings[rank]
-        if "at" in words:
-            known.number, known.what, known.where = words["at"], words["what"], words["where"]
-        if "failed" in words:
-            known.failure, known.what = Failure(words["failed"], words["exit_code"]), words["what"]
-            self._call()
-        elif "lost" in words:
-            known.lost = words["lost"]
-            self._call()
-        elif "overdue" in words:
-            self._call(words["overdue"])
-        elif "halt" in words:
-            self._halt()
-        elif "passed" in words:
-            self._passed[rank] = words["passed"]
-            if len(self._passed) == len(self._standings):
-                self._tell_all(halt_at=max(self._passed.values()) + 1)
-        elif "done" in words:
+            return  # the sender has not identified itself
+        status = self._statuses[rank]
+        if "number" in message:
+            status.number, status.what = message["number"], message["what"]
+            status.where = message["where"]
+        if "failed" in message:
+            status.failure = Failure(message["failed"], message["exit_code"])
+            status.what = message["what"]
+            self._ask_for_progress()
+        elif "lost_contact" in message:
+            status.lost_contact = message["lost_contact"]
+            self._ask_for_progress()
+        elif "overdue" in message:
+            self._ask_for_progress(message["overdue"])
+        elif "stop_requested" in message:
+            self._request_stop()
+        elif "num_passed" in message:
+            self._num_passed[rank] = message["num_passed"]
+            if len(self._num_passed) == len(self._statuses):
+                self._send_to_all(stop_at=max(self._num_passed.values()) + 1)
+        elif "done" in message:
             self._done.add(rank)
 
-    def _halt(self) -> None:
-        """Let all ranks wait, unless they do."""
-        if not self._halts:
-            self._halts = True
-            self._tell_all(passed=True)
+    def _rank_of(self, connection: JsonConnection) -> int | None:
+        ranks = (rank for rank, other in self._connections.items() if other is connection)
+        return next(ranks, None)
+
+    def _request_stop(self) -> None:
+        """Hold all ranks at their next step boundary; without effect after the first call."""
+        if not self._stop_requested:
+            self._stop_requested = True
+            self._send_to_all(hold=True)
 
     # ---- deciding --------------------------------------------------------------------------------
 
-    def _call(self, waited_seconds: float = 0) -> None:
-        """Ask every rank where it is, unless they are being asked."""
+    def _ask_for_progress(self, waited_seconds: float = 0) -> None:
+        """Ask every rank for its progress point, unless the ranks are being asked already."""
         self._waited_seconds = max(self._waited_seconds, waited_seconds)
-        if self._called_at is None:
-            self._called_at = time.monotonic()
-            for known in self._standings.values():
-                known.number = None
-            self._tell_all(where=True)
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            for status in self._statuses.values():
+                status.number = None
+            self._send_to_all(report_progress=True)
 
     @property
     def _seconds_to_decision(self) -> float | None:
-        if self._called_at is None:
+        if self._asked_at is None:
             return None
-        return max(0.0, self._called_at + SECONDS_TO_SETTLE - time.monotonic()) or 0.05
+        return max(0.0, self._asked_at + SECONDS_TO_COLLECT - time.monotonic()) or 0.05
 
-    def _outcome(self) -> Words | None:
-        """What ends the roll, if something does."""
-        if len(self._done) == len(self._standings):
-            return {"end": True}
-        if self._called_at is None:
+    def _decide(self) -> Message | None:
+        """The message that ends the monitor; None while the run goes on."""
+        if len(self._done) == len(self._statuses):
+            return {"all_done": True}
+        if self._asked_at is None:
             return None
-        seconds = time.monotonic() - self._called_at
-        standings = self._standings.values()
-        if seconds < SECONDS_TO_SETTLE:
+        seconds = time.monotonic() - self._asked_at
+        statuses = self._statuses.values()
+        if seconds < SECONDS_TO_COLLECT:
             return None
-        clear = any(known.failure or known.gone for known in standings)
-        if not clear and seconds < self._grace_seconds:
-            # Contact is lost a moment before the kernel ends the line of a killed rank.
-            waits = any(known.lost for known in standings)
-            if waits or any(known.number is None for known in standings):
+        cause_is_known = any(status.failure or status.gone for status in statuses)
+        if not cause_is_known and seconds < self._grace_seconds:
+            # Ranks lose contact a moment before the kernel closes a killed rank's connection.
+            has_lost_contact = any(status.lost_contact for status in statuses)
+            if has_lost_contact or any(status.number is None for status in statuses):
                 return None
-        ending = diagnose(self._standings, self._waited_seconds)
-        if ending is not None:
-            return {"ending": asdict(ending)}
-        self._called_at, self._waited_seconds = None, 0.0
-        self._tell_all(patience=True)
+        report = diagnose(self._statuses, self._waited_seconds)
+        if report is not None:
+            return {"failure_report": asdict(report)}
+        self._asked_at, self._waited_seconds = None, 0.0
+        self._send_to_all(keep_waiting=True)
         return None
 
-    def _tell_all(self, **words: object) -> None:
-        for line in list(self._lines.values()):
-            line.say(**words)
+    def _send_to_all(self, **message: object) -> None:
+        for connection in list(self._connections.values()):
+            connection.send(**message)

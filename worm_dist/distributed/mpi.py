@@ -1,4 +1,4 @@
-"""MPI: ranks that mpirun started find one another through it, and then talk through torch."""
+"""MPI: rank and master address of a process that mpirun started; MPI is not used afterwards."""
 
 from __future__ import annotations
 
@@ -14,48 +14,52 @@ from .launchers import Launcher
 
 __all__ = ["torchrun_environment"]
 
-_MEETING = Path(__file__).with_name("mpi_meeting.py")
+_RENDEZVOUS_SCRIPT = Path(__file__).with_name("mpi_rendezvous.py")
 
 
 def torchrun_environment(environment: Mapping[str, str], launcher: Launcher) -> dict[str, str]:
-    """What torchrun would have told this process.  Collective over mpirun's ranks.
+    """The environment variables that torchrun would have set.  Collective over mpirun's ranks.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` are rank zero's where they are set there; otherwise rank
-    zero tells its host's name and a port that is free.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are those of rank zero's environment where they are set;
+    otherwise rank zero's host name and a free port on it.
 
-    A child process meets the others and is gone before training begins.  For MPICH takes its leave
-    of mpirun only in the C library's exit handlers, which the command line has to leave out: were
-    MPI begun here, the first rank to end would have the others killed, and mpirun would report
-    success.
+    MPI runs in a child process that ends before training begins.  MPICH disconnects from mpirun
+    only in the C library's exit handlers, which the command line has to skip: were MPI initialized
+    in this process, mpirun would kill all ranks when the first one ends, and report success.
+
+    Args:
+        environment: environment variables of the process.
+        launcher: the mpirun that started it.
 
     Raises:
-        BackendError: mpi4py or MPI is missing, or is not the one that mpirun belongs to.
+        BackendError: mpi4py or MPI is missing, or belongs to another mpirun.
     """
     if find_spec("mpi4py") is None:
         raise BackendError(
             f"launch: {launcher.name} started this process, but mpi4py is missing; install the "
             "extra worm_dist[mpi], or start with torchrun"
         )
-    # mpirun is reached through a file descriptor that it left open.
-    done = subprocess.run(
-        [sys.executable, str(_MEETING)],
+    # The child communicates with mpirun through an inherited file descriptor.
+    process = subprocess.run(
+        [sys.executable, str(_RENDEZVOUS_SCRIPT)],
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         close_fds=False,
     )
-    if done.returncode != 0:
-        said = done.stderr.strip().split("\n")[-1] or f"it ended with {done.returncode}"
+    if process.returncode != 0:
+        reason = process.stderr.strip().split("\n")[-1] or f"exit code {process.returncode}"
         raise BackendError(
-            f"launch: {launcher.name} started this process, but its MPI cannot be used: {said}; "
-            "set MPI4PY_LIBMPI to the libmpi.so that belongs to this mpirun, or take another mpirun"
+            f"launch: {launcher.name} started this process, but its MPI cannot be used: {reason}; "
+            "set MPI4PY_LIBMPI to the libmpi.so that belongs to this mpirun, or use another mpirun"
         )
-    told: dict[str, str] = json.loads(done.stdout.split("\n")[-2])
-    world_size = environment.get(launcher.world_size, told["WORLD_SIZE"])
-    if told["WORLD_SIZE"] != world_size:
+    variables: dict[str, str] = json.loads(process.stdout.split("\n")[-2])
+    world_size = environment.get(launcher.world_size, variables["WORLD_SIZE"])
+    if variables["WORLD_SIZE"] != world_size:
         raise BackendError(
-            f"launch: {launcher.name} says {launcher.world_size}={world_size}, but its MPI counts "
-            f"{told['WORLD_SIZE']}; set MPI4PY_LIBMPI to the libmpi.so that belongs to this mpirun"
+            f"launch: {launcher.name} says {launcher.world_size}={world_size}, but its MPI "
+            f"counts {variables['WORLD_SIZE']} ranks; set MPI4PY_LIBMPI to the libmpi.so that "
+            "belongs to this mpirun"
         )
-    return told
+    return variables

@@ -1,4 +1,4 @@
-"""Progress: how far this rank has come, for those who wait for it."""
+"""The progress of this rank's training thread, as seen by its watchdog."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["Progress", "ProgressPoint"]
 
 
 class ProgressPoint(NamedTuple):
-    """A place that every rank comes to.
+    """A point of the run that every rank reaches.
 
     Attributes:
-        number: of the station.  All ranks pass the same ones in the same order, so whoever has a
-            lower number is waited for.
-        what: for people, such as "step 3, the gradients".
-        since: when it was reached, in seconds of ``time.monotonic``.
-        starting: the run has yet to take its first step.
+        number: index of the point.  All ranks reach the same points in the same order, so the
+            ranks with the lowest number are those that the others wait for.
+        what: description for messages, such as "step 3, the gradients".
+        since: time at which the point was reached, in seconds of ``time.monotonic``.
+        starting: whether the run has yet to complete its first step.
     """
 
     number: int
@@ -26,17 +26,27 @@ class ProgressPoint(NamedTuple):
 
 
 class Progress:
-    """Written by the thread that trains, read by the one that watches."""
+    """The latest progress point; written by the training thread, read by the watchdog thread.
+
+    Attributes:
+        now: the progress point that was reached last.
+    """
 
     def __init__(self) -> None:
         self._starting = True
         self.now = ProgressPoint(0, "the start", time.monotonic(), starting=True)
 
     def reach(self, what: str) -> None:
-        """Whatever follows, other ranks may have to wait for; costs a microsecond."""
-        # One assignment, so that a reader sees one station or the other.
+        """Record a new progress point, after which other ranks may wait for this one.
+
+        Takes about a microsecond.
+
+        Args:
+            what: description of what follows, such as "step 3, the gradients".
+        """
+        # A single assignment, so that the reader sees either the old point or the new one.
         self.now = ProgressPoint(self.now.number + 1, what, time.monotonic(), self._starting)
 
     def started(self) -> None:
-        """The first step is done: nothing takes as long any more as at the start."""
+        """Record that the first step is complete; from then on the shorter timeout holds."""
         self._starting = False

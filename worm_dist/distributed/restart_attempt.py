@@ -1,8 +1,8 @@
-"""Attempt: what an earlier attempt left behind must not be taken for news.
+"""Isolates the store keys of one attempt from those of a previous one, under torchrun's restarts.
 
-torchrun's agent keeps one store for all attempts of its workers, and a rank that is there again
-before rank zero would find in it where rank zero of the attempt before was listening.  The number
-of restarts does not tell attempts apart either: each host counts its own.
+torchrun's agent keeps one store for all attempts of its workers, and a rank that restarts sooner
+than rank zero would find the previous rank zero's address in it.  The number of restarts does not
+identify an attempt either: each host counts its own.
 """
 
 from __future__ import annotations
@@ -13,34 +13,41 @@ from uuid import uuid4
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-__all__ = ["part_of_this_attempt"]
+__all__ = ["store_of_this_attempt"]
 
-_NAME = "worm_dist/attempt"
-_SECONDS_BETWEEN_LOOKS = 0.05
+_CURRENT_PREFIX = "worm_dist/attempt"
+_SECONDS_BETWEEN_POLLS = 0.05
 
 
-def part_of_this_attempt(
+def store_of_this_attempt(
     store: Store, rank: int, world_size: int, timeout_seconds: float
 ) -> PrefixStore:
-    """A part of the store that only the ranks of this attempt use.  Every rank calls it.
+    """A view of the store that only the ranks of this attempt use.  Collective.
 
-    Rank zero gives the part a new name, collects a word from everybody under it, and repeats the
-    words.  Whoever finds his own among them has spoken to the rank zero of today.
+    Rank zero announces a new key prefix, collects a random token from every other rank under it,
+    and publishes all tokens.  A rank that finds its own token among them has been answered by the
+    rank zero of this attempt.
+
+    Args:
+        store: the store of torchrun's agent, which outlives the workers.
+        rank: this process's rank.
+        world_size: number of ranks.
+        timeout_seconds: limit on the wait for rank zero.
 
     Raises:
-        RuntimeError: not all ranks came in time.
+        RuntimeError: rank zero did not answer in time, or the store timed out.
     """
-    word = uuid4().hex
+    token = uuid4().hex
     if rank == 0:
-        store.set(_NAME, word)
-        words = [store.get(f"{word}/{other}").decode() for other in range(1, world_size)]
-        store.set(f"{word}/all", json.dumps(words))
-        return PrefixStore(word, store)
+        store.set(_CURRENT_PREFIX, token)
+        tokens = [store.get(f"{token}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{token}/all", json.dumps(tokens))
+        return PrefixStore(token, store)
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
-        name = store.get(_NAME).decode()
-        store.set(f"{name}/{rank}", word)
-        if store.check([f"{name}/all"]) and word in json.loads(store.get(f"{name}/all")):
-            return PrefixStore(name, store)
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        prefix = store.get(_CURRENT_PREFIX).decode()
+        store.set(f"{prefix}/{rank}", token)
+        if store.check([f"{prefix}/all"]) and token in json.loads(store.get(f"{prefix}/all")):
+            return PrefixStore(prefix, store)
+        time.sleep(_SECONDS_BETWEEN_POLLS)
     raise RuntimeError(f"rank zero did not answer within {timeout_seconds:g} seconds")

@@ -1,6 +1,6 @@
-"""SLURM: the place of a task that srun started, and where the tasks meet.
+"""SLURM: rank and master address of a task that srun started.
 
-Every task works it out of its own environment: nothing is asked of anybody.
+Every task derives them from its own environment, without communication.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 
 from ..errors import BackendError
-from .launchers import whole_number
+from .launchers import read_int
 
 __all__ = ["first_host", "torchrun_environment"]
 
-# Below those that the kernel hands out to connections, which could hold one of them by chance.
+# Below the kernel's ephemeral ports, any of which may be in use by a connection.
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 
 _NEEDED = (
@@ -29,24 +29,26 @@ _NEEDED = (
 
 
 def torchrun_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have told this task.
+    """The environment variables that torchrun would have set for this task.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` stay as they are where they are set.  Otherwise the tasks
-    meet on the step's first host, which has task zero (and not on the host that srun was called
-    on: that may be a login node), at a port that neighbouring jobs and steps do not share.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are kept where they are set.  Otherwise the address is that
+    of the step's first host, which runs task zero (and not the host on which srun was called, which
+    may be a login node), and the port is one that neighbouring jobs and steps do not use.
+
+    Args:
+        environment: environment variables of the task.
 
     Raises:
-        BackendError: srun has left something out, or it cannot be read.
+        BackendError: a variable of srun is missing or cannot be parsed.
     """
     missing = [name for name in _NEEDED if name not in environment]
     if missing:
         raise BackendError(
-            f"launch: inside a step of srun, but without {', '.join(missing)}; hand srun's whole "
-            "environment on, or start with torchrun"
+            f"launch: inside a step of srun, but without {', '.join(missing)}; pass srun's whole "
+            "environment on to the process, or start with torchrun"
         )
     job, step, node = (
-        whole_number(environment, name)
-        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID")
+        read_int(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID")
     )
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -63,19 +65,19 @@ def torchrun_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """``rack1n[003-007,12],login`` begins with ``rack1n003``."""
+    """The first host of a SLURM node list: ``rack1n003`` for ``rack1n[003-007,12],login``."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def _tasks_on(node: int, tasks_per_node: str) -> int:
-    """``4(x2),3``: four on each of two nodes, and three on the next."""
+    """The number of tasks on a node: ``4(x2),3`` is 4 on each of two nodes and 3 on the next."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
             break
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     if node >= len(counts):
         raise BackendError(
             f"launch: SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} does not say how many tasks "

@@ -1,11 +1,12 @@
-"""Watch: no rank is left waiting for another that will not come.
+"""The watchdog of a rank: ends the run when another rank fails, instead of waiting for it forever.
 
-A collective whose peer is missing waits for its timeout, and then does not say who was missing;
-under NCCL it may never return.  So each rank has a thread that holds a line to rank zero's roll,
-and does three things: it says where this rank is when it is asked; it asks by itself when the rank
-has been at one station for too long; and it ends the process when it must end and does not come out
-of its collective.  An error that one rank raises reaches the others the same way, and so does the
-wish to stop, see ``halt``.  While all is well nothing is sent, and training is not touched.
+A collective with a missing peer waits for its timeout and then does not say which rank was missing;
+under NCCL it may never return.  So each rank has a thread with a connection to the monitor on rank
+zero.  The thread reports this rank's progress when asked; it reports the rank as overdue when it
+has been at one progress point for too long; and it ends the process when the run has failed and
+the training thread does not return from its collective.  An error that one rank raises, and a
+request to stop (see ``graceful_stop``), reach the other ranks the same way.  While all is well
+nothing is sent, and training is not affected.
 """
 
 from __future__ import annotations
@@ -24,29 +25,35 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from ..errors import BackendError, WormError
-from .connection import JsonConnection, Words
+from .connection import JsonConnection, Message
 from .diagnosis import FailureReport, RankStatus, diagnose
-from .error_report import AlreadyReported, hard_exit, one_line, record, tell
+from .error_report import (
+    AlreadyReported,
+    hard_exit,
+    one_line,
+    print_error,
+    write_torchelastic_error,
+)
 from .graceful_stop import StopCoordinator
 from .init import RankInfo
-from .monitor import SECONDS_TO_SETTLE, MonitorServer
+from .monitor import SECONDS_TO_COLLECT, MonitorServer
 from .progress import Progress
 
 __all__ = ["Timeouts", "watched"]
 
-_SECONDS_TO_LEAVE = 5.0
-"""For a rank whose error has been told to close its files."""
-_SECONDS_TO_COME_OUT = 1.0
-"""For a rank that hears of another's error, to come out of its collective by itself."""
+_SECONDS_TO_EXIT = 5.0
+"""Time for a rank whose error is reported to close its files."""
+_SECONDS_TO_RETURN = 1.0
+"""Time for a training thread to return from its collective after another rank has failed."""
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a rank waits for the others, in seconds.
+    """How long a rank waits for the others.
 
     Attributes:
-        starting: until its first step is done.
-        steady: from then on.
+        starting: limit until its first step is complete, in seconds.
+        steady: limit from then on, in seconds.
     """
 
     starting: float
@@ -54,220 +61,237 @@ class Timeouts:
 
     @property
     def grace(self) -> float:
-        """How long a rank may take to say where it is."""
+        """Time that a rank may take to report its progress, in seconds."""
         return max(2.0, self.steady / 10)
 
 
 @contextmanager
 def watched(
-    place: RankInfo, progress: Progress, patience: Timeouts, halt: StopCoordinator
+    rank_info: RankInfo, progress: Progress, timeouts: Timeouts, stop: StopCoordinator
 ) -> Iterator[None]:
-    """Train inside of this, in a process group of several ranks.  Collective.
+    """Run the training inside this context, in a process group of several ranks.  Collective.
 
     Args:
-        place: of this process.
-        progress: where the training thread says how far it has come.
-        patience: how long ranks wait for one another.
-        halt: where the training thread looks whether it is to stop.
+        rank_info: this process's rank information.
+        progress: the progress points of the training thread.
+        timeouts: limits on how long ranks wait for one another.
+        stop: the stop coordinator that the training thread calls between two steps.
 
     Raises:
-        Told: this rank or another has failed, and the error was told.  Its exit code is the same on
-            every rank.  Where the training thread does not come out of a collective, the process
-            ends with that code instead.
+        AlreadyReported: this rank or another has failed, and the error was printed.  Its exit code
+            is the same on every rank.  Where the training thread does not return from a collective,
+            the process ends with that code instead.
         BackendError: rank zero cannot be reached.
     """
-    roll, line = _meet(place, patience)
-    watch = _Watch(line, place.rank, progress, patience, halt)
-    watch.start()
+    monitor, connection = _connect(rank_info, timeouts)
+    watchdog = _Watchdog(connection, rank_info.rank, progress, timeouts, stop)
+    watchdog.start()
     try:
         yield
-        watch.done()
+        watchdog.done()
     except Exception as error:
-        watch.failed(error)
+        watchdog.failed(error)
     finally:
-        if roll is not None:
-            roll.join(_SECONDS_TO_COME_OUT)
-    if watch.ending is not None:
-        raise AlreadyReported(watch.ending) from watch.failure
+        if monitor is not None:
+            monitor.join(_SECONDS_TO_RETURN)
+    if watchdog.report is not None:
+        raise AlreadyReported(watchdog.report) from watchdog.failure
 
 
-class _Watch(threading.Thread):
-    """The watch of one rank; made by the thread that trains.
+class _Watchdog(threading.Thread):
+    """The watchdog thread of one rank; created by the training thread.
+
+    Args:
+        connection: the connection to the monitor.
+        rank: this process's rank.
+        progress: the progress points of the training thread.
+        timeouts: limits on how long ranks wait for one another.
+        stop: the stop coordinator of this rank.
 
     Attributes:
-        failure: what the training thread has raised.
-        ending: how all ranks end; None while they train, and if they come to the end of the run.
+        failure: the error that the training thread has raised.
+        report: the failure report shared by all ranks; None while they train, and if they complete
+            the run.
     """
 
     def __init__(
         self,
-        line: JsonConnection,
+        connection: JsonConnection,
         rank: int,
         progress: Progress,
-        patience: Timeouts,
-        halt: StopCoordinator,
+        timeouts: Timeouts,
+        stop: StopCoordinator,
     ) -> None:
-        super().__init__(name="worm_dist watch", daemon=True)
+        super().__init__(name="worm_dist watchdog", daemon=True)
         self.failure: Exception | None = None
-        self.ending: FailureReport | None = None
-        self._line = line
+        self.report: FailureReport | None = None
+        self._connection = connection
         self._rank = rank
         self._progress = progress
-        self._patience = patience
-        self._halt = halt
-        halt.speak_through(lambda: line.say(halt=True))
-        self._trainer = threading.get_ident()
-        self._asked_at: float | None = None
-        self._patient_since = time.monotonic()
-        self._tells = False
+        self._timeouts = timeouts
+        self._stop_coordinator = stop
+        stop.notify_by(lambda: connection.send(stop_requested=True))
+        self._training_thread = threading.get_ident()
+        self._reported_overdue_at: float | None = None
+        self._waiting_since = time.monotonic()
+        self._prints_report = False
         self._lock = threading.Lock()
-        self._settled = threading.Event()
-        self._came_out = threading.Event()
+        self._finished = threading.Event()
+        self._training_returned = threading.Event()
 
-    # ---- the thread that trains ------------------------------------------------------------------
+    # ---- called by the training thread -----------------------------------------------------------
 
     def failed(self, error: Exception) -> None:
-        """This rank has raised an error; tell what has to be told of it."""
-        lost = _is_lost_contact(error)
+        """Report an error of the training thread to the monitor, and print it if need be."""
+        lost_contact = _is_lost_contact(error)
         with self._lock:
             self.failure = error
-            told = self.ending is not None  # by the watch
-        self._came_out.set()
-        if not lost:
-            record(error)
-        if not told:
-            said = {"lost": one_line(error)} if lost else self._own(error)
-            self._line.say(**said)
-            if not self._settled.wait(self._patience.grace + SECONDS_TO_SETTLE + 1):
-                self._settle(self._without_rank_zero(gone=False))
-        assert self.ending is not None
-        if not lost and not self.ending.tells(one_line(error), self._rank):
-            tell(error, self._rank)
-        elif lost and not told:
-            tell(AlreadyReported(self.ending), self._rank)
+            already_reported = self.report is not None  # by the watchdog thread
+        self._training_returned.set()
+        if not lost_contact:
+            write_torchelastic_error(error)
+        if not already_reported:
+            message = {"lost_contact": one_line(error)} if lost_contact else self._describe(error)
+            self._connection.send(**message)
+            if not self._finished.wait(self._timeouts.grace + SECONDS_TO_COLLECT + 1):
+                self._finish(self._report_on_rank_zero(gone=False))
+        assert self.report is not None
+        if not lost_contact and not self.report.covers(one_line(error), self._rank):
+            print_error(error, self._rank)
+        elif lost_contact and not already_reported:
+            print_error(AlreadyReported(self.report), self._rank)
 
     def done(self) -> None:
-        """This rank has come to the end; wait for the others, and for what may happen to them."""
+        """Report that this rank has completed the run, and wait until all have, or one fails."""
         self._progress.reach("the end of the run")
-        self._line.say(done=True)
-        self._settled.wait()
-        self._came_out.set()
+        self._connection.send(done=True)
+        self._finished.wait()
+        self._training_returned.set()
 
-    def _own(self, error: Exception) -> Words:
+    def _describe(self, error: Exception) -> Message:
         return {
             "failed": one_line(error),
             "exit_code": error.exit_code if isinstance(error, WormError) else WormError.exit_code,
             "what": self._progress.now.what,
         }
 
-    # ---- the thread that watches -----------------------------------------------------------------
+    # ---- the watchdog thread ---------------------------------------------------------------------
 
     def run(self) -> None:
         try:
-            while not self._settled.is_set():
-                # Not for longer: the start may be over by then, and with it the long patience.
-                seconds = min(self._seconds_left, self._patience.steady / 10)
-                for words in self._line.heard_within(seconds):
-                    self._take(words)
-                if not self._settled.is_set() and self._seconds_left <= 0:
+            while not self._finished.is_set():
+                # Not longer than this: the first step may complete meanwhile, and with it the
+                # starting timeout ends.
+                seconds = min(self._seconds_left, self._timeouts.steady / 10)
+                for message in self._connection.receive_within(seconds):
+                    self._handle(message)
+                if not self._finished.is_set() and self._seconds_left <= 0:
                     self._overdue()
         except EOFError:
-            self._settle(self._without_rank_zero(gone=True))
-        self._line.close()
-        if self.ending is not None:
-            self._end(self.ending)
+            self._finish(self._report_on_rank_zero(gone=True))
+        self._connection.close()
+        if self.report is not None:
+            self._end_process(self.report)
 
-    def _take(self, words: Words) -> None:
-        if "where" in words:
+    def _handle(self, message: Message) -> None:
+        if "report_progress" in message:
             now = self._progress.now
-            self._line.say(at=now.number, what=now.what, where=self._where())
-        elif "passed" in words:
-            self._line.say(passed=self._halt.waits())
-        elif "halt_at" in words:
-            self._halt.stop_at(words["halt_at"])
-        elif "patience" in words:
-            self._asked_at, self._patient_since = None, time.monotonic()
-        elif "ending" in words:
-            self._settle(FailureReport.of_words(words["ending"]))
-        elif "end" in words:
-            self._settled.set()
+            self._connection.send(number=now.number, what=now.what, where=self._where())
+        elif "hold" in message:
+            self._connection.send(num_passed=self._stop_coordinator.hold())
+        elif "stop_at" in message:
+            self._stop_coordinator.stop_at(message["stop_at"])
+        elif "keep_waiting" in message:
+            self._reported_overdue_at, self._waiting_since = None, time.monotonic()
+        elif "failure_report" in message:
+            self._finish(FailureReport.from_message(message["failure_report"]))
+        elif "all_done" in message:
+            self._finished.set()
 
     @property
     def _seconds_left(self) -> float:
-        """Until this rank has waited for too long: for the others, or for rank zero's answer."""
-        if self._asked_at is not None:
-            return self._asked_at + self._patience.grace + 1 - time.monotonic()
+        """Time until the limit on waiting for the other ranks, or for the monitor's answer."""
+        if self._reported_overdue_at is not None:
+            return self._reported_overdue_at + self._timeouts.grace + 1 - time.monotonic()
         now = self._progress.now
-        limit = self._patience.starting if now.starting else self._patience.steady
-        return max(now.since, self._patient_since) + limit - time.monotonic()
+        limit = self._timeouts.starting if now.starting else self._timeouts.steady
+        return max(now.since, self._waiting_since) + limit - time.monotonic()
 
     def _overdue(self) -> None:
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
-            self._line.say(overdue=self._asked_at - self._progress.now.since)
+        if self._reported_overdue_at is None:
+            self._reported_overdue_at = time.monotonic()
+            self._connection.send(overdue=self._reported_overdue_at - self._progress.now.since)
         else:
-            self._settle(self._without_rank_zero(gone=False))
+            self._finish(self._report_on_rank_zero(gone=False))
 
-    def _without_rank_zero(self, gone: bool) -> FailureReport:
-        """Rank zero keeps the roll, so nobody else can say what has become of it."""
+    def _report_on_rank_zero(self, gone: bool) -> FailureReport:
+        """The report when the monitor itself, which is on rank zero, does not answer."""
         now = self._progress.now
-        standings = {0: RankStatus(gone=gone), self._rank: RankStatus(now.number, now.what)}
-        ending = diagnose(standings, 0 if gone else time.monotonic() - now.since)
-        return ending or FailureReport("the roll has ended")
+        statuses = {0: RankStatus(gone=gone), self._rank: RankStatus(now.number, now.what)}
+        report = diagnose(statuses, 0 if gone else time.monotonic() - now.since)
+        return report or FailureReport("the monitor on rank 0 has ended")
 
     def _where(self) -> str:
-        """The line of code that the training thread is at."""
-        frame = sys._current_frames().get(self._trainer)
+        """File, line and function at which the training thread is."""
+        frame = sys._current_frames().get(self._training_thread)
         newest = traceback.extract_stack(frame)[-1]
         return f"{newest.filename}:{newest.lineno}, {newest.name}"
 
-    def _settle(self, ending: FailureReport) -> None:
+    def _finish(self, report: FailureReport) -> None:
         with self._lock:
-            if self.ending is None:
-                self.ending = ending
-                self._tells = self.failure is None
-        self._settled.set()
+            if self.report is None:
+                self.report = report
+                self._prints_report = self.failure is None
+        self._finished.set()
 
-    def _end(self, ending: FailureReport) -> None:
-        """Tell why, unless the training thread does, and see that the process ends."""
-        if self._tells:
-            tell(AlreadyReported(ending), self._rank)
-        if self._came_out.wait(_SECONDS_TO_COME_OUT):
-            time.sleep(_SECONDS_TO_LEAVE)
-        hard_exit(ending.exit_code)
-
-
-# ---- meeting -------------------------------------------------------------------------------------
+    def _end_process(self, report: FailureReport) -> None:
+        """Print the report, unless the training thread does, and make sure the process ends."""
+        if self._prints_report:
+            print_error(AlreadyReported(report), self._rank)
+        if self._training_returned.wait(_SECONDS_TO_RETURN):
+            time.sleep(_SECONDS_TO_EXIT)
+        hard_exit(report.exit_code)
 
 
-def _meet(place: RankInfo, patience: Timeouts) -> tuple[MonitorServer | None, JsonConnection]:
-    """Rank zero opens the roll and tells the others where; all call it.  Collective."""
-    roll = None
-    told: list[tuple[str, int, str] | None] = [None]
-    if place.rank == 0:
+# ---- connecting ----------------------------------------------------------------------------------
+
+
+def _connect(
+    rank_info: RankInfo, timeouts: Timeouts
+) -> tuple[MonitorServer | None, JsonConnection]:
+    """Start the monitor on rank zero and connect every rank to it.  Collective.
+
+    Returns:
+        The monitor, on rank zero only, and this rank's connection to it.
+    """
+    monitor = None
+    endpoint: list[tuple[str, int, str] | None] = [None]
+    if rank_info.rank == 0:
         token = uuid4().hex
-        server = _server(place.world_size)
-        told = [(_own_address(place), server.getsockname()[1], token)]
-        roll = MonitorServer(server, token, place.world_size, patience.grace)
-        roll.start()
+        server = _server(rank_info.world_size)
+        endpoint = [(_own_address(rank_info), server.getsockname()[1], token)]
+        monitor = MonitorServer(server, token, rank_info.world_size, timeouts.grace)
+        monitor.start()
     try:
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(endpoint, src=0)
     except RuntimeError as error:
         raise BackendError(
-            f"launch: rank {place.rank} has lost another rank before the run began: "
-            f"{one_line(error)}; see that rank's own words"
+            f"launch: rank {rank_info.rank} has lost another rank before the run began: "
+            f"{one_line(error)}; see that rank's own error"
         ) from error
-    assert told[0] is not None
-    address, port, token = told[0]
+    assert endpoint[0] is not None
+    address, port, token = endpoint[0]
     try:
-        line = JsonConnection(socket.create_connection((address, port), timeout=patience.starting))
+        connection = JsonConnection(
+            socket.create_connection((address, port), timeout=timeouts.starting)
+        )
     except OSError as error:
         raise BackendError(
-            f"launch: rank {place.rank} cannot reach rank 0 at {address}:{port}: {error}; the "
+            f"launch: rank {rank_info.rank} cannot reach rank 0 at {address}:{port}: {error}; the "
             "ranks must be able to connect to one another, at any port"
         ) from error
-    line.say(rank=place.rank, token=token)
-    return roll, line
+    connection.send(rank=rank_info.rank, token=token)
+    return monitor, connection
 
 
 def _server(world_size: int) -> socket.socket:
@@ -278,25 +302,27 @@ def _server(world_size: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=world_size)
 
 
-def _own_address(place: RankInfo) -> str:
-    """Rank zero's host, as the others reach it.
+def _own_address(rank_info: RankInfo) -> str:
+    """Rank zero's host, as the other ranks reach it.
 
     Rank zero may be on another host than the store that ``MASTER_ADDR`` names.  Its own address is
-    the one that it would speak to that store from; on the store's own host that may be the
-    loopback, and then the store's name is what others know this host by.
+    the one from which it would connect to that store; on the store's own host that may be the
+    loopback address, and then the store's name is the one by which the others know this host.
     """
     try:
-        kind, *_, there = socket.getaddrinfo(place.address, place.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as unsent:
-            unsent.connect(there)  # sends nothing
-            own = str(unsent.getsockname()[0])
+        family, *_, store_address = socket.getaddrinfo(
+            rank_info.address, rank_info.port, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(store_address)  # sends nothing
+            own = str(probe.getsockname()[0])
     except OSError:
-        return place.address
-    return place.address if ip_address(own.partition("%")[0]).is_loopback else own
+        return rank_info.address
+    return rank_info.address if ip_address(own.partition("%")[0]).is_loopback else own
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Whether this is what a backend says when another rank is missing; gloo has no type for it."""
+    """Whether a backend's error means that another rank is missing; gloo has no type for it."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )

@@ -1,1 +1,1 @@
-"""The engine: search, truncate, draw; its state, and what it hears of the training."""
+"""The engine: search, truncate and draw; its state and its hooks on the training."""

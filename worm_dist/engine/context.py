@@ -1,4 +1,4 @@
-"""Attachment: the training that an engine is attached to: wrapped network, optimizer, traffic."""
+"""Training context: the wrapped network, optimizer, hooks and traffic an engine is attached to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..backends.ddp import Backend, DdpBackend, OwnHookState, backend_of
+from ..backends.backend import Backend
 from ..backends.optimizer_state import OptimizerState
 from ..backends.optimizer_view import OptimizerView, Owners
+from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer
 from ..config import WormConfig
 from ..errors import ConfigError
@@ -29,11 +30,11 @@ __all__ = ["TrainingContext", "WrappedNetwork", "require_countable"]
 
 
 def require_countable(config: WormConfig) -> None:
-    """Without being told, an epoch's length can only be counted between checks that are epochs
-    apart.
+    """Refuse settings for which ``steps_per_epoch`` must be given: it can only be counted between
+    checks that are epochs apart.
 
     Raises:
-        ConfigError: it is needed and cannot be counted.
+        ConfigError: the length of an epoch is needed and cannot be counted.
     """
     truncation, every = config.truncation, config.search.every
     gradual = truncation.removes and truncation.removal.schedule == "gradual"
@@ -47,32 +48,34 @@ def require_countable(config: WormConfig) -> None:
 
 
 class WrappedNetwork(NamedTuple):
-    """A network in its wrapper, and how that is stepped."""
+    """A wrapped network with its backend and optimizer view."""
 
     model: nn.Module
-    wrapping: Backend
-    stepping: OptimizerView
+    backend: Backend
+    optimizer_view: OptimizerView
 
 
 class TrainingContext:
-    """What is trained, how it is wrapped, and what is heard of it.
+    """The network in its wrapper, its optimizer, and the hooks on both.
 
     Args:
-        model: wrapped, or bare on a single process.
-        optimizer: of its parameters; a DeepSpeed engine has its own.
-        example_inputs: as for ``attach``.
-        check_every: how often the engine checks.
-        steps_per_epoch: None if it has to be counted between checks.
+        model: the wrapped network, or a bare one on a single process.
+        optimizer: the optimizer of its parameters; None for a DeepSpeed engine's own.
+        example_inputs: small inputs; see ``attach``.
+        check_every: the interval between checks.
+        steps_per_epoch: optimizer steps per epoch; None if they are counted between checks.
 
     Attributes:
-        model: wrapped; another one after ``go_on_in`` and ``go_back``.
-        example_inputs: the network can be run on them.
-        network: not wrapped; always the same object.
-        ranks: the processes that train together.
-        trained: parameters of the network that train at some time.
-        stepping: what the optimizer steps.
-        reduction: how gradients are sent, where it is not left to the wrapper.
-        traffic: bytes of the last step, and of all.
+        model: the wrapped network; a new object after ``switch_to`` and ``roll_back``.
+        backend: the model's backend.
+        example_inputs: small inputs that the network accepts.
+        network: the bare network, always the same object.
+        comm: the communicator of the data-parallel ranks.
+        trained: the network's parameters that train at any time.
+        optimizer_view: the optimizer's view.
+        reducer: the gradient reducer; None while the wrapper reduces by itself.
+        recalibrates: whether inputs are recorded to estimate BatchNorm statistics from.
+        traffic: bytes sent in the last step and in total.
     """
 
     def __init__(
@@ -84,221 +87,234 @@ class TrainingContext:
         steps_per_epoch: int | None,
     ) -> None:
         self.model = model
-        self.wrapping: Backend = backend_of(model)
-        self.network = self.wrapping.network
-        self.ranks = self.wrapping.ranks
-        self.stepping: OptimizerView = self.wrapping.stepping_of(optimizer)
-        # The user may step a wrapper of the optimizer that hooks are registered on.
-        own = self.wrapping.optimizer_of(self.stepping) is not self.stepping.optimizer
-        self._given = None if own else optimizer
-        self.trained = self.wrapping.averaged
+        self.backend: Backend = backend_of(model)
+        self.network = self.backend.network
+        self.comm = self.backend.comm
+        self.optimizer_view: OptimizerView = self.backend.optimizer_view(optimizer)
+        # DeepSpeed wraps the optimizer; else the user may step a wrapper of the one that has hooks.
+        is_wrapped = (
+            self.backend.user_optimizer(self.optimizer_view) is not self.optimizer_view.optimizer
+        )
+        self._user_optimizer = None if is_wrapped else optimizer
+        self.trained = self.backend.averaged
         self.example_inputs = example_inputs
-        self.reduction: Reducer | None = None
+        self.reducer: Reducer | None = None
         self.traffic = Traffic()
         self._check_every = check_every
         self._steps_per_epoch = steps_per_epoch
-        self._is_told = steps_per_epoch is not None
+        self._epoch_length_given = steps_per_epoch is not None
         self._last_check = 0
         self._wrapped_at = 0
-        self._went_on = False
-        self._step_bytes = self.wrapping.step_bytes
+        self._buckets_were_rebuilt = False
+        self._step_bytes = self.backend.step_bytes
         self._dense_bytes = self._step_bytes
-        self._passes: RemovableHandle | None = None
+        self._pass_hook: RemovableHandle | None = None
 
-    def listen(
+    def register_hooks(
         self,
-        remembered: RecordedInputs,
+        recorded: RecordedInputs,
         before_pass: Callable[[], None],
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
     ) -> None:
-        """Hear of every pass and step from now on, and remember the newest inputs.
+        """Register hooks on network, wrapper and optimizer.
 
         Args:
-            before_pass: called before a forward pass of the wrapper that is to be learnt from.
+            recorded: the recorder of inputs, registered as a forward pre-hook.
+            before_pass: called before every forward pass of the wrapper in training mode.
+            before_step, hold, after_step: called around every optimizer step; see ``StepHooks``.
         """
 
         def stepped(step: int) -> None:
             after_step(step)
-            if self.reduction is None:
+            if self.reducer is None:
                 self.traffic.add_step(self._step_bytes, self._dense_bytes)
             else:
-                sent_bytes, whole_bytes = self.reduction.take_bytes()
-                dense_bytes = whole_bytes * self._dense_bytes // max(1, self._step_bytes)
+                sent_bytes, unfrozen_bytes = self.reducer.take_bytes()
+                # After stages the network is smaller than the dense one.
+                dense_bytes = unfrozen_bytes * self._dense_bytes // max(1, self._step_bytes)
                 self.traffic.add_step(sent_bytes, dense_bytes)
 
-        # Inputs are seen outside of what torch.compile compiles.
-        called = self.wrapping.called
-        self._observer = StepHooks(called, self.stepping, remembered, before_step, hold, stepped)
-        self.recalibrates = remembered.is_on
+        # On the outermost module, so that inputs are recorded outside of torch.compile's graph.
+        called = self.backend.called
+        self._step_hooks = StepHooks(
+            called, self.optimizer_view, recorded, before_step, hold, stepped
+        )
+        self.recalibrates = recorded.is_on
 
-        def passes(model: nn.Module, args: Any) -> None:
+        def before_forward(model: nn.Module, args: Any) -> None:
             if model.training and torch.is_grad_enabled():
                 before_pass()
 
-        self._before_pass = passes
-        if self.wrapping.process_group is not None:
-            self._passes = self.model.register_forward_pre_hook(passes)
+        self._before_pass = before_forward
+        if self.backend.process_group is not None:
+            self._pass_hook = self.model.register_forward_pre_hook(before_forward)
 
-    def _follow_passes(self) -> None:
-        """Hear of those of another wrapper."""
-        if self._passes is not None:
-            self._passes.remove()
-            self._passes = self.model.register_forward_pre_hook(self._before_pass)
+    def _register_pass_hook(self) -> None:
+        """Move the forward pre-hook to the present wrapper."""
+        if self._pass_hook is not None:
+            self._pass_hook.remove()
+            self._pass_hook = self.model.register_forward_pre_hook(self._before_pass)
 
     @property
     def optimizer(self) -> Optimizer:
-        """What the user steps; under DeepSpeed its wrapper of the torch optimizer."""
-        return self._given or self.wrapping.optimizer_of(self.stepping)
+        """The optimizer that the user steps; under DeepSpeed its wrapper of the torch optimizer."""
+        return self._user_optimizer or self.backend.user_optimizer(self.optimizer_view)
 
     @property
     def step(self) -> int:
         """Optimizer steps since the engine was attached."""
-        return self._observer.step
+        return self._step_hooks.step
 
     def num_steps(self, interval: Interval) -> int:
-        """An interval in optimizer steps.
+        """Convert an interval to optimizer steps.
 
         Raises:
-            ConfigError: the length of an epoch is not known.
+            ConfigError: it is in epochs, whose length is not known.
         """
         if interval.unit == "ep" and self._steps_per_epoch is None:
             raise ConfigError(
-                f"how many steps {interval} is, is not known; give attach(steps_per_epoch=...)"
+                f"the number of steps in {interval} is not known; give attach(steps_per_epoch=...)"
             )
         return interval.steps(self._steps_per_epoch or 1)
 
     @property
     def check_is_due(self) -> bool:
-        """Whether it is time for the next check.  Before the first step, and where the length of an
-        epoch is needed and nobody said it, it is whenever it is asked for."""
-        if not self.step or (self._check_every.unit == "ep" and not self._is_told):
+        """Whether the next check is due.  Always true before the first step, and where checks are
+        epochs apart and ``steps_per_epoch`` was not given."""
+        if not self.step or (self._check_every.unit == "ep" and not self._epoch_length_given):
             return True
         return self.step - self._last_check >= self.num_steps(self._check_every)
 
     @property
     def check_has_just_become_due(self) -> bool:
-        """Whether the last step has made the next check due, as far as that is known."""
+        """Whether the last step has made the next check due; False if an epoch's length is not
+        known."""
         if self._check_every.unit == "ep" and self._steps_per_epoch is None:
             return False
         return bool(self.step) and self.since_last_check == self.num_steps(self._check_every)
 
     @property
     def since_last_check(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps since the last check."""
         return self.step - self._last_check
 
     def begin_check(self) -> None:
-        """Where nobody said how long an epoch is, the first steps between two checks do.
+        """Record a check.  If ``steps_per_epoch`` was not given, it is inferred from the steps
+        between the first two checks.
 
         Raises:
-            ConfigError: that would be one step.
+            ConfigError: there was only one step between them.
         """
         since_last_check = self.since_last_check
-        if not self._is_told and self._check_every.unit == "ep" and since_last_check == 1:
+        in_epochs = self._check_every.unit == "ep"
+        if in_epochs and not self._epoch_length_given and since_last_check == 1:
             raise ConfigError(
                 f"check: one step after the last one, and search.every is {self._check_every}. How "
                 "many steps an epoch has is not known: give attach(steps_per_epoch=...), and check "
                 "may be called after every step; or call it once an epoch"
             )
         self._last_check = self.step
-        if self._steps_per_epoch is None and self._check_every.unit == "ep" and since_last_check:
+        if in_epochs and self._steps_per_epoch is None and since_last_check:
             self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and bytes so far, in plain values."""
+        """Step counts and traffic in plain values."""
         return {
             "step": self.step,
             "last_check": self._last_check,
             "steps_per_epoch": self._steps_per_epoch,
-            "buckets_arranged": self._went_on or self.step > self._wrapped_at,
+            "buckets_arranged": self._buckets_were_rebuilt or self.step > self._wrapped_at,
             "traffic": asdict(self.traffic),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], calls: Sequence[RecordedCall]) -> None:
-        """Go on from a state, with these newest inputs."""
-        self._observer.go_on_from(state["step"], calls)
+        """Restore a state, with these as the newest inputs."""
+        self._step_hooks.restore(state["step"], calls)
         self._last_check = state["last_check"]
         self._steps_per_epoch = state["steps_per_epoch"]
         self.traffic = Traffic(**state["traffic"])
 
-    def take_over_buckets(self, state: Mapping[str, Any]) -> None:
-        """The wrapper takes the place of the one that a state of the training is from."""
-        self._wrapped_at, self._went_on = self.step, state["buckets_arranged"]
+    def load_bucket_state(self, state: Mapping[str, Any]) -> None:
+        """Restore from a state whether DDP had rebuilt its buckets."""
+        self._wrapped_at, self._buckets_were_rebuilt = self.step, state["buckets_arranged"]
 
-    def rehearse(self, one_pass: Callable[[], Tensor]) -> None:
-        """One pass that leaves nothing but the arrangement of DDP's buckets, if that matters."""
-        if not (self._went_on and isinstance(self.wrapping, DdpBackend)):
+    def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
+        """Run one pass whose only effect is that DDP rebuilds its buckets, if the saved run's were
+        rebuilt; see ``Engine.restore_bucket_order``."""
+        if not (self._buckets_were_rebuilt and self.backend.rebuilds_buckets):
             return
         calls = list(self.calls)
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         device = next(self.network.parameters()).device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            nullcontext() if self.reduction is None else self.reduction.at_rest(),
+            nullcontext() if self.reducer is None else self.reducer.pause(),
         ):
             one_pass().backward()
         self.network.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        self._observer.go_on_from(self.step, calls)
+        self._step_hooks.restore(self.step, calls)
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        """Of the optimizer as it is now."""
-        return OptimizerState(self.stepping, self.network, self.model, self.ranks)
+        """Reader and writer of the present optimizer's state."""
+        return OptimizerState(self.optimizer_view, self.network, self.model, self.comm)
 
     def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load an optimizer state; see ``OptimizerState.write``."""
         self.optimizer_state.write(state)
-        self.follow_optimizer()  # and DeepSpeed is told where moments are
+        self.register_step_hooks()  # which also links moments under DeepSpeed
 
-    def follow_optimizer(self) -> None:
-        """Hear of the steps of the optimizer as it is now."""
-        self._observer.listen(self.stepping)
+    def register_step_hooks(self) -> None:
+        """Register the step hooks on the present optimizer."""
+        self._step_hooks.register(self.optimizer_view)
 
     @property
     def calls(self) -> Sequence[RecordedCall]:
         """The newest inputs, oldest first."""
-        return self._observer.calls
+        return self._step_hooks.calls
 
     @property
     def num_elements(self) -> int:
-        """Of all parameters that train at some time."""
+        """Number of elements of ``trained``."""
         return sum(parameter.numel() for parameter in self.trained)
 
     @property
     def num_hooks(self) -> int:
-        """Communication hooks on the wrapper that are not ours."""
+        """Number of the user's communication hooks on the wrapper."""
         hooks = getattr(self.model, "_comm_hooks", ())
-        return sum(not isinstance(state, OwnHookState) for _, state in hooks)
+        return sum(not isinstance(state, Reducer) for _, state in hooks)
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """Of the parameters."""
+        """The names of the network's parameters."""
         return {parameter: name for name, parameter in self.network.named_parameters()}
 
     def require_optimized(self, groups: Groups) -> None:
-        """The optimizer must step every group: only what it steps can be held and transplanted.
+        """Require the optimizer to have all trained parameters of the groups: only those can be
+        held, and their state pruned.
 
         Raises:
-            ConfigError: it does not; a second optimizer may.
+            ConfigError: it lacks one, for example because there is a second optimizer.
         """
-        stepped = self.stepping.parameters
+        stepped = self.optimizer_view.parameters
         parameters = dict(self.network.named_parameters())
         for name in (name for g in groups for m in g.members for name, _ in m.parameters):
             if parameters[name].requires_grad and parameters[name] not in stepped:
                 raise ConfigError(
                     f"attach: the optimizer does not have {name}, which trains; give one optimizer "
-                    "all parameters, or set requires_grad to False where nothing shall train"
+                    "all parameters, or set requires_grad to False on those that shall not train"
                 )
 
     def require_alike(self, copies: Sequence[nn.Module]) -> None:
-        """Copies must have the network's parameters, by names and shapes.
+        """Require copies to have the network's parameters, by names and shapes.
 
         Raises:
-            ConfigError: one has not.
+            ConfigError: one does not.
         """
         shapes = {name: p.shape for name, p in self.network.named_parameters()}
         for number, copy in enumerate(copies):
@@ -310,62 +326,64 @@ class TrainingContext:
                 )
 
     def drop_gradients(self) -> None:
-        """Those that wait for a step are of the whole network."""
+        """Discard accumulated gradients, whose shapes will not fit the pruned network."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.network.zero_grad(set_to_none=True)  # also what the optimizer does not know
+        self.network.zero_grad(set_to_none=True)  # also parameters that the optimizer lacks
 
-    def wrapped_again(self) -> WrappedNetwork:
-        """The network as it is now in a new wrapper with the old one's arguments and no hooks."""
-        with self._observer.deaf():
-            model = self.wrapping.wrapped_again()
-        wrapping = backend_of(model)
-        return WrappedNetwork(model, wrapping, wrapping.stepping_of(self.stepping.optimizer))
+    def rewrap(self) -> WrappedNetwork:
+        """Wrap the network as it is now in a new wrapper with the old one's arguments, without our
+        communication hook."""
+        with self._step_hooks.suspended():
+            model = self.backend.rewrap()
+        backend = backend_of(model)
+        return WrappedNetwork(model, backend, backend.optimizer_view(self.optimizer_view.optimizer))
 
-    def go_on_in(self, again: WrappedNetwork) -> None:
-        """Train the network in its new wrapper; the old one is dead."""
-        old = self.wrapping
-        self.model, self.wrapping, self.stepping = again
+    def switch_to(self, rewrapped: WrappedNetwork) -> None:
+        """Continue with a new wrapper, and retire the old one."""
+        old = self.backend
+        self.model, self.backend, self.optimizer_view = rewrapped
         old.retire()
-        self.reduction = None
-        self.trained &= frozenset(self.network.parameters())  # gates may have gone
-        self._step_bytes = self.wrapping.step_bytes
-        self._wrapped_at, self._went_on = self.step, False
-        self._follow_passes()
+        self.reducer = None
+        self.trained &= frozenset(self.network.parameters())  # gates may have been folded
+        self._step_bytes = self.backend.step_bytes
+        self._wrapped_at, self._buckets_were_rebuilt = self.step, False
+        self._register_pass_hook()
 
-    def go_back(self) -> None:
-        """The network is again as it was; so is its wrapper, or another takes its place with the
-        same communication hooks."""
-        self.model = self.wrapping.revive()
-        self.wrapping = backend_of(self.model)
-        self.stepping = self.wrapping.stepping_of(self.stepping.optimizer)
-        self._wrapped_at, self._went_on = self.step, False
-        self._follow_passes()
+    def roll_back(self) -> None:
+        """Continue with the restored network after a failed draw, in its old wrapper or a new one
+        with the same communication hooks."""
+        self.model = self.backend.revive()
+        self.backend = backend_of(self.model)
+        self.optimizer_view = self.backend.optimizer_view(self.optimizer_view.optimizer)
+        self._wrapped_at, self._buckets_were_rebuilt = self.step, False
+        self._register_pass_hook()
 
-    def recalibrate_alive(self, groups: Groups, told: set[str]) -> None:
-        """The same, of a network that must answer.  Collective.
+    def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
+        """Estimate BatchNorm statistics from the recorded inputs, and check the network for
+        collapse.  Collective.
 
         Args:
-            groups: of the network as it is now.
-            told: groups that have been warned of; those that are now are added.
+            groups: the channel groups of the network as it is now.
+            warned: names of groups that a warning was given for; new ones are added.
 
         Raises:
-            CollapseError: on every rank, if the network puts out the same whatever it is given.
+            CollapseError: on every rank, if the network's output does not depend on its input.
         """
         where = f"check at step {self.step}"
         if self.recalibrates:
             with Liveness(self.network, groups) as liveness:
-                recalibrate(self.network, self.calls, self.ranks, where, liveness.look)
-            liveness.require(self.ranks, where, told)
+                recalibrate(self.network, self.calls, self.comm, where, liveness.observe)
+            liveness.require(self.comm, where, warned)
 
-    def forget_inputs(self) -> None:
-        """Remember no inputs from now on."""
-        self._observer.forget_inputs()
+    def stop_recording(self) -> None:
+        """Record no inputs from now on."""
+        self._step_hooks.stop_recording()
 
     def remove(self) -> None:
-        """Hear nothing of the training, and leave its gradients alone, from now on."""
-        self._observer.remove()
-        if self._passes is not None:
-            self._passes.remove()
-        self._passes = None
-        if self.reduction is not None:
-            self.reduction.remove()  # after a draw it is another than truncation's
+        """Remove all hooks, and stop truncating gradients."""
+        self._step_hooks.remove()
+        if self._pass_hook is not None:
+            self._pass_hook.remove()
+        self._pass_hook = None
+        if self.reducer is not None:
+            self.reducer.remove()  # after a draw it is not truncation's reducer

@@ -1,7 +1,7 @@
 """Draw: the physical removal of channels, as a transaction.
 
-It is rehearsed and agreed on before the first parameter changes; whatever fails later, on whichever
-rank, is taken back on all of them.
+It is rehearsed and agreed on before the first parameter changes; a later failure on any rank is
+rolled back on all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..groups.forward import floats, undisturbed
 from ..groups.gates import fold_gates, gates_of
 from ..groups.nested import mapped
 from ..pruning.bn_recalibration import Statistics
-from ..pruning.optimizer_transfer import forget, require_cuttable, transfer_state
+from ..pruning.optimizer_transfer import drop_parameters, require_cuttable, transfer_state
 from ..pruning.rehearsal import Rehearsal, difference
 from ..pruning.sharded_transfer import ShardedTransfer
 from ..pruning.surgery import cuts_of, remove_channels, shapes_of
@@ -43,78 +43,80 @@ def draw(
     is_complete: bool,
     is_restored: bool = False,
 ) -> None:
-    """Remove channels; optimizer, statistics, copies and wrapper follow.  Collective.
+    """Remove channels from network, optimizer and copies, and wrap the network anew.  Collective.
 
     Args:
-        training: in which the network goes on.
-        groups: of the network as it is now.
-        mask: of these groups; the ranks have agreed on it.
-        copies: that are cut alike.
-        where: for messages.
-        is_complete: nothing more will be removed: gates are folded, and inputs forgotten.
-        is_restored: weights and statistics will be loaded: nothing is rehearsed or estimated.
+        training: the training context; it continues with the smaller network.
+        groups: the channel groups of the network as it is now.
+        mask: the mask over these groups, agreed by the ranks.
+        copies: copies of the network, pruned in the same way.
+        where: prefix of error messages.
+        is_complete: whether nothing more will be removed: then gates are folded, and inputs no
+            longer recorded.
+        is_restored: whether weights and statistics will be loaded: then nothing is rehearsed or
+            estimated.
 
     Raises:
-        DrawError: on every rank; everything is as it was.
+        DrawError: on every rank; everything has been rolled back.
     """
-    ranks, networks = training.ranks, (training.network, *copies)
-    stepping, optimizer = training.stepping, training.stepping.optimizer
+    comm, networks = training.comm, (training.network, *copies)
+    view, optimizer = training.optimizer_view, training.optimizer_view.optimizer
     cuts = cuts_of(groups, mask, shapes_of(training.network))
     parameters = dict(training.network.named_parameters())
-    with _on_every_rank(ranks, where):
+    with _on_every_rank(comm, where):
         require_cuttable(optimizer, parameters, cuts)
         if not is_restored:
             _rehearse(training.network, groups, mask, training.example_inputs, training.calls)
-    cargo = ShardedTransfer(stepping, parameters, cuts, ranks) if stepping.copies else None
+    transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None
     before = Snapshot(networks, [optimizer])
     try:
-        with _on_every_rank(ranks, where):
-            training.wrapping.release()
+        with _on_every_rank(comm, where):
+            training.backend.release()
             training.drop_gradients()
-            if cargo is None:
+            if transfer is None:
                 transfer_state(optimizer, parameters, cuts)
             for each in networks:
                 remove_channels(each, cuts)
             if is_complete:
-                _fold_gates(training, cargo, networks)
+                _fold_gates(training, transfer, networks)
             after = dict(training.network.named_parameters())
-            if cargo is not None:
-                cargo.replace_parameters(after)
+            if transfer is not None:
+                transfer.replace_parameters(after)
             estimates = training.recalibrates and not is_restored
             statistics = [Statistics(each, training.calls) for each in networks if estimates]
         for estimated in statistics:
-            estimated.write(ranks, where)
-        with _on_every_rank(ranks, where):
-            again = training.wrapped_again()
-            if cargo is not None:
-                cargo.unload(again.stepping, after)
-    except BaseException:  # an interrupt too must not leave a network of mixed widths
+            estimated.write(comm, where)
+        with _on_every_rank(comm, where):
+            rewrapped = training.rewrap()
+            if transfer is not None:
+                transfer.load_into(rewrapped.optimizer_view, after)
+    except BaseException:  # an interrupt, too, must not leave mixed widths
         before.restore()
-        training.go_back()
+        training.roll_back()
         raise
-    training.go_on_in(again)
-    training.follow_optimizer()
+    training.switch_to(rewrapped)
+    training.register_step_hooks()
     if is_complete:
-        training.forget_inputs()
+        training.stop_recording()
 
 
 @contextmanager
-def _on_every_rank(ranks: Communicator, where: str) -> Iterator[None]:
-    """What is done within is done on every rank, or raises on every rank.  Collective at its end;
-    what is within must not be.
+def _on_every_rank(comm: Communicator, where: str) -> Iterator[None]:
+    """Context that raises on every rank if its body raises on any.  Its exit is collective; its
+    body must not be.
 
     Raises:
-        DrawError: naming the ranks on which it failed, and why.
+        DrawError: naming the ranks that failed, and why.
     """
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is, the others must not wait for this rank
+    except Exception as error:  # any error: the other ranks must not wait for this one
         failure = error
-    lines = ranks.failures("" if failure is None else _described(failure))
-    if lines:
+    failures = comm.failures("" if failure is None else _described(failure))
+    if failures:
         raise DrawError(
-            f"{where}: {'; '.join(lines)}. Network, optimizer and statistics are as they were; "
+            f"{where}: {'; '.join(failures)}. Network, optimizer and statistics are as they were; "
             "training can go on with engine.model"
         ) from failure
 
@@ -130,18 +132,18 @@ def _rehearse(
     example_inputs: Any,
     calls: Sequence[RecordedCall],
 ) -> None:
-    """Draw a copy first, and compare what it puts out.
+    """Draw a copy first, and compare its outputs with those of the masked network.
 
     Raises:
-        DrawError: something else, or it cannot be tried.
+        DrawError: the outputs differ, or the network cannot be run on the example inputs.
     """
     with undisturbed(network), torch.no_grad():
         try:
             rehearsal = Rehearsal(network, example_inputs)
-        except Exception as error:  # whatever a foreign forward may raise
+        except Exception as error:  # any error of the user's forward
             raise DrawError(
-                "the network cannot be run on the example inputs any more, so that a draw cannot "
-                f"be rehearsed ({_described(error)}); attach anew with inputs that it takes"
+                "the network can no longer be run on the example inputs, so the draw cannot be "
+                f"rehearsed ({_described(error)}); attach again with inputs that it accepts"
             ) from error
         reason = rehearsal.difference(groups, mask)
         for call in _distinct(calls):
@@ -149,41 +151,44 @@ def _rehearse(
     if reason is not None:
         dropped = [name for name in mask if not bool(mask[name].all())]
         raise DrawError(
-            f"a rehearsal on a copy fails: {reason}; leave the layer at fault dense with "
+            f"a rehearsal on a copy fails: {reason}; keep the layer at fault dense with "
             f"search.dense (channels go from {', '.join(dropped[:5])}"
             f"{', ...' if dropped[5:] else ''})"
         )
 
 
 def _distinct(calls: Sequence[RecordedCall]) -> list[RecordedCall]:
-    """Of calls that differ in nothing but the values of tensors, the newest."""
+    """The newest call of each signature: structure, non-tensor values, dtypes and dimensions."""
 
-    def form(call: RecordedCall) -> str:
+    def signature(call: RecordedCall) -> str:
         arguments = (call.positional, dict(call.keywords))
         return repr(mapped(arguments, lambda tensor: f"{tensor.dtype}, {tensor.dim()}d"))
 
-    return list({form(call): call for call in calls}.values())
+    return list({signature(call): call for call in calls}.values())
 
 
 def _difference_on(
     call: RecordedCall, network: nn.Module, groups: Groups, mask: Mask
 ) -> str | None:
-    """On what the network has been trained with, which may reach parts that the example does not;
-    coarsely, in its own precision.  A call that needs the network in training mode says nothing."""
+    """Rehearse on a recorded input, which may reach layers that the example inputs do not; in the
+    call's own precision, so coarsely.  None if it cannot be run in eval mode."""
     copy = copied(network)
     try:
         call.run(copy)
-    except Exception:  # whatever a foreign forward may raise
+    except Exception:  # any error of the user's forward
         return None
     return difference(copy, lambda each: list(floats(call.run(each))), groups, mask)
 
 
 def _fold_gates(
-    training: TrainingContext, cargo: ShardedTransfer | None, networks: Sequence[nn.Module]
+    training: TrainingContext, transfer: ShardedTransfer | None, networks: Sequence[nn.Module]
 ) -> None:
-    if cargo is None:
-        forget(training.stepping.optimizer, {gate.scale for _, gate in gates_of(training.network)})
+    if transfer is None:
+        drop_parameters(
+            training.optimizer_view.optimizer,
+            {gate.scale for _, gate in gates_of(training.network)},
+        )
     else:
-        cargo.fold_gates(training.network)
+        transfer.fold_gates(training.network)
     for network in networks:
         fold_gates(network)

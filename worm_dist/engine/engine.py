@@ -1,8 +1,8 @@
 """Engine: search, truncate, draw the ticket.
 
 This is Early-Bird ticket search (arXiv 1909.11957) accelerated by WORM gradient truncation (PMLR
-262:232-240), over many ranks: all agree on the scores and prove that they hold the same bits, rank
-zero decides, all act alike.
+262:232-240), over many ranks: scores are averaged, masks compared by digest, rank zero decides, and
+all ranks apply its verdict.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..groups.nested import mapped
 from ..groups.remaining_channels import RemainingChannels
 from ..pruning.agreement import agreed_mask, require_live_survivors, require_reversible
 from ..pruning.exactness import agreed_groups
-from ..pruning.optimizer_transfer import kept_places, select
+from ..pruning.optimizer_transfer import kept_indices, select
 from ..pruning.surgery import cuts_of, shapes_of, ungated
 from ..search.convergence import CheckRecord, History
 from ..search.mask import Mask
@@ -35,7 +35,7 @@ from ..search.unused_parameters import ParameterUsage
 from ..ticket.file import save_ticket
 from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal
-from ..truncation.truncation import Truncation, first_reduction, state_left
+from ..truncation.truncation import Truncation, first_reducer, pruned_state
 from ..verdict import Phase, Verdict
 from .context import TrainingContext, require_countable
 from .draw import draw
@@ -46,9 +46,10 @@ from .step_hooks import Traffic
 from .usage_errors import UsageErrors, require_alone
 
 __all__ = ["Engine", "attach"]
-OwnScore = Callable[[nn.Module, ChannelGroup], Tensor]
 
-# What is made in inference mode can never be trained; a loop may call the engine between its tests.
+ScoreFunction = Callable[[nn.Module, ChannelGroup], Tensor]
+
+# The engine may be called within a test loop, but tensors made in inference mode cannot be trained.
 _normally = torch.inference_mode(False)
 
 
@@ -60,31 +61,31 @@ def attach(
     *,
     example_inputs: Any,
     steps_per_epoch: int | None = None,
-    score: OwnScore | None = None,
+    score: ScoreFunction | None = None,
 ) -> Engine:
     """Attach an engine to a training.  Collective: every rank calls it.
 
     Args:
-        model: ``DistributedDataParallel``, DeepSpeed's engine (ZeRO stages 0 to 2), or a bare
+        model: a ``DistributedDataParallel``, a DeepSpeed engine (ZeRO stages 0 to 2), or a bare
             module on a single process.
-        optimizer: of the model's parameters.  A DeepSpeed engine has its own: leave it out, or give
-            what ``deepspeed.initialize`` returned.
-        config: default ``WormConfig()``.
-        example_inputs: a small input on the model's device, with which the network is traced: a
-            tensor for ``model(x)``, a tuple or list for ``model(x, y)``, a dict of keyword inputs
-            for ``model(images=x)``.  They may be nested; one input that is itself a list or a dict,
-            as detection networks take them, stands in a tuple: ``([image, image],)``.
+        optimizer: the optimizer of the model's parameters.  For a DeepSpeed engine leave it out, or
+            give the one that ``deepspeed.initialize`` returned.
+        config: the settings; default ``WormConfig()``.
+        example_inputs: small inputs on the model's device to trace the network with: a tensor for
+            ``model(x)``, a tuple or list for ``model(x, y)``, a dict of keyword inputs for
+            ``model(images=x)``.  They may be nested; a single input that is itself a list or a
+            dict, as in detection networks, is put in a tuple: ``([image, image],)``.
         steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
             epochs: then it is counted between two checks.
-        score: of your own, instead of ``search.importance``: called with the network and a group,
-            it gives floats ``[num_channels]``, higher for what is to be kept.  It may look at this
-            rank's data; the ranks average it.
+        score: a custom importance instead of ``search.importance``: called with the network and a
+            group, it returns floats ``[num_channels]``, higher for channels to keep.  It may depend
+            on this rank's data; the ranks average it.
 
     Raises:
-        ConfigError: the network cannot be traced or has nothing to rank channels by; an epoch's
+        ConfigError: the network cannot be traced, or has nothing to rank channels by; or an epoch's
             length is needed but not known.
         BackendError: several processes but a bare module; a communication hook already registered.
-        DivergenceError: the ranks trace different networks.
+        DivergenceError: the ranks trace different networks, or have different settings.
     """
     config = config or WormConfig()
     if steps_per_epoch is None:
@@ -98,8 +99,8 @@ class Engine(Resumable):
     Attributes:
         config: the settings.
         groups: the channel groups of the dense network, each with name, num_channels, members.
-        phase: where the run is.
-        mask: the newest mask over the dense network's channels, None before the first check.
+        phase: the current phase.
+        mask: the newest mask over the dense network's channels; None before the first check.
     """
 
     def __init__(
@@ -109,27 +110,25 @@ class Engine(Resumable):
         config: WormConfig,
         example_inputs: Any,
         steps_per_epoch: int | None,
-        score: OwnScore | None,
+        score: ScoreFunction | None,
     ) -> None:
         self.config = config
         self.mask: Mask | None = None
         self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
-        # A draw is rehearsed with them; by then a loop may have written others to the same place.
-        remembered = mapped(example_inputs, lambda tensor: tensor.detach().clone())
-        self._training = TrainingContext(
-            model, optimizer, remembered, config.search.every, steps_per_epoch
-        )
-        require_alone(self._training.wrapping.called)
-        self._training.wrapping.require_fit(config.truncation)
-        self._ranks = self._training.ranks
-        self._attendance = Attendance(self._training.wrapping.process_group)
+        # Copied, because a loop may reuse their memory before a draw is rehearsed with them.
+        inputs, every = mapped(example_inputs, lambda t: t.detach().clone()), config.search.every
+        self._training = TrainingContext(model, optimizer, inputs, every, steps_per_epoch)
+        require_alone(self._training.backend.called)
+        self._training.backend.require_fit(config.truncation)
+        self._comm = self._training.comm
+        self._attendance = Attendance(self._training.backend.process_group)
         self._num_passes = 0
-        self._offered_at = -1
-        own = None if score is None else getattr(score, "__qualname__", type(score).__name__)
-        self._settings = {**plain_settings(config), "score": own}
+        self._draw_offered_at = -1
+        score_name = None if score is None else getattr(score, "__qualname__", type(score).__name__)
+        self._settings = {**plain_settings(config), "score": score_name}
         self._steps_per_epoch = steps_per_epoch
         settings = {**self._settings, "steps_per_epoch": steps_per_epoch}
-        self._ranks.require_equal(
+        self._comm.assert_equal(
             {"setting": {name: repr(value).encode() for name, value in settings.items()}}, "attach"
         )
         network, search = self._training.network, config.search
@@ -137,7 +136,7 @@ class Engine(Resumable):
         self.groups: Groups = agreed_groups(
             network,
             example_inputs,
-            self._ranks,
+            self._comm,
             search,
             any_group=score is not None,
             optional=not may_draw,
@@ -152,20 +151,20 @@ class Engine(Resumable):
         self._num_dense_elements = self._training.num_elements
         self._guard = LossGuard(config.truncation.removal.pause_above)
         self._removal = Removal(
-            config.truncation.removal, self._ranks, self._guard, self._training.num_steps
+            config.truncation.removal, self._comm, self._guard, self._training.num_steps
         )
         self._follow_network()
         self._verdict = Verdict(self.phase)
         self._penalised = False
         self._attached = True
         self._has_checked = False
-        self._told_dead: set[str] = set()
+        self._warned_groups: set[str] = set()
         num_calls = config.ticket.recalibrate_batches if may_draw else 0
         wants_penalty = (
             search.enabled and search.l1 > 0 and bool(self.groups) and bool(self._ranking.scales)
         )
         self._usage_errors = UsageErrors(self._training, wants_penalty)
-        self._training.listen(
+        self._training.register_hooks(
             RecordedInputs(num_calls, config.ticket.recalibrate_memory_mb << 20),
             self._before_pass,
             self._before_step,
@@ -177,44 +176,46 @@ class Engine(Resumable):
 
     @_normally
     def check(self) -> Verdict:
-        """Score, cut, agree, decide, act.  Collective: every rank calls it, as often as the others:
-        after every step, or less often.
+        """Score channels, compute and agree on a mask, decide, and apply the verdict.  Collective:
+        every rank calls it equally often, after every step or less often.
 
-        While the search goes on a mask is cut whenever ``search.every`` has passed; where its
-        length in steps is not known, at every call.  That costs one all-reduce of the scores, one
-        comparison of digests and one broadcast of a verdict of fixed size.  While channels leave no
-        other mask is cut.  BatchNorm statistics lag behind then, and are estimated anew as for a
-        draw, as often, so that a test after a check means something.  Other calls cost nothing.
+        During the search a mask is computed whenever ``search.every`` has passed, or at every call
+        if its length in steps is not known.  That costs one all-reduce of the scores, one
+        comparison of digests and one broadcast of a verdict of fixed size.  While channels are
+        being removed the mask stays the same; instead BatchNorm statistics, which lag behind, are
+        estimated anew as for a draw, so that an evaluation after the check is meaningful.  Other
+        calls cost nothing.
 
         Raises:
+            ConfigError: the training does not fit the engine any more: a new optimizer, say.
             NonFiniteError: a score is NaN or infinite.
             DivergenceError: the ranks differ in scales or masks; names ranks and group.
-            CollapseError: while channels leave, if the network has come to put out the same
-                whatever it is given.
+            CollapseError: while channels are being removed, if the network's output no longer
+                depends on its input.
         """
         if not self._searching:
             return self._verdict
-        self._usage_errors.require_heard()
+        self._usage_errors.require_steps_seen()
         is_due = self._training.check_is_due
         cuts_mask = is_due and not self._removes
-        with self._attendance.at(self._here("check"), is_due):
+        with self._attendance.at(self._call_site("check"), is_due):
             if is_due:
                 self._require_training()
                 self._training.begin_check()
             if cuts_mask:
                 self._verdict = self._next_mask()
             could_draw = self._verdict.stage or self._verdict.ticket
-            self._verdict = self._completed(self._verdict, new_mask=cuts_mask)
+            self._verdict = self._with_local_state(self._verdict, new_mask=cuts_mask)
             can_draw_now = not could_draw and (self._verdict.stage or self._verdict.ticket)
             if self._removes and (is_due or can_draw_now):
-                self._training.recalibrate_alive(self._channels.groups, self._told_dead)
+                self._training.recalibrate_statistics(self._channels.groups, self._warned_groups)
         if can_draw_now:
-            self._offered_at = self.step
+            self._draw_offered_at = self.step
         return self._verdict
 
     def _next_mask(self) -> Verdict:
         scores = self._ranking.scores()
-        shared = self._ranks.mean(torch.cat([scores, self._guard.levels(scores.device)]))
+        shared = self._comm.mean(torch.cat([scores, self._guard.levels(scores.device)]))
         average, losses = shared[: len(scores)], shared[len(scores) :]
         candidates, mask, floored = self._ranking.select(average, self._irreversible)
         checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
@@ -222,7 +223,7 @@ class Engine(Resumable):
             ~mask.keep & ~self._irreversible, checks_dropped, self._ranking.importance(average)
         )
         in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
-        self._ranks.require_equal(
+        self._comm.assert_equal(
             {
                 "scale": bits(self._ranking.replicated(scores)),
                 "mask": bits(mask),
@@ -232,7 +233,7 @@ class Engine(Resumable):
             f"check at step {self.step}",
         )
         verdict = Verdict.decode(
-            self._ranks.decided_by_rank_zero(
+            self._comm.broadcast_from_rank0(
                 lambda: self._judge(candidates, floored).encode(), Verdict.SIZE
             )
         )
@@ -243,89 +244,92 @@ class Engine(Resumable):
         return verdict
 
     def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
-        """Rank zero's decision: truncation starts at the elbow; where nothing leaves by itself, the
-        ticket is drawn when the masks have settled, or at once."""
-        finding = self._history.record(self.step, candidates, floored)
+        """Rank zero's decision: truncation starts at the elbow; without gradual removal, the ticket
+        is drawn when the masks have settled, or at the elbow if removal is one-shot."""
+        record = self._history.record(self.step, candidates, floored)
         truncation = self.config.truncation
-        at_elbow = finding.elbow and self.phase is Phase.SEARCH
+        at_elbow = record.elbow and self.phase is Phase.SEARCH
         one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
         starts = at_elbow and truncation.mode != "off" and not one_shot
         return Verdict(
             phase=Phase.TRUNCATE if starts else self.phase,
-            ticket=at_elbow if one_shot else finding.settled and not truncation.removes,
+            ticket=at_elbow if one_shot else record.settled and not truncation.removes,
             elbow=at_elbow and truncation.mode != "off",
-            settled=finding.settled,
-            distance_mean=finding.distance_mean,
-            distance_max=finding.distance_max,
+            settled=record.settled,
+            distance_mean=record.distance_mean,
+            distance_max=record.distance_max,
         )
 
     @_normally
     def truncate(self, mask: Mask) -> None:
-        """Freeze the channels that a mask from elsewhere drops, from the next step on; they leave
-        as if the search had dropped them, in the order of what ``search.importance`` says.  Where
-        frozen channels do not leave, the next ``check`` goes on from there.
+        """Freeze the channels that a given mask drops, from the next step on.  Collective: the
+        ranks compare the mask by digest.
 
-        Collective, agreed by digest like any other mask.  Channels that have yet to leave may be
-        exchanged by another mask.
+        The channels are removed as if the search had dropped them, in the order of
+        ``search.importance``.  With other ``truncation.frozen_weights`` the search goes on at the
+        next ``check``.  A later call may exchange channels whose fade has not begun.
+
+        Args:
+            mask: a mask over ``groups``.
 
         Raises:
-            ConfigError: the mask is not of these groups or keeps a channel that has begun to leave,
-                or the settings or the phase do not allow truncation.
-            DivergenceError: the ranks bring different masks.
+            ConfigError: the mask is not of these groups, or keeps a channel whose fade has begun;
+                or settings or phase do not allow truncation.
+            DivergenceError: the ranks have different masks.
         """
         self._require_attached("truncate")
         self._usage_errors.require_unchanged("truncate")
         if self.config.truncation.mode == "off":
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
         where = f"truncate at step {self.step}"
-        mask = agreed_mask(self._ranks, self.groups, mask, where)
+        mask = agreed_mask(self._comm, self.groups, mask, where)
         require_reversible(self.groups, mask, self._irreversible, where)
         scores = self._ranking.scores()
-        shared = self._ranks.mean(torch.cat([scores, self._guard.levels(scores.device)]))
+        shared = self._comm.mean(torch.cat([scores, self._guard.levels(scores.device)]))
         importance = self._ranking.importance(shared[: len(scores)])
         order = removal_order(~mask.keep & ~self._irreversible, self._checks_dropped, importance)
-        self._ranks.require_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
+        self._comm.assert_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
         self.mask, self.phase = mask, Phase.TRUNCATE
         self._truncate(order, shared[len(scores) :])
         verdict = dataclasses.replace(self._verdict, phase=self.phase)
-        self._verdict = self._completed(verdict)
+        self._verdict = self._with_local_state(verdict)
 
     @_normally
     def draw(self, mask: Mask | None = None, copies: Sequence[nn.Module] = ()) -> None:
-        """Remove channels for good and go on with the smaller network.  Collective.
+        """Remove channels physically and continue with the smaller network.  Collective.
 
-        After ``verdict.stage`` those go that have left so far, and the others go on leaving; after
-        ``verdict.ticket`` the last ones go, and the ticket is drawn.
+        After ``verdict.stage`` the channels that are zero so far are removed, and the others go on
+        fading; after ``verdict.ticket`` the last ones are removed, and the ticket is drawn.
 
         ``model`` becomes the smaller network in a wrapper with the same arguments; the optimizer
         keeps the state of every surviving element; BatchNorm statistics are estimated anew from
-        the last batches trained on (``ticket.recalibrate_batches``).  Gradients that wait for a
-        step are dropped.
+        the last training batches (``ticket.recalibrate_batches``).  Accumulated gradients are
+        dropped.
 
         Args:
-            mask: from elsewhere: all that it drops goes, and the ticket is drawn.
-            copies: networks like this one that must follow, such as the ``module`` of an
-                ``AveragedModel``, as many on every rank; they are cut alike and their statistics
-                estimated alike.
+            mask: a mask over ``groups``: all channels that it drops are removed, and the ticket is
+                drawn.
+            copies: copies of the network, such as the ``module`` of an ``AveragedModel``, equally
+                many on every rank; they are pruned and their statistics estimated in the same way.
 
         Raises:
-            ConfigError: no channel has left yet, the mask is not of these groups or keeps a channel
-                that has been removed, a group would be left without a live channel, or a copy is
-                not like the network.  Nothing has been changed then.
-            DivergenceError: the ranks bring different masks.
-            DrawError: a rehearsal on a copy put out something else, or something failed on one of
-                the ranks.  Network, optimizer and statistics are as they were then, on all of them;
-                go on with ``model``.
+            ConfigError: no channel can be removed yet, the mask is not of these groups or keeps a
+                removed channel, a group would have no live channel, or a copy does not match the
+                network.  Nothing has been changed then.
+            DivergenceError: the ranks have different masks.
+            DrawError: a rehearsal on a copy had different outputs, or a step failed on some rank.
+                Network, optimizer and statistics have been rolled back on all ranks; continue with
+                ``model``.
         """
         self._require_attached("draw")
         self._usage_errors.require_unchanged("draw")
-        self._verdict = self._completed(self._verdict)
+        self._verdict = self._with_local_state(self._verdict)
         is_complete = mask is not None or self._verdict.ticket
         where = f"draw at step {self.step}"
-        mask = self._what_has_left() if mask is None else mask
-        with self._attendance.at(self._here("draw")):
-            mask = agreed_mask(self._ranks, self.groups, mask, where, copies)
-        self._offered_at = -1
+        mask = self._zero_channels_dropped() if mask is None else mask
+        with self._attendance.at(self._call_site("draw")):
+            mask = agreed_mask(self._comm, self.groups, mask, where, copies)
+        self._draw_offered_at = -1
         require_reversible(self.groups, mask, self._channels.removed, where)
         frozen = self._channels.in_dense(self._truncation.frozen)
         require_live_survivors(self.groups, mask, frozen)
@@ -335,14 +339,14 @@ class Engine(Resumable):
         self._verdict = (
             Verdict(Phase.TICKET, generation=generation)
             if is_complete
-            else self._completed(self._verdict)
+            else self._with_local_state(self._verdict)
         )
 
     def penalty(self) -> Tensor:
-        """``search.l1`` times the L1 norm of the scales, a scalar: add it to the loss.
+        """``search.l1`` times the L1 norm of the scales, a scalar to add to the loss.
 
         Zero without a search and after the draw.  Call it after the forward pass: with
-        ``find_unused_parameters`` it leaves out norms that the pass has left out, as their
+        ``find_unused_parameters`` it leaves out norms that the pass has not used, because their
         gradients are not averaged.
         """
         if not self._searching:
@@ -354,10 +358,10 @@ class Engine(Resumable):
         return penalty
 
     def watch(self, loss: Tensor) -> None:
-        """Tell the engine the loss of a forward pass, of this rank's data and without the penalty.
+        """Report the loss of a forward pass, on this rank's data and without the penalty.
 
-        If every rank does so in every step, channels wait while the loss says that it hurts
-        (``truncation.removal.pause_above``).  Nothing waits for the device here.
+        If every rank reports it in every step, the removal of channels pauses while the loss is too
+        high (``truncation.removal.pause_above``).  Does not synchronise with the device.
 
         Args:
             loss: a scalar on any device.
@@ -365,17 +369,17 @@ class Engine(Resumable):
         if self._searching:
             self._guard.watch(loss)
 
-    # ---- what has been seen, and leaving ---------------------------------------------------------
+    # ---- properties, saving the ticket, detaching ------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        """Train this; after a draw it is the smaller network, wrapped as the first one was."""
+        """The model to train; after a draw, the smaller network in a wrapper of the same kind."""
         return self._training.model
 
     @property
     def optimizer(self) -> Optimizer:
-        """Step this.  It stays the same object; under DeepSpeed it is new after a draw, around the
-        same torch optimizer, and ``model.backward`` and ``model.step`` are what to call."""
+        """The optimizer to step, always the same object.  Under DeepSpeed call ``model.backward``
+        and ``model.step`` instead; after a draw it is a new wrapper of the same torch optimizer."""
         return self._training.optimizer
 
     @property
@@ -385,58 +389,57 @@ class Engine(Resumable):
 
     @property
     def is_due(self) -> bool:
-        """Whether ``check`` has something to do or to say: a mask to cut, or that ``draw`` may be
-        called."""
+        """Whether ``check`` would compute a mask or find that ``draw`` may be called."""
         if not self._searching:
             return False
-        verdict = self._completed(self._verdict)
+        verdict = self._with_local_state(self._verdict)
         return self._training.check_is_due or verdict.stage or verdict.ticket
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes sent, and bytes that dense steps would have sent."""
-        self._training.traffic.control_bytes = self._ranks.sent_bytes
+        """Bytes sent, and bytes that steps of the dense network would have sent."""
+        self._training.traffic.control_bytes = self._comm.sent_bytes
         return self._training.traffic
 
     @property
     def history(self) -> tuple[CheckRecord, ...]:
-        """Every check so far, oldest first; on rank zero only, empty elsewhere."""
-        return self._history.findings
+        """The records of all checks so far, oldest first; empty on ranks other than zero."""
+        return self._history.records
 
     def save_ticket(self, folder: str | Path, model: Mapping[str, Any] | None = None) -> None:
         """Write the drawn network as ``ticket.json`` and ``ticket.safetensors``, on one rank.
 
         Args:
-            folder: made if it is not there.
-            model: arguments of ``worm_dist.models.build_model`` that build the dense network, if
-                it is one of those; else the reader has to build it.
+            folder: the folder to write to, created if missing.
+            model: arguments of ``worm_dist.models.build_model`` for the dense network; None if the
+                reader has to build it.
 
         Raises:
-            ConfigError: nothing has been drawn.
+            ConfigError: no ticket has been drawn.
         """
         if self.phase is not Phase.TICKET or self.mask is None:
-            raise ConfigError("save_ticket: nothing has been drawn yet")
+            raise ConfigError("save_ticket: no ticket has been drawn yet")
         cuts = ungated(cuts_of(self.groups, self.mask, self._dense_shapes))
         save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
 
     def detach(self) -> nn.Module:
-        """Take every hook away.  Collective if a communication hook was needed: torch cannot
+        """Remove all hooks.  Collective if a communication hook was registered: torch cannot
         unregister it, so the network is wrapped anew.
 
         Returns:
-            The model to go on with, also in ``model``.
+            The model to continue with; ``model`` is the same object.
         """
         training = self._training
-        hooked = training.reduction is not None and training.wrapping.keeps_hooks
+        hooked = training.reducer is not None and training.backend.keeps_hooks
         training.remove()
-        self._let_go()
+        self._remove_hooks()
         if hooked:
-            training.wrapping.release()
-            training.go_on_in(training.wrapped_again())
+            training.backend.release()
+            training.switch_to(training.rewrap())
         self._attached = False
         return self.model
 
-    # ---- parts -----------------------------------------------------------------------------------
+    # ---- helpers ---------------------------------------------------------------------------------
 
     @property
     def _searching(self) -> bool:
@@ -444,7 +447,7 @@ class Engine(Resumable):
         return searching and self._attached
 
     def _require_training(self) -> None:
-        """The training must be the one that the engine was attached to."""
+        """Check for usage errors since the last check."""
         errors, num_steps = self._usage_errors, self._training.since_last_check
         errors.require_step(num_steps, is_first=not self._has_checked)
         errors.require_unchanged(f"check at step {self.step}")
@@ -454,29 +457,28 @@ class Engine(Resumable):
 
     @property
     def _removes(self) -> bool:
-        """Whether dropped channels are leaving."""
+        """Whether dropped channels are being removed."""
         return self.phase is Phase.TRUNCATE and self.config.truncation.removes
 
     @property
     def _irreversible(self) -> Tensor:
-        """bool ``[num_channels]``: channels that have begun to leave, or are gone."""
+        """bool ``[num_channels]``: the dense network's channels that fade or are removed."""
         return self._channels.in_dense(self._truncation.irreversible)
 
     def _truncate(self, order: Tensor, losses: Tensor) -> None:
-        """Adopt the mask.  Its bits are agreed on by now, so packed buffers will match."""
+        """Freeze what the mask drops.  The ranks have agreed on it, so packed buffers match."""
         self._freeze_dropped()
         if self._removes:
             self._removal.start(order, self.step, losses)
-            self._let_leave()
+            self._begin_due_channels()
 
     def _freeze_dropped(self) -> None:
         assert self.mask is not None
         self._truncation.freeze(self._channels.of(~self.mask.keep))
-        self._training.reduction = self._truncation.reduction
+        self._training.reducer = self._truncation.reducer
 
-    def _let_leave(self) -> None:
-        """Channels whose turn it is begin to leave; where the loss has stopped that, the others
-        stay."""
+    def _begin_due_channels(self) -> None:
+        """Begin to fade the channels that are due; at the end the mask keeps all others."""
         device = next(self._training.network.parameters()).device
         begin = self._removal.begin(self.step, device)
         if begin.numel():
@@ -493,7 +495,7 @@ class Engine(Resumable):
         where: str,
         is_restored: bool = False,
     ) -> None:
-        """Cut the network to what a mask over the dense network's channels keeps."""
+        """Prune the network to the channels that a mask over the dense network's channels keeps."""
         left = self._channels.mask_of(mask)
         cuts = cuts_of(self._channels.groups, left, shapes_of(self._training.network))
         truncation = None if is_complete else self._truncation.state_dict(self.step)
@@ -506,46 +508,46 @@ class Engine(Resumable):
             is_complete=is_complete,
             is_restored=is_restored,
         )
-        self._let_go()
+        self._remove_hooks()
         self._channels.remove(mask)
         self._usage_errors.follow()
         if truncation is None:
-            first = first_reduction(self.config.truncation, self._training.wrapping)
-            self._training.reduction = first
+            first = first_reducer(self.config.truncation, self._training.backend)
+            self._training.reducer = first
             self.mask, self.phase = mask, Phase.TICKET
             return
         network = self._training.network
         self._ranking.follow(network, self._channels.groups, self._channels.removed)
         self._follow_network()
-        kept = kept_places(cuts)
+        kept = kept_indices(cuts)
         self._truncation.load_state_dict(
-            state_left(truncation, left.keep, lambda name, whole: select(whole, kept.get(name, {})))
+            pruned_state(truncation, left.keep, lambda name, full: select(full, kept.get(name, {})))
         )
-        self._training.reduction = self._truncation.reduction
+        self._training.reducer = self._truncation.reducer
 
     def _follow_network(self) -> None:
-        """Truncate the network as it is now."""
+        """Set up truncation and usage tracking for the network as it is now."""
         training, search = self._training, self.config.search
-        self._share_left = training.num_elements / self._num_dense_elements
+        self._share_of_dense = training.num_elements / self._num_dense_elements
         self._truncation = Truncation(
             self.config.truncation,
-            training.wrapping,
-            training.stepping,
+            training.backend,
+            training.optimizer_view,
             self._channels.groups,
             training.trained,
         )
-        training.reduction = self._truncation.reduction
-        looks = search.enabled and training.wrapping.finds_unused
-        self._usage = ParameterUsage(training.network, self._ranking.scales) if looks else None
+        training.reducer = self._truncation.reducer
+        tracks = search.enabled and training.backend.finds_unused
+        self._usage = ParameterUsage(training.network, self._ranking.scales) if tracks else None
 
-    def _let_go(self) -> None:
-        """Take the hooks away that a draw or the user ends."""
+    def _remove_hooks(self) -> None:
+        """Remove the hooks of truncation and usage tracking."""
         self._truncation.remove()
         if self._usage is not None:
             self._usage.remove()
 
-    def _completed(self, verdict: Verdict, new_mask: bool = False) -> Verdict:
-        """A verdict with what each rank knows by itself; what was news once is so no more."""
+    def _with_local_state(self, verdict: Verdict, new_mask: bool = False) -> Verdict:
+        """The verdict with the fields that each rank computes itself, without communication."""
         truncation = self._truncation
         zero = truncation.zero(self.step)
         num_dropped = 0 if self.mask is None else self.mask.num_channels - self.mask.num_kept
@@ -560,21 +562,21 @@ class Engine(Resumable):
             ticket=is_over if self._removes else verdict.ticket,
             stage=self._removes and not is_over and num_zero >= max(1.0, share * num_dropped),
             generation=truncation.generation,
-            live_fraction=truncation.live_fraction * self._share_left,
+            live_fraction=truncation.live_fraction * self._share_of_dense,
             left_fraction=num_left / max(1, num_dropped) if self._removes else 0.0,
             paused=self._removes and self._removal.is_paused,
         )
 
     def _before_pass(self) -> None:
-        """A rank that goes on although a call is due lets others wait in it for ever."""
+        """Mark a due call as skipped if this rank trains on, so that ranks waiting in it fail."""
         if self._searching and self._training.check_has_just_become_due:
-            self._attendance.go_past(self._here("check"))
-        if self._searching and self._offered_at == self.step:
-            self._attendance.go_past(self._here("draw"))
+            self._attendance.mark_skipped(self._call_site("check"))
+        if self._searching and self._draw_offered_at == self.step:
+            self._attendance.mark_skipped(self._call_site("draw"))
         self._num_passes += 1
 
-    def _here(self, call: str) -> str:
-        """A call and its place in the training, the same on all ranks."""
+    def _call_site(self, call: str) -> str:
+        """A description of a call and its position in the training, the same on all ranks."""
         passes = f", {self._num_passes} passes later" if self._num_passes else ""
         return f"{call} at step {self.step}{passes}"
 
@@ -593,9 +595,9 @@ class Engine(Resumable):
         self._truncation.after_step(step)
         self._guard.after_step()
         if self.phase is Phase.TRUNCATE and self._removal.num_waiting:
-            self._let_leave()
+            self._begin_due_channels()
 
-    def _what_has_left(self) -> Mask:
+    def _zero_channels_dropped(self) -> Mask:
         if not (self._verdict.stage or self._verdict.ticket) or self.mask is None:
             raise ConfigError(
                 "draw: no check has found the ticket yet; wait for verdict.stage or "

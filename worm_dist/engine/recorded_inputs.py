@@ -1,7 +1,7 @@
-"""Calls: the newest inputs of a network, remembered while it trains.
+"""Recorded inputs: the newest inputs of a network, recorded while it trains.
 
-Statistics are estimated anew from them, and a draw is rehearsed with them; so a run that is resumed
-shortly before a draw needs them too.
+BatchNorm statistics are estimated from them, and a draw is rehearsed with them; so they are saved
+in the engine's state, for a run that is resumed shortly before a draw.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class RecordedCall:
     """One forward pass in training mode.
 
     Attributes:
-        positional, keywords: arguments, without a graph.
-        device, dtype, autocast: type of the device, and whether and how it computed in mixed
-            precision.
-        training_norms: names of the norms that were in training mode.
-        versions: of the tensors among the arguments when they were remembered; empty if they are
-            copies, which nobody else can change.
+        positional, keywords: the arguments, detached.
+        device: the type of the network's device.
+        dtype, autocast: the autocast dtype, and whether autocast was on.
+        training_norms: names of the norms in training mode.
+        versions: the tensors among the arguments with their version counters when they were
+            recorded; empty if they are copies.
     """
 
     positional: tuple[Any, ...]
@@ -49,30 +49,30 @@ class RecordedCall:
 
     @property
     def is_intact(self) -> bool:
-        """Nobody has written to the arguments since."""
+        """Whether no argument has been written to since."""
         return all(tensor._version == version for tensor, version in self.versions)
 
     def run(self, network: nn.Module) -> Any:
-        """What a network puts out for the same arguments, which it may write to."""
+        """The output of a network for copies of the arguments."""
         positional, keywords = mapped((self.positional, self.keywords), _copied)
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
             return network(*positional, **keywords)
 
 
 class RecordedInputs:
-    """A forward pre-hook that keeps the newest inputs.
+    """A forward pre-hook that records the newest inputs.
 
-    They are kept by reference as long as nobody writes to them.  A loop that copies every batch
-    into one buffer, or a network that normalises its inputs in place, is noticed one pass later;
-    what has been written over is forgotten, and from then on they are copied.
+    They are kept by reference as long as nothing writes to them.  A loop that copies every batch
+    into one buffer, or a network that normalises its inputs in place, is detected one pass later;
+    overwritten inputs are dropped, and from then on inputs are copied.
 
-    It belongs to the network and so goes where its copies go, to an AveragedModel or a file; a copy
-    of it remembers nothing and knows nothing of the training.
+    As a hook of the network it is copied and pickled with it, for example into an AveragedModel; a
+    copy records nothing.
 
     Args:
-        num_calls: how many to keep.
-        most_bytes: that all of them may take; the newest is kept whatever it takes.
-        belongs_to_an_engine: it is no copy.
+        num_calls: maximum number of recorded calls.
+        most_bytes: maximum size of all of them in bytes; the newest is kept whatever its size.
+        belongs_to_an_engine: False for a copy.
     """
 
     def __init__(self, num_calls: int, most_bytes: int, belongs_to_an_engine: bool = True) -> None:
@@ -83,21 +83,22 @@ class RecordedInputs:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is remembered."""
+        """Whether inputs are recorded."""
         return self._calls.maxlen != 0
 
     @property
     def calls(self) -> list[RecordedCall]:
-        """Oldest first; none that has been written to since."""
+        """The recorded calls that are intact, oldest first."""
         return [call for call in self._calls if call.is_intact]
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not network.training or not self.is_on:
             return
-        given = list(tensors_in((args, kwargs)))
-        apart = self._apart_from(given)
-        self._copies |= len(apart) < len(self._calls) or any(t.is_inference() for t in given)
-        self.replace(apart)
+        new_tensors = list(tensors_in((args, kwargs)))
+        unaffected = self._not_overlapping(new_tensors)
+        self._copies |= len(unaffected) < len(self._calls)
+        self._copies |= any(tensor.is_inference() for tensor in new_tensors)
+        self.replace(unaffected)
         positional, keywords = mapped((args, kwargs), _copied if self._copies else Tensor.detach)
         kept = [] if self._copies else list(tensors_in((positional, keywords)))
         device = next(network.parameters()).device.type
@@ -118,14 +119,14 @@ class RecordedInputs:
         )
         self._bound()
 
-    def _apart_from(self, given: Sequence[Tensor]) -> list[RecordedCall]:
-        """The calls that nobody has written to, and that do not lie where these tensors do: torch
-        does not count what is written by way of numpy or of ``data``."""
-        places = {tensor.data_ptr() for tensor in given if tensor.numel()}
+    def _not_overlapping(self, new_tensors: Sequence[Tensor]) -> list[RecordedCall]:
+        """The intact calls that share no memory with these tensors: torch's version counters miss
+        writes through numpy or ``data``."""
+        addresses = {tensor.data_ptr() for tensor in new_tensors if tensor.numel()}
         return [
             call
             for call in self.calls
-            if not any(tensor.data_ptr() in places for tensor, _ in call.versions)
+            if not any(tensor.data_ptr() in addresses for tensor, _ in call.versions)
         ]
 
     def _bound(self) -> None:
@@ -138,8 +139,8 @@ class RecordedInputs:
             sizes.pop(0)
 
     def replace(self, calls: Sequence[RecordedCall]) -> None:
-        """As if these had been the newest calls.  After copies come copies: a run that is resumed
-        need not find out once more, by losing a batch, that all lie in one place."""
+        """Replace the recorded calls.  If one is a copy, later ones are copied too, so that a
+        resumed run does not lose a batch to detect the shared buffer again."""
         self._copies |= any(not call.versions for call in calls)
         self._calls.clear()
         self._calls.extend(calls)
@@ -154,13 +155,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def plain_calls(calls: Sequence[RecordedCall]) -> list[dict[str, Any]] | None:
-    """Dicts, lists, tuples, numbers, strings and tensors; None, with a warning, if the network is
-    called with anything else."""
+    """Calls as dicts, lists, tuples, numbers, strings and tensors; None, with a warning, if an
+    argument is anything else."""
     plain = []
     for call in calls:
         on_cpu: list[bool] = []
 
-        def noted(tensor: Tensor, on_cpu: list[bool] = on_cpu) -> Tensor:
+        def detached(tensor: Tensor, on_cpu: list[bool] = on_cpu) -> Tensor:
             on_cpu.append(tensor.is_cpu)
             return tensor.detach()
 
@@ -168,14 +169,14 @@ def plain_calls(calls: Sequence[RecordedCall]) -> list[dict[str, Any]] | None:
             _require_plain([list(call.positional), dict(call.keywords)])
         except TypeError as error:
             logger.warning(
-                "inputs that hold a %s are not in the engine's state: resumed, it has to see "
-                "others before BatchNorm statistics can be estimated at a draw",
+                "inputs that contain a %s are not saved in the engine's state; after a resume, "
+                "BatchNorm statistics at a draw are estimated from new inputs only",
                 error,
             )
             return None
         plain.append(
             {
-                "arguments": mapped([list(call.positional), dict(call.keywords)], noted),
+                "arguments": mapped([list(call.positional), dict(call.keywords)], detached),
                 "on_cpu": on_cpu,
                 "device": call.device,
                 "dtype": str(call.dtype).removeprefix("torch."),
@@ -188,7 +189,7 @@ def plain_calls(calls: Sequence[RecordedCall]) -> list[dict[str, Any]] | None:
 
 
 def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[RecordedCall]:
-    """The calls again, with the tensors on this device that were not on the CPU."""
+    """The calls of ``plain_calls``, with tensors that were not on the CPU on this device."""
     calls: list[RecordedCall] = []
     for call in plain:
         on_cpu = iter(call["on_cpu"])
@@ -213,8 +214,10 @@ def calls_from(plain: Sequence[dict[str, Any]], device: torch.device) -> list[Re
 
 
 def _require_plain(value: Any) -> None:
-    """Raises:
-    TypeError: naming the type of what is not plain.
+    """Refuse values that ``plain_calls`` cannot represent.
+
+    Raises:
+        TypeError: naming the type of the value.
     """
     kind = type(value)
     if kind in (list, tuple):

@@ -1,7 +1,7 @@
-"""Snapshot: networks and an optimizer as they were, to go back to if a draw fails.
+"""Snapshot: the state of networks and optimizers, to restore if a draw fails.
 
-What a draw replaces is kept by reference, so that nothing is copied but buffers, which statistics
-are written into; the dense tensors live until the draw is over.
+Tensors that a draw replaces are kept by reference.  Only buffers are copied, since statistics are
+written in place; the dense tensors stay in memory until the draw is over.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def _hook_tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
 
 
 class Snapshot:
-    """Args:
-    networks: not wrapped, with all their modules.
-    optimizers: that step the first of them.
+    """The state of networks and optimizers when it was made.
+
+    Args:
+        networks: bare networks, the trained one and its copies.
+        optimizers: the optimizers of the trained one.
     """
 
     def __init__(self, networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
@@ -55,14 +57,14 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back, to the bit; gradients too."""
+        """Restore everything bit for bit, gradients and hooks included."""
         for module, kind, attributes in self._modules:
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(
                 {key: dict(v) if key in _TABLES else v for key, v in attributes.items()}
             )
-        for table, hooks in self._hooks:  # their handles know the table
+        for table, hooks in self._hooks:  # in place: hook handles refer to the table
             table.clear()
             table.update(hooks)
         for parameter, data, gradient, trains in self._parameters:
@@ -71,7 +73,7 @@ class Snapshot:
             parameter.grad = gradient
             parameter.requires_grad_(trains)
         for buffer, value in self._buffers:
-            if not buffer.is_inference():  # what was made in inference mode nobody can write to
+            if not buffer.is_inference():  # tensors made in inference mode cannot be written to
                 buffer.copy_(value)
         for optimizer, states, groups in self._optimizers:
             optimizer.state.clear()

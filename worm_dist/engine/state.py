@@ -1,4 +1,4 @@
-"""Resumable: the part of the engine that is about checkpoints."""
+"""State: save and restore an engine."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["Resumable"]
 
 
 class Resumable(ABC):
-    """Can be saved between two steps, and a new one can go on from there."""
+    """The part of the engine that saves its state between two steps and restores it."""
 
     groups: Groups
     phase: Phase
     mask: Mask | None
     _training: TrainingContext
-    _ranks: Communicator
+    _comm: Communicator
     _settings: dict[str, Any]
     _steps_per_epoch: int | None
     _truncation: Truncation
@@ -75,22 +75,22 @@ class Resumable(ABC):
     def _require_not_detached(self, what: str) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the engine knows between two steps, besides weights and the optimizer's state.
+        """The engine's state between two steps, without weights and the optimizer's state.
         Collective.
 
         Nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, so that
-        ``torch.load(..., weights_only=True)`` reads it.  It is the same on all ranks but for
-        ``"history"``, which rank zero has, ``"rank"`` and counted bytes.  Under ``"rank"`` is what
-        every rank has of its own: the inputs from which statistics are estimated at the draw, and
-        what PowerSGD left out.  So let every rank save its state; or rank zero alone, unless
-        ``truncation.compression`` is ``powersgd``: then a draw that comes right after a resume
-        estimates statistics from fewer batches, or from none.
+        ``torch.load(..., weights_only=True)`` reads it.  It is equal on all ranks except for
+        ``"history"``, which only rank zero has, ``"rank"``, and byte counts.  ``"rank"`` holds the
+        per-rank state: the inputs from which statistics are estimated at the draw, and PowerSGD's
+        error feedback.  So let every rank save its state.  Unless ``truncation.compression`` is
+        ``powersgd``, rank zero's alone is enough; a draw right after a resume then estimates
+        statistics from fewer batches, or from none.
 
         Raises:
             ConfigError: the engine has been detached.
         """
         self._require_not_detached("state_dict")
-        traffic, ranks, reduction = self.traffic, self._ranks, self._training.reduction
+        traffic, comm, reducer = self.traffic, self._comm, self._training.reducer
         drawn = self.phase is Phase.TICKET
         state = {
             "format": FORMAT,
@@ -104,136 +104,138 @@ class Resumable(ABC):
             "verdict": {**dataclasses.asdict(self._verdict), "phase": str(self._verdict.phase)},
             "training": self._training.state_dict(),
             "truncation": None if drawn else self._truncation.state_dict(self.step),
-            "history": self._history.state_dict() if ranks.rank == 0 else None,
+            "history": self._history.state_dict() if comm.rank == 0 else None,
             "rank": {
-                "number": ranks.rank,
-                "world_size": ranks.size,
+                "number": comm.rank,
+                "world_size": comm.size,
                 "inputs": plain_calls(self._training.calls),
-                "reduction": reduction and reduction.state_dict(self._training.names),
+                "reduction": reducer and reducer.state_dict(self._training.names),
                 "losses": self._guard.losses_of_rank(),
             },
         }
-        ranks.sent_bytes = traffic.control_bytes  # a checkpoint is no check
+        comm.sent_bytes = traffic.control_bytes  # the bytes of a checkpoint do not count
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], copies: Sequence[nn.Module] = ()) -> None:
-        """Go on, bit for bit, where an engine was that gave this state.  Collective.
+        """Restore a state of ``state_dict``, to continue bit for bit.  Collective.
 
-        The engine is a new one, attached to the dense network, also after the draw: its network
-        then becomes the drawn one, in a new wrapper.  So load the state first, and then weights
-        and optimizer into what ``model`` and ``optimizer`` are now, before the next step::
+        The engine must be new, attached to the dense network, also if the state is from after the
+        draw: its network then becomes the drawn one, in a new wrapper.  So load the state first,
+        and then the weights and the optimizer into the resulting ``model`` and ``optimizer``,
+        before the next step::
 
             engine = worm_dist.attach(DistributedDataParallel(dense), optimizer, config, ...)
             engine.load_state_dict(saved["engine"])
             engine.model.load_state_dict(saved["model"])
             engine.optimizer.load_state_dict(saved["optimizer"])
 
-        Under DeepSpeed ``engine.load_optimizer_state`` takes the place of the last line.  On more
-        than two ranks under DistributedDataParallel ``engine.rehearse`` makes the next step's sums
-        the same to the last bit.
+        Under DeepSpeed call ``engine.load_optimizer_state`` instead of the last line.  On more than
+        two ranks under DistributedDataParallel, ``engine.restore_bucket_order`` makes the next
+        step's sums equal to the last bit.
 
         Args:
-            state: what ``state_dict`` gave on this rank, or on rank zero (see there).
-            copies: networks like the dense one that are cut like it; as for ``draw``.
+            state: the result of ``state_dict`` on this rank, or on rank zero (see there).
+            copies: copies of the dense network, pruned in the same way; as for ``draw``.
 
         Raises:
-            ConfigError: the engine is not a new one, or has other settings; only
+            ConfigError: the engine is not new, or its settings differ; only
                 ``ticket.recalibrate_batches`` and ``ticket.recalibrate_memory_mb`` may have
                 changed.
-            CheckpointError: the state is not one, is of another network, or lacks what this rank
-                needs.  Nothing has been changed then.
-            DivergenceError: the ranks bring different states.
+            CheckpointError: the state is malformed, of another network, or lacks this rank's part.
+                Nothing has been changed then.
+            DivergenceError: the ranks have different states.
         """
-        ranks, where = self._ranks, "load_state_dict"
+        comm, where = self._comm, "load_state_dict"
         try:
             self._require_new(where)
             require_valid(
-                state, self._settings, self.groups, self._steps_per_epoch, ranks.rank, ranks.size
+                state, self._settings, self.groups, self._steps_per_epoch, comm.rank, comm.size
             )
             self._training.require_alike(copies)
         except (ConfigError, CheckpointError) as error:
             self._refuse(error, where)
-        ranks.require_equal({"state": digests_of(state)}, where)
-        own = state["rank"]
-        if own is not None and (own["number"], own["world_size"]) != (ranks.rank, ranks.size):
-            own = None
-        lacks_inputs = own is None or own["inputs"] is None
+        comm.assert_equal({"state": digests_of(state)}, where)
+        rank_state = state["rank"]
+        if rank_state is not None:
+            saved_by = rank_state["number"], rank_state["world_size"]
+            rank_state = rank_state if saved_by == (comm.rank, comm.size) else None
+        lacks_inputs = rank_state is None or rank_state["inputs"] is None
         device = next(self._training.network.parameters()).device
-        no_inputs = ranks.any(torch.tensor([float(lacks_inputs)], device=device))
-        calls = [] if no_inputs or own is None else calls_from(own["inputs"], device)
-        self._go_on(state, own, calls, copies)
-        ranks.sent_bytes = state["training"]["traffic"]["control_bytes"]
+        no_inputs = comm.any(torch.tensor([float(lacks_inputs)], device=device))
+        calls = [] if no_inputs or rank_state is None else calls_from(rank_state["inputs"], device)
+        self._restore(state, rank_state, calls, copies)
+        comm.sent_bytes = state["training"]["traffic"]["control_bytes"]
 
-    def rehearse(self, one_pass: Callable[[], Tensor]) -> None:
-        """Let DistributedDataParallel arrange its buckets as they were before the run was broken
-        off.  Collective; after ``load_state_dict``.
+    def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
+        """Let DistributedDataParallel rebuild its buckets as they were in the saved run.
+        Collective; call it after ``load_state_dict``.
 
-        It arranges them anew after its first backward pass, and on more than two ranks the order
-        in which gradients are added depends on where in a bucket they lie.  So there is a pass
-        ahead of the first step, of which nothing else is left: gradients are dropped, and buffers
-        and random generators put back.  Where it would change nothing there is none.
+        DDP rebuilds its buckets after its first backward pass, and on more than two ranks the order
+        in which gradients are added depends on their position in a bucket.  So one extra pass runs
+        before the first step; gradients are dropped, and buffers and random states restored.  Where
+        the buckets need no rebuilding, no pass runs.
 
         Args:
-            one_pass: a forward pass of ``model`` as in training; returns the loss.
+            one_pass: runs a forward pass of ``model`` in training mode; returns the loss.
         """
-        self._require_not_detached("rehearse")
-        self._training.rehearse(one_pass)
+        self._require_not_detached("restore_bucket_order")
+        self._training.restore_bucket_order(one_pass)
         self._forget_pass()
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """The state of the optimizer, whichever it is, in plain values: on rank zero, elsewhere
-        None.  Collective.
+        """The full (unsharded) state of the optimizer in plain values, on rank zero; None on other
+        ranks.  Collective.
 
-        Moments, master weights where they are not the weights themselves, options of groups such
-        as learning rates, and DeepSpeed's counters, by the parameters' names.  Under ZeRO stages 1
-        and 2 it is put together bit for bit, on the CPU; otherwise its tensors are the optimizer's
-        own and no copies.  Schedules are the caller's to save.
+        It holds, by parameter name, moments and those master weights that differ from the weights;
+        options of parameter groups such as learning rates; and DeepSpeed's counters.  Under ZeRO
+        stages 1 and 2 it is gathered bit for bit, on the CPU; otherwise its tensors are not
+        copied.  Learning rate schedules are not part of it.
 
         Raises:
             ConfigError: the engine has been detached.
         """
         self._require_not_detached("optimizer_state")
-        sent_bytes = self._ranks.sent_bytes
+        sent_bytes = self._comm.sent_bytes
         state = self._training.optimizer_state.read()
-        self._ranks.sent_bytes = sent_bytes
+        self._comm.sent_bytes = sent_bytes
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that ``optimizer_state`` gave on rank zero: under the same wrapper
-        bit for bit, and also in another ZeRO stage or under DistributedDataParallel.  Collective.
+        """Restore a state of ``optimizer_state``: bit for bit under the same wrapper, and also in
+        another ZeRO stage or under DistributedDataParallel.  Collective.
 
-        The engine's state and the weights have to be loaded before.
+        The engine's state and the weights must be loaded before.
 
         Args:
-            state: the same on every rank.
+            state: rank zero's result of ``optimizer_state``, the same on every rank.
 
         Raises:
             ConfigError: the engine has been detached.
-            CheckpointError: it is not such a state, or is of other parameters or groups.  Nothing
-                has been changed then.
-            DivergenceError: the ranks bring different states.
+            CheckpointError: the state is malformed, or of other parameters or parameter groups.
+                Nothing has been changed then.
+            DivergenceError: the ranks have different states.
         """
         where = "load_optimizer_state"
         self._require_not_detached(where)
-        sent_bytes = self._ranks.sent_bytes
+        sent_bytes = self._comm.sent_bytes
         try:
             structure = self._training.optimizer_state.structure(state)
         except CheckpointError as error:
             self._refuse(error, where)
-        self._ranks.require_equal({"state": {"optimizer": structure}}, where)
-        self._ranks.sent_bytes = sent_bytes
+        self._comm.assert_equal({"state": {"optimizer": structure}}, where)
+        self._comm.sent_bytes = sent_bytes
         self._training.write_optimizer_state(state)
 
     def _refuse(self, error: Exception, where: str) -> NoReturn:
-        """Raise it, but let the other ranks, which may have nothing to complain of, not wait."""
-        with suppress(DivergenceError):  # the others are told; this rank knows more
-            self._ranks.require_equal({"state": {"(refused)": str(error).encode()}}, where)
+        """Raise an error on this rank, after making the other ranks fail too instead of waiting."""
+        with suppress(DivergenceError):  # raised on every rank; this rank's error says more
+            self._comm.assert_equal({"state": {"(refused)": str(error).encode()}}, where)
         raise error
 
-    def _go_on(
+    def _restore(
         self,
         state: Mapping[str, Any],
-        own: Mapping[str, Any] | None,
+        rank_state: Mapping[str, Any] | None,
         calls: Sequence[RecordedCall],
         copies: Sequence[nn.Module],
     ) -> None:
@@ -246,25 +248,25 @@ class Resumable(ABC):
             self._shrink(left, copies, is_complete, "load_state_dict", is_restored=True)
         if not is_complete:
             self._truncation.load_state_dict(state["truncation"])
-            training.reduction = self._truncation.reduction
+            training.reducer = self._truncation.reducer
         self._removal.load_state_dict(state["removal"])
-        training.take_over_buckets(state["training"])
-        sending = None if own is None else own["reduction"]
-        if training.reduction is not None and sending is not None:
-            training.reduction.load_state_dict(sending, training.network)
+        training.load_bucket_state(state["training"])
+        saved_reducer = None if rank_state is None else rank_state["reduction"]
+        if training.reducer is not None and saved_reducer is not None:
+            training.reducer.load_state_dict(saved_reducer, training.network)
         self.mask, self.phase = mask, Phase(state["phase"])
         self._checks_dropped = state["checks_dropped"].to("cpu", copy=True)
-        if own is not None:
+        if rank_state is not None:
             device = next(training.network.parameters()).device
-            self._guard.load_losses(own["losses"], device)
+            self._guard.load_losses(rank_state["losses"], device)
         self._verdict = Verdict(**{**state["verdict"], "phase": Phase(state["verdict"]["phase"])})
-        if self._ranks.rank == 0:
+        if self._comm.rank == 0:
             self._history.load_state_dict(state["history"])
 
     def _require_new(self, what: str) -> None:
         self._require_attached(what)
         if self.step or self.mask is not None:
             raise ConfigError(
-                f"{what}: this engine has been trained with; build the dense network anew and "
-                "attach to it"
+                f"{what}: this engine has already taken steps or checks; build the dense network "
+                "anew and attach to it"
             )

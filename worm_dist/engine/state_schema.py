@@ -1,4 +1,4 @@
-"""State: the form of an engine's state, and whether one fits the engine that it is given to."""
+"""State schema: the schema of an engine's state, and its validation against an engine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid
 FORMAT = 2
 
 _MAY_CHANGE = frozenset({"ticket.recalibrate_batches", "ticket.recalibrate_memory_mb"})
-"""Settings of the draw that is still to come."""
+"""Settings that may differ from the saved ones: they only affect a later draw."""
 
-_RANKS_OWN = ("history", "rank")
-"""What need not be the same on all ranks; the bytes that each has sent neither."""
+_PER_RANK = ("history", "rank")
+"""Keys whose values need not be equal on all ranks; nor need byte counts."""
 
 
 class _Part(BaseModel):
@@ -182,7 +182,7 @@ class _State(_Part):
 
 
 def plain_settings(config: Settings, prefix: str = "") -> dict[str, Any]:
-    """Every setting in plain values, by its dotted key."""
+    """All settings as plain values, by dotted key."""
     plain: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
@@ -201,19 +201,18 @@ def require_valid(
     rank: int,
     world_size: int,
 ) -> None:
-    """Whether an engine can go on from a state.
+    """Check that an engine can restore a state.
 
     Args:
-        state: of an engine.
-        settings: of the engine that is given it, by their dotted keys.
-        groups: of its network.
-        steps_per_epoch: that it was told, if it was.
-        rank, world_size: of this process.
+        state: the state.
+        settings: the engine's settings, by dotted key.
+        groups: the channel groups of its network.
+        steps_per_epoch: the argument of ``attach``, or None.
+        rank, world_size: this process's rank, and the number of processes.
 
     Raises:
-        CheckpointError: it is not a state of an engine, or is of another network, or lacks what
-            this rank needs.
-        ConfigError: the settings are other ones.
+        CheckpointError: the state is malformed, of another network, or lacks this rank's part.
+        ConfigError: the settings differ.
     """
     found = state.get("format") if isinstance(state, Mapping) else None
     if found != FORMAT:
@@ -225,17 +224,17 @@ def require_valid(
         valid = _State.model_validate(dict(state))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"load_state_dict: {place}: {first['msg'][:200]}") from error
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"load_state_dict: {key}: {first['msg'][:200]}") from error
     _require_settings(valid.settings, settings)
     _require_groups(valid, groups)
-    told, counted = steps_per_epoch, valid.training.steps_per_epoch
-    if told is not None and counted is not None and told != counted:
+    saved = valid.training.steps_per_epoch
+    if steps_per_epoch is not None and saved is not None and steps_per_epoch != saved:
         raise ConfigError(
-            f"load_state_dict: steps_per_epoch: {counted} -> {told}; go on with the same data, "
-            "global batch size and world size"
+            f"load_state_dict: steps_per_epoch: {saved} -> {steps_per_epoch}; go on with the same "
+            "data, global batch size and world size"
         )
-    _require_own_part(valid, rank, world_size)
+    _require_rank_state(valid, rank, world_size)
 
 
 def _require_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -246,8 +245,9 @@ def _require_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"load_state_dict: the settings are other ones ({'; '.join(changed)}); go on with the "
-            f"saved ones (only {' and '.join(sorted(_MAY_CHANGE))} may change), or start anew"
+            f"load_state_dict: settings differ from the saved ones ({'; '.join(changed)}); go on "
+            f"with the saved ones (only {' and '.join(sorted(_MAY_CHANGE))} may change), or start "
+            "anew"
         )
 
 
@@ -261,7 +261,7 @@ def _require_groups(state: _State, groups: Groups) -> None:
             "after the draw"
         )
     if list(state.groups) != list(here):
-        raise CheckpointError("load_state_dict: groups: they come in another order here")
+        raise CheckpointError("load_state_dict: groups: the network has them in another order")
     dense = groups.num_channels
     vectors = {"mask": (state.mask, dense), "checks_dropped": (state.checks_dropped, dense)}
     vectors["removed"] = (state.removed, dense)
@@ -281,39 +281,41 @@ def _require_groups(state: _State, groups: Groups) -> None:
             )
     waiting = state.removal.schedule.waiting
     if waiting.dim() != 1 or not bool(((waiting >= 0) & (waiting < dense)).all()):
-        raise CheckpointError("load_state_dict: removal.schedule.waiting: these are no channels")
+        raise CheckpointError(
+            "load_state_dict: removal.schedule.waiting: not one-dimensional channel indices"
+        )
     if (state.phase is Phase.TICKET) != (state.truncation is None):
-        raise CheckpointError(f"load_state_dict: truncation: it contradicts phase {state.phase}")
+        raise CheckpointError(f"load_state_dict: truncation: contradicts phase {state.phase}")
     if state.phase is Phase.TICKET and state.mask is None:
-        raise CheckpointError("load_state_dict: mask: a drawn network has one")
+        raise CheckpointError("load_state_dict: mask: missing, but the ticket has been drawn")
 
 
-def _require_own_part(state: _State, rank: int, world_size: int) -> None:
+def _require_rank_state(state: _State, rank: int, world_size: int) -> None:
     if rank == 0 and state.history is None:
         raise CheckpointError(
-            "load_state_dict: history: it is in the state of rank 0 alone, and this is another's"
+            "load_state_dict: history: missing; rank 0 must load the state that rank 0 saved"
         )
-    own = state.rank
+    saved = state.rank
     if state.settings.get("truncation.compression") == "powersgd" and (
-        own is None or (own.number, own.world_size) != (rank, world_size)
+        saved is None or (saved.number, saved.world_size) != (rank, world_size)
     ):
-        whose = "of no rank" if own is None else f"of rank {own.number} of {own.world_size}"
+        whose = "of no rank" if saved is None else f"of rank {saved.number} of {saved.world_size}"
         raise CheckpointError(
             f"load_state_dict: rank: this state is {whose}, and this is rank {rank} of "
-            f"{world_size}; what PowerSGD leaves out is kept on each rank, so let every rank save "
+            f"{world_size}; PowerSGD's error feedback differs on each rank, so let every rank save "
             "and load its own state, with the same world size"
         )
 
 
 def digests_of(state: Mapping[str, Any]) -> dict[str, bytes]:
-    """A digest of every part that must be the same on all ranks."""
-    shared = {key: value for key, value in state.items() if key not in _RANKS_OWN}
+    """Digests, by key, of everything that must be equal on all ranks."""
+    shared = {key: value for key, value in state.items() if key not in _PER_RANK}
     training = {key: value for key, value in state["training"].items() if key != "traffic"}
     return {key: digest_of(value) for key, value in {**shared, "training": training}.items()}
 
 
 def digest_of(value: Any) -> bytes:
-    """Of a nested plain value, on whatever device its tensors are."""
+    """Digest, 16 bytes, of a nested plain value, whatever device its tensors are on."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
         digest.update(part)
@@ -321,7 +323,7 @@ def digest_of(value: Any) -> bytes:
 
 
 def _parts(value: Any) -> Iterator[bytes]:
-    """Different for different nested values."""
+    """An encoding as bytes that is unique for every nested value."""
     if isinstance(value, Tensor):
         yield repr((value.dtype, tuple(value.shape))).encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Observer: what the engine hears of the training it is attached to: steps, inputs, bytes."""
+"""Step hooks: count optimizer steps, record inputs, and add up the bytes sent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["StepHooks", "Traffic"]
 class Traffic:
     """Bytes that this rank hands to collectives.
 
-    Truncated steps are counted; for others one averaging backward pass a step is taken for granted.
+    Steps with a reducer are counted; for others one averaging backward pass per step is assumed.
 
     Attributes:
-        sent_bytes: in the last optimizer step, with all passes since the one before; those of a
-            step that a loss scaler skipped are among them.  Under ZeRO also the weights that ranks
-            tell one another: a rank's share of what all tell.
-        dense_bytes: what a step of the dense network would have sent, after the draw too.
-        total_sent_bytes: gradients of all steps so far.
-        total_dense_bytes: what dense steps would have sent.
-        control_bytes: scores, digests and verdicts of all checks so far.
+        sent_bytes: bytes of the last optimizer step, with all backward passes since the step
+            before, skipped steps of a loss scaler included.  Under ZeRO also this rank's share of
+            the gathered weights.
+        dense_bytes: bytes that a step of the dense network would have sent, after the draw too.
+        total_sent_bytes: sum of ``sent_bytes`` over all steps so far.
+        total_dense_bytes: sum of ``dense_bytes`` over all steps so far.
+        control_bytes: bytes of scores, digests and verdicts in all checks so far.
     """
 
     sent_bytes: int = 0
@@ -44,78 +44,78 @@ class Traffic:
 
 
 class StepHooks:
-    """Counts optimizer steps and remembers the newest inputs.
+    """Counts optimizer steps and records the newest inputs.
 
     Args:
-        network: not wrapped; its training inputs are remembered.
-        stepping: its steps are counted.
-        remembered: is told of them.
-        before_step, hold, after_step: called around every optimizer step, with its number; ``hold``
-            as soon as weights have moved.
+        network: the module that the wrapper calls, whose inputs are recorded.
+        view: the view of the optimizer whose steps are counted.
+        recorded: the recorder, registered as a forward pre-hook.
+        before_step, hold, after_step: called around every optimizer step, the last two with its
+            number; ``hold`` right after weights have changed, with the stepped tensors.
 
     Attributes:
         step: optimizer steps so far.
-        calls: arguments of the newest forward passes in training mode, oldest first.
+        calls: the newest forward passes in training mode, oldest first.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        stepping: OptimizerView,
-        remembered: RecordedInputs,
+        view: OptimizerView,
+        recorded: RecordedInputs,
         before_step: Callable[[], None],
         hold: Callable[[int, Owners], None],
         after_step: Callable[[int], None],
     ) -> None:
         self.step = 0
-        self._is_deaf = False
-        self._remembered = remembered
+        self._is_suspended = False
+        self._recorded = recorded
         self._before_step = before_step
         self._hold = hold
         self._after_step = after_step
-        self._steps: list[Handle] = []
-        self.listen(stepping)
-        self._inputs = network.register_forward_pre_hook(self._remembered, with_kwargs=True)
+        self._step_handles: list[Handle] = []
+        self.register(view)
+        self._input_handle = network.register_forward_pre_hook(self._recorded, with_kwargs=True)
 
     @property
     def calls(self) -> Sequence[RecordedCall]:
-        return self._remembered.calls
+        return self._recorded.calls
 
-    def listen(self, stepping: OptimizerView) -> None:
-        """Count the steps of another optimizer from now on, where it has been built anew."""
-        for handle in self._steps:
+    def register(self, view: OptimizerView) -> None:
+        """Register the hooks on another optimizer, instead of the one before."""
+        for handle in self._step_handles:
             handle.remove()
-        self._steps = stepping.listen(
-            lambda: None if self._is_deaf else self._before_step(),
-            lambda owners: None if self._is_deaf else self._hold(self.step + 1, owners),
-            lambda: None if self._is_deaf else self._stepped(),
+        self._step_handles = view.register_hooks(
+            lambda: None if self._is_suspended else self._before_step(),
+            lambda owners: None if self._is_suspended else self._hold(self.step + 1, owners),
+            lambda: None if self._is_suspended else self._stepped(),
         )
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """Within, steps are none of the training's: DeepSpeed takes one while it is built."""
-        self._is_deaf = True
+    def suspended(self) -> Iterator[None]:
+        """Context in which optimizer steps are ignored: DeepSpeed's initialisation takes one."""
+        self._is_suspended = True
         try:
             yield
         finally:
-            self._is_deaf = False
+            self._is_suspended = False
 
     def _stepped(self) -> None:
         self.step += 1
         self._after_step(self.step)
 
-    def go_on_from(self, step: int, calls: Sequence[RecordedCall]) -> None:
-        """As if ``step`` steps had been taken, and these had been the newest inputs."""
+    def restore(self, step: int, calls: Sequence[RecordedCall]) -> None:
+        """Set the step count and the newest inputs."""
         self.step = step
-        self._remembered.replace(calls)
+        self._recorded.replace(calls)
 
-    def forget_inputs(self) -> None:
-        """Remember no inputs from now on."""
-        self._inputs.remove()
-        self._remembered.replace(())
+    def stop_recording(self) -> None:
+        """Record no inputs from now on."""
+        self._input_handle.remove()
+        self._recorded.replace(())
 
     def remove(self) -> None:
-        """Hear nothing from now on."""
-        self.forget_inputs()
-        for handle in self._steps:
+        """Remove all hooks."""
+        self.stop_recording()
+        for handle in self._step_handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Usage errors: what a training loop can do behind the engine's back, noticed when it matters."""
+"""Usage errors: detect at a check what a training loop has changed without the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMALLEST_LOSS_SCALE = 2**8
 
 
 def require_alone(network: nn.Module) -> None:
-    """Two engines would count every step twice and cut the network under one another.
+    """Refuse a second engine on one network.
 
     Raises:
         ConfigError: another engine is attached.
@@ -33,10 +33,10 @@ def require_alone(network: nn.Module) -> None:
 
 
 class UsageErrors:
-    """Looks at each check whether the training is still the one that the engine knows.
+    """Checks that network, optimizer, hooks and loss are still as the engine expects.
 
     Args:
-        training: that the engine is attached to.
+        training: the engine's training context.
         wants_penalty: whether the penalty should be part of the loss.
     """
 
@@ -44,59 +44,59 @@ class UsageErrors:
         self._training = training
         self._wants_penalty = wants_penalty
         self._num_steps = 0
-        self._listens = True
+        self._counts_penalty = True
         self._has_warned = False
         self._factors: list[Tensor] = []
         self._step = 0
-        self._moves: int | None = None
+        self._weight_versions: int | None = None
         self.follow()
 
     def follow(self) -> None:
-        """The network is another one now, by the engine's own doing."""
+        """Accept the network as it is now, after the engine has changed it."""
         self._parameters = dict(self._training.network.named_parameters())
         self._num_hooks = self._training.num_hooks
-        self.forget_moves()
+        self.forget_weight_versions()
 
-    def forget_moves(self) -> None:
-        """Weights may have been written to, by whom is known."""
-        self._moves = None
+    def forget_weight_versions(self) -> None:
+        """Accept that weights have been written to since the last check."""
+        self._weight_versions = None
 
     def note_step(self, penalised: bool) -> None:
-        """A step, with the penalty in its loss or without."""
+        """Record a step, with the penalty in its loss or without."""
         self._num_steps += 1
         self._wants_penalty &= not penalised
-        self._listens &= not self._factors
+        self._counts_penalty &= not self._factors
 
     def follow_penalty(self, penalty: Tensor) -> None:
-        """Note how many times it enters the loss, in the first step after a check."""
-        if self._listens and penalty.requires_grad:
+        """Record by which factors the penalty enters the loss, in the first step after a check."""
+        if self._counts_penalty and penalty.requires_grad:
             penalty.register_hook(self._factors.append)
 
-    def require_heard(self) -> None:
-        """Between two calls weights must not move without a step that is heard.
+    def require_steps_seen(self) -> None:
+        """Require that weights have not changed since the last call without a counted step.
 
         Raises:
             ConfigError: they have.
         """
-        moves = sum(parameter._version for parameter in self._parameters.values())
-        if self._moves not in (None, moves) and self._training.step == self._step:
-            raise ConfigError(f"check: weights have moved, but {self._unheard()}")
-        self._moves, self._step = moves, self._training.step
+        versions = sum(parameter._version for parameter in self._parameters.values())
+        if self._weight_versions not in (None, versions) and self._training.step == self._step:
+            raise ConfigError(f"check: weights have changed, but {self._no_step_seen()}")
+        self._weight_versions, self._step = versions, self._training.step
 
     def require_step(self, since_last_check: int, is_first: bool) -> None:
-        """Between two masks there must be steps.
+        """Require at least one step between two masks.
 
         Raises:
-            ConfigError: there were none.
+            ConfigError: there was none.
         """
         if not since_last_check and not is_first:
-            raise ConfigError(f"check: {self._unheard()}")
+            raise ConfigError(f"check: {self._no_step_seen()}")
 
     def require_unchanged(self, where: str) -> None:
-        """The network must have the parameters, and its wrapper the hooks, that it had.
+        """Require the parameters of the network and the hooks of its wrapper to be unchanged.
 
         Raises:
-            ConfigError: a parameter has been replaced, added or taken away.
+            ConfigError: a parameter has been replaced, added or removed.
             BackendError: a communication hook has been registered.
         """
         now = dict(self._training.network.named_parameters())
@@ -111,14 +111,14 @@ class UsageErrors:
         if self._training.num_hooks > self._num_hooks:
             raise BackendError(
                 f"{where}: a communication hook has been registered on the model since attach, "
-                "and truncation needs the only place for one; use truncation.compression"
+                "but DDP allows only one, which truncation needs; use truncation.compression"
             )
 
     def warn_of_no_penalty(self) -> None:
-        """Without it scales do not become small, and say little of what can go."""
+        """Warn if no step so far had the penalty in its loss: scales do not become small then."""
         if self._wants_penalty and self._num_steps:
             self._wants_penalty = False
-            if self._training.ranks.rank == 0:
+            if self._training.comm.rank == 0:
                 logger.warning(
                     "check: search.l1 is set, but none of the %d steps so far had "
                     "engine.penalty() in its loss: (loss + engine.penalty()).backward(); where no "
@@ -127,34 +127,34 @@ class UsageErrors:
                 )
 
     def warn_of_scaled_penalty(self, l1: float) -> None:
-        """Multiplied by hand it is another penalty than the settings say."""
+        """Warn if the penalty was multiplied before it was added to the loss."""
         factors = [float(factor) for factor in self._factors]
         self._factors.clear()
-        self._listens = not self._has_warned
+        self._counts_penalty = not self._has_warned
         if not factors or self._has_warned or _is_whole(factors):
             return
-        self._has_warned, self._listens = True, False
-        if self._training.ranks.rank == 0:
+        self._has_warned, self._counts_penalty = True, False
+        if self._training.comm.rank == 0:
             logger.warning(
-                "check: engine.penalty() enters the loss %.4g times, so that scales are penalised "
-                "by %.4g instead of search.l1 = %.4g; add it to the loss as it is, and write what "
-                "you want into search.l1",
+                "check: engine.penalty() enters the loss with factor %.4g, so that scales are "
+                "penalised by %.4g instead of search.l1 = %.4g; add it to the loss unscaled, and "
+                "set search.l1 to the weight you want",
                 sum(factors),
                 sum(factors) * l1,
                 l1,
             )
 
-    def _unheard(self) -> str:
+    def _no_step_seen(self) -> str:
         return (
-            f"no optimizer step has been heard since step {self._step}. The engine listens to the "
-            f"{type(self._training.optimizer).__name__} that it was attached with: one that is "
-            "made anew needs a new attach"
+            f"no optimizer step has been counted since step {self._step}. The engine's hooks are "
+            f"on the {type(self._training.optimizer).__name__} that it was attached with: after "
+            "making a new optimizer, attach again"
         )
 
 
 def _is_whole(factors: Sequence[float]) -> bool:
-    """Whether the passes of a step had the penalty in their losses once each, or once all together;
-    or as many times as a loss scaler multiplies the loss, which is a power of two."""
+    """Whether the penalty entered the loss once per pass or once per step, up to a loss scale,
+    which is a power of two."""
 
     def once(factor: float) -> bool:
         scaled = factor >= _SMALLEST_LOSS_SCALE and math.log2(factor).is_integer()

@@ -1,1 +1,1 @@
-"""Channel groups: the slices of parameters that live and die together."""
+"""Channel groups: the parameter slices that are kept or removed together."""

@@ -1,12 +1,12 @@
-"""Channel groups: the slices of parameters that live and die together.
+"""Channel groups: the parameter slices that are kept or removed together.
 
 For a network ``conv -> norm -> relu -> next`` the group of the conv is
 
     channel c = filter c of conv, scale c and shift c of norm, input column(s) c of next
 
-and residual sums tie the filters of several convs into one group.  A head of an attention is a
-channel too: its rows of query, key and value, its gate, and the columns that read it.  All indices
-are those of the whole, unpruned network.
+and residual sums tie the filters of several convs into one group.  An attention head is a channel
+too: its rows of query, key and value, its gate, and the columns that read it.  All indices refer to
+the unpruned network.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = ["ChannelGroup", "Groups", "Member"]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """The part that one module has in a group.
+    """The slices of one module in a group.
 
     Attributes:
-        module: its name in the unwrapped network.
+        module: the module's name in the unwrapped network.
         role: ``producer`` (its outputs are the channels), ``norm``, ``gate`` (a factor for each
-            channel), or ``consumer`` (its inputs).
-        positions: int64 ``[channels, k]``: the places along that dimension of the parameters that
-            each channel takes; k > 1 behind a flatten, in heads and in grouped convolutions.
-        parameters: the sliced parameters, each with the dimension it is sliced along.
+            channel), or ``consumer`` (its inputs are the channels).
+        positions: int64 ``[channels, k]``: the indices of each channel along the sliced dimension;
+            k > 1 behind a flatten, in attention heads and in grouped convolutions.
+        parameters: the sliced parameters: (name, sliced dimension).
     """
 
     module: str
@@ -50,13 +50,13 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that are kept or dropped one by one, each with all its slices.
+    """Channels that can be kept or dropped independently, each with all its slices.
 
     Attributes:
-        name: of the first module that produces the channels.
-        num_channels: how many channels.
-        members: every module that holds slices, in the network's order.
-        tied: whether a sum ties the outputs of several layers to one another.
+        name: the name of the first module that produces the channels.
+        num_channels: the number of channels.
+        members: the modules that hold slices of the channels, in network order.
+        tied: whether a sum (residual connection) couples the outputs of several layers.
     """
 
     name: str
@@ -71,31 +71,31 @@ class ChannelGroup:
 
     @property
     def norms(self) -> tuple[Member, ...]:
-        return self._having("norm")
+        return self._with_role("norm")
 
     @property
     def gates(self) -> tuple[Member, ...]:
-        return self._having("gate")
+        return self._with_role("gate")
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        return self._having("consumer")
+        return self._with_role("consumer")
 
     @property
-    def silencers(self) -> tuple[Member, ...]:
-        """The members whose zeros make a channel zero: its norms' scales and shifts, or its gate;
-        where there is neither, the layers that produce it."""
-        return self.norms or self.gates or self._having("producer")
+    def zeroing_members(self) -> tuple[Member, ...]:
+        """The members to set to zero so that a channel becomes zero: its norms' scales and shifts,
+        or else its gate, or else the layers that produce it."""
+        return self.norms or self.gates or self._with_role("producer")
 
-    def _having(self, role: str) -> tuple[Member, ...]:
+    def _with_role(self, role: str) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.role == role)
 
 
 class Groups(Sequence[ChannelGroup]):
-    """All channel groups of a network, in the network's order.
+    """All channel groups of a network, in network order.
 
     Attributes:
-        dense: for each norm, or module without one, that is in no group, why it is left dense.
+        dense: by module name, the reason why a norm (or a layer without norm) is in no group.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], dense: Mapping[str, str]) -> None:
@@ -104,25 +104,25 @@ class Groups(Sequence[ChannelGroup]):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Channels of each group."""
+        """The number of channels of each group."""
         return {group.name: group.num_channels for group in self._groups}
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many places in a norm or a layer each channel of a group takes."""
-        return {group.name: group.silencers[0].positions.shape[1] for group in self._groups}
+        """The number of indices that one channel of each group takes in its norm or layer."""
+        return {group.name: group.zeroing_members[0].positions.shape[1] for group in self._groups}
 
     @property
     def num_channels(self) -> int:
         return sum(self.sizes.values())
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector ``[num_channels]`` over all channels, group by group."""
+        """Split a vector ``[num_channels]`` over all channels by group."""
         sizes = self.sizes
         return dict(zip(sizes, vector.split(list(sizes.values())), strict=True))
 
     def without(self, reasons: Mapping[str, str]) -> Groups:
-        """The same, but the groups named are left dense for these reasons."""
+        """Return the groups without those in ``reasons``, which stay dense for these reasons."""
         left = {
             name: reasons[group.name]
             for group in self._groups
@@ -132,25 +132,25 @@ class Groups(Sequence[ChannelGroup]):
         rest = [group for group in self._groups if group.name not in reasons]
         return Groups(rest, self.dense | left)
 
-    def left_by(self, mask: Mask) -> Groups:
-        """The groups of the network that is left when the channels which a mask drops have been
-        removed: the same members, their places counted anew.
+    def after_removing(self, mask: Mask) -> Groups:
+        """Return the groups of the network from which the dropped channels have been removed: the
+        same members, with renumbered positions.
 
         Args:
-            mask: of these groups; it keeps a channel of each.
+            mask: a mask over these groups that keeps at least one channel of each.
         """
         gone: dict[tuple[str, int], list[Tensor]] = {}
         for group in self._groups:
             for member in group.members:
-                places = member.positions[~mask[group.name]].flatten()
+                indices = member.positions[~mask[group.name]].flatten()
                 for parameter in member.parameters:
-                    gone.setdefault(parameter, []).append(places)
-        removed = {parameter: torch.cat(places).unique() for parameter, places in gone.items()}
-        return Groups([_left(group, mask[group.name], removed) for group in self], self.dense)
+                    gone.setdefault(parameter, []).append(indices)
+        removed = {parameter: torch.cat(indices).unique() for parameter, indices in gone.items()}
+        return Groups([_reduced(group, mask[group.name], removed) for group in self], self.dense)
 
     @property
     def digests(self) -> dict[str, bytes]:
-        """The structure of each group: equal if and only if ranks mean the same slices."""
+        """The digest of each group's structure: equal if and only if the slices are the same."""
         digests = {}
         for group in self._groups:
             structure = hashlib.blake2b(repr(group.tied).encode(), digest_size=16)
@@ -167,17 +167,19 @@ class Groups(Sequence[ChannelGroup]):
         return len(self._groups)
 
 
-def _left(
+def _reduced(
     group: ChannelGroup, kept: Tensor, removed: Mapping[tuple[str, int], Tensor]
 ) -> ChannelGroup:
-    """A group without the channels that are not kept.
+    """Return a group without its dropped channels.
 
     Args:
-        removed: of every sliced dimension of a parameter, the places that go, ascending.
+        group: the group before removal.
+        kept: bool ``[channels]``, True = kept.
+        removed: by (parameter, dimension), the removed indices in ascending order.
     """
     members = []
     for member in group.members:
-        places = member.positions[kept]
-        shifts = torch.searchsorted(removed[member.parameters[0]], places)
-        members.append(dataclasses.replace(member, positions=places - shifts))
+        indices = member.positions[kept]
+        shifts = torch.searchsorted(removed[member.parameters[0]], indices)
+        members.append(dataclasses.replace(member, positions=indices - shifts))
     return dataclasses.replace(group, num_channels=int(kept.sum()), members=tuple(members))

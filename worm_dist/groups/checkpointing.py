@@ -1,5 +1,4 @@
-"""Checkpointing: blocks that are computed again in the backward pass are looked into as others
-are."""
+"""Activation checkpointing: switched off while a network is traced."""
 
 from __future__ import annotations
 
@@ -14,18 +13,20 @@ __all__ = ["checkpointing_off"]
 
 @contextmanager
 def checkpointing_off() -> Iterator[None]:
-    """Within, ``torch.utils.checkpoint`` calls what it is given and no more.  Its reentrant way
-    hides a block behind a single node of the graph."""
+    """Make ``torch.utils.checkpoint`` call the given function directly within the context.
 
-    def plainly(run: Callable[..., Any], preserves_random: bool, *args: Any) -> Any:
+    Reentrant checkpointing would hide a block behind a single node of the autograd graph.
+    """
+
+    def run_directly(run: Callable[..., Any], preserves_rng: bool, *args: Any) -> Any:
         return run(*args)
 
-    own = vars(CheckpointFunction).get("apply")
-    CheckpointFunction.apply = plainly
+    original = vars(CheckpointFunction).get("apply")
+    CheckpointFunction.apply = run_directly
     try:
         yield
     finally:
-        if own is None:
-            del CheckpointFunction.apply  # it is inherited
+        if original is None:
+            del CheckpointFunction.apply  # falls back to the inherited one
         else:
-            CheckpointFunction.apply = own
+            CheckpointFunction.apply = original

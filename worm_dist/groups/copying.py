@@ -1,4 +1,4 @@
-"""Copying: a network's copy to try things on, so that the network itself is left as it was."""
+"""Copies of a network to run and modify, so that the network itself stays unchanged."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from torch.overrides import TorchFunctionMode
 from ..errors import ConfigError
 from .forward import undisturbed
 
-__all__ = ["copied", "scratch"]
+__all__ = ["copied", "scratch_copy"]
 
 
 @contextmanager
-def scratch(network: nn.Module) -> Iterator[nn.Module]:
-    """Within, a copy of the network in eval mode, to be run and to be changed.  The random state is
-    afterwards what it was, and so is the network: buffers that a forward pass writes to, and
-    modules and hooks that it installs when it first runs, are the copy's.
+def scratch_copy(network: nn.Module) -> Iterator[nn.Module]:
+    """Provide a copy of the network in eval mode, to be run and modified.
+
+    Random states are restored afterwards.  Buffers that a forward pass writes to, and modules and
+    hooks that it installs on its first run, belong to the copy only.
 
     Raises:
-        ConfigError: it cannot be copied.
+        ConfigError: the network cannot be copied.
     """
     try:
-        apart = copied(network)
-    except Exception as error:  # whatever a foreign part may raise
+        network_copy = copied(network)
+    except Exception as error:  # user code may raise anything
         raise ConfigError(
-            f"model: no copy of it can be made to try things on, because of "
-            f"{_at_fault(network)}: {type(error).__name__}: {error}"
+            f"model: it cannot be copied for a trial run, because of "
+            f"{_uncopyable_module(network)}: {type(error).__name__}: {error}"
         ) from error
-    with undisturbed(apart):
-        yield apart
+    with undisturbed(network_copy):
+        yield network_copy
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the network but what cannot be copied, such as locks and
-    process groups, and nothing with its training: what hooks it holds are the network's own, and
-    the graph of tensors that it keeps is left behind."""
-    with _GraphsLeftBehind():
+    """Return a deep copy of the network.
+
+    Only what cannot be copied, such as locks and process groups, is shared.  Hooks are copied with
+    the modules; the autograd graphs of stored tensors are not.
+    """
+    with _WithoutGraphs():
         try:
             return copy.deepcopy(network)
-        except Exception:  # whatever a foreign part may raise
+        except Exception:  # user code may raise anything
             shared = (
                 part
                 for module in network.modules()
@@ -53,10 +56,10 @@ def copied(network: nn.Module) -> nn.Module:
             return copy.deepcopy(network, {id(part): part for part in shared})
 
 
-class _GraphsLeftBehind(TorchFunctionMode):
-    """Within, tensors that have a graph are copied without it; torch refuses to copy them.
+class _WithoutGraphs(TorchFunctionMode):
+    """Copy tensors that have an autograd graph without it; ``deepcopy`` of torch refuses them.
 
-    Networks keep such, and so do hooks: a feature for a loss of its own, a weight that
+    Modules and hooks may store such tensors: a feature for an auxiliary loss, or a weight that
     ``weight_norm`` or ``prune`` has computed.
     """
 
@@ -70,7 +73,7 @@ class _GraphsLeftBehind(TorchFunctionMode):
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What a module's attributes hold, also in containers."""
+    """Iterate over the values of a module's attributes, also inside containers."""
     if isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _parts(part)
@@ -79,21 +82,21 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _copies(part: Any) -> bool:
-    """Whether a part of a module can be copied; modules, and methods of modules, are not asked."""
+    """Whether an attribute value can be copied; assumed for modules, tensors and their methods."""
     if isinstance(getattr(part, "__self__", part), (nn.Module, Tensor)):
         return True
     try:
         copy.deepcopy(part)
-    except Exception:  # whatever a foreign part may raise
+    except Exception:  # user code may raise anything
         return False
     return True
 
 
-def _at_fault(network: nn.Module) -> str:
-    """The innermost module that cannot be copied."""
+def _uncopyable_module(network: nn.Module) -> str:
+    """Describe the innermost module that cannot be copied, for an error message."""
     for name, module in reversed(list(network.named_modules())):
         try:
             copied(module)
-        except Exception:  # whatever a foreign part may raise
+        except Exception:  # user code may raise anything
             return f"{name or 'the network'} ({type(module).__name__})"
-    return "what holds its modules together"
+    return "the container of its modules"

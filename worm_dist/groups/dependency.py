@@ -1,7 +1,7 @@
-"""Coupling: which layers share their channels, and at which places.
+"""Dependencies: the layers that share channels, and the indices of these channels.
 
-Read from the graph of the whole, unpruned network.  Where that cannot be built, the graphs of its
-parts are, and the network is traced once more around the parts that are at fault.
+Read from the dependency graph of the unpruned network.  If that cannot be built, the submodules are
+traced separately, and the network is traced again with stand-ins for the untraceable ones.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from .checkpointing import checkpointing_off
 from .forward import floats, undisturbed
 from .graph import Graph
 from .nested import mapped
-from .opaque_modules import Port, PortPruner, standing_in
+from .opaque_modules import Port, PortPruner, stand_ins_for
 from .training_mode import deciding_modules, in_training
 
 __all__ = ["Coupled", "coupled_layers"]
 
-_MOST_QUESTIONS = 100_000
-"""Questions for the width of a layer after which no more graphs are built: some seconds.  Counted,
-not timed, so that all ranks give up at the same place.  DenseNet-201 takes 1424."""
+_MAX_WIDTH_QUERIES = 100_000
+"""Limit on queries for a layer's width, after which no more graphs are built: some seconds.
+Counted, not timed, so that all ranks give up at the same point.  DenseNet-201 takes 1424."""
 
 
 @dataclass(frozen=True, eq=False)
 class Coupled:
-    """Layers that share their channels.
+    """Layers that share channels.
 
     Attributes:
-        stream: of the channels.
-        whole: whether the whole network was traced at once.
+        stream: the stream of these channels.
+        whole: whether the network was traced in one piece, so that its outputs are known.
     """
 
     stream: Stream
@@ -44,25 +44,25 @@ class Coupled:
 def coupled_layers(
     network: nn.Module, example_inputs: Any, opaque: Collection[nn.Module]
 ) -> tuple[list[Coupled], dict[nn.Module, str]]:
-    """All sets of coupled channels.
+    """Find all sets of coupled channels.
 
     Args:
-        network: not wrapped.
-        example_inputs: as for ``forward.run``.
-        opaque: modules that are not looked into.
+        network: the unwrapped network.
+        example_inputs: inputs as for ``forward.run``.
+        opaque: modules whose inside is not traced.
 
     Returns:
-        The sets, and the modules that could not be traced, each with the reason.
+        The sets, and the reason for each module that could not be traced.
     """
     with undisturbed(network), checkpointing_off(), torch.enable_grad():
-        # The graph follows autograd, which does not see what does not train.
+        # The graph follows autograd, which ignores parameters that do not require gradients.
         network.requires_grad_(True)
         tracer = _Tracer(network, example_inputs, opaque)
         return tracer.trace(network, _Call.of(example_inputs)), tracer.untraced
 
 
 class _Call(NamedTuple):
-    """What a module was called with."""
+    """The arguments of one module call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -83,28 +83,28 @@ class _Tracer:
         self._network = network
         self._deciding = deciding_modules(network, example_inputs)
         self._opaque = set(opaque)
-        self._questions = iter(range(_MOST_QUESTIONS))
+        self._queries = iter(range(_MAX_WIDTH_QUERIES))
         self.untraced: dict[nn.Module, str] = {}
 
     def trace(self, module: nn.Module, call: _Call) -> list[Coupled]:
-        """The sets of coupled channels in a module; what cannot be traced becomes opaque."""
+        """Find the coupled channels of a module; submodules that cannot be traced become opaque."""
         if not any(True for _ in module.parameters()):
             return []
         try:
             return self._coupled(module, call)
-        except Exception as error:  # whatever a foreign tracer may raise
+        except Exception as error:  # user code and torch-pruning may raise anything
             reason = f"{type(error).__name__}: {error}"
         inside = {
-            child: self.trace(child, its_call)
-            for child, its_call in self._calls(module, call)
+            child: self.trace(child, child_call)
+            for child, child_call in self._calls(module, call)
             if child not in self._opaque
         }
-        hidden = [child for child in inside if child in self._opaque]
-        if hidden:
+        opaque_parts = [child for child in inside if child in self._opaque]
+        if opaque_parts:
             try:
-                # Once more, around what is at fault.
+                # Again, with stand-ins for the untraceable submodules.
                 around = self._coupled(module, call)
-                return around + [found for child in hidden for found in inside[child]]
+                return around + [found for child in opaque_parts for found in inside[child]]
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         self._opaque.add(module)
@@ -112,14 +112,14 @@ class _Tracer:
         return [found for sets in inside.values() for found in sets]
 
     def _coupled(self, module: nn.Module, call: _Call) -> list[Coupled]:
-        graph = Graph(self._questions)
-        hidden = [part for part in module.modules() if part in self._opaque]
-        with standing_in(module, hidden, lambda: self._run(module, call)):
+        graph = Graph(self._queries)
+        opaque_parts = [part for part in module.modules() if part in self._opaque]
+        with stand_ins_for(module, opaque_parts, lambda: self._run(module, call)):
             graph.build_dependency(
                 module,
                 example_inputs=call,
                 forward_fn=self._run,
-                output_transform=_with_a_gradient,
+                output_transform=_with_gradient,
                 customized_pruners={Port: PortPruner()},
                 verbose=False,
             )
@@ -131,12 +131,11 @@ class _Tracer:
             return module(*args, **kwargs)
 
     def _calls(self, module: nn.Module, call: _Call) -> list[tuple[nn.Module, _Call]]:
-        """The children that a call of the module calls, each with its first call."""
+        """Return the children that a call of the module runs, each with its first call."""
         calls: dict[nn.Module, _Call] = {}
 
-        def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A list may grow once the child has read it, as DenseNet's features do, and a tensor
-            # be written to.
+        def record(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Arguments may change later: DenseNet's list of features grows, tensors are modified.
             args, kwargs = mapped((args, kwargs), lambda tensor: tensor.detach().clone())
             calls.setdefault(child, _Call(args, kwargs))
 
@@ -146,7 +145,7 @@ class _Tracer:
             for child in module.children()
             for part in (child.children() if _is_container(child) else (child,))
         ]
-        handles = [child.register_forward_pre_hook(note, with_kwargs=True) for child in children]
+        handles = [child.register_forward_pre_hook(record, with_kwargs=True) for child in children]
         try:
             with torch.no_grad():
                 self._run(module, call)
@@ -156,15 +155,16 @@ class _Tracer:
         return list(calls.items())
 
 
-def _with_a_gradient(output: Any) -> list[Tensor]:
-    """What the graph is followed from.
+def _with_gradient(output: Any) -> list[Tensor]:
+    """Return the outputs that require gradients, from which the graph is traced.
 
     Raises:
-        ValueError: nothing, as where a detector finds nothing; its parts are traced then.
+        ValueError: there are none, such as when a detector detects nothing; its submodules are
+            traced instead.
     """
     found = [each for each in floats(output) if each.requires_grad]
     if not found:
-        raise ValueError("nothing that it puts out has a gradient")
+        raise ValueError("none of its outputs has a gradient")
     return found
 
 

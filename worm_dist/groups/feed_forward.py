@@ -1,11 +1,11 @@
-"""Feed-forward: pairs of linear layers, the neurons of the first read by the second alone.
+"""Feed-forward pairs: two linear layers, where only the second reads the neurons of the first.
 
 For ``first -> activation -> second`` a neuron is
 
     neuron n = row n of first with its bias, and column n of second
 
-Only kinds are known in which nothing between the two mixes neurons.  Where they are multiplied by
-a gate (SwiGLU and its kin), normalised or summed over, they are left dense.
+Only pairs with elementwise operations between the two layers are supported.  Where neurons are
+multiplied by a learned gate (SwiGLU and variants), normalised or summed over, they stay dense.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchvision.ops import MLP
 
 __all__ = ["find_feed_forwards"]
 
-_OF_EACH_NEURON = (
+_ELEMENTWISE = (
     nn.Dropout,
     nn.ELU,
     nn.GELU,
@@ -33,15 +33,15 @@ _OF_EACH_NEURON = (
     nn.Tanh,
 )
 _PAIRS = (("fc1", "fc2"), ("lin1", "lin2"))
-"""In modules that hold nothing else: timm's and Hugging Face's, DistilBERT's."""
+"""Layer names in modules without other parameters: timm and Hugging Face; DistilBERT."""
 
 
 def find_feed_forwards(network: nn.Module) -> list[tuple[str, str]]:
-    """The names of the layers that make and that read neurons, pair by pair in network order.
+    """Find the names of (producing layer, reading layer) pairs, in network order.
 
-    Understood are nn.TransformerEncoderLayer and DecoderLayer, torchvision's MLP (so also
-    MLPBlock) and ConvNeXt block, timm's Mlp, and the feed-forward layers of Hugging Face's BERT,
-    DistilBERT, ViT and CLIP.
+    Supported are nn.TransformerEncoderLayer and DecoderLayer, torchvision's MLP (so also MLPBlock)
+    and ConvNeXt block, timm's Mlp, and the feed-forward layers of BERT, DistilBERT, ViT and CLIP of
+    Hugging Face.
     """
     found = []
     for name, module in network.named_modules():
@@ -55,7 +55,7 @@ def find_feed_forwards(network: nn.Module) -> list[tuple[str, str]]:
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names within the module of what may be such a pair."""
+    """Yield the names, relative to the module, of candidate pairs."""
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         yield "linear1", "linear2"
     elif isinstance(module, MLP):
@@ -77,12 +77,12 @@ def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _neighbours(sequence: nn.Sequential) -> Iterator[tuple[str, str]]:
-    """Linear layers with nothing between them but what acts on each neuron alone."""
+    """Yield consecutive linear layers with only elementwise modules between them."""
     first: str | None = None
     for name, module in sequence.named_children():
         if isinstance(module, nn.Linear):
             if first is not None:
                 yield first, name
             first = name
-        elif not isinstance(module, _OF_EACH_NEURON):
+        elif not isinstance(module, _ELEMENTWISE):
             first = None

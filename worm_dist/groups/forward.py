@@ -1,4 +1,4 @@
-"""Forward: look at a network by running it on example inputs, and leave it as it was."""
+"""Forward passes on example inputs that leave the network's state unchanged."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ __all__ = ["buffers_kept", "floats", "run", "undisturbed"]
 
 
 def run(network: nn.Module, example_inputs: Any) -> Any:
-    """One forward pass on one input, a tuple of inputs, or a dict of keyword inputs; they stay as
-    they are, even if the network writes to what it is given."""
+    """Run one forward pass on copies of the inputs, since a network may modify its inputs.
+
+    Args:
+        network: the network to run.
+        example_inputs: one input, a tuple of inputs, or a dict of keyword inputs.
+    """
     inputs = mapped(example_inputs, lambda tensor: tensor.detach().clone())
     if isinstance(inputs, Mapping):
         return network(**inputs)
@@ -28,20 +32,20 @@ def run(network: nn.Module, example_inputs: Any) -> Any:
 
 
 def floats(output: Any) -> Iterator[Tensor]:
-    """The floating point tensors in what a network takes or puts out, however nested."""
+    """Iterate over the non-empty floating point tensors in nested inputs or outputs."""
     return (each for each in tensors_in(output) if each.is_floating_point() and each.numel())
 
 
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Within, the network is in eval mode; afterwards its modes, what trains, and the random states
-    (torch's, Python's, numpy's) are what they were, also after an error.  Hooks that a network
-    installs when it first runs stay, since it believes in them.
+    """Put the network in eval mode; afterwards restore its modes, ``requires_grad`` flags and the
+    random states of torch, Python and numpy, also after an error.
 
-    torch's fast path for transformers is off within: where inputs are padded it puts out zeros, the
-    plain path does not, and a network that has lost heads takes the plain one.
+    Hooks that a network installs on its first run stay, since the network relies on them.  torch's
+    fast path for transformers is off within: it outputs zeros for padded inputs, unlike the plain
+    path, which a network with removed heads takes.
     """
-    modules_random, numpys_random = random.getstate(), numpy.random.get_state()
+    python_rng, numpy_rng = random.getstate(), numpy.random.get_state()
     modes = {module: module.training for module in network.modules()}
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
@@ -52,8 +56,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(modules_random)
-        numpy.random.set_state(numpys_random)
+        random.setstate(python_rng)
+        numpy.random.set_state(numpy_rng)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
@@ -63,8 +67,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(network: nn.Module) -> Iterator[None]:
-    """Within, forward passes may write to statistics, queues and the like; afterwards all buffers
-    are the same tensors with the same values, also after an error."""
+    """Restore all buffers afterwards to the same tensors with the same values, also after an error.
+
+    Forward passes within may write to statistics, queues and other buffers.
+    """
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in network.modules()
@@ -75,7 +81,7 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer  # a pass may have put another in its place
-            if not buffer.is_inference():  # what was made in inference mode nobody can write to
+            module._buffers[name] = buffer  # a pass may have replaced it
+            if not buffer.is_inference():  # inference tensors cannot be written to
                 with torch.no_grad():
                     buffer.copy_(value)

@@ -1,8 +1,8 @@
-"""Plan: from the frozen channels to the live and the frozen part of every parameter.
+"""Freeze plan: the live and the frozen part of every parameter, given the frozen channels.
 
 A frozen channel freezes its scales, whole rows of its producers and, in scope ``coupled``, whole
-columns of its consumers.  So the live part of a parameter is always a block: some of its rows, and
-of those some columns.
+columns of its consumers.  So the live part of a parameter is always a block: a subset of rows times
+a subset of columns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Block:
     """The live part of one parameter.
 
     Attributes:
-        shape: of the whole parameter.
-        live: for every sliced dimension (0 for rows, 1 for columns), the int64 indices that live,
-            on the parameter's device; a dimension that is not here lives whole.
-        frozen: the same for the indices that are frozen.
-        live_shape: shape of the live part; dimensions as in ``shape``.
+        shape: the shape of the whole parameter.
+        live: the live int64 indices of every sliced dimension (0 for rows, 1 for columns), on the
+            parameter's device; dimensions that are not listed are live as a whole.
+        frozen: the frozen indices of the same dimensions.
+        live_shape: the shape of the live part; dimensions as in ``shape``.
     """
 
     shape: torch.Size
@@ -52,40 +52,43 @@ class Block:
 
     @property
     def num_live(self) -> int:
-        """Elements of the live part."""
+        """The number of elements of the live part."""
         return prod(self.live_shape)
 
     def part(self, begin: int, num_elements: int) -> Block:
-        """The block of consecutive elements of the flattened parameter; all of them are a block as
-        it is, fewer are one row each."""
+        """Return the block of a slice of the flattened parameter, such as a ZeRO shard.
+
+        The full slice gives this block itself; a shorter one gives a one-dimensional block.
+        """
         if num_elements == self.shape.numel():
             return self
         device = next(iter(self.live.values())).device
-        lives = torch.ones(self.shape, dtype=torch.bool, device=device)
+        is_live = torch.ones(self.shape, dtype=torch.bool, device=device)
         for dim, frozen in self.frozen.items():
-            lives.index_fill_(dim, frozen, False)
-        lives = lives.flatten()[begin : begin + num_elements]
+            is_live.index_fill_(dim, frozen, False)
+        is_live = is_live.flatten()[begin : begin + num_elements]
         return Block(
-            lives.shape,
-            live={0: lives.nonzero().flatten()},
-            frozen={0: (~lives).nonzero().flatten()},
+            is_live.shape,
+            live={0: is_live.nonzero().flatten()},
+            frozen={0: (~is_live).nonzero().flatten()},
         )
 
 
 class FreezePlan:
-    """Which part of every parameter lives, for one generation of frozen channels.
+    """The live part of every parameter, for one generation of frozen channels.
 
     Args:
-        network: not wrapped.
-        groups: its channel groups.
+        network: the unwrapped network.
+        groups: the network's channel groups.
         frozen: bool ``[num_channels]``, True = frozen.
         scope: which slices of a frozen channel freeze.
-        silent: bool ``[num_channels]``, frozen channels that put out exact zeros: the gradients of
-            their consumers' columns are exact zeros too, so these need not be sent in any scope.
+        zero_output: bool ``[num_channels]``, True = frozen and with an output of exact zeros.  The
+            gradients of its consumers' columns are exact zeros too, so they are not sent in any
+            scope.
 
     Attributes:
-        blocks: a block for every parameter with a frozen part, by parameter; also for those that do
-            not train at the moment.
+        blocks: the block of every parameter with a frozen part, by parameter; also for parameters
+            with ``requires_grad=False``.
     """
 
     def __init__(
@@ -94,50 +97,51 @@ class FreezePlan:
         groups: Groups,
         frozen: Tensor,
         scope: Scope,
-        silent: Tensor | None = None,
+        zero_output: Tensor | None = None,
     ) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
-        silent = torch.zeros_like(frozen) if silent is None else silent
-        here = zip(groups, groups.split(frozen).values(), groups.split(silent).values())
-        for group, frozen_here, silent_here in here:
+        zero_output = torch.zeros_like(frozen) if zero_output is None else zero_output
+        here = zip(groups, groups.split(frozen).values(), groups.split(zero_output).values())
+        for group, frozen_here, zero_here in here:
             for member in group.members:
                 freezes = _freezes(group, member, scope)
-                channels = frozen_here if freezes else silent_here & (member.role == "consumer")
+                channels = frozen_here if freezes else zero_here & (member.role == "consumer")
                 if bool(channels.any()):
-                    places = member.positions[channels].flatten()
+                    indices = member.positions[channels].flatten()
                     for name, dim in member.parameters:
                         shape = parameters[name].shape
                         along = frozen_along.setdefault(name, {})
-                        along.setdefault(dim, torch.zeros(shape[dim], dtype=torch.bool))[places] = 1
+                        flags = along.setdefault(dim, torch.zeros(shape[dim], dtype=torch.bool))
+                        flags[indices] = True
         self.blocks: dict[Tensor, Block] = {
             parameters[name]: _block(parameters[name], along)
             for name, along in frozen_along.items()
         }
 
     def num_live(self, parameters: Iterable[Tensor]) -> int:
-        """How many elements of these parameters live."""
+        """Return the number of live elements of these parameters."""
         return sum(self.blocks[p].num_live if p in self.blocks else p.numel() for p in parameters)
 
     def live_fraction(self, parameters: Collection[Tensor]) -> float:
-        """How many that is, of all their elements."""
+        """Return the live share of all elements of these parameters, 0 to 1."""
         return self.num_live(parameters) / sum(p.numel() for p in parameters)
 
 
 def _freezes(group: ChannelGroup, member: Member, scope: Scope) -> bool:
-    """Whether a frozen channel's slices in a member freeze; ``norm`` means whatever scales it."""
-    if member in group.silencers or scope == "coupled":
+    """Whether the slices of frozen channels in a member freeze; scope ``norm`` covers gates too."""
+    if member in group.zeroing_members or scope == "coupled":
         return True
-    # A gate is a factor of the columns that read its channel: they freeze together.
+    # A gate scales the columns that read its channel, so they freeze together.
     return scope == "producer" and (member.role == "producer" or bool(group.gates))
 
 
 def _block(parameter: nn.Parameter, along: Mapping[int, Tensor]) -> Block:
-    def places(flags: Tensor) -> Tensor:
+    def indices(flags: Tensor) -> Tensor:
         return flags.nonzero().flatten().to(parameter.device)
 
     return Block(
         parameter.shape,
-        live={dim: places(~flags) for dim, flags in along.items()},
-        frozen={dim: places(flags) for dim, flags in along.items()},
+        live={dim: indices(~flags) for dim, flags in along.items()},
+        frozen={dim: indices(flags) for dim, flags in along.items()},
     )

@@ -1,8 +1,8 @@
-"""Gates: a learnable factor for every head of attention and every neuron of feed-forward layers.
+"""Gates: a learnable factor for every attention head and every feed-forward neuron.
 
-What is scaled is what the next layer reads of it: the effective weight of that layer is the
-weight times the factor of each column's head or neuron.  Factors take the place of the scales of
-BatchNorm that transformers do not have (EarlyBERT, Chen et al. 2021, arXiv 2101.00063).
+A gate scales the columns of the layer that reads the head or neuron: the effective weight is the
+weight times the factor of each column's head or neuron.  Transformers have no BatchNorm, so gates
+take the place of its scales (EarlyBERT, Chen et al. 2021, arXiv 2101.00063).
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ __all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gates_of", "remov
 
 
 class Gate(nn.Module):
-    """A factor for each of equally many neighbouring columns of a weight.
+    """A parametrization that scales equally sized blocks of adjacent columns of a weight.
+
+    Args:
+        num_factors: the number of blocks: heads or neurons.
+        weight: the weight ``[outputs, inputs]``; gives dtype and device.
 
     Attributes:
-        scale: ``[heads]`` or ``[neurons]``, ones at first.
+        scale: the factors ``[heads]`` or ``[neurons]``, initially ones.
     """
 
     def __init__(self, num_factors: int, weight: Tensor) -> None:
@@ -34,29 +38,29 @@ class Gate(nn.Module):
         self.scale = nn.Parameter(ones)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight ``[outputs, inputs]``, its columns multiplied."""
+        """Return the weight ``[outputs, inputs]`` with scaled columns."""
         by_factor = weight.unflatten(1, (len(self.scale), -1))
         scaled: Tensor = by_factor * self.scale.unsqueeze(1)
         return scaled.flatten(1)
 
 
 def add_gates(network: nn.Module) -> nn.Module:
-    """Give every head and every neuron that is understood a factor of one.
+    """Add a gate with factor one to every supported head and neuron.
 
-    What the network computes is unchanged.  It gains the parameters
+    The network's outputs are unchanged.  It gains the parameters
     ``<layer>.parametrizations.weight.0.scale``, to be trained like any other, best without weight
-    decay; and the weight of such a layer is called ``<layer>.parametrizations.weight.original``,
-    so load what is trained already before.  Gated networks can be copied, wrapped and compiled,
-    but saved only as a ``state_dict``; ``fold_gates`` makes plain layers of them.
+    decay.  The weight of a gated layer is renamed ``<layer>.parametrizations.weight.original``, so
+    load pretrained weights before.  Gated networks can be copied, wrapped and compiled, but saved
+    only as a ``state_dict``; ``fold_gates`` turns them into plain layers.
 
     Args:
-        network: not wrapped; changed in place.
+        network: the unwrapped network; modified in place.
 
     Returns:
         The same network.
 
     Raises:
-        ConfigError: it has gates, or nothing that could be gated.
+        ConfigError: the network already has gates, or no layer that could be gated.
     """
     if gates_of(network):
         raise ConfigError("model: it has gates already; add_gates is to be called once")
@@ -71,7 +75,7 @@ def add_gates(network: nn.Module) -> nn.Module:
     gateable = [
         reader
         for reader, layer in layers.items()
-        # What another layer computes with must not change when the gate is folded.
+        # Folding a gate would change a weight that is shared with another layer.
         if not parametrize.is_parametrized(layer) and uses[layer.get_parameter("weight")] == 1
     ]
     if not gateable:
@@ -86,7 +90,7 @@ def add_gates(network: nn.Module) -> nn.Module:
 
 
 def gates_of(network: nn.Module) -> list[tuple[str, Gate]]:
-    """Every gate with the name of the layer whose weight it scales, in the network's order."""
+    """Return (name of the gated layer, gate) for every gate, in network order."""
     suffix = ".parametrizations.weight.0"
     return [
         (name.removesuffix(suffix), module)
@@ -96,10 +100,13 @@ def gates_of(network: nn.Module) -> list[tuple[str, Gate]]:
 
 
 def fold_gates(network: nn.Module) -> None:
-    """Make plain layers of gated ones; what they compute with is unchanged, bit for bit.
+    """Turn gated layers into plain ones with bit-identical effective weights.
 
-    Every weight stays the parameter that it is, so optimizers go on with it; master weights that
-    an optimizer keeps are not told.
+    Every weight stays the same parameter object, so optimizers keep working; separate master
+    weights of an optimizer are not updated.
+
+    Args:
+        network: the unwrapped network; modified in place.
 
     Raises:
         ConfigError: a gated layer has another parametrization too.
@@ -110,12 +117,15 @@ def fold_gates(network: nn.Module) -> None:
 
 @torch.no_grad()
 def absorb_gates(network: nn.Module) -> None:
-    """Multiply every gate into its weight, and set it to one.
+    """Multiply every gate into its weight, and reset its factors to one.
+
+    Args:
+        network: the unwrapped network; modified in place.
 
     Raises:
         ConfigError: a gated layer has another parametrization too.
     """
-    _require_alone(network)
+    _require_sole_parametrization(network)
     for reader, gate in gates_of(network):
         original = network.get_parameter(weight_of(network, reader))
         replace_data(original, gate(original))
@@ -123,25 +133,28 @@ def absorb_gates(network: nn.Module) -> None:
 
 
 def remove_gates(network: nn.Module) -> None:
-    """Take the gates away, whatever they are; the weights stay as they are without them.
+    """Remove the gates without applying their factors to the weights.
+
+    Args:
+        network: the unwrapped network; modified in place.
 
     Raises:
         ConfigError: a gated layer has another parametrization too.
     """
-    _require_alone(network)
+    _require_sole_parametrization(network)
     for reader, _ in gates_of(network):
         layer = network.get_submodule(reader)
         original = layer.get_parameter("parametrizations.weight.original")
-        # torch's own removal deletes the weight of the class, which copies of the layer share.
+        # torch's remove_parametrizations deletes a class attribute that copies of the layer share.
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
         others = dict(layer._parameters)
         layer._parameters.clear()
-        layer.register_parameter("weight", original)  # first, as the layer was built
+        layer.register_parameter("weight", original)  # first, as in an ungated layer
         layer._parameters.update(others)
 
 
-def _require_alone(network: nn.Module) -> None:
+def _require_sole_parametrization(network: nn.Module) -> None:
     for reader, gate in gates_of(network):
         parametrizations = network.get_submodule(f"{reader}.parametrizations")
         ours = [parametrizations, parametrizations.weight, gate]

@@ -1,8 +1,8 @@
-"""Graph: torch-pruning's dependency graph of a network (Fang et al., CVPR 2023).
+"""Dependency graph of a network, based on torch-pruning (Fang et al., CVPR 2023).
 
-Where channels move, behind a flatten, a shuffle, a concatenation, a split, a slice or a padding,
-their places are taken from the shapes that autograd has seen; torch-pruning guesses them from the
-layers around.
+Where operations move channels (flatten, shuffle, concatenation, split, slice, padding), their
+indices are computed from the shapes that autograd recorded; torch-pruning guesses them from the
+neighbouring layers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch_pruning
 from torch import nn
 from torch_pruning.ops import OPTYPE
 
-from .reshapes import Rearrangement, kind_of, rearranges, shape_of, wrapped
+from .reshapes import Rearrangement, normalized_dim, only_rearranges, op_name, shape_of
 
-__all__ = ["Graph", "Spot"]
+__all__ = ["ChannelIndex", "Graph"]
 
 _CHANNELS_SECOND = (
     nn.modules.conv._ConvNd,
@@ -36,47 +36,52 @@ _OPERATIONS = (
     OPTYPE.SLICE,
 )
 
-_Move = Callable[[int], Iterable[int]]
-"""From a place to those where the channel is on the other side of an operation."""
+_IndexMap = Callable[[int], Iterable[int]]
+"""Map from an index to the indices of the same channel on the other side of an operation."""
 
 
-class Spot(NamedTuple):
-    """A channel at a place, by the names that torch-pruning uses."""
+class ChannelIndex(NamedTuple):
+    """An index and the channel at it, with the field names of torch-pruning.
+
+    Attributes:
+        idx: the index in the current tensor.
+        root_idx: the number of the channel.
+    """
 
     idx: int
     root_idx: int
 
 
 class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
-    """Only to be looked at: nothing is pruned with it.
+    """A dependency graph that is only read; nothing is pruned with it.
 
     Args:
-        questions: one is taken for every question for a width; when they are at an end, so is the
-            patience: torch-pruning asks again and again where a network has many ways.
+        queries: an iterator that is advanced at every query for a layer's width.  When it is
+            exhausted, building fails: torch-pruning repeats queries in networks with many paths.
 
     Attributes:
-        alike: of operations that deal with channels in equal parts, the number of a place within
-            its part: only if the parts lose the same do they stay equal.
+        part_index: for each operation that treats channels in equal parts, a function from an index
+            to the index within its part.  Channels with the same one must be removed together.
     """
 
-    def __init__(self, questions: Iterator[int]) -> None:
+    def __init__(self, queries: Iterator[int]) -> None:
         super().__init__()
-        self._questions = questions
-        self.alike: dict[Any, Callable[[int], int]] = {}
+        self._queries = queries
+        self.part_index: dict[Any, Callable[[int], int]] = {}
         self._nodes: dict[Any, Any] = {}
         self._dims: dict[Any, int | None] = {}
 
     def get_out_channels(self, module_or_node: Any) -> Any:
-        self._ask()
+        self._count_query()
         return super().get_out_channels(module_or_node)
 
     def get_in_channels(self, module_or_node: Any) -> Any:
-        self._ask()
+        self._count_query()
         return super().get_in_channels(module_or_node)
 
-    def _ask(self) -> None:
-        if next(self._questions, None) is None:
-            raise TimeoutError("too many ways lead through it")
+    def _count_query(self) -> None:
+        if next(self._queries, None) is None:
+            raise TimeoutError("too many paths lead through it")
 
     def _build_dependency(self, module2node: dict[Any, Any]) -> None:
         super()._build_dependency(module2node)
@@ -89,26 +94,28 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
             "SplitWithSizes": self._split,
         }
         for node in [node for node in module2node.values() if node.type in _OPERATIONS]:
-            move = self._rearrange if _ends_moves(node) else moving.get(kind_of(node.grad_fn))
+            move = (
+                self._rearrange if _ends_rearrangement(node) else moving.get(op_name(node.grad_fn))
+            )
             dims = [dim for source in node.inputs if (dim := self._dim(source)) is not None]
             known = move is not None and bool(dims) and move(node, dims[0])
             if known or node.type == OPTYPE.RESHAPE:
-                node.type = OPTYPE.ELEMENTWISE  # torch-pruning does not look at it again
+                node.type = OPTYPE.ELEMENTWISE  # keeps torch-pruning from changing the maps again
 
     def _rearrange(self, node: Any, dim: int) -> bool:
         move = self._rearrangement(node)
-        if move is not None and not move.is_none:
-            _moves_in(node, [(_looked_up(move.places), _looked_up(move.channels))])
-            if move.in_parts_of:
-                self.alike[node] = lambda place: move.channels[place][0] % move.in_parts_of
+        if move is not None and not move.is_identity:
+            _set_input_maps(node, [(_from_table(move.indices), _from_table(move.channels))])
+            if move.part_size:
+                self.part_index[node] = lambda index: move.channels[index][0] % move.part_size
         return True
 
     def _concatenate(self, node: Any, dim: int) -> bool:
         whole = shape_of(node.grad_fn)
-        if wrapped(node.grad_fn._saved_dim, len(whole)) != dim:
+        if normalized_dim(node.grad_fn._saved_dim, len(whole)) != dim:
             return True
         parts = node.grad_fn.next_functions
-        # What needs no gradient is not in the graph, such as what the network takes in.
+        # Tensors without gradient, such as the network's inputs, are not in the graph.
         sizes = [None if fn is None else shape_of(fn, number)[dim] for fn, number in parts]
         if sizes.count(None) > 1:
             return False
@@ -119,12 +126,12 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
             if fn is not None and getattr(fn, "variable", node.module) in self._nodes:
                 shifts.append(_shift(start, size or 0))
             start += rest if size is None else size
-        _moves_in(node, shifts)
+        _set_input_maps(node, shifts)
         return True
 
     def _split(self, node: Any, dim: int) -> bool:
         pieces = [shape_of(node.grad_fn, n) for n in range(len(node.grad_fn._input_metadata))]
-        if wrapped(node.grad_fn._saved_dim, len(pieces[0])) != dim:
+        if normalized_dim(node.grad_fn._saved_dim, len(pieces[0])) != dim:
             return True
         sizes = [piece[dim] for piece in pieces]
         shifts = [_shift(sum(sizes[:number]), size) for number, size in enumerate(sizes)]
@@ -135,27 +142,28 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         if any(len(numbers) != node.outputs.count(reader) for reader, numbers in reads.items()):
             return False
         for reader, numbers in reads.items():
-            ways = zip(_ways(node, reader), _ways(reader, node), numbers)
-            for forth, back, number in ways:
+            edges = zip(_edges(node, reader), _edges(reader, node), numbers)
+            for forth, back, number in edges:
                 to_whole, to_piece = shifts[number]
-                # Forth: out of the whole, then to wherever the reader puts it.  Back: the reverse.
-                forth.index_mapping[0] = _applied(to_piece)
-                back.index_mapping[1] = _applied(to_whole)
-        if kind_of(node.grad_fn) == "Split" and len(set(sizes)) == 1:
-            self.alike[node] = lambda place: place % sizes[0]
+                # Forward: from the whole to the piece, then through the reader's own map.
+                # Backward: the reverse.
+                forth.index_mapping[0] = _as_index_mapping(to_piece)
+                back.index_mapping[1] = _as_index_mapping(to_whole)
+        if op_name(node.grad_fn) == "Split" and len(set(sizes)) == 1:
+            self.part_index[node] = lambda index: index % sizes[0]
         return True
 
     def _slice(self, node: Any, dim: int) -> bool:
         fn = node.grad_fn
-        size, num_places = fn._saved_self_sym_sizes[dim], shape_of(fn)[dim]
-        start, step = wrapped(fn._saved_start, size + 1), fn._saved_step
-        if wrapped(fn._saved_dim, len(shape_of(fn))) == dim and num_places < size:
+        size, sliced_size = fn._saved_self_sym_sizes[dim], shape_of(fn)[dim]
+        start, step = normalized_dim(fn._saved_start, size + 1), fn._saved_step
+        if normalized_dim(fn._saved_dim, len(shape_of(fn))) == dim and sliced_size < size:
 
-            def to_slice(place: int) -> Iterable[int]:
-                there, off = divmod(place - start, step)
-                return [there] if not off and 0 <= there < num_places else []
+            def to_slice(index: int) -> Iterable[int]:
+                there, off = divmod(index - start, step)
+                return [there] if not off and 0 <= there < sliced_size else []
 
-            _moves_in(node, [(to_slice, lambda place: [place * step + start])])
+            _set_input_maps(node, [(to_slice, lambda index: [index * step + start])])
         return True
 
     def _pad(self, node: Any, dim: int) -> bool:
@@ -163,15 +171,15 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         behind = 2 * (len(shape) - 1 - dim)  # the last dimension comes first
         if behind < len(pad):
             before, after = pad[behind : behind + 2]
-            _moves_in(node, [_shift(before, shape[dim] - before - after)])
+            _set_input_maps(node, [_shift(before, shape[dim] - before - after)])
         return True
 
     def _rearrangement(self, node: Any) -> Rearrangement | None:
-        """What this operation and those just before it do together; None if it is not known where
-        the channels were."""
+        """Return the combined rearrangement of this operation and its direct predecessors; None if
+        the channel dimension before them is unknown."""
         operations = [node.grad_fn]
         (source,) = node.inputs
-        while _rearranges(source) and not _ends_moves(source):
+        while _only_rearranges(source) and not _ends_rearrangement(source):
             operations.insert(0, source.grad_fn)
             (source,) = source.inputs
         dim = self._dim(source)
@@ -181,79 +189,85 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         return Rearrangement.by(operations, shape_of(fn, number), dim)
 
     def _dim(self, node: Any) -> int | None:
-        """The dimension along which the channels of a node's output lie; None if not known."""
+        """Return the channel dimension of a node's output; None if unknown."""
         if node not in self._dims:
-            self._dims[node] = None  # where a layer is used twice there may be loops
-            self._dims[node] = self._look_for_dim(node)
+            self._dims[node] = None  # ends the recursion in loops, when a layer is used twice
+            self._dims[node] = self._find_dim(node)
         return self._dims[node]
 
-    def _look_for_dim(self, node: Any) -> int | None:
+    def _find_dim(self, node: Any) -> int | None:
         if isinstance(node.module, _CHANNELS_SECOND):
             return 1
         if isinstance(node.module, _CHANNELS_LAST):
             return len(shape_of(node.grad_fn)) - 1
         if node.type not in _OPERATIONS:
             return None
-        if _ends_moves(node):
+        if _ends_rearrangement(node):
             move = self._rearrangement(node)
             return None if move is None else move.dim
         for source in node.inputs:
             dim = self._dim(source)
             if dim is not None:
-                return _after(node.grad_fn, source.grad_fn, dim)
+                return _dim_after(node.grad_fn, source.grad_fn, dim)
         return None
 
 
-def _rearranges(node: Any) -> bool:
-    return node.type in _OPERATIONS and rearranges(node.grad_fn) and len(node.inputs) == 1
+def _only_rearranges(node: Any) -> bool:
+    return node.type in _OPERATIONS and only_rearranges(node.grad_fn) and len(node.inputs) == 1
 
 
-def _ends_moves(node: Any) -> bool:
-    """Whether an operation rearranges, and not all that reads its output does."""
-    return _rearranges(node) and not (node.outputs and all(map(_rearranges, node.outputs)))
+def _ends_rearrangement(node: Any) -> bool:
+    """Whether an operation rearranges elements and at least one reader of its output does not."""
+    return _only_rearranges(node) and not (
+        node.outputs and all(map(_only_rearranges, node.outputs))
+    )
 
 
-def _after(grad_fn: Any, source: Any, dim: int) -> int | None:
-    """Where channels along ``dim`` of the source lie in what an operation makes of it, which may be
-    a mean over some dimensions."""
+def _dim_after(grad_fn: Any, source: Any, dim: int) -> int | None:
+    """Return the dimension of ``dim`` after an operation that may reduce some dimensions.
+
+    None if ``dim`` itself is reduced.
+    """
     before, after = len(shape_of(source)), len(shape_of(grad_fn))
     if after >= before:
         return dim + after - before
     gone = getattr(grad_fn, "_saved_dim", ())
-    gone = {wrapped(each, before) for each in (gone if isinstance(gone, Sequence) else (gone,))}
+    gone = {
+        normalized_dim(each, before) for each in (gone if isinstance(gone, Sequence) else (gone,))
+    }
     return None if dim in gone else dim - sum(each < dim for each in gone)
 
 
-def _shift(start: int, size: int) -> tuple[_Move, _Move]:
-    """From a part to the whole, and back."""
+def _shift(start: int, size: int) -> tuple[_IndexMap, _IndexMap]:
+    """Return the index maps from a part to the whole and back."""
 
-    def to_part(place: int) -> Iterable[int]:
-        return [place - start] if start <= place < start + size else []
+    def to_part(index: int) -> Iterable[int]:
+        return [index - start] if start <= index < start + size else []
 
-    return (lambda place: [place + start]), to_part
-
-
-def _looked_up(table: Sequence[Sequence[int]]) -> _Move:
-    """By the table; what it does not have is nowhere."""
-    return lambda place: table[place] if place < len(table) else [-1]
+    return (lambda index: [index + start]), to_part
 
 
-def _moves_in(node: Any, moves: Sequence[tuple[_Move, _Move]]) -> None:
-    """Channels move on their way into a node: how each input's do, and how they move back."""
+def _from_table(table: Sequence[Sequence[int]]) -> _IndexMap:
+    """Return a map that looks up indices in a table; -1, which is out of range, if missing."""
+    return lambda index: table[index] if index < len(table) else [-1]
+
+
+def _set_input_maps(node: Any, moves: Sequence[tuple[_IndexMap, _IndexMap]]) -> None:
+    """Set the index maps, forward and backward, between a node and each of its inputs."""
     numbers: dict[Any, int] = {}
     for source, (forth, back) in zip(node.inputs, moves, strict=True):
         number = numbers.get(source, 0)
         numbers[source] = number + 1
-        _ways(source, node)[number].index_mapping[1] = _applied(forth)
-        _ways(node, source)[number].index_mapping[0] = _applied(back)
+        _edges(source, node)[number].index_mapping[1] = _as_index_mapping(forth)
+        _edges(node, source)[number].index_mapping[0] = _as_index_mapping(back)
 
 
-def _ways(one: Any, other: Any) -> list[Any]:
+def _edges(one: Any, other: Any) -> list[Any]:
     return [dependency for dependency in one.dependencies if dependency.target is other]
 
 
-def _applied(move: _Move) -> Callable[[Iterable[Any]], list[Spot]]:
-    def mapping(spots: Iterable[Any]) -> list[Spot]:
-        return [Spot(place, spot.root_idx) for spot in spots for place in move(spot.idx)]
+def _as_index_mapping(move: _IndexMap) -> Callable[[Iterable[Any]], list[ChannelIndex]]:
+    def mapping(entries: Iterable[Any]) -> list[ChannelIndex]:
+        return [ChannelIndex(index, each.root_idx) for each in entries for index in move(each.idx)]
 
     return mapping

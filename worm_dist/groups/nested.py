@@ -1,4 +1,4 @@
-"""Nested: the tensors in what a network takes or puts out."""
+"""Tensors in nested inputs and outputs of a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["mapped", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nested value."""
+    """Iterate over all tensors in a nested value."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -24,8 +24,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nested value, of the same types, with every tensor replaced; what is none of the
-    usual containers is left as it is."""
+    """Return the nested value with ``function`` applied to every tensor.
+
+    Containers (mappings, tuples, lists) keep their types; all other values are left as they are.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Stand-in: what is in the place of a module that tracing does not look into."""
+"""Opaque modules: stand-ins for modules whose inside is not traced."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from .forward import floats
 
-__all__ = ["Port", "PortPruner", "standing_in"]
+__all__ = ["Port", "PortPruner", "stand_ins_for"]
 
 
 class _StandIn(nn.Module):
-    """In the place of an opaque module: gives what that gave, without its inner workings."""
+    """A replacement for an opaque module that returns the recorded outputs of that module.
+
+    Args:
+        module: the opaque module.
+        outputs: the outputs of the module's calls, in order.
+    """
 
     def __init__(self, module: nn.Module, outputs: Sequence[Any]) -> None:
         super().__init__()
@@ -27,21 +32,23 @@ class _StandIn(nn.Module):
         self.__dict__["_num_calls"] = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Tracing may run the network several times, each time alike.
+        # Tracing may run the network several times, each time with the same calls.
         output = self._outputs[self._num_calls % len(self._outputs)]
         self.__dict__["_num_calls"] += 1
         read = [each for each in floats((args, kwargs)) if each.requires_grad]
-        return _put_out(output, iter(self.ports), read or [torch.zeros((), requires_grad=True)])
+        return _through_ports(
+            output, iter(self.ports), read or [torch.zeros((), requires_grad=True)]
+        )
 
     def __getattr__(self, name: str) -> Any:
-        """Code around a module looks at its attributes, torch's own transformer layers do."""
+        """Return the opaque module's attribute; torch's transformer layers read some of a child."""
         if name in self._modules:
             return self._modules[name]
         return getattr(self.__dict__["_stands_for"], name)
 
 
 class Port(nn.Module):
-    """One of the tensors that an opaque module puts out, one node of the graph."""
+    """One output tensor of an opaque module, as a node of the graph."""
 
     stands_for: nn.Module
 
@@ -53,30 +60,30 @@ class Port(nn.Module):
         return _Opaque.apply(output, *read)
 
 
-def _put_out(output: Any, ports: Iterator[nn.Module], read: Sequence[Tensor]) -> Any:
-    """The same output, its tensors through the ports."""
+def _through_ports(output: Any, ports: Iterator[nn.Module], read: Sequence[Tensor]) -> Any:
+    """Return the same nested output with each float tensor passed through a port."""
     if isinstance(output, Tensor):
         is_float = output.is_floating_point() and output.numel()
         return next(ports)(output, read) if is_float else output
     if isinstance(output, Mapping):
-        same: Any = copy.copy(output)  # of its own type, which may be a library's
+        same: Any = copy.copy(output)  # keeps its type, which may be a library's
         for name, part in output.items():
-            same[name] = _put_out(part, ports, read)
+            same[name] = _through_ports(part, ports, read)
         return same
     if isinstance(output, (tuple, list)):
-        parts = [_put_out(part, ports, read) for part in output]
+        parts = [_through_ports(part, ports, read) for part in output]
         return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
     return output
 
 
 class PortPruner(BasePruningFunc):  # type: ignore[misc]
-    """For torch-pruning, a module whose inputs and outputs have nothing to do with each other."""
+    """The torch-pruning handler of a port, whose inputs and outputs share no channels."""
 
     def prune_out_channels(self, layer: Any, idxs: Any) -> Any:
-        raise AssertionError("the graph is only looked at")
+        raise AssertionError("the graph is read-only")
 
     def prune_in_channels(self, layer: Any, idxs: Any) -> Any:
-        raise AssertionError("the graph is only looked at")
+        raise AssertionError("the graph is read-only")
 
     def get_out_channels(self, layer: Any) -> None:
         return None
@@ -86,7 +93,7 @@ class PortPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 class _Opaque(torch.autograd.Function):
-    """One node of the autograd graph, from anything to anything."""
+    """A single autograd node from all inputs of an opaque module to one output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *read: Tensor) -> Tensor:
@@ -94,25 +101,27 @@ class _Opaque(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("the graph is only looked at")
+        raise AssertionError("the graph is read-only")
 
 
 @contextmanager
-def standing_in(
-    module: nn.Module, hidden: Sequence[nn.Module], call: Callable[[], Any]
+def stand_ins_for(
+    module: nn.Module, opaque: Sequence[nn.Module], call: Callable[[], Any]
 ) -> Iterator[None]:
-    """Within, stand-ins are in the places of the hidden parts of a module.
+    """Replace the opaque parts of a module by stand-ins within the context.
 
     Args:
-        call: runs the module, as it will be run within.
+        module: the module that contains them.
+        opaque: the opaque parts.
+        call: a function that runs the module as it will be run within the context.
     """
-    outermost = _outermost(module, hidden)
+    outermost = _outermost(module, opaque)
     outputs: dict[nn.Module, list[Any]] = {part: [] for part in outermost}
 
-    def note(part: nn.Module, args: Any, output: Any) -> None:
+    def record(part: nn.Module, args: Any, output: Any) -> None:
         outputs[part].append(output)
 
-    handles = [part.register_forward_hook(note) for part in outermost]
+    handles = [part.register_forward_hook(record) for part in outermost]
     try:
         if handles:
             with torch.no_grad():
@@ -134,6 +143,6 @@ def standing_in(
             parent._modules[name] = child
 
 
-def _outermost(module: nn.Module, hidden: Sequence[nn.Module]) -> list[nn.Module]:
-    inner = {part for outer in hidden for part in outer.modules() if part is not outer}
-    return [part for part in hidden if part not in inner and part is not module]
+def _outermost(module: nn.Module, opaque: Sequence[nn.Module]) -> list[nn.Module]:
+    inner = {part for outer in opaque for part in outer.modules() if part is not outer}
+    return [part for part in opaque if part not in inner and part is not module]

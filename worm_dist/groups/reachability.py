@@ -1,8 +1,8 @@
-"""Reach: layers that the example inputs do not reach, and the channels that they may use.
+"""Reachability: layers that the example inputs do not reach, and the channels they may use.
 
-An auxiliary norm that runs on request, an expert that the router passes over, a branch for an input
-that is optional: nobody knows what such a layer reads.  Cut around it, it would fail at its first
-call.  So channels stay dense that it may use: those of its own width that are nearest to it.
+The inputs of such a layer are unknown: an auxiliary norm, an expert that the router skips, a branch
+for an optional input.  If the channels it reads were removed, its first call would fail.  So the
+nearest groups with the same width as the layer stay dense.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["reasons_of_unreached"]
 def reasons_of_unreached(
     network: nn.Module, reached: Collection[nn.Module], groups: Sequence[ChannelGroup]
 ) -> dict[str, str]:
-    """The groups, by name, that layers out of reach may use, each with the reason.
+    """Find the groups that unreached layers may use, by name, each with the reason.
 
     Args:
-        network: not wrapped.
-        reached: the modules that run.
-        groups: of the network.
+        network: the unwrapped network.
+        reached: the modules that run on the example inputs.
+        groups: the network's channel groups.
     """
     widths = {
         group.name: {member.positions.numel() for member in group.members} for group in groups
@@ -32,8 +32,10 @@ def reasons_of_unreached(
     reasons: dict[str, str] = {}
     for name, module in network.named_modules():
         for width in () if module in reached else _widths(module):
-            for outer in _around(name):
-                near = [g.name for g in groups if width in widths[g.name] and _within(g, outer)]
+            for outer in _ancestors(name):
+                near = [
+                    g.name for g in groups if width in widths[g.name] and _has_member_in(g, outer)
+                ]
                 if near:
                     reason = (
                         f"{name}, which the example inputs do not reach, is {width} wide too and "
@@ -45,19 +47,19 @@ def reasons_of_unreached(
 
 
 def _widths(module: nn.Module) -> set[int]:
-    """What its own parameters and buffers measure along their first two dimensions."""
+    """Return the sizes of a module's own parameters and buffers in their first two dimensions."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return {size for tensor in own for size in tensor.shape[:2] if size > 1}
 
 
-def _around(name: str) -> Iterator[str]:
-    """The names of the modules that a module is in, from within to the network."""
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the names of a module's ancestors, from its parent up to the network ("")."""
     while name:
         name = name.rpartition(".")[0]
         yield name
 
 
-def _within(group: ChannelGroup, outer: str) -> bool:
+def _has_member_in(group: ChannelGroup, outer: str) -> bool:
     return any(
         not outer or member.module == outer or member.module.startswith(f"{outer}.")
         for member in group.members

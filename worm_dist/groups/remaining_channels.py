@@ -1,8 +1,7 @@
-"""Remaining channels: those of the dense network that have not been removed.
+"""Remaining channels: the channels of the dense network that have not been removed.
 
-Masks, scores and the history are over the channels of the dense network, from the first check to
-the last.  The network itself loses channels in stages; what freezes its slices counts those that it
-still has.
+Masks, scores and the history always cover the channels of the dense network.  The network itself
+loses channels in stages, and slices are frozen by the indices of the channels that remain.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ __all__ = ["RemainingChannels"]
 
 
 class RemainingChannels:
-    """Which channels the network still has, and where.
+    """The channels that the network still has, and their indices.
 
     Args:
-        groups: of the dense network.
+        groups: the channel groups of the dense network.
 
     Attributes:
-        groups: of the network as it is now.
-        removed: bool ``[num_channels of the dense network]``.
+        groups: the channel groups of the current network.
+        removed: bool ``[num_channels of the dense network]``, True = removed.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -36,25 +35,24 @@ class RemainingChannels:
         return int(self.removed.sum())
 
     def of(self, dense: Tensor) -> Tensor:
-        """Values for every channel of the dense network: those of the channels left."""
+        """Select the values of the remaining channels from values for the dense network."""
         return dense[~self.removed]
 
     def mask_of(self, dense: Mask) -> Mask:
-        """A mask over the dense network's channels as one over the channels left."""
+        """Convert a mask over the dense network's channels to one over the remaining channels."""
         return Mask.from_vector(self.groups.sizes, self.of(dense.keep))
 
     def numbers(self, channels: Tensor) -> Tensor:
-        """int64: the numbers, among those left, of channels counted in the dense network."""
+        """Convert int64 channel indices of the dense network to indices of remaining channels."""
         return ((~self.removed).cumsum(0) - 1)[channels]
 
     def in_dense(self, flags: Tensor) -> Tensor:
-        """Flags of the channels left as flags of all channels of the dense network; what has been
-        removed is True."""
+        """Expand flags of remaining channels to the dense network; removed channels are True."""
         dense = self.removed.clone()
         dense[~self.removed] = flags
         return dense
 
     def remove(self, dense: Mask) -> None:
-        """What a mask over the dense network's channels drops has been removed."""
-        self.groups = self.groups.left_by(self.mask_of(dense))
+        """Record that the channels dropped by a mask over the dense network have been removed."""
+        self.groups = self.groups.after_removing(self.mask_of(dense))
         self.removed = ~dense.keep

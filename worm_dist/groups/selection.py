@@ -1,4 +1,4 @@
-"""Choice: which of the groups found are searched, and why the others are left dense."""
+"""Selection: the groups that are searched, and the reasons why others stay dense."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..config import SearchConfig
 from ..errors import ConfigError
 from .channel_groups import ChannelGroup, Groups, Member
 
-__all__ = ["chosen", "importance_of"]
+__all__ = ["importance_of", "select_groups"]
 
 
 Importance: TypeAlias = Literal["scale", "norm_scale", "gate", "weight_norm"]
 
 
-def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Groups:
-    """The groups that the settings let the search have, the others left dense with the reason.
+def select_groups(groups: Groups, search: SearchConfig, any_group: bool = False) -> Groups:
+    """Select the groups to search; the others stay dense with the reason.
 
     Args:
-        groups: all of a network.
-        search: ``importance``, ``coupling`` and ``dense`` choose.
-        any_group: whether a score of the user's own takes the place of ``importance``.
+        groups: all channel groups of a network.
+        search: the search settings; ``importance``, ``coupling`` and ``dense`` are used.
+        any_group: whether a custom importance replaces ``search.importance``.
 
     Raises:
         ConfigError: a pattern of ``search.dense`` matches no module of any group.
@@ -32,7 +32,7 @@ def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Gro
     for pattern in search.dense:
         matched = [group.name for group in groups if _matches(group, pattern)]
         if not matched:
-            raise ConfigError(_without_effect(pattern, groups))
+            raise ConfigError(_unmatched_message(pattern, groups))
         reasons |= dict.fromkeys(matched, f"search.dense has {pattern!r}")
     importance = importance_of(search, groups)
     for group in groups:
@@ -46,11 +46,11 @@ def chosen(groups: Groups, search: SearchConfig, any_group: bool = False) -> Gro
 
 
 def importance_of(search: SearchConfig, groups: Sequence[ChannelGroup]) -> Importance:
-    """What ranks the channels of these groups; ``auto`` is settled by what they have."""
+    """Return the importance that ranks these groups, with ``auto`` resolved."""
     if search.importance != "auto":
         return search.importance
     has_scales = any(group.norms or group.gates for group in groups)
-    # Ranked layer by layer, it is the layers' scales that count.
+    # Grouping by layer ranks the scales of the norms.
     return "scale" if has_scales or search.grouping == "layer" else "weight_norm"
 
 
@@ -65,15 +65,15 @@ def _why_unranked(group: ChannelGroup, importance: Importance) -> str | None:
 
 
 def _matches(group: ChannelGroup, pattern: str) -> bool:
-    return any(fnmatchcase(member.module, pattern) for member in _cut(group))
+    return any(fnmatchcase(member.module, pattern) for member in _prunable_members(group))
 
 
-def _cut(group: ChannelGroup) -> list[Member]:
+def _prunable_members(group: ChannelGroup) -> list[Member]:
     return [member for member in group.members if member.role != "consumer"]
 
 
-def _without_effect(pattern: str, groups: Groups) -> str:
-    names = sorted({member.module for group in groups for member in _cut(group)})
+def _unmatched_message(pattern: str, groups: Groups) -> str:
+    names = sorted({member.module for group in groups for member in _prunable_members(group)})
     near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"search.dense: {pattern!r} matches no module whose channels could be cut{hint}"

@@ -1,4 +1,4 @@
-"""Tracing: from a network to its channel groups."""
+"""Tracing: finds the channel groups of a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .attention import Attention, find_attentions, weight_of
 from .channel_flow import Layer
 from .channel_groups import ChannelGroup, Groups, Member
-from .copying import scratch
+from .copying import scratch_copy
 from .dependency import Coupled, coupled_layers
 from .forward import run, undisturbed
 from .grouped_conv import interleaved
@@ -25,31 +25,33 @@ __all__ = ["find_groups"]
 
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
-_PUT_OUT = "its channels are what the network puts out"
-_MADE_LATE = (
-    "model: its parameter {name} is made, or gets another name, by its first forward pass; run it "
+_IS_OUTPUT = "its channels are outputs of the network"
+_LATE_PARAMETER = (
+    "model: its parameter {name} is created or renamed by its first forward pass; run it "
     "once, then wrap it, make the optimizer and attach"
 )
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
-    """The channel groups of a network: channels of convolutions, neurons of linear layers, heads
-    of attentions; maybe none.  It is a copy that is looked at.
+    """Find the channel groups of a network: channels of convolutions, neurons of linear layers and
+    attention heads.
+
+    A copy of the network is traced.  The result may be empty.
 
     Args:
-        network: not wrapped.
+        network: the unwrapped network.
         example_inputs: one input, a tuple of inputs, or a dict of keyword inputs, on the
-            network's device.  They are run through the network, in eval mode.
+            network's device; they are run through the network in eval mode.
 
     Raises:
-        ConfigError: the network cannot be run with these inputs, or not be copied; parts of it are
-            TorchScript, were made in inference mode, or are made by the first forward pass.
+        ConfigError: the network cannot be copied or run with these inputs; parts of it are
+            TorchScript, were created in inference mode, or are created by the first forward pass.
     """
     _require_modules(network)
-    with scratch(network) as apart:
-        groups = _groups(apart, example_inputs)
-        _require_parameters_of(apart, network)
+    with scratch_copy(network) as network_copy:
+        groups = _groups(network_copy, example_inputs)
+        _require_parameters_of(network_copy, network)
     return groups
 
 
@@ -58,18 +60,18 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     attentions, dense = find_attentions(network)
     opaque = [network.get_submodule(attention.module) for attention in attentions]
     sets, untraced = coupled_layers(network, example_inputs, opaque)
-    reading = _Reading(network)
-    dense |= {reading.names[module]: f"not traced: {why}" for module, why in untraced.items()}
+    builder = _GroupBuilder(network)
+    dense |= {builder.names[module]: f"not traced: {why}" for module, why in untraced.items()}
     found = [_head_group(attention, network) for attention in attentions]
     for coupled in sets:
-        group = reading.group_of(coupled)
+        group = builder.group_of(coupled)
         if isinstance(group, ChannelGroup):
             found.append(group)
         else:
             dense |= group
-    _name_the_rest(network, found, dense)
-    _name_the_uncalled(network, sets, [*opaque, *untraced], dense)
-    order = {name: place for place, (name, _) in enumerate(network.named_modules())}
+    _report_ungrouped_norms(network, found, dense)
+    _report_uncalled_layers(network, sets, [*opaque, *untraced], dense)
+    order = {name: number for number, (name, _) in enumerate(network.named_modules())}
     groups = Groups(sorted(found, key=lambda group: order[group.name]), dense)
     reached = _reached(network, example_inputs)
     if reached == {network} and any(True for _ in network.children()):
@@ -82,7 +84,7 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
 
 
 def _reached(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
-    """The modules that run, in eval mode or while the network trains."""
+    """Return the modules that run in eval mode or in training mode."""
     with undisturbed(network):
         reached = called_modules(network, example_inputs)
         deciding = deciding_modules(network, example_inputs)
@@ -97,11 +99,11 @@ def _require_modules(network: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise ConfigError(
                 f"model: {name or 'it'} is TorchScript ({module.original_name}), which cannot be "
-                "looked into; give the module that torch.jit.script was given"
+                "traced; pass the module that was given to torch.jit.script"
             )
     for name, parameter in network.named_parameters():
         if is_lazy(parameter):
-            raise ConfigError(_MADE_LATE.format(name=name))
+            raise ConfigError(_LATE_PARAMETER.format(name=name))
         if parameter.is_inference():
             raise ConfigError(
                 f"model: parameter {name} was made in inference mode and cannot be trained; build "
@@ -109,28 +111,28 @@ def _require_modules(network: nn.Module) -> None:
             )
 
 
-def _require_parameters_of(apart: nn.Module, network: nn.Module) -> None:
-    """A copy that has run must have the network's parameters."""
-    late = {name for name, _ in apart.named_parameters()} ^ {
+def _require_parameters_of(network_copy: nn.Module, network: nn.Module) -> None:
+    """Check that the first forward pass has not created or renamed parameters."""
+    late = {name for name, _ in network_copy.named_parameters()} ^ {
         name for name, _ in network.named_parameters()
     }
     if late:
-        raise ConfigError(_MADE_LATE.format(name=min(late)))
+        raise ConfigError(_LATE_PARAMETER.format(name=min(late)))
 
 
 def _require_runs(network: nn.Module, example_inputs: Any) -> None:
     try:
         with undisturbed(network), torch.no_grad():
             run(network, example_inputs)
-    except Exception as error:  # whatever a foreign forward may raise
+    except Exception as error:  # user code may raise anything
         raise ConfigError(
             f"model: it does not run on the example inputs: {type(error).__name__}: {error}"
-            f"{_hint(example_inputs)}"
+            f"{_input_form_hint(example_inputs)}"
         ) from error
 
 
-def _hint(example_inputs: Any) -> str:
-    """What is most often meant."""
+def _input_form_hint(example_inputs: Any) -> str:
+    """Return a hint for the error message if the inputs may have been meant differently."""
     if isinstance(example_inputs, list):
         return ". A list is taken for several inputs; one input that is a list is ([...],)"
     if isinstance(example_inputs, Mapping):
@@ -138,14 +140,14 @@ def _hint(example_inputs: Any) -> str:
     return ""
 
 
-class _Reading:
-    """Makes groups of the coupled layers of one network."""
+class _GroupBuilder:
+    """Builds channel groups from the coupled layers of one network."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        # A parameter of its own is looked up too, and comes last.
+        # Bare parameters are looked up too; they are not in this table and come last.
         self._order: dict[object, int] = {
-            module: place for place, module in enumerate(network.modules())
+            module: number for number, module in enumerate(network.modules())
         }
         self.names: dict[Any, str] = {module: name for name, module in network.named_modules()}
         self._shared = _shared(network)
@@ -155,11 +157,11 @@ class _Reading:
             for name, module in network.named_modules()
             if isinstance(module, Conv) and module.groups > 1 and not _is_depthwise(module)
         }
-        self._taken: set[str] = set()
+        self._used_names: set[str] = set()
         self._positions: dict[Any, Tensor] = {}
 
     def group_of(self, coupled: Coupled) -> ChannelGroup | dict[str, str]:
-        """The group, or by module why it is left dense."""
+        """Return the group, or by module name the reason why the layers stay dense."""
         layers = sorted(
             coupled.stream.layers,
             key=lambda layer: self._order.get(layer.module, len(self._order)),
@@ -168,74 +170,80 @@ class _Reading:
         if isinstance(found, ChannelGroup):
             return found
         norms = [self.names[module] for module, *_ in layers if isinstance(module, Norm)]
-        return dict.fromkeys(norms or self._worth_a_word(layers, found), found)
+        return dict.fromkeys(norms or self._layers_to_report(layers, found), found)
 
-    def _worth_a_word(self, layers: Sequence[Layer], reason: str) -> list[str]:
-        """Of layers without a norm the one to be spoken of: nobody expects a head to be cut, and
-        norms of other kinds speak for themselves."""
-        if reason == _PUT_OUT or any(isinstance(layer.module, _OTHER_NORMS) for layer in layers):
+    def _layers_to_report(self, layers: Sequence[Layer], reason: str) -> list[str]:
+        """Return the name of the layer to report as dense, for layers without a BatchNorm.
+
+        Output layers are not reported, and norms of other kinds are reported by themselves.
+        """
+        if reason == _IS_OUTPUT or any(isinstance(layer.module, _OTHER_NORMS) for layer in layers):
             return []
-        makers = (layer.module for layer in layers if layer.to_outputs)
+        producers = (layer.module for layer in layers if layer.to_outputs)
         return [
-            self.names[made_by] for made_by in makers if isinstance(made_by, (Conv, nn.Linear))
+            self.names[producer]
+            for producer in producers
+            if isinstance(producer, (Conv, nn.Linear))
         ][:1]
 
     def _group(self, layers: Sequence[Layer]) -> ChannelGroup | str:
-        """The group, or why there is none."""
+        """Return the group, or the reason why there is none."""
         members = interleaved([self._member(layer) for layer in layers], self._grouped)
         if isinstance(members, str):
             return members
-        makers = [member for member in members if self._makes_channels(member)]
-        name = next((maker.module for maker in makers if maker.module not in self._taken), None)
+        producers = [member for member in members if self._produces_channels(member)]
+        name = next(
+            (producer.module for producer in producers if producer.module not in self._used_names),
+            None,
+        )
         if name is None:
-            return f"{makers[0].module} makes channels of another group too"
-        self._taken.add(name)
-        order = makers[0].positions[:, 0].argsort()
+            return f"{producers[0].module} makes channels of another group too"
+        self._used_names.add(name)
+        order = producers[0].positions[:, 0].argsort()
         if len(order) == 1:
             return "none of its channels can be dropped without all others"
-        members = [self._sharing(member, member.positions[order]) for member in members]
+        members = [self._with_positions(member, member.positions[order]) for member in members]
         gates = [
             gate
             for member in members
             if member.role == "consumer"
             for gate in _gate_of(self._network, member.module)
         ]
-        depthwise = sum(member.role == "producer" for member in members) - len(makers)
+        depthwise = sum(member.role == "producer" for member in members) - len(producers)
         norms = sum(member.role == "norm" for member in members) - depthwise
-        # A product with a squeeze-and-excitation's factors is no sum of what two norms put out.
-        tied = len(makers) > 1 and (norms > 1 or norms + depthwise == 0)
+        # Multiplication by squeeze-and-excitation factors does not tie the outputs of two norms.
+        tied = len(producers) > 1 and (norms > 1 or norms + depthwise == 0)
         return ChannelGroup(name, len(order), (*members, *gates), tied)
 
-    def _makes_channels(self, member: Member) -> bool:
-        """A depthwise convolution only passes them on."""
+    def _produces_channels(self, member: Member) -> bool:
+        """Whether a member produces channels; a depthwise convolution only transforms them."""
         module = self._network.get_submodule(member.module)
         return member.role == "producer" and not _is_depthwise(module)
 
-    def _sharing(self, member: Member, positions: Tensor) -> Member:
-        """The member with these positions; equal ones are one tensor, or a network of many layers
-        would hold thousands of copies of 0, 1, 2, ..."""
+    def _with_positions(self, member: Member, positions: Tensor) -> Member:
+        """Return the member with these positions; equal position tensors are stored once."""
         key = (positions.shape, positions.numpy().tobytes())
         return dataclasses.replace(member, positions=self._positions.setdefault(key, positions))
 
     def _why_dense(self, coupled: Coupled, layers: Sequence[Layer]) -> str | None:
         stream = coupled.stream
-        if stream.leaves and not coupled.whole:
+        if stream.reaches_output and not coupled.whole:
             return "its channels go where the network could not be traced"
-        if stream.leaves or not any(_role(layer) == "consumer" for layer in layers):
-            return _PUT_OUT
+        if stream.reaches_output or not any(_role(layer) == "consumer" for layer in layers):
+            return _IS_OUTPUT
         for layer in layers:
             module: Any = layer.module
             name = self.names.get(module, "a bare parameter")
             if name not in self._weights and not _is_bare_norm(module):
-                return f"coupled with {name} ({type(module).__name__}), which is not understood"
-            # Tracing made every parameter train for a moment; by now that is undone.
+                return f"coupled with {name} ({type(module).__name__}), which is not supported"
+            # Tracing set requires_grad on all parameters; that has been undone by now.
             if isinstance(module, Norm) and (
                 module.weight is None or not module.weight.requires_grad
             ):
                 return f"{name} has no scale that trains"
-        if stream.strays:
+        if stream.is_unresolved:
             return "what happens to its channels between the layers is not understood"
-        # Cut for one layer, a parameter would no longer be the other's.
+        # Slicing a shared parameter for one layer would break the other.
         for parameter in (p for layer in layers for p, _ in self._member(layer).parameters):
             if parameter in self._shared:
                 return f"{parameter} is shared with another layer"
@@ -245,12 +253,12 @@ class _Reading:
         module: Any = layer.module
         name, role = self.names[module], _role(layer)
         by_channel = torch.argsort(torch.tensor(layer.channels), stable=True)
-        positions = torch.tensor(layer.places)[by_channel].view(len(set(layer.channels)), -1)
-        # A transposed convolution has its inputs first; a depthwise one a row for each channel, and
-        # PReLU nothing else.
-        turned = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
-        turned |= isinstance(module, nn.PReLU)
-        parameters = [(self._weights[name], int(turned != (role == "consumer")))]
+        positions = torch.tensor(layer.indices)[by_channel].view(len(set(layer.channels)), -1)
+        # The first dimension of a transposed convolution is its inputs, of a depthwise one the
+        # channels; PReLU has no other dimension.
+        swapped = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
+        swapped |= isinstance(module, nn.PReLU)
+        parameters = [(self._weights[name], int(swapped != (role == "consumer")))]
         if role != "consumer" and getattr(module, "bias", None) is not None:
             parameters.append((f"{name}.bias" if name else "bias", 0))
         return Member(name, role, positions, tuple(parameters))
@@ -258,8 +266,8 @@ class _Reading:
 
 def _head_group(attention: Attention, network: nn.Module) -> ChannelGroup:
     members = [
-        Member(attention.module, "producer", makers.positions, makers.parameters)
-        for makers in attention.makers
+        Member(attention.module, "producer", producers.positions, producers.parameters)
+        for producers in attention.producers
     ]
     weight = (weight_of(network, attention.reader), 1)
     members.append(Member(attention.reader, "consumer", attention.columns, (weight,)))
@@ -268,19 +276,21 @@ def _head_group(attention: Attention, network: nn.Module) -> ChannelGroup:
 
 
 def _gate_of(network: nn.Module, reader: str) -> list[Member]:
-    """The gate in front of a layer, if it has one."""
+    """Return the gate of a layer as a member; empty if it has none."""
     gate = "parametrizations.weight.0"
     own = dict(network.get_submodule(reader).named_parameters())
     scale = own.get(f"{gate}.scale")
     if scale is None:
         return []
-    places = torch.arange(scale.numel())[:, None]
-    return [Member(f"{reader}.{gate}", "gate", places, ((f"{reader}.{gate}.scale", 0),))]
+    positions = torch.arange(scale.numel())[:, None]
+    return [Member(f"{reader}.{gate}", "gate", positions, ((f"{reader}.{gate}.scale", 0),))]
 
 
 def _weights(network: nn.Module) -> dict[str, str]:
-    """The weight of every layer that can be cut: a parameter, or one that our gates scale; what
-    other parametrizations compute is not understood."""
+    """Return the weight parameter of every prunable layer, by layer name.
+
+    Plain and gated weights are supported; other parametrizations are not.
+    """
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     weights = {}
     for name, module in network.named_modules():
@@ -299,33 +309,33 @@ def _is_bare_norm(module: Any) -> bool:
 
 
 def _shared(network: nn.Module) -> set[str]:
-    """All names of the parameters that have several."""
+    """Return all names of parameters that have more than one name."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return {name for several in names.values() if len(several) > 1 for name in several}
 
 
-def _name_the_rest(
+def _report_ungrouped_norms(
     network: nn.Module, found: Sequence[ChannelGroup], dense: dict[str, str]
 ) -> None:
-    """A norm that is in no group at all must not go unmentioned."""
+    """Add a reason to ``dense`` for every norm that is in no group."""
     grouped = {norm.module for group in found for norm in group.norms}
     for name, module in network.named_modules():
         if isinstance(module, Norm) and name not in grouped:
-            dense.setdefault(name, "no layer that could be cut makes its channels")
+            dense.setdefault(name, "no prunable layer produces its channels")
         elif isinstance(module, _OTHER_NORMS):
             kind = type(module).__name__
             dense.setdefault(name, f"{kind}: of all norms only BatchNorm's channels are dropped")
 
 
-def _name_the_uncalled(
+def _report_uncalled_layers(
     network: nn.Module,
     sets: Sequence[Coupled],
     opaque: Sequence[nn.Module],
     dense: dict[str, str],
 ) -> None:
-    """Nor a layer that the network does not run, or runs behind its back."""
+    """Add a reason to ``dense`` for every layer that is not called, or not as a module."""
     called = {layer.module for coupled in sets for layer in coupled.stream.layers}
     called |= {module for outer in opaque for module in outer.modules()}
     for name, module in network.named_modules():
@@ -343,5 +353,5 @@ def _role(layer: Layer) -> Literal["producer", "norm", "consumer"]:
     if isinstance(layer.module, Norm):
         return "norm"
     if isinstance(layer.module, nn.PReLU):
-        return "consumer"  # it makes nothing: what is zero stays zero, whatever the slope
+        return "consumer"  # it produces no channels: zeros stay zeros, whatever the slope
     return "producer" if layer.to_outputs else "consumer"

@@ -1,8 +1,8 @@
-"""Training mode: parts of a network that run only while it trains, such as auxiliary heads.
+"""Training mode: parts of a network that run only in training mode, such as auxiliary heads.
 
-Channels that only these read are channels all the same.  So the network is looked at with its own
-code in training mode where that makes a difference, its layers in eval mode: no dropout, no
-statistics of a batch.
+Channels that only these parts read belong to groups too.  So, where it makes a difference, the
+network is traced with its composite modules in training mode and its layers in eval mode, without
+dropout and batch statistics.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _Norm = nn.modules.batchnorm._BatchNorm
 def deciding_modules(
     network: nn.Module, example_inputs: Any, may_lack: bool = False
 ) -> tuple[str, ...]:
-    """The modules, by name, in training mode of which parts of the network run that otherwise do
-    not; none if there are no such parts.
+    """Return the names of the modules whose training mode makes more of the network run.
+
+    Empty if the training mode makes no difference, or fails on these inputs.
 
     Args:
-        network: not wrapped, in eval mode.
-        example_inputs: as for ``forward.run``.
-        may_lack: whether other parts may run in eval mode only, so that neither mode shows all.
+        network: the unwrapped network, in eval mode.
+        example_inputs: inputs as for ``forward.run``.
+        may_lack: whether to accept that other parts run in eval mode only.
     """
     composed = tuple(
         name for name, module in network.named_modules() if any(True for _ in module.children())
@@ -40,14 +41,14 @@ def deciding_modules(
     try:
         with in_training(network, composed):
             in_both = called_modules(network, example_inputs)
-    except Exception:  # a forward that wants more while it trains, such as targets
+    except Exception:  # such as a forward that needs targets in training mode
         return ()
     return composed if in_both > in_eval or (may_lack and in_both - in_eval) else ()
 
 
 @contextmanager
 def in_training(network: nn.Module, modules: Collection[str]) -> Iterator[None]:
-    """Within, these modules by themselves are in training mode."""
+    """Put these modules, without their children, in training mode within the context."""
     changed = [m for m in map(network.get_submodule, modules) if not m.training]
     for module in changed:
         module.training = True
@@ -60,11 +61,12 @@ def in_training(network: nn.Module, modules: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def norms_in_training(norms: Sequence[_Norm]) -> Iterator[None]:
-    """Within, these norms are in training mode, and their running statistics those of this rank's
-    newest batch; afterwards modes and momenta are what they were, statistics are not.
+    """Put these norms in training mode with momentum one within the context, so that their running
+    statistics are those of this rank's newest batch.
 
-    A SyncBatchNorm issues collectives in training mode.  Ranks have run different numbers of
-    batches, and a forward pass may fail on one of them, so within it normalises by itself.
+    Modes and momenta are restored afterwards, statistics are not.  SyncBatchNorm normalises without
+    collectives within, since ranks may run different numbers of batches and a forward pass may fail
+    on one of them.
     """
     modes = {norm: (norm.training, norm.momentum) for norm in norms}
     synced = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
@@ -85,7 +87,7 @@ def norms_in_training(norms: Sequence[_Norm]) -> Iterator[None]:
 
 
 def called_modules(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
-    """The modules that a forward pass calls, in the modes they are in."""
+    """Return the modules that a forward pass calls, in their current modes."""
     called: set[nn.Module] = set()
     handles = [
         module.register_forward_pre_hook(lambda module, args: called.add(module))

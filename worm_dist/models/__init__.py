@@ -1,8 +1,8 @@
-"""The networks that can be trained by name.
+"""Models: networks that can be built by name.
 
-Our own are those for small images: ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``,
-``resnet56`` and ``vit_small``.  Every classification model of torchvision is there too, untrained;
-one whose name is also ours is reached as ``torchvision/<name>``.
+Our own networks for small images are ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``,
+``resnet56`` and ``vit_small``.  Every classification model of torchvision is available, untrained;
+``torchvision/<name>`` selects torchvision's where both have a name.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ OWN: Mapping[str, Callable[..., nn.Module]] = {
 def build_model(
     name: str, num_classes: int, in_channels: int, arguments: Mapping[str, Any] = {}
 ) -> nn.Module:
-    """The network called ``name``, freshly initialised from torch's random state.
+    """Build the network called ``name``, initialised from torch's random state.
 
     It maps images ``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``.
 
     Args:
-        arguments: further keyword arguments of its constructor.
+        name: the model's name.
+        num_classes: the number of classes.
+        in_channels: the number of image channels.
+        arguments: further keyword arguments of the model's constructor.
 
     Raises:
         ConfigError: there is no such network, it does not take these arguments or this number of
-            channels, or it answers with more than logits.
+            channels, or it returns more than logits.
     """
     if name in OWN:
         return _call(OWN[name], name, arguments, num_classes=num_classes, in_channels=in_channels)
@@ -54,7 +57,7 @@ def build_model(
 def _torchvision_model(
     name: str, num_classes: int, in_channels: int, arguments: Mapping[str, Any]
 ) -> nn.Module:
-    import torchvision  # only here: our own networks start a second sooner without it
+    import torchvision  # imported here: takes a second, and our own networks do not need it
 
     known = torchvision.models.list_models(module=torchvision.models)
     plain = name.removeprefix(TORCHVISION)
@@ -69,8 +72,8 @@ def _torchvision_model(
     model = _call(build, name, arguments, weights=None, num_classes=num_classes)
     if getattr(model, "aux_logits", False):
         raise ConfigError(
-            f"model.arguments: {plain!r} answers with auxiliary logits, which the trainer does not "
-            "learn from; set aux_logits: false"
+            f"model.arguments: {plain!r} returns auxiliary logits, which the trainer does not use; "
+            "set aux_logits: false"
         )
     return model
 
@@ -81,14 +84,14 @@ def _call(
     taken = sorted(given.keys() & arguments.keys())
     if taken:
         raise ConfigError(
-            f"model.arguments: remove {', '.join(taken)}; the data say how many classes and "
-            "channels there are, and networks start untrained"
+            f"model.arguments: remove {', '.join(taken)}; the numbers of classes and channels are "
+            "those of the data, and networks start untrained"
         )
     try:
         return build(**given, **arguments)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a constructor makes of arguments that it cannot use
+    except Exception as error:  # constructors may raise anything for invalid arguments
         raise ConfigError(
             f"model.arguments: {name!r} does not take {str(dict(arguments))[:500]}: "
             f"{str(error)[:500]}"

@@ -1,4 +1,4 @@
-"""Residual networks (arXiv 1512.03385) of basic blocks, in their forms for 32x32 images.
+"""Residual networks (arXiv 1512.03385) of basic blocks for 32x32 images.
 
 The stem is one 3x3 convolution of stride 1 without a pool.  Where a block changes the shape, its
 shortcut is a 1x1 convolution with BatchNorm (option B of the paper).
@@ -17,7 +17,13 @@ __all__ = ["BasicBlock", "ResNet", "resnet18", "resnet20", "resnet56"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added; ``stride`` shrinks the image's side."""
+    """Two 3x3 convolutions with a residual shortcut.
+
+    Args:
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
+        stride: the factor by which the image's side shrinks.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -34,16 +40,22 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[batch, in, height, width]`` to ``[batch, out, height / stride, width / stride]``."""
+        """Map ``[batch, in, height, width]`` to ``[batch, out, height/stride, width/stride]``."""
         inner = self.relu(self.bn1(self.conv1(images)))
         outer: Tensor = self.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
         return outer
 
 
 class ResNet(nn.Module):
-    """A stem, one stage of ``blocks_per_stage`` blocks for each of ``widths``, a linear head.
+    """A stem, one stage of basic blocks for each width, and a linear head.
 
     Every stage but the first halves the image's side.
+
+    Args:
+        num_classes: the number of classes.
+        in_channels: the number of image channels.
+        widths: the number of channels of each stage.
+        blocks_per_stage: the number of basic blocks in each stage.
     """
 
     def __init__(
@@ -62,7 +74,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``."""
+        """Map images ``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``."""
         features = self.stages(self.relu(self.bn1(self.conv1(images))))
         pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
         logits: Tensor = self.head(pooled)
@@ -70,17 +82,17 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int, in_channels: int) -> ResNet:
-    """ResNet-18 with four stages of 64 to 512 channels: 11.17 million parameters."""
+    """Build ResNet-18 with four stages of 64 to 512 channels: 11.17 million parameters."""
     return ResNet(num_classes, in_channels, (64, 128, 256, 512), blocks_per_stage=2)
 
 
 def resnet20(num_classes: int, in_channels: int) -> ResNet:
-    """The paper's CIFAR network (section 4.2) of 20 layers: 0.27 million parameters."""
+    """Build the paper's CIFAR network (section 4.2) of 20 layers: 0.27 million parameters."""
     return ResNet(num_classes, in_channels, (16, 32, 64), blocks_per_stage=3)
 
 
 def resnet56(num_classes: int, in_channels: int) -> ResNet:
-    """The paper's CIFAR network (section 4.2) of 56 layers: 0.86 million parameters."""
+    """Build the paper's CIFAR network (section 4.2) of 56 layers: 0.86 million parameters."""
     return ResNet(num_classes, in_channels, (16, 32, 64), blocks_per_stage=9)
 
 

@@ -1,7 +1,7 @@
-"""Plain networks after VGG (arXiv 1409.1556): convolutions in a row, BatchNorm, one linear head.
+"""VGG-like networks (arXiv 1409.1556): a chain of convolutions with BatchNorm and a linear head.
 
 The three large linear layers of the original are replaced by a global average pool and one layer,
-as is usual on small images; the networks so take images of any size that their pools can halve.
+as is usual for small images, so images of any size that the pools can halve are accepted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ VGG11: tuple[int | str, ...] = (
 
 
 class Vgg(nn.Module):
-    """Blocks of 3x3 convolution, BatchNorm and ReLU, and 2x2 max pools between them.
+    """Blocks of 3x3 convolution, BatchNorm and ReLU, with 2x2 max pools between them.
 
     Args:
-        widths: output channels of every block, in order; ``"M"`` stands for a pool.
+        num_classes: the number of classes.
+        in_channels: the number of image channels.
+        widths: the number of output channels of every block, in order; ``"M"`` stands for a pool.
 
     Raises:
-        ConfigError: ``widths`` holds no width, or anything else than widths and ``"M"``.
+        ConfigError: ``widths`` has no width, or an entry that is neither a width nor ``"M"``.
     """
 
     def __init__(self, num_classes: int, in_channels: int, widths: Sequence[int | str]) -> None:
@@ -41,7 +43,7 @@ class Vgg(nn.Module):
         self.head = nn.Linear(_channels(widths)[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``."""
+        """Map images ``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``."""
         pooled: Tensor = torch.flatten(
             nn.functional.adaptive_avg_pool2d(self.features(images), 1), 1
         )
@@ -50,16 +52,18 @@ class Vgg(nn.Module):
 
 
 def vgg_small(num_classes: int, in_channels: int, widths: Sequence[int | str] = SMALL) -> Vgg:
-    """Six convolutions for images from 8x8 on; 288 170 parameters for one channel, ten classes.
+    """Build a VGG of six convolutions for images of at least 8x8 pixels.
+
+    It has 288 170 parameters with one input channel and ten classes.
 
     Raises:
-        ConfigError: ``widths`` is not as in :class:`Vgg`.
+        ConfigError: ``widths`` is invalid, see :class:`Vgg`.
     """
     return Vgg(num_classes, in_channels, widths)
 
 
 def vgg11_bn(num_classes: int, in_channels: int) -> Vgg:
-    """VGG-11 with BatchNorm in its CIFAR form, for 32x32 images: 9.2 million parameters."""
+    """Build the CIFAR form of VGG-11 with BatchNorm, for 32x32 images: 9.2 million parameters."""
     return Vgg(num_classes, in_channels, VGG11)
 
 

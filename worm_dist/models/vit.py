@@ -1,6 +1,8 @@
-"""Vision transformers (arXiv 2010.11929) for small images: torchvision's, with small arguments."""
+"""Vision transformers (arXiv 2010.11929) of torchvision, in sizes for small images."""
 
 from __future__ import annotations
+
+import reprlib
 
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -21,18 +23,23 @@ def vit_small(
     mlp_dim: int = 192,
     dropout: float = 0.0,
 ) -> VisionTransformer:
-    """Four layers of six heads and 192 neurons; 114 778 parameters for one channel, ten classes.
+    """Build a vision transformer, by default with four layers of six heads and 192 neurons.
+
+    The default has 114 778 parameters with one input channel and ten classes.
 
     Args:
-        image_size: side of the images; a multiple of ``patch_size``.
-        patch_size: side of the squares that become tokens.
-        hidden_dim: width of the residual stream; a multiple of ``num_heads``.
-        mlp_dim: neurons of each feed-forward layer.
-        dropout: share of the embeddings, and of what each part adds to the stream, that is left
-            out in training.
+        num_classes: the number of classes.
+        in_channels: the number of image channels.
+        image_size: the side of the images in pixels; a multiple of ``patch_size``.
+        patch_size: the side of the square patches in pixels.
+        num_layers: the number of encoder layers.
+        num_heads: the number of attention heads of each layer.
+        hidden_dim: the embedding width; a multiple of ``num_heads``.
+        mlp_dim: the number of neurons of each feed-forward layer.
+        dropout: the dropout probability of embeddings, attention outputs and feed-forward layers.
 
     Raises:
-        ConfigError: a number is out of range, or one that must be a multiple is not.
+        ConfigError: a number is out of range, or not a multiple as required.
     """
     sizes = {
         "image_size": image_size,
@@ -45,7 +52,7 @@ def vit_small(
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ConfigError(
-                f"model.arguments.{name}: must be a whole number above 0, got {size!r}"
+                f"model.arguments.{name}: must be a whole number above 0, got {reprlib.repr(size)}"
             )
     for name, divisor in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
         if sizes[name] % sizes[divisor]:
@@ -54,7 +61,7 @@ def vit_small(
                 f"{sizes[name]}"
             )
     network = VisionTransformer(**sizes, dropout=dropout, num_classes=num_classes)
-    if in_channels != network.conv_proj.in_channels:  # torchvision's reads colour images only
+    if in_channels != network.conv_proj.in_channels:  # torchvision supports three channels only
         network.conv_proj = nn.Conv2d(in_channels, hidden_dim, patch_size, stride=patch_size)
         nn.init.trunc_normal_(network.conv_proj.weight, std=(in_channels * patch_size**2) ** -0.5)
         nn.init.zeros_(network.conv_proj.bias)

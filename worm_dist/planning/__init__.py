@@ -1,1 +1,1 @@
-"""What a run would come to, before it is run: groups, sizes, bytes, a step's time."""
+"""Forecast of a run without training: channel groups, sizes, traffic and step time."""

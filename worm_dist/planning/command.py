@@ -1,4 +1,4 @@
-"""``python -m worm_dist plan MODEL``: what a run would come to; no training, no process group."""
+"""``python -m worm_dist plan MODEL``: forecast of a run, without training or process group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add ``plan`` to the commands of the command line, argparse's ``add_subparsers()``."""
+    """Add the ``plan`` command.
+
+    Args:
+        commands: what argparse's ``add_subparsers()`` returned.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="what a run would drop, compute and send, and how long a step would take",
@@ -31,25 +35,28 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="a YAML file of a run, or a model's name, such as resnet18"
     )
     parser.add_argument("--input", metavar="CxHxW", help="shape of one image, such as 3x224x224")
-    parser.add_argument("--classes", type=int, help="how many there are")
+    parser.add_argument("--classes", type=int, help="number of classes")
     parser.add_argument("--ratio", type=float, help="share of all channels to drop")
     parser.add_argument("--ticket", type=Path, metavar="DIR", help="drop what this ticket dropped")
     parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
-    parser.add_argument("--bandwidth", help="of a rank's connection: 10Gbit/s, 1.25GB/s")
+    parser.add_argument("--bandwidth", help="bandwidth of a rank's connection: 10Gbit/s, 1.25GB/s")
     parser.add_argument("--batch", type=int, help="samples in one rank's share of a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a plan; returns the exit code, 0.
+    """Print a forecast; return the exit code, 0.
+
+    Args:
+        options: the parsed command line.
 
     Raises:
-        ConfigError: an option, the settings or the model cannot be used.
+        ConfigError: an option, the settings or the model is invalid.
         CheckpointError: the ticket cannot be read.
     """
     _check(options)
-    # torchvision and torch-pruning take seconds to import; a typo is told before.
+    # Imported late: torchvision and torch-pruning take seconds; mistakes are reported first.
     from .forecast import forecast
     from .step_time import Link
     from .table import show
@@ -58,18 +65,18 @@ def run(options: argparse.Namespace) -> int:
     link = None
     if options.world is not None:
         link = Link.parse(options.world, options.bandwidth)
-    given = (_shape(options.input), options.classes, options.ratio)
+    overrides = (_shape(options.input), options.classes, options.ratio)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        subject = target_of_config(path, *given)
+        target = target_of_config(path, *overrides)
     else:
-        subject = target_of(options.model, *given)
-    found = forecast(subject, options.ticket, link, options.batch)
+        target = target_of(options.model, *overrides)
+    result = forecast(target, options.ticket, link, options.batch)
     if options.json:
-        json.dump(found.as_dict(), sys.stdout, indent=2, allow_nan=False)
+        json.dump(result.as_dict(), sys.stdout, indent=2, allow_nan=False)
         print()
     else:
-        show(found)
+        show(result)
     return 0
 
 
@@ -80,18 +87,20 @@ def _check(options: argparse.Namespace) -> None:
             "--bandwidth 10Gbit/s"
         )
     if options.batch is not None and options.world is None:
-        raise ConfigError("--batch: only the time of a step needs it; give --world and --bandwidth")
+        raise ConfigError("--batch: only for the time of a step; give --world and --bandwidth too")
     if options.ratio is not None and options.ticket is not None:
-        raise ConfigError("--ratio: the ticket says what is dropped; leave out one of them")
+        raise ConfigError(
+            "--ratio: --ticket determines the dropped channels; give only one of them"
+        )
     for name in ("classes", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(f"--{name}: {getattr(options, name)} is too few; give at least 1")
+            raise ConfigError(f"--{name}: {getattr(options, name)} is too small; give at least 1")
 
 
 def _shape(text: str | None) -> Shape | None:
     if text is None:
         return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise ConfigError(f"--input: {text!r} is no shape of an image; write 3x224x224")
-    return int(found[1]), int(found[2]), int(found[3])
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise ConfigError(f"--input: {text!r} is not an image shape; write 3x224x224")
+    return int(match[1]), int(match[2]), int(match[3])

@@ -1,9 +1,9 @@
-"""Costs: parameters, operations and bytes of a network, each counted to the group it belongs to.
+"""Costs of a network: parameters, FLOPs and gradient bytes, attributed to channel groups.
 
-A filter belongs to the group whose channels it makes, a scale and a shift to the group whose
+A filter belongs to the group whose channels it produces, a scale and a shift to the group whose
 channels they normalise.  So every element belongs to one group or, like a classifier's, to none,
 and the groups' costs and the rest add up to the network's.  Columns that read dropped channels
-leave the cost of the group behind them.
+reduce the cost of the group that their layer produces.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ _COMPRESSED_BYTES = {"bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Cost:
-    """Attributes:
-    parameters: elements.
-    flops: floating point operations of one sample's forward pass; a multiply and an add are two.
-    payload_bytes: gradients that a rank hands to the all-reduce in a step.
+    """Cost of a group or a network.
+
+    Attributes:
+        parameters: number of elements.
+        flops: floating point operations of one sample's forward pass; a multiply and an add count
+            as two.
+        payload_bytes: bytes of gradients that a rank passes to the all-reduce in a step.
     """
 
     parameters: int
@@ -40,9 +43,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Attributes:
-    groups: of each group, by name.
-    total: of the network.
+    """Costs of a network.
+
+    Attributes:
+        groups: the cost of each group, by name.
+        total: the cost of the whole network.
     """
 
     groups: Mapping[str, Cost]
@@ -50,7 +55,7 @@ class Costs:
 
     @property
     def rest(self) -> Cost:
-        """Of what belongs to no group."""
+        """Cost of the elements that belong to no group."""
         return Cost(
             self.total.parameters - sum(cost.parameters for cost in self.groups.values()),
             self.total.flops - sum(cost.flops for cost in self.groups.values()),
@@ -61,14 +66,14 @@ class Costs:
 def costs_of(
     network: nn.Module, groups: Groups, mask: Mask, sample: Tensor, compression: str
 ) -> Costs:
-    """Of a network as it is, where all that is sent lives.
+    """Costs of a network whose gradients are all sent.
 
     Args:
-        network: drawn with this mask; the dense one with a mask that keeps everything.
-        groups: of the dense network, the parameters called as in this one.
-        mask: which channels there are.
-        sample: a batch of one.
-        compression: ``truncation.compression``.
+        network: the network drawn with ``mask``, or the dense one if the mask keeps everything.
+        groups: the channel groups of the dense network, with the parameter names of ``network``.
+        mask: the channels that ``network`` has.
+        sample: an input with a batch size of one.
+        compression: the setting ``truncation.compression``.
     """
     parameters = dict(network.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
@@ -79,16 +84,16 @@ def costs_of(
         keep = mask[group.name]
         elements = {
             (name, dim): member.positions[keep].numel()
-            for member in _owners(group)
+            for member in _owning_members(group)
             for name, dim in member.parameters
         }
         by_group[group.name] = Cost(
-            _weighed(elements, shapes, dict.fromkeys(parameters, 1)),
+            _weighted_sum(elements, shapes, dict.fromkeys(parameters, 1)),
             sum(
                 _share(flops[module], member, keep, shapes)
-                for module, member in _working(_owners(group)).items()
+                for module, member in _modules_of(_owning_members(group)).items()
             ),
-            _weighed(elements, shapes, bytes_each),
+            _weighted_sum(elements, shapes, bytes_each),
         )
     return Costs(
         by_group,
@@ -103,14 +108,14 @@ def costs_of(
 def truncated(
     dense: Costs, network: nn.Module, groups: Groups, plan: FreezePlan, compression: str
 ) -> Costs:
-    """Of the dense network while only the live part of a plan is sent; everything is still
-    computed.
+    """Costs of the dense network while only live gradients are sent; the FLOPs stay the same.
 
     Args:
-        dense: of the same network.
-        network, groups: dense.
-        plan: which part of every parameter lives.
-        compression: ``truncation.compression``.
+        dense: the costs of the same network without truncation.
+        network: the dense network.
+        groups: its channel groups.
+        plan: the live part of every parameter.
+        compression: the setting ``truncation.compression``.
     """
     parameters = dict(network.named_parameters())
     shapes = {
@@ -122,23 +127,23 @@ def truncated(
     for group in groups:
         live = {
             (name, dim): _num_live(plan, parameters[name], dim, member.positions)
-            for member in _owners(group)
+            for member in _owning_members(group)
             for name, dim in member.parameters
         }
         before = dense.groups[group.name]
-        payload_bytes = _weighed(live, shapes, bytes_each)
+        payload_bytes = _weighted_sum(live, shapes, bytes_each)
         by_group[group.name] = Cost(before.parameters, before.flops, payload_bytes)
     payload_bytes = sum(prod(shape) * bytes_each[name] for name, shape in shapes.items())
     return Costs(by_group, Cost(dense.total.parameters, dense.total.flops, payload_bytes))
 
 
-def _owners(group: ChannelGroup) -> list[Member]:
+def _owning_members(group: ChannelGroup) -> list[Member]:
     return [member for member in group.members if member.role != "consumer"]
 
 
-def _working(members: Sequence[Member]) -> dict[str, Member]:
-    """One member for each module that computes channels: the member's own and, within attentions,
-    the one that holds the parameters."""
+def _modules_of(members: Sequence[Member]) -> dict[str, Member]:
+    """One member for each module that computes channels: the member's module and, in an attention,
+    the module that holds the parameters."""
     return {
         module: member
         for member in members
@@ -147,7 +152,7 @@ def _working(members: Sequence[Member]) -> dict[str, Member]:
 
 
 def _bytes_each(parameters: Mapping[str, nn.Parameter], compression: str) -> dict[str, int]:
-    """Bytes that one element of each parameter's gradient takes; none where nothing trains."""
+    """Bytes of one gradient element of each parameter; 0 if it is not trained."""
     return {
         name: min(p.element_size(), _COMPRESSED_BYTES.get(compression, p.element_size()))
         * p.requires_grad
@@ -155,12 +160,18 @@ def _bytes_each(parameters: Mapping[str, nn.Parameter], compression: str) -> dic
     }
 
 
-def _weighed(
+def _weighted_sum(
     rows: Mapping[tuple[str, int], int],
     shapes: Mapping[str, Sequence[int]],
     weights: Mapping[str, int],
 ) -> int:
-    """Elements in these rows of the parameters, times the weight of an element."""
+    """Sum over parameters of the elements in a number of rows, times the weight of an element.
+
+    Args:
+        rows: number of rows, by parameter name and dimension.
+        shapes: parameter shapes, by name.
+        weights: weight of one element, by parameter name.
+    """
     return sum(
         num_rows * prod(size for d, size in enumerate(shapes[name]) if d != dim) * weights[name]
         for (name, dim), num_rows in rows.items()
@@ -168,8 +179,10 @@ def _weighed(
 
 
 def _share(flops: int, member: Member, keep: Tensor, shapes: Mapping[str, Sequence[int]]) -> int:
-    """A module makes all its channels with equal effort; of a concatenation they may belong to
-    several groups."""
+    """FLOPs of a module for the kept channels of one member; all channels cost the same.
+
+    A module that reads a concatenation may belong to several groups.
+    """
     name, dim = member.parameters[0]
     return flops * member.positions[keep].numel() // shapes[name][dim]
 

@@ -1,4 +1,4 @@
-"""Drawing: the network that a mask leaves, and where the channel groups are in it."""
+"""Draws a copy of a network with a mask, and locates the channel groups in it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["drawn"]
 
 
 def drawn(network: nn.Module, groups: Groups, mask: Mask) -> tuple[nn.Module, Groups]:
-    """What a draw would make of a network, whose gates it folds into the weights.
+    """Draw a copy of a network; gates are folded into the weights.
 
     Args:
-        network: dense; stays as it is.
+        network: the dense network, not changed.
         groups: its channel groups.
-        mask: which channels are kept.
+        mask: the channels that are kept.
 
     Returns:
-        A smaller copy, and the groups with the parameters called as they are called there; places
-        are still those of the dense network.
+        The smaller copy, and the groups with the parameter names of the copy; their positions are
+        still those of the dense network.
 
     Raises:
-        ConfigError: the mask keeps nothing of a group.
+        ConfigError: the mask keeps no channel of a group.
     """
     ticket = copy.deepcopy(network)
     remove_channels(ticket, cuts_of(groups, mask, shapes_of(ticket)))

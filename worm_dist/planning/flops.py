@@ -1,4 +1,4 @@
-"""Operations: how many floating point operations each module of a network takes."""
+"""Counts the floating point operations (FLOPs) of each module of a network."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ __all__ = ["count_operations"]
 
 @torch.no_grad()
 def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str, int]]:
-    """Floating point operations of one forward pass; a multiply and an add are two.
+    """Count the FLOPs of one forward pass; a multiply and an add count as two.
 
     Args:
-        network: counted in eval mode; stays as it is.
-        sample: a batch of one.
+        network: the network, run in eval mode and not changed.
+        sample: an input with a batch size of one.
 
     Returns:
-        Those of the network, and those of each module, by name, without what the modules within it
-        take.
+        The FLOPs of the network, and those of each module by name, without its submodules' FLOPs.
     """
     network = copy.deepcopy(network)
     for attention in find_attentions(network)[0]:
-        # torch's multiply by the layer that reads their heads without calling it; ours call it.
+        # torch's attention uses its output projection's weight without calling the module; our
+        # replacement calls it, so that its hooks run.
         keep_heads(network, attention.module, attention.num_heads)
     names = {module: name for name, module in network.named_modules()}
     counts = dict.fromkeys(names.values(), 0)
     running: list[str] = []
     counted = 0
 
-    def settle() -> None:
-        """What has been counted since the last change belongs to the innermost module."""
+    def attribute() -> None:
+        """Attribute the FLOPs since the last call to the innermost running module."""
         nonlocal counted
         total = int(counter.get_total_flops())
         if running:
@@ -46,16 +46,16 @@ def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str,
         counted = total
 
     def begin(module: nn.Module, args: object) -> None:
-        settle()
+        attribute()
         running.append(names[module])
 
     def end(module: nn.Module, args: object, output: object) -> None:
-        settle()
+        attribute()
         running.pop()
 
-    # torch counts fused attention on some devices only; this way it is matrix products on all.
-    plainly = sdpa_kernel(SDPBackend.MATH)
-    with undisturbed(network), plainly, FlopCounterMode(display=False) as counter:
+    # The counter supports fused attention on some devices only; matrix products work on all.
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with undisturbed(network), unfused, FlopCounterMode(display=False) as counter:
         for module in names:
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end)

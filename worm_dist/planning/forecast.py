@@ -1,4 +1,4 @@
-"""Forecast: what a run on a network would come to, without running it."""
+"""Forecast of a run: the costs of the network in every stage, without training."""
 
 from __future__ import annotations
 
@@ -27,29 +27,33 @@ from .timing import Measured, measure
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
 
 Stage = Literal["dense", "truncated", "faded", "ticket"]
-"""``dense``: nothing is frozen.  ``truncated``: dropped channels have left the all-reduce.
-``faded``: so have the columns that read them.  ``ticket``: dropped channels are gone."""
+"""``dense``: nothing is frozen.  ``truncated``: the all-reduce omits dropped channels.
+``faded``: it also omits the columns that read them.  ``ticket``: dropped channels are removed."""
 
 
 def members_of(group: ChannelGroup) -> dict[str, list[str]]:
-    """The modules that make, normalise, scale and read the channels of a group, by name; a gate has
-    that of the layer whose weight it scales."""
+    """Names of the modules that produce, normalise, gate and consume the channels of a group.
+
+    A gate is listed by the name of the layer whose weight it scales.
+    """
     names: dict[str, dict[str, None]] = {"producer": {}, "norm": {}, "gate": {}, "consumer": {}}
     for member in group.members:
         name = member.module.removesuffix(".parametrizations.weight.0")
-        names[member.role][name] = None  # an attention makes heads with several parts
+        names[member.role][name] = (
+            None  # a dict, as an attention produces heads with several members
+        )
     return {f"{role}s": list(modules) for role, modules in names.items()}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a step would take.
+    """Estimated step times.
 
     Attributes:
-        link: what joins the ranks.
-        num_samples: in one rank's share of a step.
-        measured: the computation of the dense network, then that of the ticket.
-        steps: of every stage.
+        link: the network between the ranks.
+        num_samples: samples per rank and step.
+        measured: compute times of the dense network and of the ticket, in this order.
+        steps: the step time of every stage.
     """
 
     link: Link
@@ -60,20 +64,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would come to.
+    """Forecast of a run.
 
     Attributes:
-        subject: what it is about.
-        ticket: the folder that says which channels are dropped; None if the settings do, and all
-            groups lose about the same share.
-        groups: of the dense network.
+        target: the network and its settings.
+        ticket: folder of the ticket that determines the dropped channels; None if the settings do,
+            and all groups lose about the same share.
+        groups: the channel groups of the dense network.
         mask: the channels that are kept.
-        costs: of every stage that the settings lead to, in order.
-        others: modules that hold parameters of no group, and such parameters that are in none.
-        estimate: None if none was asked for.
+        costs: the costs of every stage that the settings lead to, in order.
+        others: modules with parameters that belong to no group, and such parameters outside any
+            submodule.
+        estimate: estimated step times; None if not requested.
     """
 
-    subject: Target
+    target: Target
     ticket: Path | None
     groups: Groups
     mask: Mask
@@ -83,33 +88,33 @@ class Forecast:
 
     @property
     def remarks(self) -> Sequence[str]:
-        """What the figures leave out."""
-        truncation, remarks = self.subject.worm.truncation, list(self.subject.remarks)
-        by_norm = self.subject.worm.search.grouping == "layer" and self.ticket is None
+        """Notes on what the figures do not include."""
+        truncation, remarks = self.target.worm.truncation, list(self.target.remarks)
+        by_norm = self.target.worm.search.grouping == "layer" and self.ticket is None
         if by_norm and any(len(group.norms) > 1 for group in self.groups):
             remarks.append(
-                "where the norms of a group do not agree in a run, fewer of its channels go"
+                "where the norms of a group disagree in a run, fewer of its channels are dropped"
             )
         if truncation.compression in ("bf16", "fp16"):
-            remarks.append(f"gradients are sent in {truncation.compression}; dense is without that")
+            remarks.append(f"gradients are sent in {truncation.compression}; dense is uncompressed")
         if truncation.compression == "powersgd":
             remarks.append("bytes are those before PowerSGD's approximation, which sends far fewer")
         return remarks
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for a JSON file."""
-        subject, estimate = self.subject, self.estimate
+        """The complete forecast as JSON values."""
+        target, estimate = self.target, self.estimate
         return {
             "model": {
-                "name": subject.model,
-                "arguments": dict(subject.arguments),
-                "sample_shape": list(subject.sample_shape),
-                "num_classes": subject.num_classes,
+                "name": target.model,
+                "arguments": dict(target.arguments),
+                "sample_shape": list(target.sample_shape),
+                "num_classes": target.num_classes,
             },
-            "settings": subject.worm.model_dump(mode="json"),
+            "settings": target.worm.model_dump(mode="json"),
             "dropped": {
                 "by": "settings" if self.ticket is None else "ticket",
-                "prune_ratio": subject.worm.search.prune_ratio if self.ticket is None else None,
+                "prune_ratio": target.worm.search.prune_ratio if self.ticket is None else None,
                 "ratio_reached": ratio_reached(self.mask),
                 "ticket": None if self.ticket is None else str(self.ticket),
                 "mask_digest": None if self.ticket is None else self.mask.digest,
@@ -143,45 +148,45 @@ class Forecast:
 
 
 def forecast(
-    subject: Target, ticket: Path | None, link: Link | None, num_samples: int | None
+    target: Target, ticket: Path | None, link: Link | None, num_samples: int | None
 ) -> Forecast:
-    """Build the network, with gates where a run would add them, draw a copy of it, and count.
+    """Build the network with the gates that a run would add, draw a copy, and count the costs.
 
     Args:
-        subject: what is planned for.
-        ticket: folder of a ticket; None to take about the same share from every group.
-        link: what a step's time is estimated for; None for no estimate, and nothing is run.
-        num_samples: of one rank, for the estimate; None for what the settings say.
+        target: the network and its settings.
+        ticket: folder of a ticket; None to drop about the same share of every group.
+        link: the network to estimate step times for; None for no estimate and no measurement.
+        num_samples: samples per rank for the estimate; None for the value of the settings.
 
     Raises:
-        ConfigError: the network cannot be built or has no channel group; the settings, the ticket
-            or the batch do not fit.
-        CheckpointError: there is no such ticket.
+        ConfigError: the network cannot be built or has no channel group, or the settings, the
+            ticket or the batch do not fit.
+        CheckpointError: the ticket does not exist or is damaged.
     """
-    network = gated(subject.build(), subject.worm.search)
-    sample = torch.zeros(1, *subject.sample_shape)
-    groups = find_drawable_groups(network, sample, subject.worm.search)
+    network = gated(target.build(), target.worm.search)
+    sample = torch.zeros(1, *target.sample_shape)
+    groups = find_drawable_groups(network, sample, target.worm.search)
     if ticket is None:
-        mask = equal_shares(Ranking(subject.worm, network, groups, None), groups)
+        mask = equal_shares(Ranking(target.worm, network, groups, None), groups)
     else:
         mask = mask_of_ticket(ticket, groups)
-    small, groups_of_small = drawn(network, groups, mask)
+    ticket_network, ticket_groups = drawn(network, groups, mask)
 
-    compression = subject.worm.truncation.compression
-    everything = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
-    dense = costs_of(network, groups, everything, sample, "none")
+    compression = target.worm.truncation.compression
+    keep_all = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
+    dense = costs_of(network, groups, keep_all, sample, "none")
     costs: dict[Stage, Costs] = {"dense": dense}
-    for stage, plan in _plans(subject, network, groups, mask).items():
+    for stage, plan in _plans(target, network, groups, mask).items():
         costs[stage] = truncated(dense, network, groups, plan, compression)
-    costs["ticket"] = costs_of(small, groups_of_small, mask, sample, compression)
+    costs["ticket"] = costs_of(ticket_network, ticket_groups, mask, sample, compression)
     estimate = None
     if link is not None:
-        num_samples = num_samples or subject.samples_per_rank(link.world_size)
-        shape, precision = subject.sample_shape, subject.precision
-        measured = measure((network, small), shape, num_samples, precision)
+        num_samples = num_samples or target.samples_per_rank(link.world_size)
+        shape, precision = target.sample_shape, target.precision
+        measured = measure((network, ticket_network), shape, num_samples, precision)
         estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
-    others = _others(small, groups_of_small)
-    return Forecast(subject, ticket, groups, mask, costs, others, estimate)
+    others = _others(ticket_network, ticket_groups)
+    return Forecast(target, ticket, groups, mask, costs, others, estimate)
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:
@@ -192,11 +197,10 @@ def _others(network: nn.Module, groups: Groups) -> Sequence[str]:
 
 
 def _plans(
-    subject: Target, network: nn.Module, groups: Groups, mask: Mask
+    target: Target, network: nn.Module, groups: Groups, mask: Mask
 ) -> Mapping[Stage, FreezePlan]:
-    """What lives before the draw, once the mask's channels are frozen; only hard truncation
-    freezes."""
-    truncation, frozen = subject.worm.truncation, ~mask.keep
+    """The live part of the network in the stages before the draw; only hard truncation has them."""
+    truncation, frozen = target.worm.truncation, ~mask.keep
     if truncation.mode != "hard":
         return {}
     plans: dict[Stage, FreezePlan] = {
@@ -210,11 +214,12 @@ def _plans(
 def _steps(
     costs: Mapping[Stage, Costs], measured: Measured, link: Link
 ) -> Mapping[Stage, StepTime]:
-    """Until the draw the dense network is computed."""
-    dense, drawn = measured.seconds
+    """Step time of every stage; until the draw the dense network is computed."""
+    dense_seconds, ticket_seconds = measured.seconds
     return {
         stage: StepTime(
-            drawn if stage == "ticket" else dense, ring_seconds(each.total.payload_bytes, link)
+            ticket_seconds if stage == "ticket" else dense_seconds,
+            ring_seconds(each.total.payload_bytes, link),
         )
         for stage, each in costs.items()
     }

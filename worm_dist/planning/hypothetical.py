@@ -1,7 +1,7 @@
-"""Dropping: which channels a plan takes for dropped.
+"""Hypothetical masks: the channels that a forecast assumes to be dropped.
 
-Nothing is known of scores before a training: every scale of a new network is one.  So either every
-group loses about the same share, or a ticket that has been drawn says.
+Scores are meaningless before training, as every scale of a new network is one.  So either every
+group loses about the same share, or an existing ticket provides the mask.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ __all__ = ["equal_shares", "mask_of_ticket"]
 
 
 def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
-    """The mask that a search would cut if the scores of every group, or of every norm where those
-    are ranked by themselves, were spread alike.
+    """The mask that a search would select if all groups had the same distribution of scores.
 
-    So all groups lose about the same share, but for what the settings say of floors, rounding and
-    ratios of single groups.
+    If norms are ranked separately, the same holds for every norm.  So all groups lose about the
+    same share, except for the effects of minimum ratios, rounding and per-group ratios.
 
     Args:
-        ranking: of these groups.
-        groups: of the dense network.
+        ranking: the ranking of these groups.
+        groups: the channel groups of the dense network.
     """
-    # All channels of a group cost the same, so the first ones may as well be the best.
+    # All channels of a group cost the same, so it does not matter which of them rank highest.
     quantiles = [
         1 - (torch.arange(size, dtype=torch.float64) + 0.5) / size
         for size in ranking.sizes.values()
     ]
-    nothing_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-    _, mask, _ = ranking.select(torch.cat(quantiles), nothing_lost)
+    none_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
+    _, mask, _ = ranking.select(torch.cat(quantiles), none_lost)
     return mask
 
 
@@ -53,10 +52,14 @@ class _Ticket(BaseModel):
 
 
 def mask_of_ticket(folder: Path, groups: Groups) -> Mask:
-    """The mask that a ticket was drawn with; its weights are not looked at.
+    """Read the mask that a ticket was drawn with; its weights are not read.
+
+    Args:
+        folder: the ticket's folder.
+        groups: the channel groups of the dense network.
 
     Raises:
-        CheckpointError: there is no ticket, or it is damaged.
+        CheckpointError: the ticket does not exist or is damaged.
         ConfigError: it was drawn from another network.
     """
     path = folder / "ticket.json"
@@ -64,18 +67,20 @@ def mask_of_ticket(folder: Path, groups: Groups) -> Mask:
         ticket = _Ticket.model_validate(json.loads(path.read_bytes()))
         mask = Mask({group.name: _flags(group) for group in ticket.groups})
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; is it a ticket?") from error
+        raise CheckpointError(
+            f"{path}: {error.strerror}; is this the folder of a ticket?"
+        ) from error
     except (ConfigError, IndexError, RuntimeError, UnicodeDecodeError, ValueError) as error:
         text = str(error) if not isinstance(error, ValidationError) else error.errors()[0]["msg"]
         raise CheckpointError(f"{path}: not a ticket: {text}") from error
     if mask.digest != ticket.mask_digest:
-        raise CheckpointError(f"{path}: its channels are not those of its mask_digest; damaged")
-    odd = sorted({name for name, _ in mask.sizes.items() ^ groups.sizes.items()})
-    if odd:
-        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        raise CheckpointError(f"{path}: damaged: its channels do not match its mask_digest")
+    differing = sorted({name for name, _ in mask.sizes.items() ^ groups.sizes.items()})
+    if differing:
+        more = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise ConfigError(
-            f"--ticket: {folder} was drawn from another network: group {odd[0]}{more} differ; "
-            "give the model, the input and the settings that it was trained with"
+            f"--ticket: {folder} was drawn from another network: group {differing[0]}{more} "
+            "differ; give the model, the input and the settings that it was trained with"
         )
     return Mask({group.name: mask[group.name] for group in groups})
 

@@ -1,4 +1,4 @@
-"""Estimate: how long a step would take on so many ranks, joined by such a network."""
+"""Estimated time of a step, from compute time, world size and bandwidth."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(bit|b|B)(?:/s|ps)")
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the ranks.
+    """Network between the ranks.
 
     Attributes:
-        world_size: ranks.
-        bits_per_second: of one rank's connection, in each direction.
-        text: the bandwidth as it was given.
+        world_size: number of ranks.
+        bits_per_second: bandwidth of one rank's connection, in each direction.
+        text: the bandwidth as the user wrote it.
     """
 
     world_size: int
@@ -31,27 +31,29 @@ class Link:
 
     @classmethod
     def parse(cls, world_size: int, bandwidth: str) -> Link:
-        """From a bandwidth such as ``10Gbit/s``, ``100Mbps`` or ``1.25GB/s``.
+        """Parse a bandwidth such as ``10Gbit/s``, ``100Mbps`` or ``1.25GB/s``.
 
         Raises:
-            ConfigError: it is none, or there is no rank.
+            ConfigError: the bandwidth is invalid, or ``world_size`` is less than 1.
         """
         if world_size < 1:
             raise ConfigError(f"--world: {world_size} ranks; give at least 1")
-        found = _BANDWIDTH.fullmatch(bandwidth.strip())
-        number = float(found[1]) if found else 0.0
-        if not found or number == 0:
+        match = _BANDWIDTH.fullmatch(bandwidth.strip())
+        number = float(match[1]) if match else 0.0
+        if not match or number == 0:
             raise ConfigError(
-                f"--bandwidth: {bandwidth!r} is none; write 10Gbit/s, 100Mbit/s or 1.25GB/s"
+                f"--bandwidth: {bandwidth!r} is not a bandwidth; write 10Gbit/s, 100Mbit/s or "
+                "1.25GB/s"
             )
-        bits = 8 if found[3] == "B" else 1
-        return cls(world_size, number * _FACTORS[found[2]] * bits, bandwidth.strip())
+        bits = 8 if match[3] == "B" else 1
+        return cls(world_size, number * _FACTORS[match[2]] * bits, bandwidth.strip())
 
 
 def ring_seconds(payload_bytes: int, link: Link) -> float:
-    """A ring all-reduce: every rank sends and receives each byte ``2 (n-1)/n`` times.
+    """Time of a ring all-reduce in seconds: each rank sends and receives ``2 (n-1)/n`` x the bytes.
 
-    Source: Patarin and Yuan, "Bandwidth optimal all-reduce algorithms" (2009); latency left out.
+    Latency is not included.  Source: Patarin and Yuan, "Bandwidth optimal all-reduce algorithms"
+    (2009).
     """
     share = 2 * (link.world_size - 1) / link.world_size
     return share * payload_bytes * 8 / link.bits_per_second
@@ -59,9 +61,11 @@ def ring_seconds(payload_bytes: int, link: Link) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Attributes:
-    compute_seconds: forward and backward pass, measured.
-    all_reduce_seconds: of the gradients, by the formula.
+    """Time of a step without and with overlap of computation and communication.
+
+    Attributes:
+        compute_seconds: measured time of the forward and backward pass.
+        all_reduce_seconds: time of the gradients' all-reduce by the formula.
     """
 
     compute_seconds: float
@@ -69,10 +73,10 @@ class StepTime:
 
     @property
     def shortest_seconds(self) -> float:
-        """The all-reduce runs wholly beside the computation."""
+        """Step time with full overlap of all-reduce and computation."""
         return max(self.compute_seconds, self.all_reduce_seconds)
 
     @property
     def longest_seconds(self) -> float:
-        """One after the other."""
+        """Step time without overlap."""
         return self.compute_seconds + self.all_reduce_seconds

@@ -1,4 +1,4 @@
-"""Table: a forecast, as a person at a terminal reads it."""
+"""Prints a forecast as tables."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..search.mask import Mask
 from ..search.rounding import ratio_reached
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
-from .formatting import column, fair, listed, seconds, short
+from .formatting import column, column_widths, listed, seconds, short
 from .step_time import FORMULA
 
 __all__ = ["show"]
 
 _WIDTH_OF_A_LOG = 100
 _GAP = 2
-"""Spaces between columns."""
+"""Number of spaces between columns."""
 
 _MEANING: Mapping[Stage, str] = {
     "truncated": "dropped channels have left the all-reduce",
@@ -34,11 +34,11 @@ _MEANING: Mapping[Stage, str] = {
 
 
 def show(forecast: Forecast, file: TextIO | None = None) -> None:
-    """Print the tables; plain where there is no terminal.
+    """Print the tables; without colours if the output is not a terminal.
 
     Args:
-        forecast: what to show.
-        file: where to; default the standard output.
+        forecast: the forecast to print.
+        file: the stream to write to; the default is the standard output.
     """
     file = file or sys.stdout
     is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
@@ -84,20 +84,20 @@ def _table() -> Table:
 
 
 def _head(forecast: Forecast) -> list[str]:
-    subject, mask = forecast.subject, forecast.mask
-    name, shape = subject.model, "x".join(str(size) for size in subject.sample_shape)
+    target, mask = forecast.target, forecast.mask
+    name, shape = target.model, "x".join(str(size) for size in target.sample_shape)
     if name in OWN and name.startswith(("resnet1", "vgg11")):
         name += f", in the form for small images; torchvision's is {TORCHVISION}{name}"
     share = f"{mask.num_channels - mask.num_kept:,} of {mask.num_channels:,} channels"
     if forecast.ticket is not None:
         why = f"Drops {share}, those that the ticket in {forecast.ticket} has dropped."
     else:
-        why = f"Drops {share}: {_shares(subject.worm, mask)}"
-    return [name, f"Input {shape}, {subject.num_classes} classes.", why]
+        why = f"Drops {share}: {_shares(target.worm, mask)}"
+    return [name, f"Input {shape}, {target.num_classes} classes.", why]
 
 
 def _shares(worm: WormConfig, mask: Mask) -> str:
-    """What share was asked for, what came of it, and how it is spread over the groups."""
+    """Describe the requested share, the share reached and its distribution over the groups."""
     search, round_to = worm.search, worm.ticket.round_to
     asked = f"{100 * search.prune_ratio:g} % asked"
     if search.ratios:
@@ -106,7 +106,7 @@ def _shares(worm: WormConfig, mask: Mask) -> str:
     text = f"{asked}, {100 * ratio_reached(mask):.3g} % {how}."
     if search.threshold == "global":
         other = "other " if search.ratios else ""
-        # Ranked by themselves, the norms that share channels may each drop others of them.
+        # With layer grouping, norms that share channels may each drop different ones.
         what = "norm" if search.grouping == "layer" else "group"
         text += (
             f" Before training scores say nothing, so every {other}{what} loses about the same "
@@ -116,7 +116,7 @@ def _shares(worm: WormConfig, mask: Mask) -> str:
 
 
 def _ranked_by(forecast: Forecast) -> str:
-    search, groups = forecast.subject.worm.search, forecast.groups
+    search, groups = forecast.target.worm.search, forecast.groups
     what = " and ".join(
         ["scales"] * any(group.norms for group in groups)
         + ["gates"] * any(group.gates for group in groups)
@@ -134,7 +134,7 @@ def _ranked_by(forecast: Forecast) -> str:
 
 
 def _members(forecast: Forecast, width: int) -> Table:
-    """Who makes, ranks and reads the channels of each group."""
+    """Table of the modules that produce, rank and consume the channels of each group."""
     numbers = {
         "channels": [_counted(forecast.groups, g) for g in forecast.groups],
         "dropped": [f"{int((~forecast.mask[g.name]).sum()):,}" for g in forecast.groups],
@@ -145,7 +145,7 @@ def _members(forecast: Forecast, width: int) -> Table:
     room = width - taken - _GAP * (len(numbers) + len(names))
     texts = {
         heading: column(cells, size)
-        for (heading, cells), size in zip(names.items(), fair(needed, room), strict=True)
+        for (heading, cells), size in zip(names.items(), column_widths(needed, room), strict=True)
     }
     first, *others = texts
     columns = texts | numbers
@@ -158,13 +158,13 @@ def _members(forecast: Forecast, width: int) -> Table:
 
 
 def _names(forecast: Forecast) -> dict[str, list[list[str]]]:
-    """The columns of modules: of each group those that are in it."""
+    """Module names of each group, by column."""
     members = [members_of(group) for group in forecast.groups]
     names = {"producers": [each["producers"] for each in members]}
     if (
-        importance_of(forecast.subject.worm.search, forecast.groups) != "weight_norm"
-    ):  # that is of the producers
-        # A gate scales the weight of the layer in the next column.
+        importance_of(forecast.target.worm.search, forecast.groups) != "weight_norm"
+    ):  # which is computed from the producers, already listed
+        # A gate scales the weight of the layer in the next column, so it has no name of its own.
         names["scored by"] = [each["norms"] + ["gate"] * len(each["gates"]) for each in members]
     return names | {"consumers": [each["consumers"] for each in members]}
 
@@ -175,8 +175,10 @@ def _counted(groups: Groups, group: ChannelGroup) -> str:
 
 
 def _costs(forecast: Forecast, width: int) -> Table:
-    """What each group costs, stage by stage; once faded, it sends what the ticket sends, and its
-    live gates."""
+    """Table of each group's costs in every stage.
+
+    ``faded`` is left out: it sends what the ticket sends, plus the live gates.
+    """
     stages = [stage for stage in forecast.costs if stage != "faded"]
     ends: list[Stage] = ["dense", "ticket"]
     columns = (
@@ -213,7 +215,7 @@ def _cell(stage: Stage) -> int:
 
 
 def _dense(forecast: Forecast, width: int) -> Table:
-    """What is in no group, and why."""
+    """Table of the norms that belong to no group, with the reasons."""
     norms: dict[str, list[str]] = {}
     for norm, reason in forecast.groups.dense.items():
         norms.setdefault(reason, []).append(norm)
@@ -227,7 +229,7 @@ def _dense(forecast: Forecast, width: int) -> Table:
 
 
 def _totals(forecast: Forecast) -> Table:
-    """Of the whole network, to the last digit."""
+    """Table of the whole network's costs, with exact numbers."""
     table = _table()
     table.add_column("")
     for heading in ("parameters", "FLOPs a sample", "bytes a step"):

@@ -1,4 +1,4 @@
-"""Subject: the network that is planned for, and the settings it would be trained with."""
+"""Target of a forecast: the network and the settings it would be trained with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Shape", "Target", "target_of", "target_of_config"]
 Shape = tuple[int, int, int]
 """Channels, height, width."""
 
-# Known without the files, which may lie on another machine.
+# Known without the files, which may be on another machine.
 _SAMPLES: Mapping[str, tuple[Shape, int]] = {
     "digits": ((1, 8, 8), 10),
     "fashion-mnist": ((1, 28, 28), 10),
@@ -28,24 +28,24 @@ _SAMPLES: Mapping[str, tuple[Shape, int]] = {
     "cifar100": ((3, 32, 32), 100),
 }
 _SMALL_IMAGES, _LARGE_IMAGES = _SAMPLES["cifar10"], ((3, 224, 224), 1000)
-_OF_ONE_SIZE = {"vit_small": _SAMPLES["digits"]}
-"""Our own networks that take no other size than they are built for."""
+_FIXED_SIZE = {"vit_small": _SAMPLES["digits"]}
+"""Models of worm_dist that accept a single input size."""
 _SAMPLES_PER_RANK = 32
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for.
+    """Network and settings of a forecast.
 
     Attributes:
-        model: of ``worm_dist.models.build_model``.
-        arguments: of its constructor.
-        sample_shape: of one input.
-        num_classes: outputs.
+        model: model name for ``worm_dist.models.build_model``.
+        sample_shape: shape of one input.
+        num_classes: number of outputs.
         worm: the engine's settings.
-        batch_size: samples in an optimizer step over all ranks; None if nothing says so.
+        arguments: additional arguments of the model's constructor.
+        batch_size: samples in an optimizer step over all ranks; None if not set.
         precision: ``fp32`` or ``bf16``, which is torch's autocast.
-        remarks: what the figures leave out with these settings.
+        remarks: notes on what the figures do not include with these settings.
     """
 
     model: str
@@ -58,18 +58,18 @@ class Target:
     remarks: Sequence[str] = ()
 
     def build(self) -> nn.Module:
-        """The dense network, with weights from torch's random state.
+        """Build the dense network; its weights come from torch's random state.
 
         Raises:
-            ConfigError: there is no such network, or it does not take this.
+            ConfigError: the model does not exist, or rejects its arguments.
         """
         return build_model(self.model, self.num_classes, self.sample_shape[0], self.arguments)
 
     def samples_per_rank(self, world_size: int) -> int:
-        """Samples in one rank's share of a step; 32 where no settings say.
+        """Samples per rank and step; 32 if the batch size is not set.
 
         Raises:
-            ConfigError: the batch cannot be shared out evenly.
+            ConfigError: the batch cannot be divided evenly.
         """
         if self.batch_size is None:
             return _SAMPLES_PER_RANK
@@ -85,18 +85,19 @@ class Target:
 def target_of(
     model: str, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
 ) -> Target:
-    """A network by its name, with the default settings.
+    """Target of a model name, with the default settings.
 
     Args:
-        model: of ``worm_dist.models.build_model``.
-        sample_shape, num_classes: default those of CIFAR-10 for our own networks, the digits' for
-            ``vit_small``, ImageNet's for torchvision's.
-        prune_ratio: default that of ``WormConfig``.
+        model: model name for ``worm_dist.models.build_model``.
+        sample_shape, num_classes: shape of one input and number of classes; the default is that of
+            CIFAR-10 for models of worm_dist, of the digits for ``vit_small``, and of ImageNet for
+            torchvision's models.
+        prune_ratio: share of the channels to drop; the default is that of ``WormConfig``.
 
     Raises:
-        ConfigError: the ratio is none.
+        ConfigError: the ratio is invalid.
     """
-    small = _OF_ONE_SIZE.get(model, _SMALL_IMAGES)
+    small = _FIXED_SIZE.get(model, _SMALL_IMAGES)
     shape, classes = small if model in OWN else _LARGE_IMAGES
     changes = {} if prune_ratio is None else {"search": {"prune_ratio": prune_ratio}}
     worm = WormConfig.preset("worm", **changes)
@@ -106,18 +107,18 @@ def target_of(
 def target_of_config(
     path: Path, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
 ) -> Target:
-    """The network of a run's settings; its data need not be there.
+    """Target of a run's settings; the data need not be present.
 
     Args:
-        path: a YAML file.
-        sample_shape, num_classes, prune_ratio: in place of what the settings say.
+        path: the YAML file of a run.
+        sample_shape, num_classes, prune_ratio: overrides of the settings; None to keep them.
 
     Raises:
-        ConfigError: the file cannot be read, is wrong, or is of a run without a search; the number
-            of classes is not known.
+        ConfigError: the file cannot be read or is invalid, the run has no search, or the number of
+            classes is unknown.
     """
-    replaced = [] if prune_ratio is None else [("search.prune_ratio", repr(prune_ratio))]
-    config = read_run_config(path, replaced)
+    overrides = [] if prune_ratio is None else [("search.prune_ratio", repr(prune_ratio))]
+    config = read_run_config(path, overrides)
     if not config.search.enabled:
         raise ConfigError(
             f"{path}: search.enabled is false, so this run drops nothing; plan another preset"
@@ -125,7 +126,7 @@ def target_of_config(
     shape, classes = _sample(config.data, num_classes)
     remarks = []
     if config.distributed.backend == "deepspeed":
-        remarks.append("bytes are DistributedDataParallel's; ranks under ZeRO also send weights")
+        remarks.append("bytes are DistributedDataParallel's; under ZeRO ranks also send weights")
     return Target(
         model=config.model.name,
         arguments=config.model.arguments,
@@ -142,13 +143,13 @@ def _sample(data: DataConfig, num_classes: int | None) -> tuple[Shape, int]:
     if data.name in _SAMPLES:
         shape, known = _SAMPLES[data.name]
         return shape, num_classes or known
-    assert data.root is not None  # DataConfig asks for it
+    assert data.root is not None  # DataConfig requires it
     shape = (3, data.image_size, data.image_size)
     folder = Path(data.root).expanduser() / "train"
-    num_classes = num_classes or sum(place.is_dir() for place in folder.glob("*"))
+    num_classes = num_classes or sum(path.is_dir() for path in folder.glob("*"))
     if not num_classes:
         raise ConfigError(
-            f"data.root: {folder} with its folders is not here, so the number of classes is not "
-            "known; give --classes"
+            f"data.root: {folder} has no class folders on this machine, so the number of classes "
+            "is unknown; give --classes"
         )
     return shape, num_classes

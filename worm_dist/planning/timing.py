@@ -1,4 +1,4 @@
-"""Stopwatch: seconds that a forward and backward pass takes on this machine."""
+"""Measures the time of a forward and backward pass on this machine."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ __all__ = ["Measured", "measure"]
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 _SECONDS = 10.0
-"""After these no further round begins, once there are a few."""
+"""Time limit: after it no further round starts, once there are ``_FEWEST_ROUNDS``."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes:
-    seconds: median of each network.
-    rounds: how often each was measured.
-    device: what on.
+    """Measured times.
+
+    Attributes:
+        seconds: median time of each network.
+        rounds: number of measurements of each network.
+        device: name of the device.
     """
 
     seconds: tuple[float, ...]
@@ -36,17 +38,17 @@ class Measured:
 def measure(
     networks: Sequence[nn.Module], sample_shape: Shape, num_samples: int, precision: str
 ) -> Measured:
-    """Time the networks in turn, so that what slows the machine down slows down all of them.
+    """Time the networks in turn, so that a busy machine slows all of them alike.
 
     Args:
-        networks: are moved to the GPU, if there is one, and trained on noise; their statistics and
-            gradients are no longer of use afterwards.
-        sample_shape: of one input.
-        num_samples: in a batch.
-        precision: ``bf16`` for torch's autocast.
+        networks: the networks.  They are moved to the GPU, if there is one, and run on noise, which
+            spoils their statistics and gradients.
+        sample_shape: shape of one input.
+        num_samples: samples in a batch.
+        precision: ``fp32``, or ``bf16`` for torch's autocast.
 
     Raises:
-        ConfigError: a network does not train on such a batch.
+        ConfigError: a network cannot be trained on such a batch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = torch.randn(num_samples, *sample_shape, device=device)
@@ -62,10 +64,10 @@ def measure(
             rounds.append([_seconds(network, inputs, precision) for network in networks])
     except (RuntimeError, ValueError) as error:  # such as BatchNorm on a single value
         raise ConfigError(
-            f"--batch: the network does not train on batches of {num_samples}: {error}"
+            f"--batch: the network cannot be trained on batches of {num_samples}: {error}"
         ) from error
     medians = tuple(statistics.median(seconds) for seconds in zip(*rounds))
-    return Measured(medians, len(rounds), _described(device))
+    return Measured(medians, len(rounds), _name_of(device))
 
 
 def _seconds(network: nn.Module, inputs: Tensor, precision: str) -> float:
@@ -86,7 +88,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _described(device: torch.device) -> str:
+def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     num_threads = torch.get_num_threads()

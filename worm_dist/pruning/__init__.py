@@ -1,1 +1,1 @@
-"""Physical removal: channels go, the training state stays, the outputs are compared first."""
+"""Physical removal of channels, with transfer of the training state and a check of the outputs."""

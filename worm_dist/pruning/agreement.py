@@ -1,4 +1,4 @@
-"""Admission: which masks from outside the search may be truncated or drawn."""
+"""Agreement: checks on masks from the user before they are truncated or drawn."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["agreed_mask", "require_live_survivors", "require_reversible"]
 def agreed_mask(
     ranks: Communicator, groups: Groups, mask: Mask, when: str, copies: Sequence[nn.Module] = ()
 ) -> Mask:
-    """The mask with its groups in the network's order.  Collective.
+    """Compare the mask across ranks and return it with its groups in network order.  Collective.
 
-    Agreed before it is judged: a mask that one rank alone would refuse must stop them all.
+    Masks are compared before they are validated, so that an invalid mask raises on all ranks.
 
     Args:
-        ranks: that must bring the same mask.
-        groups: of the network.
-        mask: its groups may come in any order.
-        when: for the message of a difference.
-        copies: networks that go with the mask; they must be alike on all ranks.
+        ranks: the communicator of the ranks that must pass the same mask.
+        groups: the network's channel groups.
+        mask: the mask; its groups may be in any order.
+        when: the operation, as a prefix of error messages.
+        copies: further networks to which the mask is applied; equal in structure on all ranks.
 
     Raises:
-        DivergenceError: the ranks bring different masks or copies.
-        ConfigError: the mask is not of this network's groups.
+        DivergenceError: the masks or copies differ between ranks.
+        ConfigError: the mask's groups are not those of this network.
     """
-    ranks.require_equal({"mask": bits(mask), "copies": _shapes(copies)}, when)
+    ranks.assert_equal({"mask": bits(mask), "copies": _shapes(copies)}, when)
     odd = mask.sizes.items() ^ groups.sizes.items()
     if odd:
         names = ", ".join(sorted({name for name, _ in odd}))
@@ -41,40 +41,45 @@ def agreed_mask(
 
 
 def require_live_survivors(groups: Groups, mask: Mask, frozen: Tensor) -> None:
-    """A layer may have come to live on channels that are about to go or no longer train.
+    """Check that every group keeps at least one channel that trains.
 
     Args:
-        frozen: bool ``[num_channels]``, the channels that do not train now.
+        groups: the network's channel groups.
+        mask: the mask to draw.
+        frozen: bool ``[num_channels]``, the channels that are currently frozen.
 
     Raises:
-        ConfigError: in a group the mask keeps no channel that is not frozen.
+        ConfigError: a group has no channel that is both kept and not frozen.
     """
     for name, live in groups.split(mask.keep & ~frozen).items():
         if not bool(live.any()):
             raise ConfigError(
                 f"draw: group {name}: no channel that the mask keeps is live; a network without "
-                "this layer cannot train on. Raise search.floor or give another mask"
+                "this layer cannot train on. Raise search.min_keep_ratio or give another mask"
             )
 
 
 def require_reversible(groups: Groups, mask: Mask, irreversible: Tensor, when: str) -> None:
-    """What has begun to leave does not come back.
+    """Check that the mask keeps no channel whose removal has begun.
 
     Args:
-        irreversible: bool ``[num_channels]``, the channels that the mask must drop.
+        groups: the channel groups of the mask.
+        mask: the mask to truncate or draw.
+        irreversible: bool ``[num_channels]``, the channels whose removal has begun or is complete.
+        when: the operation, as a prefix of error messages.
 
     Raises:
-        ConfigError: it keeps one of them.
+        ConfigError: the mask keeps one of these channels.
     """
     for name, back in groups.split(irreversible & mask.keep).items():
         if bool(back.any()):
             raise ConfigError(
                 f"{when}: group {name}: the mask keeps a channel that has begun to leave, or has "
-                "left; such channels do not come back"
+                "left; removal cannot be undone"
             )
 
 
 def _shapes(networks: Sequence[nn.Module]) -> dict[str, bytes]:
-    """The parameters of each network by names and shapes."""
+    """Return the parameter names and shapes of each network, encoded for comparison."""
     shapes = ([(n, tuple(p.shape)) for n, p in network.named_parameters()] for network in networks)
     return {str(number): repr(each).encode() for number, each in enumerate(shapes)}

@@ -1,7 +1,7 @@
-"""Collapse: a network whose output no longer depends on its input.
+"""Collapse detection: a network whose output no longer depends on its input.
 
-Rectifiers die when a large step pushes all that reaches them below zero; then no gradient comes
-back, and nothing the optimizer does revives them.  The loss stays where a constant answer puts it.
+If a large step makes all inputs of a ReLU negative, its gradient is zero and the optimizer cannot
+recover it ("dying ReLU").  The loss then stays at that of a constant output.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ __all__ = ["REMEDY", "Liveness"]
 logger = logging.getLogger(__name__)
 
 REMEDY = (
-    "go on from a checkpoint before that with a lower learning rate, search.prune_ratio or "
-    "search.l1, or let channels leave more slowly (truncation.removal.duration)"
+    "resume from an earlier checkpoint with a lower learning rate, search.prune_ratio or "
+    "search.l1, or remove channels more slowly (truncation.removal.duration)"
 )
-"""What to do about it."""
+"""Advice for messages about a collapse."""
 
 _TOLERANCE = 1e-6
-"""Of the largest output: by how much outputs differ through rounding alone."""
+"""The difference of outputs, relative to the largest one, that rounding alone can cause."""
 
 
 class Liveness:
-    """Watches forward passes: what reaches the layers behind each group, and what comes out.
+    """Observes in forward passes whether each group's consumers get nonzero inputs, and whether
+    inputs and outputs vary.
 
-    Synchronises nothing before ``require``.
+    Nothing is synchronised with the host before ``require``.
 
     Args:
-        network: not wrapped.
-        groups: its channel groups.
+        network: the unwrapped network.
+        groups: the network's channel groups.
     """
 
     def __init__(self, network: nn.Module, groups: Groups) -> None:
@@ -50,7 +51,7 @@ class Liveness:
         self._outputs = _Variation(self._device)
         consumers = {member.module for group in groups for member in group.consumers}
         self._handles: list[RemovableHandle] = [
-            network.get_submodule(name).register_forward_pre_hook(self._note(name))
+            network.get_submodule(name).register_forward_pre_hook(self._recorder(name))
             for name in sorted(consumers)
         ]
 
@@ -61,57 +62,56 @@ class Liveness:
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                seen = (args[0] != 0).any()
-                self._reached[name] = self._reached.get(name, torch.zeros_like(seen)) | seen
+                nonzero = (args[0] != 0).any()
+                self._reached[name] = self._reached.get(name, torch.zeros_like(nonzero)) | nonzero
 
-        return note
+        return record
 
-    def look(self, inputs: Any, output: Any) -> None:
-        """What a pass was given, and what came out of it."""
-        self._inputs.see(list(_tensors(inputs)))
-        self._outputs.see(list(_tensors(output)))
+    def observe(self, inputs: Any, output: Any) -> None:
+        """Record the inputs and outputs of one forward pass."""
+        self._inputs.update(list(_tensors(inputs)))
+        self._outputs.update(list(_tensors(output)))
 
-    def require(self, ranks: Communicator, when: str, told: set[str]) -> None:
-        """The network must answer.  Collective.
+    def require(self, ranks: Communicator, when: str, warned: set[str]) -> None:
+        """Check that outputs depend on inputs, and warn of groups with zero output.  Collective.
 
         Args:
-            ranks: that train together; what one of them has seen counts for all.
-            when: for messages.
-            told: groups that have been warned of; those that are now are added.
+            ranks: the communicator of the training ranks; an observation on one counts for all.
+            when: the operation, as a prefix of messages.
+            warned: the names of groups already warned about; newly reported ones are added.
 
         Raises:
-            CollapseError: on every rank, if all outputs are the same.
+            CollapseError: on every rank, if inputs vary but all outputs are equal.
         """
         reached = [self._reaches(self._readers(number)) for number in range(len(self._groups))]
         seen = torch.stack([self._inputs.varies, self._outputs.varies, *reached]).float()
-        asked, answers, *alive = (ranks.mean(seen) > 0).tolist()
+        inputs_vary, outputs_vary, *nonzero = (ranks.mean(seen) > 0).tolist()
         names = [group.name for group in self._groups]
-        dead = [name for name, lives in zip(names, alive, strict=True) if not lives]
-        layers = f" Nothing but zeros comes from {_listed(dead)}." if dead else ""
-        if asked and not answers:
+        all_zero = [name for name, is_nonzero in zip(names, nonzero, strict=True) if not is_nonzero]
+        layers = f" Nothing but zeros comes from {_listed(all_zero)}." if all_zero else ""
+        if inputs_vary and not outputs_vary:
             raise CollapseError(
-                f"{when}: the network puts out the same whatever it is given.{layers} It will not "
+                f"{when}: the network's output no longer depends on its input.{layers} It will not "
                 f"recover; {REMEDY}"
             )
-        new = [name for name in dead if name not in told]
+        new = [name for name in all_zero if name not in warned]
         if new and ranks.rank == 0:
             logger.warning(
-                "%s: nothing but zeros comes from the channels that are left of %s; if the loss "
-                "stays high, %s",
+                "%s: the remaining channels of %s are all zero; if the loss stays high, %s",
                 when,
                 _listed(new),
                 REMEDY,
             )
-        told.update(new)
+        warned.update(new)
 
     def _readers(self, number: int) -> Collection[str]:
         return {member.module for member in self._groups[number].consumers}
 
     def _reaches(self, readers: Collection[str]) -> Tensor:
-        """Whether anything reached one of these; what is not called as a module is not known."""
+        """Whether a layer got a nonzero input; True if one of them was not called as a module."""
         seen = [self._reached.get(reader) for reader in readers]
         known = [one for one in seen if one is not None]
         if len(known) < len(seen):
@@ -120,30 +120,30 @@ class Liveness:
 
 
 class _Variation:
-    """Whether tensors differ, within a batch or from pass to pass.
+    """Whether tensors differ within a batch or between passes.
 
     Attributes:
-        varies: a bool on the device.
+        varies: a scalar bool tensor on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.varies = torch.zeros((), dtype=torch.bool, device=device)
         self._first: list[Tensor] = []
 
-    def see(self, tensors: Sequence[Tensor]) -> None:
-        """Those of one pass."""
+    def update(self, tensors: Sequence[Tensor]) -> None:
+        """Compare the tensors of one pass with each other and with the first pass."""
         shapes = [tensor.shape for tensor in tensors]
         if shapes != [first.shape for first in self._first]:
             self._first = [tensor.clone() for tensor in tensors]
         for tensor, first in zip(tensors, self._first, strict=True):
             limit = _TOLERANCE * tensor.abs().max()
             for other in (first, *(tensor[:1] if tensor.dim() else ())):
-                # Written so that a NaN varies: others look for those.
+                # Written so that NaN counts as varying; NaN is detected elsewhere.
                 self.varies |= ~((tensor - other).abs().max() <= limit)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All numbers in a nested value, as floats."""
+    """Iterate over the non-empty real tensors in a nested value, as float32."""
     if isinstance(value, Tensor):
         if value.numel() and not value.is_complex():
             yield value.detach().float()

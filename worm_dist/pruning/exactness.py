@@ -1,8 +1,8 @@
-"""Trial: which groups can be drawn without changing what the network computes.
+"""Exactness: finds the groups that can be drawn without changing the network's outputs.
 
 Channels are dropped from a copy of the network (see ``rehearsal``): about half of each group, the
-other half, all but the fewest that the floor allows, all but one, and one; and not only with the
-weights that it happens to have.
+other half, as many as the floor allows, one, and all but one; with the network's own weights and
+with random ones.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ from ..config import SearchConfig
 from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import ChannelGroup, Groups
-from ..groups.copying import scratch
+from ..groups.copying import scratch_copy
 from ..groups.forward import run
-from ..groups.selection import chosen, importance_of
+from ..groups.selection import importance_of, select_groups
 from ..groups.tracing import find_groups
 from ..search.mask import Mask
 from .rehearsal import Rehearsal
-from .trial_values import corners, other_inputs, take_other_values, unsettle
+from .trial_values import (
+    crop_large_images,
+    perturb_constant_inputs,
+    perturb_constant_weights,
+    randomize_weights,
+)
 
 __all__ = ["agreed_groups", "find_drawable_groups"]
 
 logger = logging.getLogger(__name__)
 
 _NUM_SAMPLES = 3
-"""Groups of a kind that must all fail before the others of that kind are taken to fail too."""
-_MOST_TRIALS = 100
-"""After so many, what is still in doubt stays dense.  Counted, not timed, so that all ranks give up
-at the same place."""
-_SECONDS_IN_SILENCE = 3.0
+"""The number of groups of a kind that must fail before all groups of that kind are rejected."""
+_MAX_TRIALS = 100
+"""The number of trials after which undecided groups stay dense.  Counted, not timed, so that all
+ranks give up at the same point."""
+_SECONDS_BEFORE_WARNING = 3.0
 
 
 def agreed_groups(
@@ -48,24 +53,32 @@ def agreed_groups(
     any_group: bool = False,
     optional: bool = False,
 ) -> Groups:
-    """``find_drawable_groups`` on every rank, with the same result.  Collective.
+    """Run ``find_drawable_groups`` on every rank and compare the results.  Collective.
+
+    Args:
+        network: the unwrapped network.
+        example_inputs: inputs as for ``find_drawable_groups``.
+        ranks: the communicator of the ranks to compare.
+        search: the search settings.
+        any_group: whether a custom importance ranks the groups.
+        optional: whether a network without groups is accepted.
 
     Raises:
-        ConfigError: as there.
-        DivergenceError: the ranks trace different networks, or another rank alone cannot.
+        ConfigError: as in ``find_drawable_groups``.
+        DivergenceError: the ranks find different groups, or tracing failed on another rank.
     """
     try:
         groups = find_drawable_groups(network, example_inputs, search, any_group, optional)
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        with suppress(DivergenceError):  # the others are told; this rank knows more
-            ranks.require_equal({"structure": {"(none)": str(error).encode()}}, "attach")
+    except Exception as error:  # any error, since the other ranks wait in the comparison
+        with suppress(DivergenceError):  # raised on the others; the original error says more
+            ranks.assert_equal({"structure": {"(none)": str(error).encode()}}, "attach")
         raise
-    ranks.require_equal({"structure": groups.digests}, "attach")
+    ranks.assert_equal({"structure": groups.digests}, "attach")
     by_weights = bool(groups) and importance_of(search, groups) == "weight_norm"
     if by_weights and search.importance == "auto" and not any_group and ranks.rank == 0:
         logger.warning(
             "attach: no group has a norm or a gate, so channels are ranked by the norm of the "
-            "weights that make them; search.importance 'weight_norm' says so without this line"
+            "weights that produce them; search.importance 'weight_norm' avoids this warning"
         )
     return groups
 
@@ -77,26 +90,27 @@ def find_drawable_groups(
     any_group: bool = False,
     optional: bool = False,
 ) -> Groups:
-    """The channel groups of a network that are searched, all of which can be drawn exactly.
+    """Find the channel groups that are searched and can be drawn exactly.
 
-    Costs a few copies of the network in double precision, and some forward passes.
+    Needs a few copies of the network in double precision, and some forward passes.
 
     Args:
-        network: not wrapped.
+        network: the unwrapped network.
         example_inputs: one input, a tuple of inputs, or a dict of keyword inputs, on the
             network's device.
-        search: says which groups are searched; default ``SearchConfig()``.
-        any_group: whether a score of the user's own ranks them, which needs no norm and no gate.
-        optional: whether a network without any such group will do.
+        search: the search settings that select groups; default ``SearchConfig()``.
+        any_group: whether a custom importance ranks the groups, so that norms and gates are not
+            needed.
+        optional: whether a network without groups is accepted.
 
     Raises:
         ConfigError: the network cannot be run with these inputs, or has no such group.
     """
     search = search or SearchConfig()
-    inputs = _lighter(network, example_inputs)
-    groups = chosen(find_groups(network, inputs), search, any_group)
-    with scratch(network) as apart, torch.no_grad():
-        trial = _Trial(apart, groups, inputs, search.floor)
+    inputs = _cropped_inputs(network, example_inputs)
+    groups = select_groups(find_groups(network, inputs), search, any_group)
+    with scratch_copy(network) as network_copy, torch.no_grad():
+        trial = _Trial(network_copy, groups, inputs, search.min_keep_ratio)
         groups = groups.without(trial.inexact())
     if not groups and not optional:
         because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
@@ -110,27 +124,27 @@ def find_drawable_groups(
     return groups
 
 
-def _lighter(network: nn.Module, example_inputs: Any) -> Any:
-    """A corner of large images, if the network runs on that: channels are the same there."""
-    inputs = corners(example_inputs)
+def _cropped_inputs(network: nn.Module, example_inputs: Any) -> Any:
+    """Return crops of large images, if the network runs on them; channels do not depend on size."""
+    inputs = crop_large_images(example_inputs)
     if inputs is example_inputs:
         return inputs
-    with scratch(network) as apart, torch.no_grad():
+    with scratch_copy(network) as network_copy, torch.no_grad():
         try:
-            run(apart, inputs)
-        except Exception:  # whatever a foreign forward may raise
+            run(network_copy, inputs)
+        except Exception:  # user code may raise anything
             return example_inputs
     return inputs
 
 
 class _Trial:
-    """Draws parts of groups from copies of a network.
+    """Trial draws of parts of groups from copies of a network.
 
     Args:
-        network: a copy, in eval mode.
-        groups: of the network.
-        example_inputs: as for ``forward.run``.
-        floor: share of its channels that every group keeps.
+        network: a copy of the network, in eval mode.
+        groups: the network's channel groups.
+        example_inputs: inputs as for ``forward.run``.
+        floor: the share of its channels that every group keeps at least.
     """
 
     def __init__(
@@ -139,31 +153,31 @@ class _Trial:
         self._groups = groups
         self._floor = floor
         self._kinds = {group.name: _kind(network, group) for group in groups}
-        self._as_it_is = Rehearsal(network, example_inputs)
-        unsettle(self._as_it_is.network)
-        otherwise = Rehearsal(network, other_inputs(example_inputs))
-        take_other_values(otherwise.network, otherwise.run)
-        self._otherwise = otherwise if otherwise.is_finite else self._as_it_is
+        self._original = Rehearsal(network, example_inputs)
+        perturb_constant_weights(self._original.network)
+        randomized = Rehearsal(network, perturb_constant_inputs(example_inputs))
+        randomize_weights(randomized.network, randomized.run)
+        self._randomized = randomized if randomized.is_finite else self._original
         self._num_trials = 0
-        self._begun_at, self._is_told = time.monotonic(), False
+        self._started_at, self._has_warned = time.monotonic(), False
 
     def inexact(self) -> dict[str, str]:
-        """The groups that must not be drawn, each with the reason."""
+        """Return the groups that must not be drawn, by name, with the reasons."""
         found: dict[str, str] = {}
         for rehearsal, keep in self._rounds():
             rest = [group for group in self._groups if group.name not in found]
-            # Groups of one kind stay together, since they fail together.
+            # Groups of one kind are adjacent, since they usually fail together.
             rest.sort(key=lambda group: self._kinds[group.name])
             found |= self._inexact(rest, rehearsal, keep)
         return found
 
     def _rounds(self) -> Iterator[tuple[Rehearsal, Mapping[str, Tensor]]]:
-        """What is dropped together, and with which values.
+        """Yield the rounds: a rehearsal, with own or random weights, and the kept channels.
 
-        Which and how many channels is drawn at random: what must not be dropped alone, or only as
-        many here as there, would not be noticed with every other channel.  Where only one channel
-        is kept the next group is whole, or in a network without shortcuts nothing would get through
-        to tell of what is wrong.
+        Which and how many channels are kept is random, since a regular pattern would hide
+        channels that are tied to one another and groups that need equal counts.  Where only one
+        channel of a group is kept, the next group is whole; otherwise, in a network without
+        shortcuts, too little would reach the outputs to reveal an error.
         """
         generator = torch.Generator().manual_seed(0)
         orders = {
@@ -171,16 +185,16 @@ class _Trial:
             for group in self._groups
         }
         sizes = self._groups.sizes
-        # Two at least, where there are enough: that a channel has moved shows only beside another.
+        # At least two where possible: a wrong order of channels shows only with two of them.
         fewest = {name: 2 if size >= 4 else 1 for name, size in sizes.items()}
         some = {
             name: int(torch.randint(few, max(2, sizes[name] - few + 1), (), generator=generator))
             for name, few in fewest.items()
         }
-        place = {name: number for number, name in enumerate(sizes)}
+        group_number = {name: number for number, name in enumerate(sizes)}
 
         def keeping(first: Callable[[str], int], last: Callable[[str], int]) -> dict[str, Tensor]:
-            """Of each group the channels between two places in its order."""
+            """Keep the channels between two positions in the random order of each group."""
             keep = {}
             for name, size in sizes.items():
                 kept = torch.zeros(size, dtype=torch.bool)
@@ -188,30 +202,31 @@ class _Trial:
                 keep[name] = kept
             return keep
 
-        yield self._as_it_is, keeping(some.__getitem__, sizes.__getitem__)
-        yield self._as_it_is, keeping(lambda name: 0, some.__getitem__)
+        yield self._original, keeping(some.__getitem__, sizes.__getitem__)
+        yield self._original, keeping(lambda name: 0, some.__getitem__)
         yield (
-            self._otherwise,
+            self._randomized,
             keeping(lambda name: 0, lambda name: max(1, round(self._floor * sizes[name]))),
         )
-        yield self._otherwise, keeping(lambda name: min(1, sizes[name] - 1), sizes.__getitem__)
-        thin = [
-            {name: 1 if place[name] % 2 == odd else sizes[name] for name in sizes} for odd in (0, 1)
+        yield self._randomized, keeping(lambda name: min(1, sizes[name] - 1), sizes.__getitem__)
+        alternating = [
+            {name: 1 if group_number[name] % 2 == odd else sizes[name] for name in sizes}
+            for odd in (0, 1)
         ]
-        yield self._otherwise, keeping(lambda name: 0, thin[0].__getitem__)
-        yield self._otherwise, keeping(lambda name: 0, thin[1].__getitem__)
+        yield self._randomized, keeping(lambda name: 0, alternating[0].__getitem__)
+        yield self._randomized, keeping(lambda name: 0, alternating[1].__getitem__)
 
     def _inexact(
         self, tried: Sequence[ChannelGroup], rehearsal: Rehearsal, keep: Mapping[str, Tensor]
     ) -> dict[str, str]:
-        """Of the groups tried, those that must not be drawn."""
+        """Find by bisection the groups among ``tried`` that must not be drawn, with reasons."""
         reason = self._difference(tried, rehearsal, keep) if tried else None
         if reason is None:
             return {}
         if len(tried) == 1:
             return {tried[0].name: reason}
-        if self._num_trials > _MOST_TRIALS:
-            reason = f"after {_MOST_TRIALS} trials it is still in doubt ({reason})"
+        if self._num_trials > _MAX_TRIALS:
+            reason = f"after {_MAX_TRIALS} trials it is still in doubt ({reason})"
             return {group.name: reason for group in tried}
         kinds = list(dict.fromkeys(self._kinds[group.name] for group in tried))
         if len(kinds) == 1 and len(tried) > _NUM_SAMPLES:
@@ -225,7 +240,7 @@ class _Trial:
         found = self._inexact(tried[:middle], rehearsal, keep)
         found |= self._inexact(tried[middle:], rehearsal, keep)
         if not found:
-            # Each part alone is exact: what is wrong lies between groups, so none is safe.
+            # Each half alone is exact, so the error needs groups of both: none is safe.
             return {group.name: reason for group in tried}
         rest = [group for group in tried if group.name not in found]
         return found | self._inexact(rest, rehearsal, keep)
@@ -233,10 +248,10 @@ class _Trial:
     def _difference(
         self, tried: Sequence[ChannelGroup], rehearsal: Rehearsal, keep: Mapping[str, Tensor]
     ) -> str | None:
-        """What is wrong once these groups have lost channels; None if nothing."""
+        """Return what is wrong after these groups have lost channels; None if nothing."""
         self._num_trials += 1
-        if not self._is_told and time.monotonic() - self._begun_at > _SECONDS_IN_SILENCE:
-            self._is_told = True
+        if not self._has_warned and time.monotonic() - self._started_at > _SECONDS_BEFORE_WARNING:
+            self._has_warned = True
             logger.warning(
                 "attach: channels are dropped from a copy of the network to find out which of its "
                 "%d groups can be; this takes a while",
@@ -253,7 +268,7 @@ class _Trial:
 
 
 def _kind(network: nn.Module, group: ChannelGroup) -> str:
-    """The class of the module that a group is a part of, and which part it is."""
+    """Return a group's kind: the class of its enclosing module and its name within that."""
     *path, leaf = group.name.split(".")
     while path:
         parent = network.get_submodule(".".join(path))

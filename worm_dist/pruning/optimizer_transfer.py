@@ -1,7 +1,7 @@
-"""Transplant: the optimizer goes on with the smaller network, state and all.
+"""Optimizer transfer: the optimizer state follows the smaller network.
 
-Every element of optimizer state that belongs to a surviving weight is carried over bit for bit.
-Optimizer and parameters stay the same objects, so schedulers and whatever else holds them go on.
+The state of every surviving weight is kept bit for bit.  Optimizer and parameters stay the same
+objects, so references to them, such as in schedulers, stay valid.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from .surgery import Cut, laid_like
+from .surgery import Cut, match_memory_format
 
-__all__ = ["forget", "kept_places", "require_cuttable", "select", "transfer_state"]
+__all__ = ["drop_parameters", "kept_indices", "require_cuttable", "select", "transfer_state"]
 
 _Kept = Mapping[str, Mapping[int, Tensor]]
 
@@ -24,14 +24,14 @@ _Kept = Mapping[str, Mapping[int, Tensor]]
 def transfer_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], cuts: Sequence[Cut]
 ) -> None:
-    """Cut an optimizer's state as its parameters are about to be.
+    """Slice an optimizer's state in the way its parameters are going to be sliced.
 
     Args:
-        optimizer: changed in place.
-        parameters: of the network before it is cut, by name.
-        cuts: that are to be made.
+        optimizer: the optimizer; modified in place.
+        parameters: the parameters of the network before the cuts, by name.
+        cuts: the cuts that are going to be made.
     """
-    for name, kept in kept_places(cuts).items():
+    for name, kept in kept_indices(cuts).items():
         parameter = parameters[name]
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
@@ -42,21 +42,26 @@ def transfer_state(
 def require_cuttable(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], cuts: Sequence[Cut]
 ) -> None:
-    """All state must belong to elements one by one, or to none.
+    """Check that all state of the cut parameters is elementwise, factored or scalar.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: the parameters of the network before the cuts, by name.
+        cuts: the cuts that are going to be made.
 
     Raises:
-        ConfigError: naming what does not, such as a preconditioner or quantized moments.
+        ConfigError: some state is of another kind, such as a preconditioner or quantized moments.
     """
-    for name in kept_places(cuts):
+    for name in kept_indices(cuts):
         for key, value in optimizer.state.get(parameters[name], {}).items():
-            for complaint in _complaints(value, parameters[name]):
+            for problem in _problems(value, parameters[name]):
                 raise ConfigError(
                     f"the state {key!r} that {type(optimizer).__name__} keeps of {name} "
-                    f"{complaint}; it cannot be cut with the channels, choose another optimizer"
+                    f"{problem}; it cannot be cut with the channels, choose another optimizer"
                 )
 
 
-def _complaints(value: object, parameter: Tensor) -> Iterator[str]:
+def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     if isinstance(value, (list, tuple, dict)):
         parts = value.values() if isinstance(value, dict) else value
         if any(isinstance(part, Tensor) and part.numel() > 1 for part in parts):
@@ -72,16 +77,16 @@ def _complaints(value: object, parameter: Tensor) -> Iterator[str]:
         yield f"is quantized ({value.dtype})"
 
 
-def forget(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
-    """Take parameters that are no more out of an optimizer, with their state."""
+def drop_parameters(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+    """Remove parameters and their state from an optimizer."""
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in parameters]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
 
 
-def kept_places(cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
-    """For every parameter that is cut, by name, the places that are kept along each dimension."""
+def kept_indices(cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
+    """Return the kept indices of every cut parameter, by name and dimension."""
     kept: dict[str, dict[int, Tensor]] = {}
     for cut in cuts:
         kept.setdefault(cut.parameter, {})[cut.dim] = cut.kept.nonzero().flatten()
@@ -89,10 +94,10 @@ def kept_places(cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
 
 
 def _along(value: Tensor, parameter: Tensor, kept: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-    """The dimensions of a piece of state that follow the parameter's.
+    """Select the dimensions along which a state tensor has to be sliced.
 
-    Moments have its shape; a factored moment, such as Adafactor's, is 1 long in some dimensions; a
-    step counter has none.
+    Moments have the parameter's shape; factored moments, such as Adafactor's, have size 1 in some
+    dimensions; a step counter has no dimensions.
     """
     if value.dim() != parameter.dim():
         return {}
@@ -100,8 +105,8 @@ def _along(value: Tensor, parameter: Tensor, kept: Mapping[int, Tensor]) -> Mapp
 
 
 def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """What is left of a tensor that is cut along these dimensions."""
+    """Select the kept indices of a tensor along each dimension; keeps the memory format."""
     left = tensor
-    for dim, places in kept.items():
-        left = left.index_select(dim, places.to(tensor.device))
-    return laid_like(left, tensor)
+    for dim, indices in kept.items():
+        left = left.index_select(dim, indices.to(tensor.device))
+    return match_memory_format(left, tensor)

@@ -1,7 +1,6 @@
-"""Storage: a parameter that becomes smaller stays the same object.
+"""Parameter storage: replaces the data of a parameter that stays the same object.
 
-Its hooks, its attributes, and whatever refers to it go on with it: optimizers, lists made before,
-averaged copies.
+So its hooks and attributes stay, and references to it remain valid, such as in optimizers.
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ __all__ = ["replace_data"]
 
 @torch.no_grad()
 def replace_data(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter another value, of any shape; its gradient is dropped.
+    """Replace a parameter's value by one of any shape; its gradient is dropped.
 
-    Whoever keeps the graph of a pass keeps the node that accumulates the parameter's gradient, with
-    the shape it had.  torch makes a new one when the type of the data changes, so it does, twice.
+    An autograd graph that is still referenced keeps the parameter's gradient accumulator, with the
+    old shape.  torch creates a new accumulator when the dtype of the data changes, so it is changed
+    back and forth.
 
     Args:
-        parameter: a leaf.
-        value: of the same type and device; becomes the parameter's own.
+        parameter: the parameter, a leaf tensor.
+        value: the new value, of the same dtype and device; its storage is shared, not copied.
     """
     parameter.grad = None
-    elsewhere = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-    parameter.data = torch.empty(0, dtype=elsewhere, device=parameter.device)
+    other_dtype = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other_dtype, device=parameter.device)
     parameter.data = value.detach()

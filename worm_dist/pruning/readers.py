@@ -1,7 +1,7 @@
-"""Readers: what the layers put out that read channels which are dropped.
+"""Readers: compares the outputs of the layers that read dropped channels.
 
-Where nothing passes a threshold further on, a network's outputs say nothing of what has become of
-its channels; the layers that read them do.
+If later activations are all zero, the network's outputs do not show an error in the removal of its
+channels; the outputs of the layers that read them do.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from torch import Tensor, nn
 from ..groups.channel_groups import ChannelGroup
 from ..search.mask import Mask
 
-__all__ = ["Heard", "Readers", "alike"]
+__all__ = ["OutputSums", "Readers", "same_outputs"]
 
 _Conv = nn.modules.conv._ConvNd
 _TOLERANCE = 1e-9
-"""Of the largest number."""
+"""The allowed difference, relative to the largest value."""
 _SMALL = 1e-3
-"""What is far smaller than this may be nothing but rounding."""
+"""The scale of values below which differences may be rounding errors."""
 
 
-class _Sums(NamedTuple):
-    """Of one call, of what was put out.
+class _CallSums(NamedTuple):
+    """A summary of the output of one call.
 
     Attributes:
-        shape: its shape, without channels that are dropped.
-        of_channels: for each of these a weighted sum; the tensors themselves would be as large as
-            what training keeps.
+        shape: the shape of the output without dropped channels.
+        of_channels: a weighted sum for each kept channel, ``[channels]``; storing the outputs
+            themselves would need as much memory as training.
     """
 
     shape: torch.Size
     of_channels: Tensor
 
 
-Heard: TypeAlias = list[_Sums]
+OutputSums: TypeAlias = list[_CallSums]
 
 
 class Readers:
-    """Convolutions and linear layers that read the channels of some groups.
+    """The convolutions and linear layers that read the channels of some groups.
 
     Args:
-        network: whole.
-        dropping: these groups.
-        groups: all of the network; some make the channels that readers put out.
-        mask: of these groups.
+        network: the network before removal.
+        dropping: the groups whose readers are compared.
+        groups: all channel groups of the network, some of which contain the readers' outputs.
+        mask: the mask over ``groups``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Readers:
         groups: Sequence[ChannelGroup],
         mask: Mask,
     ) -> None:
-        # By name, which of the channels that it puts out are kept.
+        # By reader name: the kept output channels, bool [channels].
         self._kept: dict[str, Tensor] = {}
         for member in (member for group in dropping for member in group.consumers):
             reader = network.get_submodule(member.module)
@@ -70,20 +70,20 @@ class Readers:
         for group in groups:
             for member in group.members:
                 if member.role == "producer" and member.module in self._kept:
-                    places = member.positions[~mask[group.name]].flatten()
-                    self._kept[member.module][places] = False
+                    indices = member.positions[~mask[group.name]].flatten()
+                    self._kept[member.module][indices] = False
 
     @contextmanager
-    def heard(self, sums: Heard, network: nn.Module) -> Iterator[None]:
-        """Within, what the readers put out is added to the list; in double precision only, as no
-        other tells rounding from everything else.
+    def recording(self, sums: OutputSums, network: nn.Module) -> Iterator[None]:
+        """Record the readers' outputs within the context; in double precision only, where rounding
+        is much smaller than actual differences.
 
         Args:
-            sums: the list.
-            network: this one, a copy of it, or what the mask leaves of it.
+            sums: the list that the summaries are appended to.
+            network: the network, a copy of it, or the smaller network after removal.
         """
         handles = [
-            network.get_submodule(name).register_forward_hook(partial(_listen, sums, kept))
+            network.get_submodule(name).register_forward_hook(partial(_record_sums, sums, kept))
             for name, kept in self._kept.items()
         ]
         try:
@@ -93,31 +93,31 @@ class Readers:
                 handle.remove()
 
 
-def alike(whole: Heard, drawn: Heard) -> bool:
-    """Whether the readers of the whole network and of what is left of it have put out the same.
+def same_outputs(whole: OutputSums, drawn: OutputSums) -> bool:
+    """Whether the readers' outputs in the whole and in the smaller network are equal.
 
-    Calls of which the shapes differ say nothing: other channels may lie where a layer has its
-    batch.  Nor does what is not finite, as where all is masked that an attention could look at.
+    Calls with different shapes are ignored, since other channels may be folded into the batch
+    dimension.  So are non-finite outputs, such as those of a fully masked attention.
     """
     if len(whole) != len(drawn):
         return True
     for one, other in zip(whole, drawn):
         if one.shape == other.shape and one.shape.numel() and one.of_channels.isfinite().all():
             largest = max(float(one.of_channels.abs().max()), _SMALL)
-            # Written so that a NaN counts as a difference.
+            # Written so that NaN counts as a difference.
             if not bool((one.of_channels - other.of_channels).abs().max() <= _TOLERANCE * largest):
                 return False
     return True
 
 
-def _listen(sums: Heard, kept: Tensor, module: Any, args: object, output: object) -> None:
+def _record_sums(sums: OutputSums, kept: Tensor, module: Any, args: object, output: object) -> None:
     if not isinstance(output, Tensor) or output.dtype != torch.float64:
         return
     dim = output.dim() - 1 - (len(module.kernel_size) if isinstance(module, _Conv) else 0)
-    if dim < 0:  # a layer of its own kind
+    if dim < 0:  # a subclass with another output shape
         return
-    if output.shape[dim] == len(kept):  # nothing has been cut yet
+    if output.shape[dim] == len(kept):  # not pruned yet
         output = output.index_select(dim, kept.nonzero().flatten().to(output.device))
     rows = output.movedim(dim, 0)[:, None].flatten(1)
     weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    sums.append(_Sums(output.shape, rows @ weights))
+    sums.append(_CallSums(output.shape, rows @ weights))

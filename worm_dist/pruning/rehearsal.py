@@ -1,9 +1,9 @@
-"""Rehearsal: channels dropped from a copy of a network, and what that changes.
+"""Rehearsal: drops channels from a copy of a network and compares the outputs.
 
-Behind a sigmoid, a softmax over channels, a branch without a norm or a width written into the
-code, dropping a channel is not the same as its scale and shift being zero.  Rather than to know
-every operation, channels are dropped from a copy, and the outputs are compared with those of the
-whole network with the same channels silenced.
+Where channels pass through a sigmoid, a softmax over channels, a branch without a norm or code with
+a fixed width, dropping a channel is not equivalent to setting its scale and shift to zero.  Instead
+of rules for every operation, channels are dropped from a copy, and its outputs are compared with
+those of the whole network with the same channels set to zero.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from ..groups.forward import buffers_kept, floats, run
 from ..groups.nested import mapped
 from ..groups.training_mode import deciding_modules, in_training
 from ..search.mask import Mask
-from .readers import Heard, Readers, alike
+from .readers import OutputSums, Readers, same_outputs
 from .surgery import cuts_of, remove_channels, shapes_of
 
 __all__ = ["Rehearsal", "difference"]
 
-# Of the largest output.  Double precision tells rounding from everything else; single precision
-# does not, above all where a GPU rounds convolutions to ten bits.
+# Relative to the largest output.  Single precision needs a coarse tolerance, above all on GPUs that
+# round the inputs of convolutions to ten mantissa bits (TF32).
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
 _COARSE_TOLERANCE = 1e-2
-_SOMETHING_ELSE = "without some of its channels the network computes something else"
+_OUTPUTS_DIFFER = "without some of its channels the network computes other values"
 _Within: TypeAlias = AbstractContextManager[None]
 
 
 class Rehearsal:
-    """A copy of a network in double precision, with inputs to run it on.
+    """A copy of a network in double precision, if it runs in it, with inputs to run it on.
 
     Args:
-        network: not wrapped, in eval mode.
-        example_inputs: as for ``forward.run``.
+        network: the unwrapped network, in eval mode.
+        example_inputs: inputs as for ``forward.run``.
 
     Attributes:
-        network: the copy, whole.
+        network: the copy, from which no channels are removed.
     """
 
     def __init__(self, network: nn.Module, example_inputs: Any) -> None:
-        # Of the modules in training mode whether what is put out then is the same every time.
+        # By the modules in training mode: whether the outputs are deterministic in that mode.
         self._modes: dict[tuple[str, ...], bool] = {(): True}
         try:
             self.network = copied(network).double()
             self._inputs = mapped(example_inputs, _double)
             run(self.network, self._inputs)
-        except Exception:  # a forward that insists on its own precision
+        except Exception:  # such as a forward with a fixed dtype
             self.network = copied(network)
             self._inputs = example_inputs
         deciding = deciding_modules(self.network, self._inputs, may_lack=True)
@@ -65,63 +65,66 @@ class Rehearsal:
     def difference(
         self, groups: Groups, mask: Mask, dropping: Sequence[ChannelGroup] | None = None
     ) -> str | None:
-        """What is wrong once the channels that a mask drops are gone; None if nothing.
+        """Return what is wrong after the channels that a mask drops are removed; None if nothing.
 
         Args:
-            groups: of the network.
-            mask: of these groups.
-            dropping: the groups that lose any; default all of them.
+            groups: the network's channel groups.
+            mask: the mask over these groups.
+            dropping: the groups that lose channels; default all groups.
         """
-        silenced = copied(self.network)
+        zeroed = copied(self.network)
         tried = groups if dropping is None else dropping
-        readers = Readers(silenced, tried, groups, mask)
-        heard: list[Heard] = []
+        readers = Readers(zeroed, tried, groups, mask)
+        sums: list[OutputSums] = []
 
         def run_on(network: nn.Module) -> list[Tensor]:
-            heard.append([])
-            return self._outputs(network, partial(readers.heard, heard[-1]))
+            sums.append([])
+            return self._outputs(network, partial(readers.recording, sums[-1]))
 
-        reason = difference(silenced, run_on, groups, mask, dropping)
-        if reason is None and not alike(*heard):
-            return f"{_SOMETHING_ELSE} in a layer that reads them"
+        reason = difference(zeroed, run_on, groups, mask, dropping)
+        if reason is None and not same_outputs(*sums):
+            return f"{_OUTPUTS_DIFFER} in a layer that reads them"
         return reason
 
     def run(self) -> None:
-        """One forward pass of the copy, as it is."""
+        """Run one forward pass of the copy."""
         run(self.network, self._inputs)
 
     @property
     def is_finite(self) -> bool:
-        """Whether the copy puts out numbers."""
+        """Whether all outputs of the copy are finite."""
         outputs = self._outputs(self.network)
         return all(bool(output.isfinite().all()) for output in outputs)
 
     def _outputs(
-        self, network: nn.Module, listening: Callable[[nn.Module], _Within] | None = None
+        self, network: nn.Module, recording: Callable[[nn.Module], _Within] | None = None
     ) -> list[Tensor]:
-        """In eval mode, and in training mode if there more of the network runs; of what is random
-        only the shape.  Where the network puts out nothing, as a detector that finds nothing, what
-        its parts put out.  It is listened to while what it does is not random."""
+        """Return the outputs in eval mode, and in training mode if that runs more of the network.
+
+        Random outputs are replaced by zeros of their shape, and ``recording`` is active in
+        deterministic modes only.  If the network has no outputs, such as a detector without
+        detections, those of its immediate children are returned.
+        """
         outputs: list[Tensor] = []
         for deciding, exact in self._modes.items():
-            heard = listening(network) if listening is not None and exact else nullcontext()
-            with in_training(network, deciding), _parts_overheard(network) as overheard, heard:
+            context = recording(network) if recording is not None and exact else nullcontext()
+            with in_training(network, deciding), _child_outputs(network) as child_outputs, context:
                 given = list(floats(run(network, self._inputs)))
-                given = given or overheard
+                given = given or child_outputs
                 outputs += given if exact else map(torch.zeros_like, given)
         return outputs
 
 
 @contextmanager
-def _parts_overheard(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, what the network's immediate parts put out is added to the list."""
-    overheard: list[Tensor] = []
+def _child_outputs(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of the network's immediate children within the context."""
+    child_outputs: list[Tensor] = []
     handles = [
-        part.register_forward_hook(lambda part, args, output: overheard.extend(floats(output)))
+        part.register_forward_hook(lambda part, args, output: child_outputs.extend(floats(output)))
         for part in network.children()
     ]
     try:
-        yield overheard
+        yield child_outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -134,43 +137,45 @@ def difference(
     mask: Mask,
     dropping: Sequence[ChannelGroup] | None = None,
 ) -> str | None:
-    """What a network puts out once channels are gone that it does not put out once they are zero;
-    None if nothing.
+    """Compare a network's outputs after channels are removed with those after they are zeroed.
 
     Args:
-        network: a copy; it is cut.
-        run_on: gives its outputs for some inputs.
-        groups: its channel groups.
-        mask: of these groups.
-        dropping: the groups that lose any; default all of them.
+        network: a copy of the network; its channels are removed.
+        run_on: a function that returns the network's outputs for some inputs.
+        groups: the network's channel groups.
+        mask: the mask over these groups.
+        dropping: the groups that lose channels; default all groups.
+
+    Returns:
+        The reason why the removal is not exact; None if it is.
     """
-    _silence(network, groups if dropping is None else dropping, mask)
-    with buffers_kept(network):  # what is put out may depend on queues and the like
+    _zero_channels(network, groups if dropping is None else dropping, mask)
+    with buffers_kept(network):  # outputs may depend on buffers that a pass changes
         expected = run_on(network)
     remove_channels(network, cuts_of(groups, mask, shapes_of(network)))
     try:
         outputs = run_on(network)
-    except Exception as error:  # whatever a foreign forward may raise
+    except Exception as error:  # user code may raise anything
         return f"without some of its channels the network fails: {error}"
     if len(outputs) != len(expected):
-        return "without some of its channels the network puts out something else"
+        return "without some of its channels the network returns other outputs"
     for whole, drawn in zip(expected, outputs):
         if whole.shape != drawn.shape:
-            return "its channels are what the network puts out"
+            return "its channels are outputs of the network"
         tolerance = _TOLERANCE.get(whole.dtype, _COARSE_TOLERANCE)
-        # Written so that a NaN counts as a difference.
+        # Written so that NaN counts as a difference.
         if not bool((whole - drawn).abs().max() <= tolerance * whole.abs().max()):
-            return _SOMETHING_ELSE
+            return _OUTPUTS_DIFFER
     return None
 
 
-def _silence(network: nn.Module, dropping: Sequence[ChannelGroup], mask: Mask) -> None:
+def _zero_channels(network: nn.Module, dropping: Sequence[ChannelGroup], mask: Mask) -> None:
     parameters = dict(network.named_parameters())
     for group in dropping:
-        for member in group.silencers:
-            places = member.positions[~mask[group.name]].flatten()
+        for member in group.zeroing_members:
+            indices = member.positions[~mask[group.name]].flatten()
             for name, dim in member.parameters:
-                parameters[name].index_fill_(dim, places.to(parameters[name].device), 0)
+                parameters[name].index_fill_(dim, indices.to(parameters[name].device), 0)
 
 
 def _double(tensor: Tensor) -> Tensor:

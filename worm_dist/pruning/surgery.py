@@ -1,4 +1,4 @@
-"""Surgery: the physical removal of the channels that a mask drops."""
+"""Surgery: physical removal of the channels that a mask drops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..search.mask import Mask
 from .attention_heads import keep_heads
 from .parameter_storage import replace_data
 
-__all__ = ["Cut", "cuts_of", "laid_like", "remove_channels", "shapes_of", "ungated"]
+__all__ = ["Cut", "cuts_of", "match_memory_format", "remove_channels", "shapes_of", "ungated"]
 
 _Conv = nn.modules.conv._ConvNd
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -24,13 +24,13 @@ _Norm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What is left of one parameter along one of its dimensions.
+    """The kept indices of one parameter along one dimension.
 
     Attributes:
-        module: the module, by its name in the unwrapped network, whose channels or heads these are.
-        parameter: its name there.
+        module: the module whose channels or heads these are, by name in the unwrapped network.
+        parameter: the parameter's name in the unwrapped network.
         dim: the dimension that is cut.
-        kept: bool, one for every place along that dimension.
+        kept: bool ``[size of that dimension]``, True = kept.
     """
 
     module: str
@@ -43,17 +43,17 @@ class Cut:
 
 
 def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter, by name."""
+    """Return the shape of every parameter, by name."""
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def cuts_of(groups: Groups, mask: Mask, shapes: Mapping[str, torch.Size]) -> tuple[Cut, ...]:
-    """All cuts that a mask makes.
+    """Compute the cuts that remove the channels dropped by a mask.
 
     Args:
-        groups: of the network that is cut.
-        mask: of these groups.
-        shapes: of that network's parameters, by name.
+        groups: the channel groups of the network to cut.
+        mask: the mask over these groups.
+        shapes: the shapes of that network's parameters, by name.
 
     Raises:
         ConfigError: a group would lose all its channels.
@@ -63,20 +63,20 @@ def cuts_of(groups: Groups, mask: Mask, shapes: Mapping[str, torch.Size]) -> tup
         if not bool(mask[group.name].any()):
             raise ConfigError(
                 f"group {group.name}: the mask keeps none of its {group.num_channels} channels, "
-                "and the network would be cut in two; raise search.floor"
+                "and the network would be cut in two; raise search.min_keep_ratio"
             )
         for member in group.members:
             dropped = member.positions[~mask[group.name]].flatten()
             for name, dim in member.parameters:
                 if (name, dim) not in cuts:
-                    everything = torch.ones(shapes[name][dim], dtype=torch.bool)
-                    cuts[name, dim] = Cut(member.module, name, dim, everything)
+                    keep_all = torch.ones(shapes[name][dim], dtype=torch.bool)
+                    cuts[name, dim] = Cut(member.module, name, dim, keep_all)
                 cuts[name, dim].kept[dropped] = False
     return tuple(cut for cut in cuts.values() if not bool(cut.kept.all()))
 
 
 def ungated(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
-    """The same cuts of a network whose gates have been folded into its weights."""
+    """Translate cuts to the network whose gates have been folded into its weights."""
     plain = {
         cut: cut.parameter.replace(".parametrizations.weight.original", ".weight")
         for cut in cuts
@@ -89,28 +89,32 @@ def ungated(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
 def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
     """Cut the network in place; its modules and parameters stay the same objects.
 
+    Args:
+        network: the unwrapped network.
+        cuts: the cuts to make.
+
     Raises:
-        ConfigError: a head of attention would be cut in two; then nothing is changed.
+        ConfigError: an attention head would be cut in two; the network is then unchanged.
     """
     heads = _heads_left(network, cuts)
     for cut in cuts:
         owner_name, _, attribute = cut.parameter.rpartition(".")
         owner = network.get_submodule(owner_name)
-        places = cut.kept.nonzero().flatten()
+        indices = cut.kept.nonzero().flatten()
         whole = owner.get_parameter(attribute)
-        left = whole.index_select(cut.dim, places.to(whole.device))
-        replace_data(whole, laid_like(left, whole))
+        left = whole.index_select(cut.dim, indices.to(whole.device))
+        replace_data(whole, match_memory_format(left, whole))
         if isinstance(owner, _Norm) and attribute == "weight":
-            _cut_statistics(owner, places)
+            _cut_statistics(owner, indices)
     for cut in cuts:
-        _refit(network.get_submodule(cut.module))
-        _refit(network.get_submodule(cut.parameter.rpartition(".")[0]))
+        _update_sizes(network.get_submodule(cut.module))
+        _update_sizes(network.get_submodule(cut.parameter.rpartition(".")[0]))
     for module, num_heads in heads.items():
         keep_heads(network, module, num_heads)
 
 
-def laid_like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """A part of a tensor in the memory format of the whole: channels_last stays channels_last."""
+def match_memory_format(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Return ``tensor`` in the memory format of ``whole``, such as channels_last."""
     if whole.is_contiguous():
         return tensor
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -119,12 +123,12 @@ def laid_like(tensor: Tensor, whole: Tensor) -> Tensor:
     return tensor
 
 
-def _refit(module: nn.Module) -> None:
-    """What a module says of its own width follows its parameters."""
+def _update_sizes(module: nn.Module) -> None:
+    """Update a module's size attributes to the shapes of its parameters."""
     if isinstance(module, _Conv):
         rows, columns = module.weight.shape[:2]
         if module.groups == module.in_channels == module.out_channels:
-            module.groups = rows if module.groups > 1 else 1  # depthwise: a row for each channel
+            module.groups = rows if module.groups > 1 else 1  # depthwise: one row per channel
         inner = columns * module.groups
         module.in_channels, module.out_channels = (
             (rows, inner) if module.transposed else (inner, rows)
@@ -135,18 +139,18 @@ def _refit(module: nn.Module) -> None:
         module.num_features = module.weight.numel()
 
 
-def _cut_statistics(norm: _Norm, places: Tensor) -> None:
+def _cut_statistics(norm: _Norm, indices: Tensor) -> None:
     for name in ("running_mean", "running_var"):
         statistic = getattr(norm, name)
         if statistic is not None:
-            setattr(norm, name, statistic.index_select(0, places.to(statistic.device)))
+            setattr(norm, name, statistic.index_select(0, indices.to(statistic.device)))
 
 
 def _heads_left(network: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
-    """How many heads each attention will have that loses some.
+    """Return the number of remaining heads of each attention that loses some.
 
     Raises:
-        ConfigError: a head would lose only a part of its rows, as it can in another's ticket.
+        ConfigError: a head would lose a part of its rows, which an invalid ticket may ask for.
     """
     attentions = {attention.module: attention for attention in find_attentions(network)[0]}
     left: dict[str, int] = {}
@@ -155,5 +159,5 @@ def _heads_left(network: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
             num_rows = attentions[cut.module].num_heads * int(cut.kept.sum())
             heads, rest = divmod(num_rows, cut.kept.numel())
             if rest or not heads or left.setdefault(cut.module, heads) != heads:
-                raise ConfigError(f"the cut of {cut.parameter!r} does not leave whole heads")
+                raise ConfigError(f"the cut of {cut.parameter!r} would split an attention head")
     return left

@@ -1,7 +1,7 @@
-"""Windows: torchvision's attention within shifted windows (Swin v1 and v2), with fewer heads.
+"""Swin attention: torchvision's shifted window attention (v1 and v2) with fewer heads.
 
-The same computation as ``torchvision.models.swin_transformer.shifted_window_attention``, but for
-the width of the heads, which is not that of the inputs divided by their number.
+The same computation as ``torchvision.models.swin_transformer.shifted_window_attention``, except
+that the head dimension is not the input width divided by the number of heads.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["WITH_FEWER_HEADS", "FewerWindowHeads", "FewerWindowHeadsV2"]
 
 
 def _forward(module: ShiftedWindowAttention, images: Tensor) -> Tensor:
-    """``[N, H, W, C]`` to the same."""
+    """Compute the attention of images ``[N, H, W, C]``; the result has the same shape."""
     height, width = images.shape[1:3]
     down, right = module.window_size
     padded = F.pad(images, (0, 0, 0, -width % right, 0, -height % down))
     size = padded.shape[1:3]
-    # A window that covers the whole image has no neighbour to be shifted towards.
+    # A window that covers the whole image is not shifted.
     shift = [
         0 if window >= whole else step
         for step, window, whole in zip(module.shift_size, module.window_size, size)
@@ -31,7 +31,7 @@ def _forward(module: ShiftedWindowAttention, images: Tensor) -> Tensor:
     shifted = torch.roll(padded, (-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else padded
     windows = shifted.unflatten(2, (-1, right)).unflatten(1, (-1, down)).transpose(2, 3)
     outer = windows.shape[:3]  # N, windows down, windows across
-    mask = _crossing(images, size, module.window_size, shift) if any(shift) else None
+    mask = _shift_mask(images, size, module.window_size, shift) if any(shift) else None
     tokens = _attend(module, windows.flatten(3, 4).flatten(0, 2), mask)
     tokens = F.dropout(tokens, module.dropout, module.training)
     merged = tokens.unflatten(1, (down, right)).unflatten(0, outer).transpose(2, 3)
@@ -43,11 +43,17 @@ def _forward(module: ShiftedWindowAttention, images: Tensor) -> Tensor:
 
 
 def _attend(module: ShiftedWindowAttention, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """``[N * windows, tokens, C]`` to the same; mask ``[windows, tokens, tokens]`` is added."""
+    """Compute the attention within windows.
+
+    Args:
+        module: the attention module.
+        tokens: the inputs ``[N * windows, tokens, C]``; the result has the same shape.
+        mask: ``[windows, tokens, tokens]``, added to the logits.
+    """
     bias = module.qkv.bias
     scale = getattr(module, "logit_scale", None)
     if scale is not None and bias is not None:
-        # In v2 keys have no bias: what lies in its place is never used.
+        # In v2 keys have no bias: that part of the parameter is ignored.
         queries, keys, values = bias.chunk(3)
         bias = torch.cat([queries, torch.zeros_like(keys), values])
     qkv = F.linear(tokens, module.qkv.weight, bias)
@@ -65,17 +71,17 @@ def _attend(module: ShiftedWindowAttention, tokens: Tensor, mask: Tensor | None)
     return output
 
 
-def _crossing(like: Tensor, size: torch.Size, window: list[int], shift: list[int]) -> Tensor:
-    """-100 between tokens that are in one window only because the image was rolled.
+def _shift_mask(like: Tensor, size: torch.Size, window: list[int], shift: list[int]) -> Tensor:
+    """Build the mask with -100 between tokens that share a window only because of the shift.
 
     Returns:
-        ``[windows, tokens, tokens]``, of the dtype and on the device of ``like``.
+        The mask ``[windows, tokens, tokens]``, with the dtype and device of ``like``.
     """
     region = like.new_zeros(tuple(size))
     for dim in (0, 1):
-        place = torch.arange(size[dim], device=like.device)
-        rolled_in = (place >= size[dim] - shift[dim]).to(like.dtype)
-        band = rolled_in + (place >= size[dim] - window[dim]).to(like.dtype)
+        index = torch.arange(size[dim], device=like.device)
+        rolled_in = (index >= size[dim] - shift[dim]).to(like.dtype)
+        band = rolled_in + (index >= size[dim] - window[dim]).to(like.dtype)
         region = region * 3 + (band.unsqueeze(1) if dim == 0 else band)
     windows = region.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2)
     of_token = windows.flatten(2).flatten(0, 1)
@@ -84,14 +90,14 @@ def _crossing(like: Tensor, size: torch.Size, window: list[int], shift: list[int
 
 
 class FewerWindowHeads(ShiftedWindowAttention):  # type: ignore[misc]
-    """Of Swin v1."""
+    """The attention of Swin v1 with fewer heads."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x)
 
 
 class FewerWindowHeadsV2(ShiftedWindowAttentionV2):  # type: ignore[misc]
-    """Of Swin v2: cosines for logits, a scale for each head, a small network for positions."""
+    """The attention of Swin v2 with fewer heads: cosine logits, a scale per head, position MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x)

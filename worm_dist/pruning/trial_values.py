@@ -1,7 +1,7 @@
-"""Values: of weights and inputs, such that every branch of a network matters.
+"""Trial values: weights and inputs with which every branch of a network affects its outputs.
 
-A head of zeros hides what reaches it, an input of zeros what is done with it, and scales that are
-all one and shifts that are all zero what a maximum over channels would choose.
+A layer with zero weights hides errors in its inputs, zero inputs hide errors in the first layers,
+and scales of one with shifts of zero hide errors behind a maximum over channels.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from ..groups.nested import mapped, tensors_in
 from ..groups.training_mode import norms_in_training
 
-__all__ = ["corners", "other_inputs", "take_other_values", "unsettle"]
+__all__ = [
+    "crop_large_images",
+    "perturb_constant_inputs",
+    "perturb_constant_weights",
+    "randomize_weights",
+]
 
 _Norm = nn.modules.batchnorm._BatchNorm
 _LARGE, _SMALL = 128, 96
-"""Pixels along a side: of images that are large, and of the corner that is taken of them."""
+"""Side lengths in pixels: larger images are cropped, and the size of the crop."""
 _Layer = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @torch.no_grad()
-def unsettle(network: nn.Module) -> None:
-    """Weights that are all equal get noise."""
+def perturb_constant_weights(network: nn.Module) -> None:
+    """Add noise to parameters whose elements are all equal."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if bool((parameter == parameter.flatten()[0]).all()):
@@ -34,15 +39,16 @@ def unsettle(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_other_values(network: nn.Module, run: Callable[[], Any]) -> None:
-    """Weights of layers as at random, scales of both signs, shifts, and statistics to match, so
-    that about half of what every channel puts out is positive.
+def randomize_weights(network: nn.Module, run: Callable[[], Any]) -> None:
+    """Set random weights, scales of both signs, shifts, and matching running statistics.
+
+    About half of the outputs of every channel are then positive.
 
     Args:
-        network: in eval mode.
-        run: runs it on example inputs.
+        network: the network, in eval mode; modified in place.
+        run: a function that runs it on example inputs.
     """
-    unsettle(network)
+    perturb_constant_weights(network)
     generator = torch.Generator().manual_seed(1)
 
     def normal(parameter: Tensor, spread: float) -> None:
@@ -67,13 +73,13 @@ def _estimate_statistics(norms: list[Any], run: Callable[[], Any]) -> None:
     try:
         with norms_in_training(norms):
             run()
-    except ValueError:  # a batch that has one value for each channel has no variance
+    except ValueError:  # a single value per channel has no variance
         for norm in norms:
             norm.reset_running_stats()
 
 
-def corners(example_inputs: Any) -> Any:
-    """The same inputs, or if there are large images among them, corners of these."""
+def crop_large_images(example_inputs: Any) -> Any:
+    """Return the inputs with large images cropped; the same object if there are none."""
     large = [t for t in tensors_in(example_inputs) if t.dim() >= 4 and min(t.shape[-2:]) > _LARGE]
     if not large:
         return example_inputs
@@ -83,8 +89,8 @@ def corners(example_inputs: Any) -> Any:
     )
 
 
-def other_inputs(example_inputs: Any) -> Any:
-    """The example inputs; what is all the same in them gets noise."""
+def perturb_constant_inputs(example_inputs: Any) -> Any:
+    """Return the inputs, with noise added to float tensors whose elements are all equal."""
     generator = torch.Generator().manual_seed(2)
 
     def noisy(tensor: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Which channels matter: tensors in, values out.  Nothing here knows of ranks, hooks or files."""
+"""Search: scores and masks of channels.  Pure functions of tensors, without ranks or files."""

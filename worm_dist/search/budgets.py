@@ -1,7 +1,6 @@
-"""Pools: which groups compete with one another for being kept, and what share of them goes.
+"""Budgets: pools of groups that are ranked together, and the share of channels each pool drops.
 
-Under one threshold for the whole network all groups are one pool.  A group that is cut by itself is
-a pool of its own.
+With one global threshold all groups form one pool; a group that is pruned by itself is its own.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class Pool:
     """Groups whose channels are ranked together.
 
     Attributes:
-        ratio: share of the pool's channels to drop, 0 to below 1.
-        groups: names; at least one.
+        ratio: the share of the pool's channels to drop, 0 to below 1.
+        groups: the names of the groups; at least one.
 
     Raises:
         ConfigError: the ratio is out of range.
@@ -41,8 +40,8 @@ class Pool:
             )
 
     def num_dropped(self, num_channels: int) -> int:
-        """How many of the pool's channels go: rounded down as in decimals, where 0.29 * 100 is 29
-        and not 28.999999999999996."""
+        """Return how many of the pool's channels to drop, rounded down as in decimal arithmetic
+        (0.29 * 100 is 29, not 28.999999999999996)."""
         return int(round(self.ratio * num_channels, 9))
 
     def __str__(self) -> str:
@@ -56,40 +55,38 @@ def pools_of(
     threshold: Literal["global", "layer"],
     ratios: Mapping[str, float],
 ) -> tuple[Pool, ...]:
-    """Every group in exactly one pool.
+    """Assign every group to exactly one pool.
 
-    A group that a pattern of ``ratios`` matches is a pool of its own with that ratio, outside the
-    global count.  The rest is one pool with ``prune_ratio``, or with ``threshold`` "layer" as many
-    pools as groups.  Each pool rounds its own count down, so many small ones drop a little less
-    than one.
+    A group that matches a pattern of ``ratios`` is a pool by itself with that ratio, outside the
+    global count.  The rest is one pool with ``prune_ratio``, or with ``threshold`` "layer" one pool
+    per group.  Each pool rounds its count down, so many small pools drop slightly less than one.
 
     Args:
-        sizes: channels of each group.
-        prune_ratio: share of the channels to drop where no pattern says otherwise.
+        sizes: the number of channels of each group.
+        prune_ratio: the share of channels to drop in groups that match no pattern.
         threshold: ``global`` or ``layer``.
-        ratios: shares by pattern, in the shell's manner and with upper and lower case told apart;
-            ``*`` stands for dots too.  The first pattern that matches counts, as in torch's
-            quantization settings: write the special before the general.
+        ratios: shares by case-sensitive shell pattern; ``*`` matches dots too.  The first matching
+            pattern counts, so specific patterns must come before general ones.
 
     Raises:
         ConfigError: a pattern matches no group, or only groups that patterns before it match.
     """
-    own: dict[str, float] = {}
+    by_pattern: dict[str, float] = {}
     for pattern, ratio in ratios.items():
         matches = [name for name in sizes if fnmatchcase(name, pattern)]
-        new = [name for name in matches if name not in own]
+        new = [name for name in matches if name not in by_pattern]
         if not new:
-            raise ConfigError(_without_effect(pattern, matches, list(sizes)))
-        own |= dict.fromkeys(new, ratio)
-    rest = tuple(name for name in sizes if name not in own)
+            raise ConfigError(_unmatched_message(pattern, matches, list(sizes)))
+        by_pattern |= dict.fromkeys(new, ratio)
+    rest = tuple(name for name in sizes if name not in by_pattern)
     if threshold == "layer":
-        own |= dict.fromkeys(rest, prune_ratio)
+        by_pattern |= dict.fromkeys(rest, prune_ratio)
         rest = ()
-    alone = tuple(Pool(own[name], (name,)) for name in sizes if name in own)
-    return (*alone, Pool(prune_ratio, rest)) if rest else alone
+    single = tuple(Pool(by_pattern[name], (name,)) for name in sizes if name in by_pattern)
+    return (*single, Pool(prune_ratio, rest)) if rest else single
 
 
-def _without_effect(pattern: str, matches: Sequence[str], names: Sequence[str]) -> str:
+def _unmatched_message(pattern: str, matches: Sequence[str], names: Sequence[str]) -> str:
     if matches:
         return (
             f"search.ratios: {pattern!r} matches only what patterns before it match "

@@ -1,7 +1,7 @@
-"""Candidates: what is ranked, and which channels a mask over it means.
+"""Candidates: the items that are ranked, and the channel mask that follows from a mask over them.
 
-Usually each channel is a candidate.  Ranked norm by norm, as Early-Bird does, the candidates are
-the scales of every norm; a channel that several norms scale is several candidates then.
+Usually each channel is a candidate.  If norms are ranked separately, as in Early-Bird, the
+candidates are the scales of every norm; a channel with several norms is then several candidates.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["Candidates", "NormCandidates"]
 
 
 class Candidates:
-    """Every channel is one.
+    """Candidates that are the channels themselves.
 
     Attributes:
-        sizes: candidates of each group, or of each norm, in the order of the scores.
+        sizes: the number of candidates of each group or norm, in the order of the scores.
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
@@ -31,28 +31,29 @@ class Candidates:
         return sum(self.sizes.values())
 
     def flags(self, channels: Tensor) -> Tensor:
-        """Of flags for all channels, bool ``[num_channels]``, those of the candidates."""
+        """Convert flags of channels, bool ``[num_channels]``, to flags of candidates."""
         return channels
 
     def mask(self, kept: Mask) -> Mask:
-        """The mask over the groups' channels that a mask over candidates means."""
+        """Convert a mask over candidates to a mask over the groups' channels."""
         return kept
 
     def importance(self, scores: Tensor) -> Tensor:
-        """Of scores of the candidates, on the CPU, one for each channel: ``[num_channels]``."""
+        """Convert candidate scores, on the CPU, to channel scores ``[num_channels]``."""
         return scores
 
 
 class NormCandidates(Candidates):
-    """The scales of every norm by itself; a channel is dropped only where all its norms drop it.
+    """Candidates that are the scales of single norms; a channel is dropped if all norms drop it.
 
-    Source: Early-Bird (arXiv 1909.11957), whose masks are those of the single norms.
+    Source: Early-Bird (arXiv 1909.11957), which computes a mask for each norm.
 
     Args:
-        sizes: scales of each norm.
-        channels: of each group.
-        indices_TN: int64 ``[T, num_channels]`` on the CPU, the scales of every channel, padded.
-        present_TN: bool of the same shape, False where it is padded.
+        sizes: the number of scales of each norm.
+        channels: the number of channels of each group.
+        indices_TN: int64 ``[T, num_channels]`` on the CPU, the scale indices of each channel,
+            padded to the largest number T of scales per channel.
+        present_TN: bool of the same shape, False in the padding.
     """
 
     def __init__(

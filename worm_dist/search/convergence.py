@@ -1,4 +1,4 @@
-"""History: what the checks have seen so far, and what follows from it.  Rank zero's alone."""
+"""Convergence: the history of checks and their mask distances.  Kept on rank zero only."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["CheckRecord", "History"]
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """One check.
+    """The result of one check.
 
     Attributes:
-        step: optimizer steps before it.
-        mask: cut at this check.
-        distances: of the mask to the older ones in the window, oldest first.
-        threshold: mean distance below which the elbow rule fires, None where it has none.
-        elbow: truncation may start.
-        settled: the ticket is found.
-        floored: groups in which the floor spared a channel.
+        step: the number of optimizer steps before the check.
+        mask: the mask over the candidates at this check.
+        distances: the distances of the mask to the older ones in the window, oldest first, 0 to 1.
+        threshold: the mean distance below which the elbow rule fires; None for rules without one.
+        elbow: whether truncation may start.
+        settled: whether the mask has settled, so that the ticket may be drawn.
+        floored: the names of groups in which the floor kept a channel.
     """
 
     step: int
@@ -48,22 +48,22 @@ class CheckRecord:
 
 
 class History:
-    """All findings, oldest first, and the window over the newest masks."""
+    """The records of all checks and the window over the newest masks."""
 
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
         self._window = Window(config.window)
-        self._findings: list[CheckRecord] = []
+        self._records: list[CheckRecord] = []
 
     def record(self, step: int, mask: Mask, floored: tuple[str, ...]) -> CheckRecord:
-        """Judge the newest mask.  A settled mask is past its elbow, whatever the rule says."""
+        """Add a check and evaluate the elbow and settled rules; settled implies elbow."""
         self._window.push(mask)
         distances = self._window.distances
-        means = [f.distance_mean for f in self._findings if f.distance_mean is not None]
+        means = [f.distance_mean for f in self._records if f.distance_mean is not None]
         if distances:
             means.append(sum(distances) / len(distances))
         settled = self._window.settled(self._config.settled)
-        finding = CheckRecord(
+        record = CheckRecord(
             step=step,
             mask=mask,
             distances=distances,
@@ -72,28 +72,28 @@ class History:
             settled=settled,
             floored=floored,
         )
-        self._findings.append(finding)
-        return finding
+        self._records.append(record)
+        return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the masks, bool ``[checks, candidates]``, and what was found at each."""
-        masks = [finding.mask for finding in self._findings]
+        """Return the masks as bool ``[checks, candidates]`` and the records as plain values."""
+        masks = [record.mask for record in self._records]
         plain = ("step", "distances", "threshold", "elbow", "settled", "floored")
         return {
             "sizes": masks[0].sizes if masks else {},
             "masks": torch.stack([m.keep for m in masks]) if masks else torch.empty(0, 0).bool(),
-            "findings": [{key: getattr(f, key) for key in plain} for f in self._findings],
+            "findings": [{key: getattr(f, key) for key in plain} for f in self._records],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the window follows from the newest masks."""
+        """Restore the records; the window is rebuilt from the newest masks."""
         masks = [Mask.from_vector(state["sizes"], keep) for keep in state["masks"]]
-        self._findings = [
-            CheckRecord(mask=mask, **finding)
-            for mask, finding in zip(masks, state["findings"], strict=True)
+        self._records = [
+            CheckRecord(mask=mask, **record)
+            for mask, record in zip(masks, state["findings"], strict=True)
         ]
         self._window = Window(self._config.window, masks)
 
     @property
-    def findings(self) -> tuple[CheckRecord, ...]:
-        return tuple(self._findings)
+    def records(self) -> tuple[CheckRecord, ...]:
+        return tuple(self._records)

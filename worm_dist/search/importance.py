@@ -1,7 +1,7 @@
-"""Scores: how much each channel matters, one float a candidate.
+"""Importance: one score per candidate, by which channels are ranked.
 
-Usually the candidates are the channels of the groups.  Ranked layer by layer, as Early-Bird does,
-they are the scales of every norm by itself.
+Usually the candidates are the channels of the groups.  If ranked layer by layer, as in Early-Bird,
+they are the scales of every single norm.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ Coupling = Literal["mean", "max"]
 
 
 class Importance(ABC):
-    """Ranks candidates.
+    """Base class of importance measures.
 
     Attributes:
-        candidates: what is ranked.
-        replicated: whether every rank must find the same bits: scores are of weights, not of data.
-        failure: what to say if scores are not finite; None if only the weights can be to blame.
+        candidates: the candidates that are scored.
+        replicated: whether all ranks must compute bit-identical scores, because these depend on the
+            weights only and not on data.
+        failure: the error to raise if scores are not finite; None if only diverged weights can be
+            the cause.
     """
 
     replicated = True
@@ -50,15 +52,15 @@ class Importance(ABC):
 
     @abstractmethod
     def __call__(self) -> Tensor:
-        """float32 ``[candidates]`` on the network's device."""
+        """Return the scores, float32 ``[candidates]`` on the network's device."""
 
     @property
     def scales(self) -> list[nn.Parameter]:
-        """The parameters that the penalty shrinks."""
+        """The parameters that the L1 penalty applies to."""
         return []
 
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
-        """The L1 norm of all scales, or of those in use; a differentiable scalar."""
+        """Return the L1 norm of all scales, or of those in ``used``, as a differentiable scalar."""
         scales = [scale.float() for scale in self.scales if used is None or scale in used]
         if not scales:
             return torch.zeros((), device=self._device)
@@ -66,8 +68,8 @@ class Importance(ABC):
 
 
 class ChannelScales(Importance):
-    """The size of what scales a channel: |gamma| of its norms, or its gate; of coupled ones the
-    mean or the largest.
+    """The magnitude of a channel's scales: |gamma| of its norms, or |gate|; coupled scales are
+    combined by mean or maximum.
 
     Source: Network Slimming (arXiv 1708.06519, section 3), Early-Bird (arXiv 1909.11957) and, for
     gates, EarlyBERT (arXiv 2101.00063).
@@ -80,11 +82,11 @@ class ChannelScales(Importance):
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        # A gather and an ordered sum, no scatter-add: the same bits on every device of a kind.
-        sizes_TN = self._index.sizes()[self._index.places_TN]
+        # A gather and an ordered sum, unlike a scatter-add, give the same bits on equal devices.
+        magnitudes_TN = self._index.magnitudes()[self._index.indices_TN]
         if self._largest:
-            return sizes_TN.masked_fill(~self._index.present_TN, 0).amax(dim=0)
-        return (sizes_TN * self._index.shares_TN).sum(dim=0)
+            return magnitudes_TN.masked_fill(~self._index.present_TN, 0).amax(dim=0)
+        return (magnitudes_TN * self._index.shares_TN).sum(dim=0)
 
     @property
     def scales(self) -> list[nn.Parameter]:
@@ -92,20 +94,20 @@ class ChannelScales(Importance):
 
 
 class LayerScales(Importance):
-    """|gamma| of every norm by itself; a coupled channel goes only where all its norms drop it.
+    """|gamma| of every single norm; a coupled channel is dropped only if all its norms drop it.
 
-    Source: Early-Bird (arXiv 1909.11957), whose masks are those of the single layers.
+    Source: Early-Bird (arXiv 1909.11957), which computes a mask for each layer.
     """
 
     def __init__(self, network: nn.Module, groups: Groups) -> None:
         self._index = ScaleIndex(network, groups)
         index = self._index
-        places = index.places_TN.cpu(), index.present_TN.cpu()
-        super().__init__(NormCandidates(index.counts, groups.sizes, *places), index.device)
+        indices = index.indices_TN.cpu(), index.present_TN.cpu()
+        super().__init__(NormCandidates(index.counts, groups.sizes, *indices), index.device)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        return self._index.sizes()
+        return self._index.magnitudes()
 
     @property
     def scales(self) -> list[nn.Parameter]:
@@ -113,11 +115,11 @@ class LayerScales(Importance):
 
 
 class WeightNorm(Importance):
-    """The L2 norm of the weights that make a channel, as a share of its group's mean; of coupled
-    layers the mean or the largest.
+    """The L2 norm of the weights that produce a channel, divided by the group's mean; coupled
+    layers are combined by mean or maximum.
 
-    Source: Pruning Filters (arXiv 1608.08710), there with L1; without the division layers of
-    different widths could not be compared.
+    Source: Pruning Filters (arXiv 1608.08710), there with L1.  The division makes layers of
+    different widths comparable.
     """
 
     def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
@@ -148,7 +150,7 @@ class WeightNorm(Importance):
 
 
 class CustomImportance(Importance):
-    """A score of the user's own; it may look at this rank's data, the ranks average it."""
+    """A score function of the user; it may use this rank's data, and is averaged over ranks."""
 
     replicated = False
 
@@ -166,13 +168,13 @@ class CustomImportance(Importance):
     @torch.no_grad()
     def __call__(self) -> Tensor:
         self.failure = NonFiniteError(
-            "check: the ranks' scores have no finite average: another rank's score failed, and its "
-            "own error says why"
+            "check: the ranks' scores have no finite average: another rank's score failed; see the "
+            "error on that rank"
         )
         try:
             return torch.cat([self._of_group(group) for group in self._groups])
-        except Exception as error:  # whatever foreign code may raise
-            # The others must not wait for this rank: what is not a number stops them all.
+        except Exception as error:  # user code may raise anything
+            # The other ranks must not wait for this one: NaN makes the check fail on all of them.
             where = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             self.failure = ConfigError(f"attach: score failed: {where}{error}")
             return torch.full((self.candidates.number,), torch.nan, device=self._device)
@@ -194,16 +196,19 @@ def importance_measure(
     search: SearchConfig,
     network: nn.Module,
     groups: Groups,
-    own: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+    custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
 ) -> Importance:
-    """The score that the settings name, or the user's own.
+    """Return the importance measure of the settings, or the custom one.
 
     Args:
-        groups: only such as the score can rank.
+        search: the search settings.
+        network: the unwrapped network.
+        groups: the searched groups, all of which the measure can rank.
+        custom: the user's score function, or None.
     """
     coupling: Coupling = "max" if search.coupling == "max" else "mean"
-    if own is not None:
-        return CustomImportance(own, network, groups)
+    if custom is not None:
+        return CustomImportance(custom, network, groups)
     if importance_of(search, groups) == "weight_norm":
         return WeightNorm(network, groups, coupling)
     if search.grouping == "layer":

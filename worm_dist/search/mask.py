@@ -1,4 +1,4 @@
-"""Mask: which channels of which group are kept."""
+"""Mask: the kept channels of every group."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Mask"]
 
 
 class Mask(Mapping[str, Tensor]):
-    """An immutable keep-vector over all channels; reads like ``{group name: bool[channels]}``.
+    """An immutable keep-vector over all channels; a mapping ``{group name: bool[channels]}``.
 
     Args:
-        keep: for every group, in the engine's order, a bool tensor ``[channels]``, True = kept.
+        keep: a bool tensor ``[channels]`` for every group, in the engine's order, True = kept.
 
     Attributes:
-        keep: all groups in one bool vector ``[num_channels]`` on the CPU.
+        keep: the keep flags of all groups, bool ``[num_channels]`` on the CPU.
         digest: 32 hexadecimal digits over names, sizes and bits.
 
     Raises:
-        ConfigError: no group, a tensor that is not one-dimensional bool, or an empty group.
+        ConfigError: there is no group, a tensor is not one-dimensional bool, or a group is empty.
     """
 
     def __init__(self, keep: Mapping[str, Tensor]) -> None:
@@ -41,12 +41,12 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def from_vector(cls, sizes: Mapping[str, int], keep: Tensor) -> Mask:
-        """Split one bool vector ``[num_channels]`` into groups of the given sizes."""
+        """Build a mask from one bool vector ``[num_channels]`` and the groups' sizes."""
         return cls(dict(zip(sizes, keep.split(list(sizes.values())), strict=True)))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Channels of each group."""
+        """The number of channels of each group."""
         return dict(self._sizes)
 
     @property
@@ -65,7 +65,7 @@ class Mask(Mapping[str, Tensor]):
         return bits.hexdigest()
 
     def distance(self, other: Mask) -> float:
-        """Normalised Hamming distance, 0 to 1.
+        """Return the normalised Hamming distance to another mask, 0 to 1.
 
         Raises:
             ConfigError: the masks are of different groups.

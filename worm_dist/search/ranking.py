@@ -1,4 +1,4 @@
-"""Ranking: from the scores of a check to its mask."""
+"""Ranking: computes the mask of a check from the scores."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Ranking"]
 
 
 class Ranking:
-    """Scores candidates and cuts masks, as the settings say.
+    """Scores candidates and selects masks according to the settings.
 
-    Masks are over the channels of the dense network, also when some of them have been removed:
-    these rank below all others.
+    Masks cover the channels of the dense network, also after some have been removed; removed
+    channels rank below all others.
 
     Args:
-        config: of the engine.
-        network: not wrapped.
-        groups: that are searched, of the dense network.
-        own: the user's own score, if there is one.
+        config: the engine's settings.
+        network: the unwrapped network.
+        groups: the searched groups of the dense network.
+        custom: the user's score function, or None.
 
     Raises:
         ConfigError: the ratios and the floor contradict each other on this network, or a pattern
@@ -41,94 +41,97 @@ class Ranking:
         config: WormConfig,
         network: nn.Module,
         groups: Groups,
-        own: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+        custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
     ) -> None:
         search = config.search
         self._config = config
         self._groups = groups
-        self._own = own
-        self._score = importance_measure(search, network, groups, own)
-        self._candidates = self._score.candidates
+        self._custom = custom
+        self._importance = importance_measure(search, network, groups, custom)
+        self._candidates = self._importance.candidates
         self._removed = torch.zeros(self._candidates.number, dtype=torch.bool)
         self._pools = pools_of(self.sizes, search.prune_ratio, search.threshold, search.ratios)
-        # What cannot be met is told here, not after the first epoch.
-        nothing_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.select(torch.zeros(self._candidates.number), nothing_lost)
+        # Raises now, rather than after the first epoch, if ratios and floor contradict each other.
+        none_irreversible = torch.zeros(groups.num_channels, dtype=torch.bool)
+        self.select(torch.zeros(self._candidates.number), none_irreversible)
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Candidates of each group, or of each norm, in the order of the scores; of the dense
-        network."""
+        """The number of candidates of each group or norm of the dense network, in score order."""
         return self._candidates.sizes
 
     @property
     def scales(self) -> list[nn.Parameter]:
-        """The parameters that the penalty shrinks."""
-        return self._score.scales
+        """The parameters that the L1 penalty applies to."""
+        return self._importance.scales
 
     def follow(self, network: nn.Module, groups: Groups, removed: Tensor) -> None:
-        """Rank the channels that are left.
+        """Switch to the smaller network after channels have been removed.
 
         Args:
-            network: the smaller one.
-            groups: of the smaller network.
-            removed: bool ``[num_channels]``, which of the dense network's channels are gone.
+            network: the smaller network, unwrapped.
+            groups: the channel groups of the smaller network.
+            removed: bool ``[num_channels]``, the removed channels of the dense network.
         """
-        self._score = importance_measure(self._config.search, network, groups, self._own)
+        self._importance = importance_measure(self._config.search, network, groups, self._custom)
         self._removed = self._candidates.flags(removed)
 
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
-        """The L1 norm of all scales, or of those in use; a differentiable scalar."""
-        return self._score.penalty(used)
+        """Return the L1 norm of all scales, or of those in ``used``, as a differentiable scalar."""
+        return self._importance.penalty(used)
 
     def scores(self) -> Tensor:
-        """float32 ``[candidates left]`` on the network's device, as this rank sees them."""
-        return self._score()
+        """Return this rank's scores, float32 ``[remaining candidates]`` on the network's device."""
+        return self._importance()
 
     def replicated(self, scores: Tensor) -> Mapping[str, Tensor]:
-        """What of the scores must be the same bits on every rank, by name."""
-        if not self._score.replicated:
+        """Return the scores that must be bit-identical on all ranks, by group or norm."""
+        if not self._importance.replicated:
             return {}
-        sizes = self._score.candidates.sizes
+        sizes = self._importance.candidates.sizes
         return dict(zip(sizes, scores.split(list(sizes.values())), strict=True))
 
-    def select(self, scores: Tensor, lost: Tensor) -> tuple[Mask, Mask, tuple[str, ...]]:
-        """The masks that follow from scores which all ranks share.
+    def select(self, scores: Tensor, irreversible: Tensor) -> tuple[Mask, Mask, tuple[str, ...]]:
+        """Select the masks from scores that are equal on all ranks.
 
         Args:
-            scores: float ``[candidates left]``.
-            lost: bool ``[num_channels]``, channels that cannot be kept any more; what is removed is
-                among them.
+            scores: float ``[remaining candidates]``.
+            irreversible: bool ``[num_channels]``, channels that cannot be kept any more, including
+                the removed ones.
 
         Returns:
-            The mask over the candidates, exact to the candidate, by which the search is judged; the
-            mask over the groups' channels, rounded, that is frozen and drawn; and the groups or
-            norms in which the floor spared a channel.
+            The exact mask over the candidates, whose distances decide convergence; the rounded mask
+            over the groups' channels, which is frozen and drawn; and the names of groups or norms
+            in which the floor kept a channel.
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
         """
         search, candidates = self._config.search, self._candidates
-        scores = self._among_all(scores)
+        scores = self._over_dense_candidates(scores)
         try:
             kept, floored = select_channels(
-                scores, candidates.sizes, self._pools, search.floor, candidates.flags(lost)
+                scores,
+                candidates.sizes,
+                self._pools,
+                search.min_keep_ratio,
+                candidates.flags(irreversible),
             )
         except NonFiniteError as error:
-            raise self._score.failure or error from None
-        return kept, self._rounded(candidates.mask(kept), scores, lost), floored
+            raise self._importance.failure or error from None
+        return kept, self._rounded(candidates.mask(kept), scores, irreversible), floored
 
     def importance(self, scores: Tensor) -> Tensor:
-        """Of scores that all ranks share, one for every channel of the dense network: float
-        ``[num_channels]`` on the CPU, zero where it is removed."""
-        return self._candidates.importance(self._among_all(scores))
+        """Convert scores to channel scores of the dense network: float ``[num_channels]`` on the
+        CPU, zero for removed channels."""
+        return self._candidates.importance(self._over_dense_candidates(scores))
 
-    def _among_all(self, scores: Tensor) -> Tensor:
-        everything = torch.zeros(self._candidates.number, dtype=scores.dtype)
-        everything[~self._removed] = scores.detach().cpu()
-        return everything
+    def _over_dense_candidates(self, scores: Tensor) -> Tensor:
+        dense = torch.zeros(self._candidates.number, dtype=scores.dtype)
+        dense[~self._removed] = scores.detach().cpu()
+        return dense
 
-    def _rounded(self, mask: Mask, scores: Tensor, lost: Tensor) -> Mask:
+    def _rounded(self, mask: Mask, scores: Tensor, irreversible: Tensor) -> Mask:
         importance, widths = self._candidates.importance(scores), self._groups.widths
-        floor, round_to = self._config.search.floor, self._config.ticket.round_to
-        return rounded(mask, importance, round_to, floor, lost, widths)
+        floor, round_to = self._config.search.min_keep_ratio, self._config.ticket.round_to
+        return rounded(mask, importance, round_to, floor, irreversible, widths)

@@ -1,4 +1,4 @@
-"""Removal order: which of the dropped channels leave first."""
+"""Removal order: the order in which dropped channels are removed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ __all__ = ["removal_order"]
 
 
 def removal_order(dropped: Tensor, checks_dropped: Tensor, importance: Tensor) -> Tensor:
-    """Longest dropped first (the static groups of WORM, PMLR 262:232-240), then the least
-    important, then by group and channel: a total order, so that no two ranks can differ.
+    """Sort dropped channels: longest dropped first (the static groups of WORM, PMLR 262:232-240),
+    then least important, then by group and channel.
+
+    The order is total, so all ranks agree.
 
     Args:
-        dropped: bool ``[num_channels]``, the channels that are to leave.
-        checks_dropped: int64 ``[num_channels]``, checks in a row whose masks dropped a channel.
-        importance: float ``[num_channels]``.
+        dropped: bool ``[num_channels]``, the channels to remove.
+        checks_dropped: int64 ``[num_channels]``, the number of consecutive checks, up to the last
+            one, whose masks dropped the channel.
+        importance: float ``[num_channels]``, the score of every channel.
 
     Returns:
-        int64 ``[channels that are to leave]``, the first to leave first.
+        The indices of the channels to remove, int64, first to be removed first.
     """
-    # Stable sorts by the last key first; channels come in order of group and channel.
+    # Stable sorts, last key first; the indices are in order of group and channel already.
     channels = dropped.nonzero().flatten()
     channels = channels[importance.cpu()[channels].argsort(stable=True)]
     return channels[checks_dropped[channels].argsort(descending=True, stable=True)]

@@ -1,8 +1,8 @@
-"""Rounding: widths that hardware likes, at the ratio that was asked for.
+"""Rounding: group widths that are efficient on hardware, at the requested pruning ratio.
 
 Matrix units work in blocks of 8 or 16 channels; a layer of 37 takes as long as one of 40.  Each
-group goes to a multiple near its own count, up or down, so that together they keep as many channels
-as before: the method of the largest remainder, by which parliaments turn votes into seats.
+group is rounded up or down to a multiple near its count, such that the total stays the same: the
+largest remainder method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .select import comparable, num_protected
 
 __all__ = ["is_rounded", "ratio_reached", "rounded"]
 
-_BLOCKS_OF_A_ROUNDED_GROUP = 4  # in a smaller one a block is too large a share
+_MAX_BLOCKS_OF_AN_UNROUNDED_GROUP = 4  # a block would be too large a share of so few
 
 
 def rounded(
@@ -27,105 +27,116 @@ def rounded(
     scores: Tensor,
     round_to: int,
     floor: float,
-    lost: Tensor | None = None,
+    irreversible: Tensor | None = None,
     widths: Mapping[str, int] | None = None,
 ) -> Mask:
-    """The mask with counts that are multiples of ``round_to`` in every group of more than four
-    blocks; in smaller groups, which are left alone, it would say more than the scores.
+    """Round the kept counts to multiples of ``round_to`` in every group of more than four blocks.
 
-    A group keeps a multiple, at least one and what the floor protects, or all of its channels.
-    The total is the mask's own up to half a block, and further only where no group can give or take
-    another; on a tie fewer are kept.  Blocks move between all groups, also between those that were
-    cut apart: what holds is the total, not the count of each pool.  A group whose count changes
-    loses its lowest channels or gains the highest of the others; a mask that is rounded already is
-    returned as it is.
+    Smaller groups are unchanged, since rounding would outweigh their scores.  A rounded group keeps
+    all of its channels or a multiple, at least one channel and what the floor protects.  The total
+    changes by at most half a block, or more only if no group can change by another block; on a tie
+    fewer channels are kept.  Blocks move between all groups, also between pools: the total is
+    preserved, not the count of each pool.  A group whose count changes loses its lowest-scoring
+    channels or gains the highest-scoring dropped ones.  A mask that is already rounded is returned.
 
     Args:
-        mask: to round.
-        scores: ``[N]`` floats, groups one after another in the order of the mask.
-        round_to: channels in a block; 1 changes nothing.
-        floor: share of its channels that every group keeps.
-        lost: bool ``[N]``, channels that cannot be kept any more, and are not in the mask.  A group
-            that they leave no multiple keeps the mask's own count.
-        widths: for each group, how many channels of the network one of its channels stands for,
-            default one.  Blocks and totals are counted in those; where the width does not divide
-            the block, a block is the least common multiple.
+        mask: the mask to round.
+        scores: ``[N]`` floats, the scores of all groups in the order of the mask.
+        round_to: the number of channels in a block; 1 changes nothing.
+        floor: the share of its channels that every group keeps at least.
+        irreversible: bool ``[N]``, channels that cannot be kept any more and are not in the mask.
+            A group that has no possible multiple without them keeps the mask's count.
+        widths: the number of network channels that one channel of each group stands for, default
+            one.  Blocks and totals are counted in network channels; if the width does not divide
+            the block, the block is the least common multiple.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the group.
     """
     sizes = mask.sizes
     channels = list(sizes.values())
-    lost = torch.zeros_like(mask.keep) if lost is None else lost
-    assert not bool((mask.keep & lost).any()), "the mask keeps what is lost"
+    irreversible = torch.zeros_like(mask.keep) if irreversible is None else irreversible
+    assert not bool((mask.keep & irreversible).any()), "the mask keeps what is irreversible"
     widths = dict.fromkeys(sizes, 1) if widths is None else widths
-    ladders: dict[str, list[int]] = {}
-    own: dict[str, int] = {}
-    for (name, kept), gone in zip(mask.items(), lost.split(channels)):
+    allowed_counts: dict[str, list[int]] = {}
+    current: dict[str, int] = {}
+    for (name, kept), gone in zip(mask.items(), irreversible.split(channels)):
         size, width = kept.numel(), widths[name]
         if is_rounded(size * width, lcm(width, round_to)):
-            own[name] = int(kept.sum()) * width
-            ladders[name] = [
+            current[name] = int(kept.sum()) * width
+            allowed_counts[name] = [
                 count * width
                 for count in range(num_protected(floor, size), size - int(gone.sum()) + 1)
                 if count * width % round_to == 0 or count == size
-            ] or [own[name]]
-    near = _largest_remainders(own, ladders)
-    changed = {name: near[name] // widths[name] for name in near if near[name] != own[name]}
+            ] or [current[name]]
+    near = _largest_remainders(current, allowed_counts)
+    changed = {name: near[name] // widths[name] for name in near if near[name] != current[name]}
     if not changed:
         return mask
-    parts = dict(zip(sizes, comparable(scores, sizes, lost).split(channels)))
+    parts = dict(zip(sizes, comparable(scores, sizes, irreversible).split(channels)))
     resized = {name: _resized(mask[name], parts[name], count) for name, count in changed.items()}
     return Mask({name: resized.get(name, kept) for name, kept in mask.items()})
 
 
 def is_rounded(num_channels: int, block: int) -> bool:
-    """Whether a group of so many channels of the network is large enough to be rounded."""
-    return num_channels > _BLOCKS_OF_A_ROUNDED_GROUP * block
+    """Whether a group with ``num_channels`` network channels is large enough to be rounded."""
+    return num_channels > _MAX_BLOCKS_OF_AN_UNROUNDED_GROUP * block
 
 
 def ratio_reached(mask: Mask) -> float:
-    """The share of all channels that a mask drops, 0 to 1."""
+    """Return the share of all channels that a mask drops, 0 to 1."""
     return (mask.num_channels - mask.num_kept) / mask.num_channels
 
 
 def _largest_remainders(
-    own: Mapping[str, int], ladders: Mapping[str, Sequence[int]]
+    current: Mapping[str, int], allowed_counts: Mapping[str, Sequence[int]]
 ) -> dict[str, int]:
-    """For each group the count on its ladder, the sum of all as near to that of ``own`` as it gets.
+    """Choose an allowed count for each group such that their sum is nearest to that of ``current``.
 
-    Each starts on the rung below its own count.  Then one after another takes a step, whichever is
-    furthest from its own count first, the first group of equals, as long as that brings the sum
-    nearer.
+    Each group starts at the largest allowed count that does not exceed its current one.  Then, as
+    long as the sum gets nearer, the group furthest from its current count moves to the next allowed
+    count; of equally distant groups the first one.
+
+    Args:
+        current: the current count of each group, in network channels.
+        allowed_counts: the allowed counts of each group, ascending.
     """
-    rungs = {name: max(0, bisect_right(ladder, own[name]) - 1) for name, ladder in ladders.items()}
-    short = {name: own[name] - ladders[name][rung] for name, rung in rungs.items()}
-    missing = sum(short.values())
+    positions = {
+        name: max(0, bisect_right(allowed, current[name]) - 1)
+        for name, allowed in allowed_counts.items()
+    }
+    shortfall = {
+        name: current[name] - allowed_counts[name][position] for name, position in positions.items()
+    }
+    missing = sum(shortfall.values())
     while missing:
-        way = 1 if missing > 0 else -1
+        direction = 1 if missing > 0 else -1
         steps = {
-            name: ladders[name][rung + way] - ladders[name][rung]
-            for name, rung in rungs.items()
-            if 0 <= rung + way < len(ladders[name])
+            name: allowed_counts[name][position + direction] - allowed_counts[name][position]
+            for name, position in positions.items()
+            if 0 <= position + direction < len(allowed_counts[name])
         }
         # On a tie fewer are kept.
-        able = [
+        candidates = [
             name
             for name, step in steps.items()
             if abs(missing - step) < abs(missing) or 2 * missing == step < 0
         ]
-        if not able:
+        if not candidates:
             break
-        furthest = max(able, key=lambda name: way * short[name])
-        rungs[furthest] += way
-        short[furthest] -= steps[furthest]
+        furthest = max(candidates, key=lambda name: direction * shortfall[name])
+        positions[furthest] += direction
+        shortfall[furthest] -= steps[furthest]
         missing -= steps[furthest]
-    return {name: ladders[name][rung] for name, rung in rungs.items()}
+    return {name: allowed_counts[name][position] for name, position in positions.items()}
 
 
 def _resized(kept: Tensor, scores: Tensor, count: int) -> Tensor:
-    """bool ``[channels]``: what is kept loses its lowest, or gains the highest of the others; of
-    equal scores the earlier channels go first, as in the cut."""
+    """Return the keep flags, bool ``[channels]``, of a group that keeps ``count`` channels.
+
+    Kept channels with the lowest scores are dropped, or dropped ones with the highest scores are
+    kept; of equal scores the earlier channels are dropped first, as in ``select_channels``.
+    """
     ascending = scores.argsort(stable=True)
     ascending = ascending[kept[ascending].int().argsort(stable=True)]
     resized = torch.zeros_like(kept)

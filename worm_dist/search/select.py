@@ -1,7 +1,7 @@
-"""Cut: from scores to the mask that drops exactly the share of each pool.
+"""Selection: computes from scores the mask that drops exactly the share of each pool.
 
-The order of the channels is total: by score, then by group, then by channel.  No tie can fall
-differently on two ranks or in two runs.
+The order of the channels is total: by score, then by group, then by channel.  So ties are resolved
+in the same way on all ranks and in all runs.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ def select_channels(
     sizes: Mapping[str, int],
     pools: float | Sequence[Pool],
     floor: float,
-    lost: Tensor | None = None,
+    irreversible: Tensor | None = None,
 ) -> tuple[Mask, tuple[str, ...]]:
     """Drop the ``int(ratio * channels)`` lowest channels of each pool that the floor does not
     protect.
 
-    In every group the best ``max(1, ceil(floor * channels))`` are protected; what they are spared
-    is taken from the other groups of the pool, so its count stays exact.
+    In every group the best ``max(1, ceil(floor * channels))`` are protected; other groups of the
+    pool lose more channels instead, so that the pool's count stays exact.
 
     Args:
-        scores: ``[N]`` floats, groups one after another in the order of ``sizes``.
-        sizes: channels of each group.
-        pools: each group in one of them, in any order; a number is the ratio of one pool of all.
-        floor: share of its channels that every group keeps.
-        lost: bool ``[N]``, channels that cannot be kept any more; they are dropped first, also
-            where they are more than the pool's share.
+        scores: ``[N]`` floats, the scores of all groups in the order of ``sizes``.
+        sizes: the number of channels of each group.
+        pools: the pools, a partition of the groups in any order; a float is the ratio of a single
+            pool of all groups.
+        floor: the share of its channels that every group keeps at least.
+        irreversible: bool ``[N]``, channels that cannot be kept any more; they are dropped first,
+            even if they exceed the pool's share.
 
     Returns:
-        The mask, and the names of the groups in which the floor spared a channel.
+        The mask, and the names of the groups in which the floor kept a channel.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the group.
@@ -52,28 +53,30 @@ def select_channels(
     pool_of = {name: number for number, pool in enumerate(pools) for name in pool.groups}
     num_pooled = sum(len(pool.groups) for pool in pools)
     assert pool_of.keys() == sizes.keys() and num_pooled == len(sizes), "not a partition"
-    lost = torch.zeros(scores.numel(), dtype=torch.bool) if lost is None else lost
+    irreversible = (
+        torch.zeros(scores.numel(), dtype=torch.bool) if irreversible is None else irreversible
+    )
     channels = torch.tensor(list(sizes.values()))
     group_of_N = torch.arange(len(sizes)).repeat_interleave(channels)
     pool_of_N = torch.tensor([pool_of[name] for name in sizes]).repeat_interleave(channels)
-    ascending = comparable(scores, sizes, lost).argsort(stable=True)
+    ascending = comparable(scores, sizes, irreversible).argsort(stable=True)
 
-    protected = torch.zeros_like(lost)
+    protected = torch.zeros_like(irreversible)
     for group in _split(ascending, group_of_N):
         protected[group[-num_protected(floor, group.numel()) :]] = True
-    protected &= ~lost
-    keep = torch.ones_like(lost)
-    spared = torch.zeros_like(lost)
+    protected &= ~irreversible
+    keep = torch.ones_like(irreversible)
+    spared = torch.zeros_like(irreversible)
     for pool, members in zip(pools, _split(ascending, pool_of_N)):
-        num_dropped = max(pool.num_dropped(members.numel()), int(lost[members].sum()))
-        free = members[~protected[members]]
-        if free.numel() < num_dropped:
+        num_dropped = max(pool.num_dropped(members.numel()), int(irreversible[members].sum()))
+        droppable = members[~protected[members]]
+        if droppable.numel() < num_dropped:
             raise ConfigError(
-                f"search.floor: {floor:g} protects so many channels of {pool} that only "
-                f"{free.numel()} of {members.numel()} may be dropped, but the ratio {pool.ratio:g} "
-                f"asks for {num_dropped}; lower one of them"
+                f"search.min_keep_ratio: {floor:g} protects so many channels of {pool} that only "
+                f"{droppable.numel()} of {members.numel()} may be dropped, but the ratio "
+                f"{pool.ratio:g} asks for {num_dropped}; lower one of them"
             )
-        keep[free[:num_dropped]] = False
+        keep[droppable[:num_dropped]] = False
         lowest = members[:num_dropped]
         spared[lowest] = protected[lowest]
 
@@ -82,8 +85,8 @@ def select_channels(
     return Mask.from_vector(sizes, keep), floored
 
 
-def comparable(scores: Tensor, sizes: Mapping[str, int], lost: Tensor) -> Tensor:
-    """Scores as float64 ``[N]`` on the CPU, lost channels below all others.
+def comparable(scores: Tensor, sizes: Mapping[str, int], irreversible: Tensor) -> Tensor:
+    """Return the scores as float64 ``[N]`` on the CPU, minus infinity for irreversible channels.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the group.
@@ -91,29 +94,28 @@ def comparable(scores: Tensor, sizes: Mapping[str, int], lost: Tensor) -> Tensor
     scores = scores.detach().cpu().double()
     finite = scores.isfinite()
     if not bool(finite.all()):
-        group = _group_of(int((~finite).nonzero()[0]), sizes)
+        group = _group_at(int((~finite).nonzero()[0]), sizes)
         raise NonFiniteError(
             f"group {group}: its scores are not finite; the weights diverged, lower the "
             "learning rate"
         )
-    return scores.masked_fill(lost, -torch.inf)
+    return scores.masked_fill(irreversible, -torch.inf)
 
 
 def num_protected(floor: float, size: int) -> int:
-    """How many channels of a group the floor keeps."""
-    # Rounded, or 0.07 of 100 channels, 7.000000000000001 in floats, would be 8.
+    """Return how many of a group's ``size`` channels the floor protects."""
+    # Rounded first, since 0.07 * 100 is 7.000000000000001 in floats, which would give 8.
     return max(1, ceil(round(floor * size, 9)))
 
 
 def _split(ascending: Tensor, part_of_N: Tensor) -> tuple[Tensor, ...]:
-    """The channels of part 0, of part 1 and so on, each still in ascending order."""
-    # A stable sort by part of the channels already sorted by score puts each part side by side.
+    """Split channel indices, sorted by score, by part number; the order within parts is kept."""
     together = ascending[torch.argsort(part_of_N[ascending], stable=True)]
     parts: tuple[Tensor, ...] = together.split(part_of_N.bincount().tolist())
     return parts
 
 
-def _group_of(channel: int, sizes: Mapping[str, int]) -> str:
+def _group_at(channel: int, sizes: Mapping[str, int]) -> str:
     for name, size in sizes.items():
         if channel < size:
             return name

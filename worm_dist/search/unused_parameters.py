@@ -1,4 +1,4 @@
-"""Usage: which parameters took part in a forward pass."""
+"""Unused parameters: records which parameters take part in forward passes."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ __all__ = ["ParameterUsage"]
 
 
 class ParameterUsage:
-    """Notes which of some parameters the forward passes use.
+    """Records which of the given parameters the forward passes use.
 
-    A wrapper that looks for unused parameters takes those that a forward pass leaves out for done
-    before the backward pass begins, and does not bear it if a penalty hands them a gradient after
-    all.
+    DDP with ``find_unused_parameters`` marks parameters that a forward pass leaves out as ready
+    before the backward pass, and fails if a penalty gives them a gradient after all.
 
     Args:
-        network: not wrapped.
-        parameters: to look out for; direct ones of the modules that use them.
+        network: the unwrapped network.
+        parameters: the parameters to observe, direct parameters of the modules that use them.
     """
 
     def __init__(self, network: nn.Module, parameters: Collection[nn.Parameter]) -> None:
-        self._seen: set[nn.Parameter] = set()
+        self._used: set[nn.Parameter] = set()
         wanted = set(parameters)
-        # A hook goes where copies of its module go: the copies note into a set of their own.
+        # Copies of the network copy the hooks with their set, so they record separately.
         self._handles = [
-            module.register_forward_hook(partial(_note, self._seen, mine))
+            module.register_forward_hook(partial(_record_use, self._used, own_parameters))
             for module in network.modules()
-            if (mine := wanted.intersection(module.parameters(recurse=False)))
+            if (own_parameters := wanted.intersection(module.parameters(recurse=False)))
         ]
 
     def take(self) -> set[nn.Parameter]:
-        """The parameters used since the last call."""
-        seen = set(self._seen)
-        self._seen.clear()
-        return seen
+        """Return the parameters used since the last call, and reset."""
+        used = set(self._used)
+        self._used.clear()
+        return used
 
     def remove(self) -> None:
-        """Note nothing from now on."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
-def _note(
-    seen: set[nn.Parameter],
-    mine: set[nn.Parameter],
+def _record_use(
+    used: set[nn.Parameter],
+    own_parameters: set[nn.Parameter],
     module: nn.Module,
     args: object,
     output: object,
 ) -> None:
-    # What a test pass uses gets no gradient from it.
+    # Evaluation passes give no gradients.
     if torch.is_grad_enabled():
-        seen.update(mine)
+        used.update(own_parameters)

@@ -1,4 +1,4 @@
-"""Window: the last l masks, and how far the newest is from each older one."""
+"""Window: the newest masks, and the distances of the newest one to the others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ __all__ = ["Window"]
 class Window:
     """The newest ``length`` masks.
 
-    A mask is settled when the window is full and every distance of its newest mask to an older
-    one is below the threshold (Early-Bird, arXiv 1909.11957, section 4).
+    The newest mask is settled when the window is full and its distance to every older mask is below
+    the threshold (Early-Bird, arXiv 1909.11957, section 4).
+
+    Args:
+        length: the number of masks in a full window.
+        masks: the initial masks, oldest first.
     """
 
     def __init__(self, length: int, masks: Iterable[Mask] = ()) -> None:
@@ -26,7 +30,7 @@ class Window:
 
     @property
     def masks(self) -> tuple[Mask, ...]:
-        """Oldest first."""
+        """The masks, oldest first."""
         return tuple(self._masks)
 
     @property
@@ -35,7 +39,8 @@ class Window:
 
     @property
     def distances(self) -> tuple[float, ...]:
-        """Of the newest mask to each older one, oldest first; empty before the second mask."""
+        """The distances of the newest mask to the older ones, oldest first, 0 to 1; empty before
+        the second mask."""
         if not self._masks:
             return ()
         *older, newest = self._masks

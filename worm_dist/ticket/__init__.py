@@ -1,1 +1,1 @@
-"""What survives: the network without its dropped channels, and the training state with it."""
+"""Tickets on disk: the drawn network without its dropped channels."""

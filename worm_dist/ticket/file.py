@@ -1,7 +1,6 @@
-"""The ticket on disk: ``ticket.json`` says what was cut, ``ticket.safetensors`` holds the weights.
+"""Ticket files: ``ticket.json`` lists the cuts, ``ticket.safetensors`` holds the weights.
 
-Nothing in either is executed when they are read, and nothing takes memory before its size has been
-compared.
+Reading them executes no code, and sizes are validated before memory is allocated.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..groups.gates import remove_gates
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
 from ..search.mask import Mask
-from .meta_init import blueprint
+from .meta_init import build_on_meta
 from .metadata import CutRecord, GroupRecord, ModelRecord, Record
 from .weights import open_weights, write_weights
 
@@ -43,11 +42,13 @@ def save_ticket(
     """Write a drawn network.
 
     Args:
-        folder: made if it is not there.
-        network: after the draw, not wrapped.
-        groups, mask, cuts: of the dense network.
-        model: arguments of ``worm_dist.models.build_model`` that build the dense network; None if
-            only its owner can build it.
+        folder: the ticket's folder; created if missing.
+        network: the unwrapped network after the draw.
+        groups: the channel groups of the dense network.
+        mask: the mask over these groups that was drawn.
+        cuts: the cuts of the dense network that were made.
+        model: the arguments of ``worm_dist.models.build_model`` for the dense network; None if it
+            is not one of these models.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
@@ -68,12 +69,13 @@ def save_ticket(
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """The drawn network, in a fresh process.
+    """Load a drawn network, such as in a fresh process.
 
     Args:
-        path: folder that holds ``ticket.json`` and ``ticket.safetensors``.
-        build: returns the dense network that the ticket was drawn from, with any weights; not
-            needed for tickets of the command line, which name a model of ``worm_dist.models``.
+        path: the folder that holds ``ticket.json`` and ``ticket.safetensors``.
+        build: a function that returns the dense network that the ticket was drawn from, with any
+            weights; not needed for tickets of the command line, which name a model of
+            ``worm_dist.models``.
 
     Returns:
         The network with its weights, on the CPU, in training mode like any new module.
@@ -85,8 +87,10 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
     record = Record.read(folder / _RECORD)
     with open_weights(folder / _WEIGHTS, record.weights) as weights:
         try:
-            network = build() if build is not None else _outline(record.model, len(weights))
-            remove_gates(network)  # a ticket has none; its weights hold what they were
+            network = (
+                build() if build is not None else _dense_network_on_meta(record.model, len(weights))
+            )
+            remove_gates(network)  # in a ticket, gates are folded into the weights
             remove_channels(network, [cut.cut(network) for cut in record.cuts])
         except ConfigError as error:
             raise CheckpointError(f"{folder / _RECORD}: {error}") from error
@@ -97,15 +101,15 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
     return network
 
 
-def _outline(model: ModelRecord | None, num_tensors: int) -> nn.Module:
-    """The dense network without its weights."""
+def _dense_network_on_meta(model: ModelRecord | None, num_tensors: int) -> nn.Module:
+    """Build the dense network on the meta device, without memory for its weights."""
     if model is None:
         raise ConfigError(
             "it does not say how to build the dense network; call load_ticket(path, build=...) "
             "with a function that returns it"
         )
-    # Most layers have a tensor or two; activations and blocks have none.
-    network = blueprint(partial(build_model, **dict(model)), limit=10 * num_tensors + 100)
+    # Most layers have one or two tensors; activations and containers have none.
+    network = build_on_meta(partial(build_model, **dict(model)), limit=10 * num_tensors + 100)
     unsaved = dict(network.named_buffers()).keys() - network.state_dict().keys()
     if unsaved:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Blueprint: a network whose tensors take no memory, built from what a stranger's file says."""
+"""Meta initialisation: builds a network without memory for its tensors, for untrusted tickets."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
 
-__all__ = ["blueprint"]
+__all__ = ["build_on_meta"]
 
 _ALLOCATE = {torch.empty, torch.full, torch.ones, torch.rand, torch.randn, torch.zeros}
 
 
-def blueprint(build: Callable[[], nn.Module], limit: int) -> nn.Module:
-    """Call ``build``; parameters and the buffers made like them are on the device ``meta``.
+def build_on_meta(build: Callable[[], nn.Module], limit: int) -> nn.Module:
+    """Call ``build`` with parameters and newly allocated buffers on the device ``meta``.
 
-    Tensors that a constructor computes with (torchvision's RegNet takes its widths from some) are
-    real, which they would not be under ``torch.device("meta")``.
+    Tensors that a constructor computes with stay real, unlike under ``torch.device("meta")``;
+    torchvision's RegNet, for example, computes its widths with tensors.
 
     Args:
-        limit: how many modules and parameters the network may have in all.
+        build: a function that returns the network.
+        limit: the largest total number of modules and parameters.
 
     Raises:
-        ConfigError: it has more; it is given up on the way.
+        ConfigError: the network has more; construction stops at that point.
     """
     count = 0
 
-    def one_more(*_: object) -> None:
+    def count_registration(*_: object) -> None:
         nonlocal count
         count += 1
         if count > limit:
             raise ConfigError(f"it has more than {limit} layers and parameters")
 
     hooks = (
-        registration.register_module_module_registration_hook(one_more),
-        registration.register_module_parameter_registration_hook(one_more),
+        registration.register_module_module_registration_hook(count_registration),
+        registration.register_module_parameter_registration_hook(count_registration),
     )
     try:
         with _WithoutMemory():

@@ -1,4 +1,4 @@
-"""Record: ``ticket.json``, which says what was cut of which network."""
+"""Ticket metadata: ``ticket.json`` with the dense network's builder and the cuts."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..pruning.surgery import Cut
 __all__ = ["CutRecord", "GroupRecord", "ModelRecord", "Record"]
 
 _FORMAT_VERSION = 3
-_LARGEST = 64 << 20
-"""Bytes; a hundred times what the largest networks of torchvision need."""
+_MAX_BYTES = 64 << 20
+"""The largest accepted file in bytes; 100 times what torchvision's largest networks need."""
 
 
-def _ascending(places: list[int]) -> list[int]:
-    if not all(one < other for one, other in zip([-1, *places], places, strict=False)):
-        raise ValueError("must be different places, in order")
-    return places
+def _ascending(indices: list[int]) -> list[int]:
+    if not all(one < other for one, other in zip([-1, *indices], indices, strict=False)):
+        raise ValueError("must be different indices, in order")
+    return indices
 
 
-_Places = Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)]
+_Indices = Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class ModelRecord(Part):
-    """Arguments of ``worm_dist.models.build_model``: a name that it knows, and plain values."""
+    """The arguments of ``worm_dist.models.build_model``: a known name and plain values."""
 
     name: str
     num_classes: int
@@ -45,30 +45,30 @@ class ModelRecord(Part):
 
 
 class GroupRecord(Part):
-    """What the mask kept of a group: for people, loading goes by the cuts."""
+    """The kept channels of one group; informational only, loading uses the cuts."""
 
     name: str
     num_channels: int
-    kept: _Places
+    kept: _Indices
 
     @classmethod
     def of(cls, group: ChannelGroup, keep: Tensor) -> Self:
-        return cls(name=group.name, num_channels=group.num_channels, kept=_places(keep))
+        return cls(name=group.name, num_channels=group.num_channels, kept=_indices_of(keep))
 
 
 class CutRecord(Part):
-    """A ``surgery.Cut`` with its places by number."""
+    """A ``surgery.Cut`` with its kept indices as a list."""
 
     module: str
     parameter: str
     dim: Annotated[int, Field(ge=0)]
     size: int
-    kept: _Places
+    kept: _Indices
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:
         if self.kept[-1] >= self.size:
-            raise ValueError(f"keeps place {self.kept[-1]} of {self.size}")
+            raise ValueError(f"keeps index {self.kept[-1]} of {self.size}")
         return self
 
     @classmethod
@@ -78,14 +78,14 @@ class CutRecord(Part):
             parameter=cut.parameter,
             dim=cut.dim,
             size=cut.kept.numel(),
-            kept=_places(cut.kept),
+            kept=_indices_of(cut.kept),
         )
 
     def cut(self, network: nn.Module) -> Cut:
-        """Of the dense network.
+        """Convert the record to a ``Cut`` of the dense network.
 
         Raises:
-            ConfigError: it does not have this parameter, or of another size.
+            ConfigError: the network has no such parameter, or one of another size.
         """
         try:
             network.get_submodule(self.module)
@@ -103,16 +103,16 @@ class CutRecord(Part):
 
 
 class Record(Part):
-    """What ``ticket.json`` holds.
+    """The content of ``ticket.json``.
 
     Attributes:
-        model: None if only the owner of the network can build it.
-        mask_digest: of the mask that was drawn.
-        groups: of the dense network.
-        cuts: of its parameters; no dimension of any is cut twice.
-        weights: what ``ticket.safetensors`` must be.
-        versions: of packages, by name.
-        digest: sha256 of all the rest; another digit in it would be another network.
+        model: the dense network's builder arguments; None if it is not in ``worm_dist.models``.
+        mask_digest: the digest of the drawn mask.
+        groups: the kept channels of the dense network's groups.
+        cuts: the cuts of the dense network's parameters, at most one for each dimension.
+        weights: the size and digest of ``ticket.safetensors``.
+        versions: the package versions, by name.
+        digest: the sha256 of all other fields.
     """
 
     format_version: int = _FORMAT_VERSION
@@ -133,14 +133,18 @@ class Record(Part):
         return self
 
     def signed(self) -> Self:
-        """The same, with its digest."""
+        """Return a copy with the digest of its content."""
         content = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
         return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises a CheckpointError if the file is missing, damaged, or of another format."""
-        content = read_small(path, _LARGEST)
+        """Read and validate the file.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another format.
+        """
+        content = read_small(path, _MAX_BYTES)
         try:
             found = _Format.model_validate_json(content).format_version
             if found != _FORMAT_VERSION:
@@ -153,18 +157,18 @@ class Record(Part):
             raise CheckpointError(f"{path}: not a ticket: {complaint(error)}") from error
         if record != record.signed():
             raise CheckpointError(
-                f"{path}: its sha256 is not the one that it says; the file was damaged or changed"
+                f"{path}: sha256 differs from the recorded one; the file was damaged or changed"
             )
         return record
 
 
 class _Format(BaseModel):
-    """What a ticket of any version has."""
+    """The field that tickets of all format versions have."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     format_version: int
 
 
-def _places(flags: Tensor) -> list[int]:
-    return [int(place) for place in flags.nonzero().flatten()]
+def _indices_of(flags: Tensor) -> list[int]:
+    return [int(index) for index in flags.nonzero().flatten()]

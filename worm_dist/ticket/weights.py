@@ -1,4 +1,4 @@
-"""Weights: ``ticket.safetensors``, the whole state of a drawn network by its names in torch."""
+"""Ticket weights: ``ticket.safetensors``, the state dict of a drawn network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..checkpoint.durable_io import FileDigest, open_sealed
+from ..checkpoint.durable_io import FileDigest, open_verified
 from ..checkpoint.safetensors_file import TensorFile, write_tensors
 from ..checkpoint.tensor_meta import TensorMetadata
 from ..errors import CheckpointError
@@ -18,47 +18,47 @@ __all__ = ["Weights", "open_weights", "write_weights"]
 
 
 def write_weights(path: Path, network: nn.Module) -> FileDigest:
-    """Write parameters and buffers; a reader sees the old file or the new one, never a part.
+    """Write parameters and buffers, replacing the file atomically.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written, or the network has a state that is
-            no tensor.
+        CheckpointError: the disk is full or cannot be written, or the network's state dict has a
+            value that is not a tensor.
     """
     tensors = {}
-    for name, value in _distinct(network).items():
+    for name, value in _unique_state(network).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path}: the network's state {name!r} is no tensor and cannot be saved in a ticket"
+                f"{path}: the network's state {name!r} is not a tensor and cannot be saved"
             )
-        plain = value.detach().contiguous()  # other programs know of no other order
-        form = TensorMetadata.of(plain)
-        tensors[name] = form, form.memory_of(plain)
+        plain = value.detach().contiguous()  # the file format has no strides
+        metadata = TensorMetadata.of(plain)
+        tensors[name] = metadata, metadata.memory_of(plain)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with suppress(FileNotFoundError):
             staged.unlink()
-        seal = write_tensors(staged, tensors)
+        digest = write_tensors(staged, tensors)
         os.replace(staged, path)
     except BaseException:
         with suppress(OSError):
             staged.unlink()
         raise
-    return seal
+    return digest
 
 
 @contextmanager
-def open_weights(path: Path, seal: FileDigest) -> Iterator[Weights]:
-    """The file, once its bytes have been compared with the seal.
+def open_weights(path: Path, digest: FileDigest) -> Iterator[Weights]:
+    """Open the file after verifying its size and digest.
 
     Raises:
-        CheckpointError: it is missing, damaged or not in the format.
+        CheckpointError: the file is missing, damaged or of another format.
     """
-    with open_sealed(path, seal) as file:
-        yield Weights(TensorFile(file, seal.size, path), path)
+    with open_verified(path, digest) as file:
+        yield Weights(TensorFile(file, digest.size, path), path)
 
 
 class Weights:
-    """An open file of weights."""
+    """An open weights file."""
 
     def __init__(self, file: TensorFile, path: Path) -> None:
         self._file = file
@@ -68,13 +68,13 @@ class Weights:
         return len(self._file.names)
 
     def check(self, network: nn.Module) -> None:
-        """Compare names and shapes with the network, without reading a weight.
+        """Compare names and shapes with the network, without reading weights.
 
         Raises:
-            CheckpointError: they do not fit.
+            CheckpointError: names or shapes differ.
         """
-        wanted = {name: list(value.shape) for name, value in _distinct(network).items()}
-        found = {name: self._file.form(name).shape for name in self._file.names}
+        wanted = {name: list(value.shape) for name, value in _unique_state(network).items()}
+        found = {name: self._file.metadata(name).shape for name in self._file.names}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise CheckpointError(
@@ -83,15 +83,15 @@ class Weights:
                 )
 
     def fill(self, network: nn.Module) -> None:
-        """Give the network its weights; numbers become those of the network's dtypes."""
-        state = network.state_dict()  # with the versions of its layers, which some insist on
-        for name in _distinct(network):
-            state[name] = self._file.read(name, self._file.form(name))
+        """Load the weights into the network, converted to its dtypes."""
+        state = network.state_dict()  # keeps the layers' version metadata, which some need
+        for name in _unique_state(network):
+            state[name] = self._file.read(name, self._file.metadata(name))
         network.load_state_dict(state)
 
 
-def _distinct(network: nn.Module) -> dict[str, Tensor]:
-    """The state, of what is there by several names only the first."""
+def _unique_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict; of shared tensors only the first name."""
     state = network.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     return {

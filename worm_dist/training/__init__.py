@@ -1,1 +1,1 @@
-"""The program around the engine: data, models, loop, records, pictures."""
+"""The program around the engine: data, optimizer, training loop, checkpoints, reports."""

@@ -1,4 +1,4 @@
-"""Saving: checkpoints of a run, written by rank zero while training goes on."""
+"""Asynchronous checkpoints of a run, written by rank zero in the background."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..checkpoint.async_save import Background
+from ..checkpoint.async_save import AsyncSaver
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.manifest import CheckpointInfo
 from ..errors import CheckpointError
 from .reporting.failed_writes import FailedWrites
-from .resume_config import digest_of, settled
+from .resume_config import digest_of, fixed_settings
 from .run_config import RunConfig
 from .run_folder import CHECKPOINTS, SETTINGS
 
@@ -22,43 +22,44 @@ __all__ = ["RUN", "Checkpointer"]
 logger = logging.getLogger(__name__)
 
 RUN = "run"
-"""Part of a checkpoint: what ``Trainer.state_dict`` said."""
+"""Name of the checkpoint part that holds ``Trainer.state_dict()``."""
 
 
 class Checkpointer:
-    """Every rank has one; all call the same methods.
+    """Saves the state of a run in the background; every rank calls the same methods.
 
-    One save is on its way at a time.  What has become of it is told at the next one, or at the end.
+    At most one save is in flight.  An error of a save is raised by the next call of ``save`` or
+    ``finish``.
 
     Args:
-        folder: of the run; the one of rank zero counts.
-        config: of the run.
-        unwritten: is told what the disk refuses, if training goes on all the same.
+        folder: the run's folder; only rank zero's value is used.
+        config: the run's settings.
+        failed_writes: records failed saves if ``checkpoint.on_error`` is ``continue``.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, unwritten: FailedWrites) -> None:
-        self._settings = settled(config)
-        self._goes_on = config.checkpoint.on_error == "continue"
-        self._shelf = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
-        self._background = Background()
-        self._unwritten = unwritten
+    def __init__(self, folder: Path, config: RunConfig, failed_writes: FailedWrites) -> None:
+        self._settings = fixed_settings(config)
+        self._continue_on_error = config.checkpoint.on_error == "continue"
+        self._manager = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
+        self._background = AsyncSaver()
+        self._failed_writes = failed_writes
 
     def save(self, state: Any, step: int, phase: str, value: float | None) -> None:
-        """Copy a state, and have it written.  Collective.
+        """Copy a state and start writing it in the background.  Collective.
 
         Args:
-            state: on rank zero; nothing elsewhere.
+            state: the run's state on rank zero; ignored on other ranks.
             step: optimizer steps taken.
-            phase: of the engine.
-            value: accuracy, by which the best one is kept; None if it has not been measured.
+            phase: the engine's phase.
+            value: accuracy, 0 to 1, by which the best checkpoint is kept; None if not measured.
 
         Raises:
-            CheckpointError: on all ranks, if the save before this one could not be written.
+            CheckpointError: the previous save failed; raised on all ranks.
         """
         self.finish()
         if dist.get_rank() != 0:
             return
-        about = CheckpointInfo(
+        info = CheckpointInfo(
             step=step,
             world_size=dist.get_world_size(),
             phase=phase,
@@ -66,26 +67,27 @@ class Checkpointer:
             value=value,
         )
         parts = {RUN: state, SETTINGS: self._settings}
-        self._background.save(parts, lambda copies: self._shelf.save(about, copies))
+        self._background.save(parts, lambda copies: self._manager.save(info, copies))
 
     def finish(self) -> None:
-        """Wait until what is on its way is written.  Collective.
+        """Wait until the save in flight is written.  Collective.
 
         Raises:
-            CheckpointError: on all ranks, if it cannot be, and the run is to stop then.
+            CheckpointError: the save failed and ``checkpoint.on_error`` is ``stop``; raised on all
+                ranks.
         """
-        told: list[str | None] = [None]
+        failures: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 self._background.finish()
             except CheckpointError as error:
-                told = [str(error)]
-        dist.broadcast_object_list(told, src=0)
-        (failure,) = told
+                failures = [str(error)]
+        dist.broadcast_object_list(failures, src=0)
+        (failure,) = failures
         if failure is None:
             return
-        if not self._goes_on:
+        if not self._continue_on_error:
             raise CheckpointError(failure)
         if dist.get_rank() == 0:
             logger.warning("%s; training goes on", failure)
-            self._unwritten.note(CHECKPOINTS, failure)
+            self._failed_writes.record(CHECKPOINTS, failure)

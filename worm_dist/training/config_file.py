@@ -1,4 +1,4 @@
-"""Config file: a run's settings from YAML, with single values replaced on the command line."""
+"""Settings of a run from a YAML file, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .run_config import RunConfig
 __all__ = ["read_run_config"]
 
 _MOST_BYTES, _MOST_VALUES, _LONGEST, _DEEPEST = 100_000, 2_000, 3_000, 20
-"""Of a file, of the values in it with what aliases repeat, of characters in one value, of values in
-one another: far more than settings need, and few enough to be read at once."""
+"""Limits of a file: size in bytes, number of values with aliases expanded, characters of one value,
+nesting depth.  Far above what settings need, and low enough to parse quickly."""
 
 
 class _UnfitError(yaml.MarkedYAMLError):
-    """It is YAML, but no settings."""
+    """Valid YAML that exceeds the limits of a settings file."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-4`` as a number, and says where a value is none of its kind."""
+    """Safe YAML loader that reads ``1e-4`` as a float and locates values of the wrong type."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._count = self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Stops at the first value too many: to read on would take minutes, or all of the stack."""
+        """Compose a node; stop at the limits, before time or the stack runs out."""
         self._count += 1
         self._depth += 1
         if self._count > _MOST_VALUES or self._depth > _DEEPEST + 1:
@@ -50,25 +50,25 @@ class _Loader(yaml.SafeLoader):
         except yaml.YAMLError:
             raise
         except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
-            # PyYAML's own constructors raise all of these.
+            # PyYAML's own constructors raise any of these for a malformed value.
             kind = node.tag.rpartition(":")[2]
-            raise _mistake(node, f"no {kind}: {shortened(repr(node.value))}") from error
+            raise _mistake(node, f"not a valid {kind}: {shortened(repr(node.value))}") from error
 
 
-_Loader.add_implicit_resolver(  # YAML 1.1 wants a dot in every float
+_Loader.add_implicit_resolver(  # YAML 1.1 requires a dot in every float
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-def read_run_config(path: Path, replaced: Sequence[tuple[str, str]]) -> RunConfig:
+def read_run_config(path: Path, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """Read a run's settings.
 
     Args:
         path: a YAML file of at most 100,000 bytes.
-        replaced: pairs of a dotted key and its new value as YAML text, later ones win.
+        overrides: pairs of a dotted key and its new value as YAML text; later pairs win.
 
     Raises:
-        ConfigError: the file cannot be read, or with all mistakes in it at once.
+        ConfigError: the file cannot be read, or its settings are wrong; lists all mistakes.
     """
     try:
         with path.open("rb") as file:
@@ -82,7 +82,7 @@ def read_run_config(path: Path, replaced: Sequence[tuple[str, str]]) -> RunConfi
         settings = {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{path}: settings must be written as 'key: value'")
-    for key, text in replaced:
+    for key, text in overrides:
         settings = merge(settings, _nested(key, text))
     return RunConfig(**settings)
 
@@ -100,10 +100,14 @@ def _nested(key: str, text: str) -> dict[str, Any]:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """The one YAML value in a text.
+    """Parse the single YAML document in a text.
+
+    Args:
+        text: YAML.
+        where: the source of the text, for messages.
 
     Raises:
-        ConfigError: there is no such value, or more than settings need.
+        ConfigError: the text is not one valid document, or exceeds the limits.
     """
     if len(text) > _MOST_BYTES:
         raise ConfigError(f"{where}: longer than {_MOST_BYTES} bytes; settings are short")
@@ -126,29 +130,29 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _require_plain(root: yaml.Node) -> None:
-    """Values are few, short and shallow, and no key hides its namesake.
+    """Raise if the values exceed the limits or a key is given twice.
 
-    Of a value that is repeated by aliases every copy counts: a few lines of them can stand for more
-    values than there is memory, and one that holds itself has no end.
+    Every copy that aliases make counts: a few lines can expand to more values than fit in memory,
+    and a value that contains itself expands without end.
     """
-    waiting, count = [(root, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
+    pending, count = [(root, 0)], 0
+    while pending:
+        node, depth = pending.pop()
         count += 1
-        if count + len(waiting) > _MOST_VALUES or depth > _DEEPEST:
+        if count + len(pending) > _MOST_VALUES or depth > _DEEPEST:
             raise _mistake(node, "aliases repeat too many values in it")
         if isinstance(node, yaml.MappingNode):
-            _require_other_keys(node)
-            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+            _require_unique_keys(node)
+            pending += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += [(part, depth + 1) for part in node.value]
+            pending += [(part, depth + 1) for part in node.value]
         elif len(node.value) > _LONGEST:
             raise _mistake(node, f"a value of more than {_LONGEST} characters")
         elif re.search("[\ud800-\udfff]", node.value):
-            raise _mistake(node, f"{node.value!a} is no text: half of a character is missing")
+            raise _mistake(node, f"{node.value!a} is not valid text: it contains a lone surrogate")
 
 
-def _require_other_keys(node: yaml.MappingNode) -> None:
+def _require_unique_keys(node: yaml.MappingNode) -> None:
     seen = set()
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         if key.value in seen:

@@ -1,7 +1,8 @@
-"""Drift: ranks that hold the same network must hold the same bits.
+"""Divergence check: all ranks must hold bit-identical weights.
 
-Averaged gradients keep it so, as long as nothing else reaches the weights.  What does is silent:
-the losses still fall, and the ranks train different networks of which one is saved.
+Averaged gradients keep the weights equal as long as nothing else changes them.  Otherwise the
+divergence goes unnoticed: the losses still fall, but the ranks train different networks, and only
+one of them is saved.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> 
 
     One all-reduce of a digest; each rank reads its network once, a second for 300 million floats.
 
-    Left out are the running statistics of norms: between two steps they are each rank's own.
-    DistributedDataParallel replaces them by rank zero's at the next step, and a test does before it
-    begins, so that they cannot drift for longer than a step.
+    The running statistics of norms are left out: between two steps they differ from rank to rank.
+    DistributedDataParallel overwrites them with rank zero's at the next step, and ``evaluate`` does
+    so too, so they cannot diverge for longer than a step.
 
     Args:
-        network: not wrapped.
-        ranks: that hold it.
-        when: for the message.
+        network: the network without its wrapper.
+        ranks: the ranks that hold a replica.
+        when: the moment of the check, for the message.
 
     Raises:
-        DivergenceError: on every rank, naming tensors and ranks.
+        DivergenceError: the replicas differ; raised on every rank, naming tensors and ranks.
     """
-    digests = {name: _digest(tensor) for name, tensor in _shared(network)}
-    found = ranks.differences(digests)
-    if found:
-        more = f" (and {len(found) - _MOST_NAMED} more)" if len(found) > _MOST_NAMED else ""
+    digests = {name: _digest(tensor) for name, tensor in _replicated(network)}
+    differences = ranks.compare(digests)
+    if differences:
+        num_more = len(differences) - _MOST_NAMED
+        more = f" (and {num_more} more)" if num_more > 0 else ""
         raise DivergenceError(
             f"{when}: the ranks no longer hold the same network: "
-            f"{'; '.join(found[:_MOST_NAMED])}{more}. Start again from the last checkpoint; look "
+            f"{'; '.join(differences[:_MOST_NAMED])}{more}. Resume from the last checkpoint; look "
             "for rank-dependent code, data or seeds that reach the weights outside of the averaged "
             "gradients"
         )
 
 
-def _shared(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    own = {
+def _replicated(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    per_rank = {
         id(statistic)
         for module in network.modules()
         if isinstance(module, _NormBase)
@@ -60,7 +62,7 @@ def _shared(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in network.named_parameters():
         yield f"parameter {name}", parameter.detach()
     for name, buffer in network.named_buffers():
-        if id(buffer) not in own:
+        if id(buffer) not in per_rank:
             yield f"buffer {name}", buffer
 
 

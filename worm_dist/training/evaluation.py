@@ -1,4 +1,4 @@
-"""Measure: accuracy over all ranks, parameters, floating point operations."""
+"""Evaluation: accuracy and loss over all ranks, throughput, parameter and FLOP counts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["EvalResult", "Speed", "count_flops", "count_parameters", "evaluate",
 
 @dataclass(frozen=True)
 class EvalResult:
-    """On the test split.
+    """Result on the test split.
 
     Attributes:
-        accuracy: share of the samples, 0 to 1.
-        loss: mean over the samples.
-        chance, chance_loss: accuracy and loss of the best constant answer.
-        num_samples: of the split.
-        answers: whether what the network puts out depends on what it is given.
+        accuracy: correct samples as a fraction, 0 to 1.
+        loss: mean cross-entropy over the samples.
+        chance, chance_loss: accuracy and loss of the best constant prediction.
+        num_samples: number of samples in the split.
+        output_varies: True if the network's outputs depend on its inputs.
     """
 
     accuracy: float
@@ -37,24 +37,24 @@ class EvalResult:
     chance: float
     chance_loss: float
     num_samples: int
-    answers: bool
+    output_varies: bool
 
     @property
     def is_chance(self) -> bool:
-        """No better than a constant answer, up to three standard deviations of luck."""
+        """True if the accuracy is within three standard deviations of a constant prediction's."""
         deviation = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
-        return not self.answers or self.accuracy <= self.chance + 3 * deviation
+        return not self.output_varies or self.accuracy <= self.chance + 3 * deviation
 
 
 _TOLERANCE = 1e-6
-"""Of the largest output: by how much outputs differ through rounding alone."""
+"""Rounding error of an output, relative to the largest one."""
 
 
 class Speed:
-    """Images per second, from the moment it is made."""
+    """Throughput in images per second, measured from construction."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._start_time = time.perf_counter()
         self._num_images = 0
 
     def count(self, num_images: int) -> None:
@@ -62,7 +62,7 @@ class Speed:
 
     @property
     def images_per_second(self) -> float:
-        return self._num_images / (time.perf_counter() - self._began)
+        return self._num_images / (time.perf_counter() - self._start_time)
 
 
 @torch.no_grad()
@@ -71,15 +71,22 @@ def evaluate(
     loader: DataLoader[Any],
     num_classes: int,
     device: torch.device,
-    halt: StopCoordinator,
+    stop: StopCoordinator,
 ) -> EvalResult:
-    """Score the network on the test split, each rank its share.  Collective.
+    """Evaluate the network on the test split, each rank on its share.  Collective.
 
     All ranks use rank zero's BatchNorm statistics, as DistributedDataParallel does at its next
-    training step; between two steps the ranks' own differ.
+    training step; between two steps the statistics differ from rank to rank.
+
+    Args:
+        network: the network without its wrapper.
+        loader: this rank's share of the test split.
+        num_classes: number of classes.
+        device: the device to compute on.
+        stop: checked after every batch.
 
     Raises:
-        Stopped: on every rank, if one of them was asked to stop in the middle of it.
+        Stopped: a rank received a stop request during the evaluation; raised on every rank.
     """
     for buffer in network.buffers():
         dist.broadcast(buffer, src=0)
@@ -88,19 +95,19 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
     for inputs, targets in loader:
-        if halt.wanted:
-            totals[3] = 1  # the others may have as few batches as they like left
+        if stop.requested:
+            totals[3] = 1  # the other ranks learn of it in the all-reduce below
             break
         targets = targets.to(device, non_blocking=True)
         logits = network(inputs.to(device, dtype, non_blocking=True)).float()
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(dim=1) == targets).sum()
-        spread = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()
-        totals[:3] += torch.stack([correct, loss, spread])
+        varies = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()
+        totals[:3] += torch.stack([correct, loss, varies])
         counts += torch.bincount(targets, minlength=num_classes)
     network.train(training)
-    everything = total_over_ranks(torch.cat([totals, counts])).tolist()
-    correct_sum, loss_sum, num_spread, num_stopped, *per_class = everything
+    sums = total_over_ranks(torch.cat([totals, counts])).tolist()
+    correct_sum, loss_sum, num_varying, num_stopped, *per_class = sums
     if num_stopped:
         raise Stopped
     count = sum(per_class)
@@ -110,12 +117,12 @@ def evaluate(
         chance=max(per_class) / count,
         chance_loss=-sum(n / count * math.log(n / count) for n in per_class if n),
         num_samples=int(count),
-        answers=num_spread > 0,
+        output_varies=num_varying > 0,
     )
 
 
 def total_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over the ranks, on the CPU.  Collective."""
+    """Sum a tensor over the ranks, in place; return it on the CPU.  Collective."""
     dist.all_reduce(values)
     return values.cpu()
 
@@ -126,14 +133,14 @@ def count_parameters(network: nn.Module) -> int:
 
 @torch.no_grad()
 def count_flops(network: nn.Module, sample: Tensor) -> int:
-    """Floating point operations of one forward pass; a multiply and an add are two.
+    """Count the FLOPs of one forward pass; a multiply and an add count as two.
 
     Args:
-        network: counted in eval mode.
-        sample: a batch of one.
+        network: the network, run in eval mode.
+        sample: an input with a batch size of one.
     """
     counter = FlopCounterMode(display=False)
-    # The counter takes fused attention for nothing, and torch's fast path for transformers too.
+    # The counter sees neither fused attention nor torch's fast path for transformers.
     with undisturbed(network), sdpa_kernel(SDPBackend.MATH), counter:
         network(sample)
     return int(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""Gating: gates for a network that has heads or neurons, where scales rank its channels."""
+"""Adds gates to attention heads and feed-forward neurons where the importance needs them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ __all__ = ["gated"]
 
 
 def gated(network: nn.Module, search: SearchConfig) -> nn.Module:
-    """The same network, with gates on its heads and neurons if the score counts those.
+    """Add gates to the heads and neurons of a network if ``search.importance`` uses gates.
 
-    Networks that have neither stay as they are.  Without a search there are gates all the same: the
-    control experiment trains the network that the others start from.
+    A network without heads and neurons stays unchanged.  Gates are added even if the search is
+    disabled, so that the dense control run trains the same network as the others.
+
+    Args:
+        network: the network, changed in place.
+        search: the search settings.
 
     Raises:
-        ConfigError: as ``add_gates``.
+        ConfigError: ``add_gates`` does not support the network.
     """
-    has_parts = bool(find_attentions(network)[0] or find_feed_forwards(network))
-    return add_gates(network) if has_parts and search.importance in ("auto", "gate") else network
+    can_be_gated = bool(find_attentions(network)[0] or find_feed_forwards(network))
+    wants_gates = search.importance in ("auto", "gate")
+    return add_gates(network) if can_be_gated and wants_gates else network

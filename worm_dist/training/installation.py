@@ -1,4 +1,4 @@
-"""Installation: what a rank runs, to be compared with what the others run."""
+"""Fingerprint of the installed software, compared across the ranks at the start."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ __all__ = ["installation"]
 
 
 def installation() -> dict[str, str]:
-    """Versions of what computes, and a digest of our own code: an editable installation has the
-    same version before and after a pull.  Python's own patches make no difference."""
-    said = {f"the version of {name}": number for name, number in versions().items()}
-    del said["the version of python"]
-    return {**said, "the code of worm_dist": _digest(Path(worm_dist.__file__).parent)}
+    """Versions of the numerical packages, and a digest of worm_dist's source code.
+
+    The digest is needed because an editable installation keeps its version across a pull.  Patch
+    releases of Python may differ.
+    """
+    found = {f"the version of {name}": number for name, number in versions().items()}
+    del found["the version of python"]
+    return {**found, "the code of worm_dist": _digest(Path(worm_dist.__file__).parent)}
 
 
 def _digest(folder: Path) -> str:

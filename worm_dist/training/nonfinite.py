@@ -1,4 +1,4 @@
-"""Finite: gradients that are no numbers stop the run before they reach the weights."""
+"""Detects NaN and infinite gradients and stops the run."""
 
 from __future__ import annotations
 
@@ -16,76 +16,79 @@ __all__ = ["FiniteCheck"]
 
 
 @dataclass
-class _Look:
-    """A number that is on its way from the GPU."""
+class _PendingCheck:
+    """A result whose copy from the GPU is in flight."""
 
     step: int
     is_finite: Tensor
     loss: Tensor
-    arrival: torch.cuda.Event
+    copied: torch.cuda.Event
 
 
 class FiniteCheck:
-    """Looks at the gradients of every step before the optimizer does.
+    """Checks the gradients of every step before the optimizer uses them.
 
-    They are averaged by then, so a NaN of one rank is in those of all, and all stop at the same
-    step without a word.  Costs one pass over the gradients.  DeepSpeed keeps them to itself; there
-    the ranks average their losses, one number a step.
+    The gradients are averaged by then, so a NaN on one rank is seen by all, and all stop at the
+    same step without further communication.  The check costs one pass over the gradients.
+    DeepSpeed does not expose its gradients; there the ranks average their losses, one number a
+    step.
 
-    A GPU would stand still if its answer were waited for.  There it is copied while training goes
-    on, and read one step later: the weights have moved when the run stops.  Nothing is made of
-    them, as long as ``settle`` comes first.
+    Waiting for the result would stall a GPU, so there it is copied asynchronously and read one step
+    later.  The weights have been updated once more by then; call ``wait`` before they are saved or
+    evaluated.
 
     Args:
-        device: to train on.
-        ranks: that train together.
+        device: the device that holds the gradients.
+        ranks: the ranks that train together.
     """
 
     def __init__(self, device: torch.device, ranks: Communicator) -> None:
         self._device = device
         self._ranks = ranks
-        self._newest: _Look | None = None
+        self._pending: _PendingCheck | None = None
 
-    def look(self, step: int, loss: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Look at a step that is about to be taken.
+    def check(self, step: int, loss: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Check the gradients of the optimizer step that comes next.
 
         Args:
-            step: its number.
-            loss: of this rank, detached.
-            gradients: averaged over the ranks; empty if they cannot be had.
+            step: the step's number.
+            loss: this rank's loss, a detached scalar.
+            gradients: the averaged gradients; empty if the backend does not expose them.
 
         Raises:
-            NonFiniteError: on every rank.  A norm above 1e19 counts as infinite.
+            NonFiniteError: the gradients are not finite; raised on every rank.  A norm above 1e19
+                counts as infinite.
         """
         number = get_total_norm(gradients) if gradients else self._ranks.mean(loss)
         is_finite = number.isfinite()
         if self._device.type == "cpu":
-            self._require(bool(is_finite), step, loss)
+            self._require_finite(bool(is_finite), step, loss)
             return
-        on_its_way = torch.empty((), dtype=torch.bool, pin_memory=True)
-        on_its_way.copy_(is_finite, non_blocking=True)
-        arrival = torch.cuda.Event()
-        arrival.record()
-        self.settle()
-        self._newest = _Look(step, on_its_way, loss, arrival)
+        host_copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host_copy.copy_(is_finite, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self.wait()
+        self._pending = _PendingCheck(step, host_copy, loss, copied)
 
-    def settle(self) -> None:
-        """Wait for what is known of the newest step.
+    def wait(self) -> None:
+        """Wait for the result of the newest step's check.
 
         Raises:
-            NonFiniteError: on every rank.
+            NonFiniteError: the gradients were not finite; raised on every rank.
         """
-        newest, self._newest = self._newest, None
-        if newest is not None:
-            newest.arrival.synchronize()
-            self._require(bool(newest.is_finite), newest.step, newest.loss)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.copied.synchronize()
+            self._require_finite(bool(pending.is_finite), pending.step, pending.loss)
 
-    def _require(self, is_finite: bool, step: int, loss: Tensor) -> None:
+    def _require_finite(self, is_finite: bool, step: int, loss: Tensor) -> None:
         if is_finite:
             return
-        losses = self._ranks.differences({"the loss": f"{float(loss):.4g}"})
+        differences = self._ranks.compare({"the loss": f"{float(loss):.4g}"})
         raise NonFiniteError(
             f"step {step}: the gradients are not finite; "
-            f"{losses[0] if losses else f'the loss is {float(loss):.4g} on every rank'}; lower "
-            "optimizer.lr, train in fp32, or look at the data of a rank whose loss is not finite"
+            f"{differences[0] if differences else f'the loss is {float(loss):.4g} on every rank'}; "
+            "lower optimizer.lr, train in fp32, or look at the data of a rank whose loss is not "
+            "finite"
         )

@@ -1,4 +1,4 @@
-"""Optimization: the optimizer and the learning rate schedule that the settings name."""
+"""Builds the optimizer and the learning rate schedule from the settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["build_optimizer", "build_schedule"]
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """The optimizer, over all parameters."""
+    """Build the optimizer over all parameters of the network."""
     builders: Mapping[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(
             network.parameters(),
@@ -35,7 +35,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
 def build_schedule(
     config: ScheduleConfig, optimizer: Optimizer, epochs: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """The schedule, to be stepped after every optimizer step."""
+    """Build the learning rate schedule; call its ``step`` after every optimizer step."""
     warmup = config.warmup_epochs * steps_per_epoch
     total = epochs * steps_per_epoch
     milestones = [epoch * steps_per_epoch for epoch in config.milestones]

@@ -1,4 +1,4 @@
-"""Wrapped: the network in DistributedDataParallel or DeepSpeed's engine, and a step of either."""
+"""Wraps a network in DistributedDataParallel or DeepSpeed's engine, and steps either one."""
 
 from __future__ import annotations
 
@@ -25,23 +25,33 @@ __all__ = [
     "backward",
     "deepspeed_module",
     "num_passes",
+    "parallelize",
     "step",
-    "wrapped",
 ]
 
 
-def wrapped(
+def parallelize(
     network: nn.Module,
     optimizer: Optimizer,
     config: RunConfig,
     world_size: int,
     device: torch.device,
 ) -> nn.Module:
-    """The network as its ranks train it together.  Collective.
+    """Wrap the network for data-parallel training.  Collective.
+
+    Args:
+        network: the network, on ``device``.
+        optimizer: the optimizer of its parameters; only DeepSpeed wraps it.
+        config: the run's settings.
+        world_size: number of ranks.
+        device: this rank's device.
+
+    Returns:
+        DistributedDataParallel or DeepSpeed's engine.
 
     Raises:
         ConfigError: DeepSpeed's settings do not fit the run.
-        BackendError: DeepSpeed is asked for but not installed.
+        BackendError: DeepSpeed is selected but not installed.
     """
     if config.distributed.backend == "deepspeed":
         settings = deepspeed_settings(config, world_size)
@@ -60,32 +70,32 @@ def wrapped(
 
 
 def _require_valid(deepspeed: Any, settings: dict[str, Any], path: str | None) -> None:
-    """What DeepSpeed itself does not take, before it does anything else."""
-    deepspeed.init_distributed(dist_init_required=False)  # it counts the ranks
+    """Raise if DeepSpeed rejects the settings, before it changes anything."""
+    deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig needs the world size
     try:
         deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
-    except Exception as error:  # it has an error of its own for nothing that it checks
+    except Exception as error:  # it raises plain exceptions of many types
         reason = " ".join(str(error).split())[:500]
         raise ConfigError(
-            f"distributed.deepspeed: {path}: DeepSpeed refuses it: {reason}"
+            f"distributed.deepspeed: {path}: DeepSpeed rejects it: {reason}"
         ) from error
 
 
 def backend_name(model: nn.Module, device: torch.device) -> str:
-    """What the ranks train together with, for people."""
-    carrier = "nccl" if device.type == "cuda" else "gloo"
+    """Name of the backend, for people, such as ``deepspeed zero-1, nccl``."""
+    transport = "nccl" if device.type == "cuda" else "gloo"
     stage = getattr(model, "zero_optimization_stage", None)
-    return carrier if stage is None else f"deepspeed zero-{int(stage())}, {carrier}"
+    return transport if stage is None else f"deepspeed zero-{int(stage())}, {transport}"
 
 
 def num_passes(engine: Engine) -> int:
-    """Forward and backward passes in an optimizer step."""
+    """Number of forward and backward passes in an optimizer step (gradient accumulation)."""
     passes = getattr(engine.model, "gradient_accumulation_steps", None)
     return 1 if passes is None else int(passes())
 
 
 def backward(engine: Engine, loss: Tensor) -> None:
-    """The end of a pass; after the last one of a step the gradients are averaged."""
+    """Run the backward pass; in the last pass of a step the gradients are averaged."""
     if isinstance(engine.model, DistributedDataParallel):
         loss.backward()
     else:
@@ -94,15 +104,14 @@ def backward(engine: Engine, loss: Tensor) -> None:
 
 
 def averaged_gradients(engine: Engine) -> list[Tensor]:
-    """What the ranks have averaged, the same on each.  DeepSpeed keeps its gradients to itself,
-    each rank a part."""
+    """Averaged gradients, equal on all ranks; empty under DeepSpeed, which partitions them."""
     if not isinstance(engine.model, DistributedDataParallel):
         return []
     return [p.grad for p in engine.model.parameters() if p.grad is not None]
 
 
 def step(engine: Engine) -> None:
-    """The end of a step, if its last pass is done."""
+    """Take the optimizer step; under DeepSpeed only after the last pass of the step."""
     if isinstance(engine.model, DistributedDataParallel):
         engine.optimizer.step()
         engine.optimizer.zero_grad()
@@ -112,24 +121,23 @@ def step(engine: Engine) -> None:
 
 
 def deepspeed_module(device: torch.device) -> Any:
-    """DeepSpeed, imported and silenced.
+    """Import DeepSpeed and suppress its log messages and known warnings.
 
     Raises:
-        BackendError: it is not installed.
+        BackendError: DeepSpeed is not installed.
     """
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
     try:
         import deepspeed
     except ImportError as error:
         raise BackendError(
             "distributed.backend: deepspeed is not installed here; pip install worm_dist[deepspeed]"
         ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # of its own choices, at every draw
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs its defaults at every draw
     # torch 2.14 renamed a function that DeepSpeed calls.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if device.type == "cpu":
-        # Half a minute of compiling at the first start, for an all-reduce that training never
-        # calls.
+        # Compiles for half a minute at the first start, for an all-reduce that training never uses.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed

@@ -1,4 +1,4 @@
-"""Position: how far a training has come."""
+"""Position of a training run: the next epoch and batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["Position"]
 
 @dataclass
 class Position:
-    """Between two steps.
+    """Position between two optimizer steps.
 
     Attributes:
-        epoch: that is being trained, from 0 on.
-        batch: that comes next, from 0 on; after the last one the test of the epoch comes.
-        draws: before that, the ticket is to be drawn, or tested after it was.
-        has_learnt: a test was better than chance.
-        at_chance: the newest test was not.
+        epoch: the current epoch, counted from 0.
+        batch: the next batch, counted from 0; after the last batch the epoch's test follows.
+        draws: True while a draw, with the tests before and after it, is not finished.
+        has_learnt: True if any test so far was better than chance.
+        at_chance: True if the newest test was no better than chance.
     """
 
     epoch: int = 0

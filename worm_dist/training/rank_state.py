@@ -1,4 +1,4 @@
-"""Own: what a rank has in its state that the others do not share."""
+"""State that differs from rank to rank: random states, local losses, PowerSGD's memory."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .data.augmentation_rng import EpochSampler, seed_from
 __all__ = [
     "gathered_on_rank_zero",
     "newest_inputs",
-    "own_of",
-    "own_state",
+    "rank_state",
     "restore_random",
     "seed_all",
-    "with_own",
-    "without_own",
+    "state_of_this_rank",
+    "with_rank_state",
+    "without_rank_state",
 ]
 
 
-def own_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Of this rank.
+def rank_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """State of this rank that other ranks do not share.
 
     Args:
         losses: float64 ``[2]``, sum and number of the epoch's losses so far.
-        engine: its state.
+        engine: the engine's state dict.
     """
     return {
         "random": random_state(),
@@ -43,49 +43,55 @@ def own_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def gathered_on_rank_zero(own: Any) -> list[Any]:
-    """What every rank has, by rank; empty elsewhere.  Collective."""
+def gathered_on_rank_zero(state: Any) -> list[Any]:
+    """Gather every rank's state on rank zero, by rank; empty on other ranks.  Collective."""
     is_zero = dist.get_rank() == 0
-    everyone: list[Any] = [None] * dist.get_world_size() if is_zero else []
-    dist.gather_object(own, everyone if is_zero else None, dst=0)
-    return everyone
+    states: list[Any] = [None] * dist.get_world_size() if is_zero else []
+    dist.gather_object(state, states if is_zero else None, dst=0)
+    return states
 
 
-def own_of(everyone: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What this rank goes on with.  On another number of ranks, the losses are rank zero's; the
-    random numbers are new ones."""
+def state_of_this_rank(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Select the state that this rank resumes from.
+
+    If the world size has changed, rank zero takes over the sum of all losses, and the random states
+    are seeded anew.
+
+    Args:
+        states: the saved states of all ranks, by rank.
+    """
     rank = dist.get_rank()
-    if len(everyone) == dist.get_world_size():
-        return everyone[rank]
-    sums = [sum(column) for column in zip(*(own["losses"] for own in everyone))]
+    if len(states) == dist.get_world_size():
+        return states[rank]
+    sums = [sum(column) for column in zip(*(state["losses"] for state in states))]
     return {
         "random": None,
         "losses": sums if rank == 0 else [0.0, 0.0],
         "reduction": None,
-        "watched": everyone[0]["watched"],
+        "watched": states[0]["watched"],
     }
 
 
-def without_own(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """An engine's state without what is this rank's own.
+def without_rank_state(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove this rank's state from an engine's state dict.
 
-    Of the inputs that it remembers only the precision is left: the data have them, and of large
-    images they take more than the network.
+    The recorded inputs lose their tensors too: they are read from the data set again on resume, and
+    large images would take more space than the network.
     """
     inputs = engine["rank"]["inputs"]
     calls = inputs and [{**call, "arguments": [], "on_cpu": []} for call in inputs]
     return {**engine, "rank": {"inputs": calls}}
 
 
-def with_own(
-    engine: Mapping[str, Any], own: Mapping[str, Any], inputs: Sequence[Tensor]
+def with_rank_state(
+    engine: Mapping[str, Any], state: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """What ``without_own`` has left out, put back.
+    """Restore what ``without_rank_state`` removed from an engine's state dict.
 
     Args:
-        engine: its state.
-        own: of this rank.
-        inputs: on the CPU, one for every pass that the engine remembered.
+        engine: the engine's state dict.
+        state: this rank's state.
+        inputs: the recorded input batches, on the CPU, one for every recorded pass.
     """
     calls = engine["rank"]["inputs"]
     if calls is not None:
@@ -97,21 +103,21 @@ def with_own(
         "number": dist.get_rank(),
         "world_size": dist.get_world_size(),
         "inputs": calls,
-        "reduction": own["reduction"],
-        "losses": own["watched"],
+        "reduction": state["reduction"],
+        "losses": state["watched"],
     }
     return {**engine, "rank": rank}
 
 
 def seed_all(seed: int) -> None:
-    """The generators that a state has, alike on all ranks."""
+    """Seed the generators of Python, NumPy and torch, alike on all ranks."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def restore_random(state: Any, seed: int, step: int) -> None:
-    """Go on with a state of the generators, or with new numbers where there is none."""
+    """Restore the state of the generators; seed them anew if there is no state."""
     if state is None:
         seed_all(seed_from(seed, dist.get_rank(), dist.get_world_size(), step))
     else:
@@ -119,12 +125,12 @@ def restore_random(state: Any, seed: int, step: int) -> None:
 
 
 def newest_inputs(loader: DataLoader[Any], epoch: int, batch: int, count: int) -> list[Tensor]:
-    """The inputs of this rank's newest batches, oldest first.
+    """Load the inputs of this rank's newest batches again, oldest first.
 
     Args:
-        loader: of the training split.
-        epoch, batch: the next batch.
-        count: how many; fewer if there have not been so many.
+        loader: the loader of the training split.
+        epoch, batch: the position of the next batch.
+        count: number of batches; fewer are returned if training has not had so many.
     """
     sampler, size, per_epoch = loader.sampler, loader.batch_size, len(loader)
     assert isinstance(sampler, EpochSampler) and size is not None

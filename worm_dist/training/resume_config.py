@@ -1,4 +1,4 @@
-"""Settled: the settings that a run cannot change once it has begun."""
+"""Settings that must not change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .deepspeed_config import deepspeed_settings
 from .run_config import RunConfig
 
-__all__ = ["changes", "digest_of", "settled"]
+__all__ = ["changes", "digest_of", "fixed_settings"]
 
 _MAY_CHANGE = (
     "name",
@@ -23,13 +23,15 @@ _MAY_CHANGE = (
     "ticket.recalibrate_batches",
     "ticket.recalibrate_memory_mb",
 )
-"""Besides those of ``checkpoint``: how long to train, what to wait for, where things are, and the
-draw that is still to come."""
+"""Keys, besides those of ``checkpoint``, that a resumed run may change: the length of the training,
+timeouts, paths, and the recalibration at a draw that is still to come."""
 
 
-def settled(config: RunConfig) -> dict[str, Any]:
-    """By their dotted keys.  Of the backend it only matters who trains: torch or DeepSpeed; and of
-    DeepSpeed's file not where it is, but what it says.
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that must not change, by dotted key.
+
+    For the backend only the choice between torch and DeepSpeed counts; for DeepSpeed's file its
+    content counts, not its path.
 
     Raises:
         ConfigError: DeepSpeed's file cannot be read.
@@ -43,18 +45,18 @@ def settled(config: RunConfig) -> dict[str, Any]:
     if config.distributed.backend != "deepspeed":
         fixed["distributed.backend"] = "auto"
         return fixed
-    said = deepspeed_settings(config, world_size=1)
-    del said["train_micro_batch_size_per_gpu"]  # the batch is shared out anew
-    return {**fixed, **{f"distributed.deepspeed.{key}": value for key, value in said.items()}}
+    deepspeed = deepspeed_settings(config, world_size=1)
+    del deepspeed["train_micro_batch_size_per_gpu"]  # it depends on the world size
+    return {**fixed, **{f"distributed.deepspeed.{key}": value for key, value in deepspeed.items()}}
 
 
 def digest_of(fixed: Mapping[str, Any]) -> str:
-    """Of ``settled``, for a manifest."""
+    """Digest of ``fixed_settings``, for a checkpoint's manifest."""
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``optimizer.lr: 0.1 -> 0.2`` for every setting that is another one."""
+    """Describe every setting that differs, such as ``optimizer.lr: 0.1 -> 0.2``."""
     return [
         f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())

@@ -1,4 +1,4 @@
-"""Run: one training from settings to results on disk."""
+"""One training run, from settings to results on disk."""
 
 from __future__ import annotations
 
@@ -21,118 +21,138 @@ from ..errors import CheckpointError, DivergenceError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
 from .installation import installation
-from .preemption import exit_code_of_stopped, heeding
+from .preemption import exit_code_of_stopped, stop_on_signals
 from .reporting.failed_writes import FailedWrites
 from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
-from .resume_config import settled
+from .resume_config import fixed_settings
 from .run_config import RunConfig
-from .run_folder import RESULT, own_folder
+from .run_folder import RESULT, open_run_folder
 from .trainer import Trainer
 
 __all__ = ["run"]
 
-_EACH_HOST_DECIDES = ("data.root", "data.num_workers", "distributed.deepspeed")
-"""Where things are; of DeepSpeed's file it is compared what it says."""
+_MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "distributed.deepspeed")
+"""Paths and resources of a host.  DeepSpeed's file is compared by its content, not its path."""
 
 
 def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
-    """Train as the settings say and leave the results in a folder.  Every rank calls it.
+    """Train by the settings and write the results to a folder.  Every rank calls it.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         out: the run's folder.
-        resume: ``auto``, ``never`` or the path of a checkpoint; see ``own_folder``.
+        resume: ``auto``, ``never`` or the path of a checkpoint; see ``open_run_folder``.
 
     Returns:
-        What the process exits with.
+        The exit code of the process.
 
     Raises:
-        WormError: whatever ends the run before its time, with the same exit code on every rank.  Of
-            several ranks each has told why by then.
+        WormError: the run failed; the exit code is the same on every rank.  With several ranks, the
+            cause has been reported on each of them by then.
     """
-    place = RankInfo.from_environment()
+    rank_info = RankInfo.from_environment()
     settings = config.distributed
-    carrier = "auto" if settings.backend == "deepspeed" else settings.backend
-    progress, halt = Progress(), StopCoordinator()
-    patience = Timeouts(settings.startup_timeout_seconds, settings.timeout_seconds)
+    transport = "auto" if settings.backend == "deepspeed" else settings.backend
+    progress, stop = Progress(), StopCoordinator()
+    timeouts = Timeouts(settings.startup_timeout_seconds, settings.timeout_seconds)
     with (
-        heeding() as heed,
-        process_group(place, carrier, settings.startup_timeout_seconds) as device,
-        watched(place, progress, patience, halt) if place.world_size > 1 else nullcontext(),
+        stop_on_signals() as install_handlers,
+        process_group(rank_info, transport, settings.startup_timeout_seconds) as device,
+        watched(rank_info, progress, timeouts, stop) if rank_info.world_size > 1 else nullcontext(),
     ):
-        _require_started_alike(config, device)
-        with _own(config, out, resume) as checkpoint:
-            return _train(config, out, checkpoint, place, device, progress, halt, heed)
+        _require_same_start(config, device)
+        with _run_folder(config, out, resume) as checkpoint:
+            return _train(
+                config, out, checkpoint, rank_info, device, progress, stop, install_handlers
+            )
 
 
-def _own(config: RunConfig, out: Path, resume: str) -> AbstractContextManager[Checkpoint | None]:
-    """The run's folder, on rank zero."""
+def _run_folder(
+    config: RunConfig, out: Path, resume: str
+) -> AbstractContextManager[Checkpoint | None]:
+    """Open the run's folder on rank zero; a null context on other ranks."""
     if dist.get_rank() != 0:
         return nullcontext()
-    return own_folder(out, resume, config, dist.get_world_size())
+    return open_run_folder(out, resume, config, dist.get_world_size())
 
 
 def _train(
     config: RunConfig,
     out: Path,
     checkpoint: Checkpoint | None,
-    place: RankInfo,
+    rank_info: RankInfo,
     device: torch.device,
     progress: Progress,
-    halt: StopCoordinator,
-    heed: Callable[[StopCoordinator], None],
+    stop: StopCoordinator,
+    install_handlers: Callable[[StopCoordinator], None],
 ) -> int:
-    state = _told(checkpoint)
-    unwritten = FailedWrites()
+    state = _broadcast_state(checkpoint)
+    failed_writes = FailedWrites()
     report = Report()
-    if place.rank == 0:
-        written = None if state is None else state["report"]
-        report = RankZeroReport(out, config, unwritten, written)
-    saving = Checkpointer(out, config, unwritten)
-    trainer = Trainer(config, place, device, report, progress, halt, saving)
+    if rank_info.rank == 0:
+        saved_report = None if state is None else state["report"]
+        report = RankZeroReport(out, config, failed_writes, saved_report)
+    checkpointer = Checkpointer(out, config, failed_writes)
+    trainer = Trainer(config, rank_info, device, report, progress, stop, checkpointer)
     if state is not None:
         trainer.load_state_dict(state)
-    heed(halt)
+    install_handlers(stop)
     trainer.run()
     if trainer.stopped:
         report.stop(trainer.engine)
         return exit_code_of_stopped(os.environ)
     progress.reach("writing the results")
-    _finish(trainer, out, report, unwritten)
+    _finish(trainer, out, report, failed_writes)
     return 0
 
 
-def _told(checkpoint: Checkpoint | None) -> Any:
-    """What every rank goes on from, if rank zero has found something.  Collective."""
-    told = [None if checkpoint is None else str(checkpoint.path.resolve())]
-    dist.broadcast_object_list(told, src=0)
-    return None if told[0] is None else Checkpoint(told[0]).read(RUN)
+def _broadcast_state(checkpoint: Checkpoint | None) -> Any:
+    """Broadcast the path of rank zero's checkpoint; return the state in it.  Collective.
+
+    Args:
+        checkpoint: the checkpoint to resume from on rank zero; None for a new run and on other
+            ranks.
+
+    Returns:
+        The trainer's state dict; None for a new run.
+    """
+    paths = [None if checkpoint is None else str(checkpoint.path.resolve())]
+    dist.broadcast_object_list(paths, src=0)
+    (path,) = paths
+    return None if path is None else Checkpoint(path).read(RUN)
 
 
-def _finish(trainer: Trainer, out: Path, report: Report, unwritten: FailedWrites) -> None:
+def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:
     if dist.get_rank() == 0 and trainer.engine.phase is Phase.TICKET:
         ticket = (out / "ticket", trainer.model_arguments)
-        unwritten.spare("ticket", trainer.engine.save_ticket, *ticket)
+        failed_writes.best_effort("ticket", trainer.engine.save_ticket, *ticket)
     report.finish(trainer.engine, trainer.result)
-    # Curves and lines that are missing are a pity; without these two there was no run.
-    if "ticket" in unwritten or RESULT in unwritten:
+    # Missing curves or log lines are tolerable; without these two files the run was in vain.
+    if "ticket" in failed_writes or RESULT in failed_writes:
         raise CheckpointError(
-            f"the run is over, but what it came to is not in {out}: {unwritten}; make room there, "
-            "or train again with another --out"
+            f"the run has finished, but its results could not be written to {out}: "
+            f"{failed_writes}; make room there, or train again with another --out"
         )
 
 
-def _require_started_alike(config: RunConfig, device: torch.device) -> None:
-    """Ranks with other settings or other code would train, for a while, another network."""
-    said = config.flat()
-    settings = {key: str(value) for key, value in {**said, **settled(config), **said}.items()}
-    for key in _EACH_HOST_DECIDES:
+def _require_same_start(config: RunConfig, device: torch.device) -> None:
+    """Compare settings and installed software across the ranks.  Collective.
+
+    Raises:
+        DivergenceError: the ranks differ; raised on every rank.
+    """
+    flat = config.flat()
+    settings = {
+        key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()
+    }
+    for key in _MAY_DIFFER_BY_HOST:
         del settings[key]
     assert dist.group.WORLD is not None
-    found = ProcessGroupComm(dist.group.WORLD, device).differences({**settings, **installation()})
-    if found:
+    ranks = ProcessGroupComm(dist.group.WORLD, device)
+    differences = ranks.compare({**settings, **installation()})
+    if differences:
         raise DivergenceError(
-            f"start: the ranks have not been started alike: {'; '.join(found)}; give all of them "
-            "the same settings and the same installation"
+            f"start: the ranks have not been started alike: {'; '.join(differences)}; give all of "
+            "them the same settings and the same installation"
         )

@@ -1,4 +1,4 @@
-"""The settings of a whole run: the engine's, and those of data, model, optimizer and schedule."""
+"""Settings of a whole run: engine, data, model, optimizer, schedule, backend and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ __all__ = [
 
 def _require_path(text: str) -> str:
     if "\0" in text:
-        raise ValueError(f"a path has no NUL in it, got {text!r}")
+        raise ValueError(f"a path cannot contain NUL, got {text!r}")
     return text
 
 
 PathText = Annotated[str, AfterValidator(_require_path)]
 Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Sockets count milliseconds in 32 bits; that is 24 days."""
+"""Limited because sockets count milliseconds in 32 bits, which is 24 days."""
 
 
 class DataConfig(Settings):
-    """What is learned from."""
+    """The data set."""
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
     root: PathText | None = None
-    """Folder that holds the data; ``digits`` needs none, it ships with scikit-learn."""
+    """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn."""
     batch_size: Count = Field(default=64, ge=1)
-    """Samples in one optimizer step, over all ranks together."""
+    """Samples in one optimizer step, summed over all ranks."""
     augment: bool = True
-    """The data set's standard augmentation of its training split."""
+    """Whether the training split gets the data set's standard augmentation."""
     image_size: int = Field(default=224, ge=8, le=2**14)
-    """Side of the square crops of ``image-folder``."""
+    """Side of the square crops of ``image-folder``, in pixels."""
     num_workers: int = Field(default=0, ge=0, le=1024)
     """Loader processes on each rank."""
 
@@ -58,12 +58,12 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """What learns."""
+    """The network."""
 
     name: str = "vgg_small"
-    """One of worm_dist.models, or any classification model of torchvision."""
+    """A model of worm_dist.models, or any classification model of torchvision."""
     arguments: Annotated[dict[str, Any], AfterValidator(plain)] = Field(default={})
-    """Further keyword arguments of its constructor."""
+    """Additional keyword arguments of the model's constructor."""
 
 
 class OptimizerConfig(Settings):
@@ -94,23 +94,23 @@ class ScheduleConfig(Settings):
         if (self.name == "step") != bool(self.milestones):
             raise ValueError(f"milestones {self.milestones} contradict schedule {self.name!r}")
         if self.milestones != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {self.milestones} must rise")
+            raise ValueError(f"milestones {self.milestones} must increase")
         return self
 
 
 class DistributedConfig(Settings):
     backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
-    """``auto``: DistributedDataParallel over nccl where every rank has a GPU, else over gloo.
-    ``deepspeed``: DeepSpeed's engine, over the same."""
+    """``auto``: DistributedDataParallel over nccl if every rank has a GPU, otherwise over gloo.
+    ``deepspeed``: DeepSpeed's engine over the same transport."""
     deepspeed: PathText | None = None
-    """DeepSpeed's own settings, a JSON file; without one ZeRO stage 1."""
+    """Path of DeepSpeed's JSON configuration; the default is ZeRO stage 1."""
     startup_timeout_seconds: Seconds = 900
-    """How long ranks wait for one another until the first step is done: programs are loaded, files
-    are listed and kernels are chosen for the first time, on some hosts slower than on others."""
+    """Longest time that a rank may lag behind until the first step is done.  Loading programs,
+    listing files and choosing kernels may take much longer on some hosts than on others."""
     timeout_seconds: Seconds = 300
-    """The same from then on.  Whoever does not come in time is named, and all ranks stop."""
+    """The same limit from then on.  Ranks that exceed it are named, and all ranks stop."""
     bucket_cap_mb: float = Field(default=25, gt=0, le=1e6)
-    """Of DistributedDataParallel."""
+    """DistributedDataParallel's bucket size in MiB."""
 
     @model_validator(mode="after")
     def _settings_belong_to_deepspeed(self) -> Self:
@@ -123,32 +123,32 @@ class DistributedConfig(Settings):
 
 
 class DivergenceConfig(Settings):
-    """When the ranks prove that they hold the same network."""
+    """The check that all ranks hold the same weights."""
 
     check_every: IntervalField = Interval(1, "ep")
-    """How often the ranks compare their weights, bit by bit; ``1ba`` finds the step."""
+    """Interval between bitwise comparisons of the weights; ``1ba`` finds the step of divergence."""
 
 
 class CheckpointConfig(Settings):
-    """From where a run can go on."""
+    """Checkpoints to resume from."""
 
     every: IntervalField = Interval(1, "ep")
     keep_last: Count = Field(default=3, ge=2)
-    """How many of the newest are kept: at least two, as the newest may turn out damaged.  That of
-    the best accuracy is kept besides."""
+    """Number of newest checkpoints that are kept: at least two, as the newest may be damaged.  The
+    checkpoint with the best accuracy is kept in addition."""
     on_error: Literal["stop", "continue"] = "stop"
-    """What a run does that cannot write one."""
+    """Reaction to a checkpoint that cannot be written."""
 
 
 class RunConfig(WormParts):
     """All settings of a run.
 
     Raises:
-        ConfigError: listing every mistake at once.
+        ConfigError: settings are wrong; lists every mistake.
     """
 
     name: str = Field(default="run", pattern=r"^[\w-][\w.-]*$", max_length=200)
-    """Of the run's folder in ``runs``, so neither ``..`` nor longer than a folder's name."""
+    """Name of the run's folder in ``runs``; restricted to valid folder names."""
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
     seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: Count = Field(default=20, ge=1)
@@ -168,12 +168,14 @@ class RunConfig(WormParts):
 
     @property
     def worm(self) -> WormConfig:
-        """The engine's part of the run."""
+        """The engine's settings."""
         return WormConfig(search=self.search, truncation=self.truncation, ticket=self.ticket)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name; mappings of the user's own as their items, whose order
-        may count."""
+        """Every setting by its dotted name.
+
+        A mapping that the user defines becomes a list of its items, as their order may matter.
+        """
         return dict(_flat(self))
 
 

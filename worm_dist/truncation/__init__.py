@@ -1,1 +1,1 @@
-"""What frozen channels stop doing: sending gradients, moving, or both."""
+"""Truncation of frozen channels: their gradients are not sent, their weights held or removed."""

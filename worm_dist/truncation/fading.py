@@ -1,8 +1,8 @@
-"""Fade: the way of channels' scales from where they were to exact zero.
+"""Fading: linear decay of removed channels' scales from their start values to exact zero.
 
-Step a of N leaves (N - a) / N of the value at the start.  Geometric fades are unsafe: the norm
-amplifies a channel again however small its scale is, and a layer may come to live on its fading
-channels alone.  Only exact zero is zero.
+Step a of N leaves (N - a) / N of the start value.  A geometric decay is unsafe: the following norm
+amplifies a channel again however small its scale is, and a layer may come to depend on its fading
+channels alone.  Only exact zero removes a channel.
 """
 
 from __future__ import annotations
@@ -22,125 +22,135 @@ from ..groups.freeze_plan import Block, FreezePlan
 __all__ = ["NEVER", "Fade"]
 
 NEVER = 2**62
-"""A step that does not come."""
+"""A step number that is never reached."""
 
 
 class Fade:
-    """Writes what scales frozen channels after every step: in full, less and less, or zero.
+    """Overwrites the scales of frozen channels after every step: held, fading or zero.
 
-    What it costs does not depend on how many channels have begun, or when.
+    Its cost does not depend on how many channels fade, or when.
 
     Args:
-        stepping: steps the slices.
-        num_channels: of the network.
-        num_steps: from the beginning to zero.
+        view: the view of the optimizer that steps the scales.
+        num_channels: number of the network's channels.
+        num_steps: optimizer steps of a fade.
 
     Attributes:
         over_at: int64 ``[num_channels]``: the step after which a channel is zero; ``NEVER`` until
-            it begins.
+            its fade begins.
     """
 
-    def __init__(self, stepping: OptimizerView, num_channels: int, num_steps: int) -> None:
+    def __init__(self, view: OptimizerView, num_channels: int, num_steps: int) -> None:
         self.over_at = torch.full((num_channels,), NEVER)
-        self._stepping = stepping
+        self._view = view
         self._num_steps = num_steps
-        self._left = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        self._remaining = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         self._over_at = self.over_at
         self._slices: dict[Tensor, list[_Slices]] = {}
         self._has_started = True
-        # Of channels under way, where they started, in the place of what their weights are now.
+        # Start values of fades under way, which the current weights no longer show.
         self._known = torch.zeros(num_channels, dtype=torch.bool)
         self._starts: Mapping[Tensor, Sequence[Tensor]] = {}
 
-    def follow(self, network: nn.Module, groups: Groups, scales: FreezePlan) -> None:
-        """Write these scales from the next step on.
+    def set_scales(self, network: nn.Module, groups: Groups, scales: FreezePlan) -> None:
+        """Overwrite these scales from the next step on.
 
         Args:
-            network: not wrapped.
+            network: the bare network.
             groups: its channel groups.
-            scales: what scales the frozen channels is frozen in it.
+            scales: the freeze plan of the frozen channels' scales and shifts.
         """
         if self._has_started:
             self._known = known = self.over_at < NEVER
-            self._starts = {p: [s.start_of(known) for s in own] for p, own in self._items}
+            self._starts = {
+                p: [slices.start_of(known) for slices in all_slices]
+                for p, all_slices in self._items
+            }
         self._has_started = False
         parameters = dict(network.named_parameters())
         channel_at = _channels_of_scales(groups, parameters)
         names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._slices = {
-            p: [_Slices(shard, block, channel_at[names[p]]) for shard in self._stepping.shards(p)]
+            p: [_Slices(shard, block, channel_at[names[p]]) for shard in self._view.shards(p)]
             for p, block in scales.blocks.items()
         }
         device = next(iter(parameters.values())).device
-        self._left, self._over_at = self._left.to(device), self.over_at.to(device)
+        self._remaining, self._over_at = self._remaining.to(device), self.over_at.to(device)
 
     def begin(self, channels: Tensor, step: int) -> None:
-        """These channels, int64, are over ``num_steps`` after this step."""
+        """Begin to fade channels after this step.
+
+        Args:
+            channels: int64 indices of the channels.
+            step: optimizer steps so far.
+        """
         self.over_at[channels] = step + self._num_steps
-        self._over_at = self.over_at.to(self._left.device)
+        self._over_at = self.over_at.to(self._remaining.device)
 
     def before_step(self) -> None:
-        """What does not come from a state starts from the values as they are now."""
+        """Record start values: from a loaded state, else the current weights."""
         if self._has_started:
             return
         self._has_started = True
-        for parameter, own in self._items:
-            for slices, start in zip(own, self._starts.get(parameter, [None] * len(own))):
+        for parameter, all_slices in self._items:
+            starts = self._starts.get(parameter, [None] * len(all_slices))
+            for slices, start in zip(all_slices, starts):
                 slices.start(start, self._known)
         self._starts = {}
 
     def write(self, step: int, owners: Owners) -> None:
-        """What is left after the ``step``-th step."""
-        left = self._left[(self._over_at - step).clamp(0, self._num_steps)]
-        for _, own in self._items:
-            for slices in own:
+        """Overwrite the scales in ``owners`` after the ``step``-th step."""
+        remaining = self._remaining[(self._over_at - step).clamp(0, self._num_steps)]
+        for _, all_slices in self._items:
+            for slices in all_slices:
                 if owners is None or slices.shard.owner in owners:
-                    slices.write(left)
+                    slices.write(remaining)
 
     def state_dict(
-        self, step: int, ranks: Communicator, names: Mapping[Tensor, str]
+        self, step: int, comm: Communicator, names: Mapping[Tensor, str]
     ) -> dict[str, Any]:
-        """Plain values; where channels started is None if that follows from the weights: before the
-        first step of a fade, and when it is over.  Collective if the ranks share the stepping.
+        """The state in plain values; ``"starts"`` is None if no fade is between its first and its
+        last step.  Collective if the optimizer is sharded.
 
         Args:
             step: optimizer steps so far.
-            ranks: that step together.
-            names: of the parameters.
+            comm: the communicator of the ranks that share the optimizer.
+            names: the parameters' names.
         """
         under_way = (self.over_at > step) & (self.over_at < step + self._num_steps)
-        starts = self._whole_starts(under_way, ranks, names) if bool(under_way.any()) else None
+        starts = self._full_starts(under_way, comm, names) if bool(under_way.any()) else None
         return {"over_at": self.over_at.clone(), "under_way": under_way, "starts": starts}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Go on from a state; ``follow`` comes next."""
+        """Restore a state; ``set_scales`` must follow."""
         self.over_at = state["over_at"].to("cpu", copy=True)
         self._known = state["under_way"].to("cpu", copy=True)
         self._starts = {
-            (p := parameters[name]): [part_of(start, shard) for shard in self._stepping.shards(p)]
+            (p := parameters[name]): [part_of(start, shard) for shard in self._view.shards(p)]
             for name, start in (state["starts"] or {}).items()
         }
         self._has_started = False
 
-    def _whole_starts(
-        self, under_way: Tensor, ranks: Communicator, names: Mapping[Tensor, str]
+    def _full_starts(
+        self, under_way: Tensor, comm: Communicator, names: Mapping[Tensor, str]
     ) -> dict[str, Tensor]:
-        """Of the parameters' shapes, zero but for the channels under way."""
-        shared = self._stepping.shared
-        whole = {
-            p: p.new_zeros(p.shape, dtype=torch.float32 if shared else _precise(p))
+        """Start values by parameter name, of the parameters' shapes, zero except in channels whose
+        fade is under way."""
+        shared = self._view.shared
+        full = {
+            p: p.new_zeros(p.shape, dtype=torch.float32 if shared else _compute_dtype(p))
             for p in self._slices
         }
-        for parameter, own in self._items:
-            known = self._starts.get(parameter, [None] * len(own))
-            for slices, start in zip(own, known, strict=True):
-                part = part_of(whole[parameter], slices.shard)
+        for parameter, all_slices in self._items:
+            known = self._starts.get(parameter, [None] * len(all_slices))
+            for slices, start in zip(all_slices, known, strict=True):
+                part = part_of(full[parameter], slices.shard)
                 slices.put_start(part, under_way, None if self._has_started else start)
         if shared:
-            row = ranks.joined(torch.cat([value.flatten() for value in whole.values()]))
-            parts = row.split([value.numel() for value in whole.values()])
-            whole = {p: part.view(p.shape) for p, part in zip(whole, parts, strict=True)}
-        return {names[parameter]: value.detach() for parameter, value in whole.items()}
+            flat = comm.all_reduce_disjoint(torch.cat([value.flatten() for value in full.values()]))
+            parts = flat.split([value.numel() for value in full.values()])
+            full = {p: part.view(p.shape) for p, part in zip(full, parts, strict=True)}
+        return {names[parameter]: value.detach() for parameter, value in full.items()}
 
     @property
     def _items(self) -> Iterator[tuple[Tensor, list[_Slices]]]:
@@ -148,90 +158,96 @@ class Fade:
 
 
 class _Slices:
-    """The scales of frozen channels in one parameter: of the part of it that this rank steps.
+    """The scales of frozen channels in one shard.
 
     Args:
-        shard: that part.
-        block: of the whole parameter.
-        channel_at: int64, for every place along the sliced dimension its channel.
+        shard: the shard of a parameter that this rank steps.
+        block: the live and frozen slices of the full parameter.
+        channel_at: int64, the channel of every index along the sliced dimension.
     """
 
     def __init__(self, shard: Shard, block: Block, channel_at: Tensor) -> None:
         self.shard = shard
         (dim,) = block.frozen
         part = block.part(shard.begin, shard.value.numel())
-        ((self._dim, self._places),) = part.frozen.items()
-        at = channel_at.to(self._places.device)
-        if part is not block:  # a stretch of the flattened parameter
-            across = [1] * len(block.shape)
-            across[dim] = -1
-            at = at.view(across).expand(block.shape).flatten()[shard.begin :]
-        self._channels = at[self._places]
+        ((self._dim, self._indices),) = part.frozen.items()
+        channel_at = channel_at.to(self._indices.device)
+        if part is not block:  # a part of the flattened parameter
+            shape = [1] * len(block.shape)
+            shape[dim] = -1
+            channel_at = channel_at.view(shape).expand(block.shape).flatten()[shard.begin :]
+        self._channels = channel_at[self._indices]
         self._start = torch.empty(0)
-        self._across = [1] * shard.value.dim()
-        self._across[self._dim] = -1
+        self._broadcast_shape = [1] * shard.value.dim()
+        self._broadcast_shape[self._dim] = -1
 
     @torch.no_grad()
     def start(self, start: Tensor | None, known: Tensor) -> None:
-        """Start from the values as they are; known channels from where they started before.
+        """Record the current values as start values, except where they are known.
 
         Args:
-            start: of the shape of the shard's value.
-            known: bool ``[num_channels]``.
+            start: known start values, of the shape of the shard's value.
+            known: bool ``[num_channels]``: channels whose start value is taken from ``start``.
         """
-        now = self._taken(self.shard.value)
+        current = self._selected(self.shard.value)
         if start is not None:
-            is_known = known.to(now.device)[self._channels].view(self._across)
-            now = torch.where(is_known, self._taken(start.to(now.device)), now)
-        self._start = now
+            is_known = known.to(current.device)[self._channels].view(self._broadcast_shape)
+            current = torch.where(is_known, self._selected(start.to(current.device)), current)
+        self._start = current
 
     @torch.no_grad()
-    def write(self, left: Tensor) -> None:
-        """Write what is left of each channel, float64 ``[num_channels]`` from 0 to 1."""
-        share = left[self._channels].to(self._start.dtype).view(self._across)
+    def write(self, remaining: Tensor) -> None:
+        """Overwrite the scales.
+
+        Args:
+            remaining: float64 ``[num_channels]``, the remaining share of each start value, 0 to 1.
+        """
+        share = remaining[self._channels].to(self._start.dtype).view(self._broadcast_shape)
         faded = (self._start * share).to(self.shard.value.dtype)
-        self.shard.value.index_copy_(self._dim, self._places, faded)
+        self.shard.value.index_copy_(self._dim, self._indices, faded)
 
     @torch.no_grad()
     def put_start(self, out: Tensor, channels: Tensor, start: Tensor | None = None) -> None:
-        """Write where channels started into a tensor of the shape of the shard's value.
+        """Write start values into ``out``, at the indices of frozen channels.
 
         Args:
-            out: is written to at the places of frozen channels, zero where not of ``channels``.
-            channels: bool ``[num_channels]``.
-            start: instead of where it has started, of the shape of the shard's value.
+            out: the tensor to write to, of the shape of the shard's value.
+            channels: bool ``[num_channels]``: zero is written for the other frozen channels.
+            start: start values to use instead of the recorded ones, of the same shape.
         """
-        where = self._start if start is None else self._taken(start.to(out.device))
-        chosen = channels.to(out.device)[self._channels].view(self._across)
-        out.index_copy_(self._dim, self._places, (where * chosen).to(out.dtype))
+        values = self._start if start is None else self._selected(start.to(out.device))
+        chosen = channels.to(out.device)[self._channels].view(self._broadcast_shape)
+        out.index_copy_(self._dim, self._indices, (values * chosen).to(out.dtype))
 
     def start_of(self, channels: Tensor) -> Tensor:
-        """The same as a new tensor, zero elsewhere."""
-        out = torch.zeros_like(self.shard.value, dtype=_precise(self.shard.value))
+        """Start values of these channels in a new tensor, zero elsewhere; see ``put_start``."""
+        out = torch.zeros_like(self.shard.value, dtype=_compute_dtype(self.shard.value))
         self.put_start(out, channels)
         return out
 
-    def _taken(self, values: Tensor) -> Tensor:
-        return values.detach().index_select(self._dim, self._places).to(_precise(self.shard.value))
+    def _selected(self, values: Tensor) -> Tensor:
+        selected = values.detach().index_select(self._dim, self._indices)
+        return selected.to(_compute_dtype(self.shard.value))
 
 
 def _channels_of_scales(
     groups: Groups, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """For every parameter that scales channels, int64 along its sliced dimension, the channel."""
+    """By name of every scale or shift, int64: the channel of each index along its sliced dimension,
+    -1 where there is none."""
     found: dict[str, Tensor] = {}
     first = 0
     for group in groups:
         channels = torch.arange(first, first + group.num_channels).unsqueeze(1)
-        for member in group.silencers:
+        for member in group.zeroing_members:
             for name, dim in member.parameters:
                 size = parameters[name].shape[dim]
-                at = found.setdefault(name, torch.full((size,), -1))
-                at[member.positions] = channels.expand_as(member.positions)
+                channel_at = found.setdefault(name, torch.full((size,), -1))
+                channel_at[member.positions] = channels.expand_as(member.positions)
         first += group.num_channels
     return found
 
 
-def _precise(tensor: Tensor) -> torch.dtype:
-    """What fades are reckoned in."""
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which fades are computed: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,8 +1,8 @@
-"""Frozen weights: what frozen slices do instead of training, whatever the optimizer does.
+"""Frozen weights: policies for the weights of frozen slices: free, held, or removed by fading.
 
-A zero gradient alone does not keep a weight still: momentum and weight decay go on moving it.  So
-after every optimizer step the frozen slices are written back.  All rules are local and
-deterministic; no rank needs to be told.
+A zero gradient alone does not hold a weight: momentum and weight decay still change it.  So the
+frozen slices are written back after every optimizer step.  All policies are local and
+deterministic; they need no communication.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 
 
 class FrozenWeights:
-    """Frozen slices move as the optimizer says: the rule of soft truncation, which freezes nothing.
+    """Base policy, for soft truncation: the optimizer's updates are left unchanged.
 
     Attributes:
         irreversible: bool ``[num_channels]``: channels that cannot thaw any more.
@@ -35,100 +35,109 @@ class FrozenWeights:
         self.irreversible = torch.zeros(num_channels, dtype=torch.bool)
 
     def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
-        """These channels are frozen from now on, and no others.
+        """Freeze these channels from now on, and no others.
 
         Args:
             frozen: bool ``[num_channels]``.
-            plan: of the generation.
+            plan: the generation's freeze plan.
         """
 
-    def moving(self, frozen: Tensor) -> Collection[Tensor]:
-        """The parameters of which frozen slices move, if these channels are frozen."""
+    def fading_params(self, frozen: Tensor) -> Collection[Tensor]:
+        """The parameters with frozen slices that change all the same.
+
+        Args:
+            frozen: bool ``[num_channels]``.
+        """
         return ()
 
     def before_step(self, penalty: float) -> None:
-        """Just before an optimizer step; ``penalty`` is the weight of the L1 on the scales."""
+        """Called before an optimizer step; ``penalty`` is the weight of the L1 penalty on the
+        scales in its loss."""
 
     def hold(self, step: int, owners: Owners) -> None:
-        """The ``step``-th optimizer step has just moved these tensors, or all."""
+        """Called right after the ``step``-th optimizer step has changed ``owners``."""
 
     def zero_since(self) -> Tensor:
-        """int64 ``[num_channels]``: the step after which a channel puts out exact zeros."""
+        """int64 ``[num_channels]``: the step after which a channel's output is exactly zero."""
         return torch.full(self.irreversible.shape, NEVER)
 
-    def state_dict(self, step: int, ranks: Communicator) -> dict[str, Any] | None:
-        """What does not follow from frozen channels and weights, in plain values, the same on all
-        ranks.  Collective if the ranks share the stepping."""
+    def state_dict(self, step: int, comm: Communicator) -> dict[str, Any] | None:
+        """State that does not follow from frozen channels and weights, in plain values, the same on
+        all ranks.  Collective if the optimizer is sharded."""
         return None
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a state; ``freeze`` follows.  Weights and the optimizer's state may be loaded
+        """Restore a state; ``freeze`` must follow.  Weights and the optimizer's state may be loaded
         later, but before the next step."""
 
 
 class Held(FrozenWeights):
-    """Frozen slices stay bit for bit.
+    """Policy that holds frozen slices bit for bit.
 
     A channel that thaws starts with zero momentum and with the second moment it had when it froze:
-    left alone, the second moment would decay while no gradient arrives, and the first steps after
+    without that, the second moment would decay while no gradient arrives, and the first steps after
     the thaw would be several times too large.
     """
 
-    def __init__(self, stepping: OptimizerView, num_channels: int) -> None:
+    def __init__(self, view: OptimizerView, num_channels: int) -> None:
         super().__init__(num_channels)
-        self._stepping = stepping
+        self._view = view
         self._plan: FreezePlan | None = None
         self._held: list[_HeldSlices] | None = []
 
     def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
-        # What is held is looked at when it is about to move: until then a checkpoint may be loaded.
+        # Values are copied just before the next step: until then a checkpoint may be loaded.
         self._plan, self._held = plan, None
 
     def before_step(self, penalty: float) -> None:
         if self._held is None:
             assert self._plan is not None
             self._held = [
-                _HeldSlices(shard, block, self._stepping.moments(shard))
+                _HeldSlices(shard, block, self._view.moments(shard))
                 for parameter, block in self._plan.blocks.items()
-                for shard in self._stepping.shards(parameter)
+                for shard in self._view.shards(parameter)
             ]
 
     def hold(self, step: int, owners: Owners) -> None:
         for slices in self._held or ():
             if owners is None or slices.shard.owner in owners:
-                slices.restore(self._stepping.moments(slices.shard))
+                slices.restore(self._view.moments(slices.shard))
 
 
 class Removed(Held):
-    """Frozen slices are held until their channel begins to leave; then what scales it goes to exact
-    zero within a few steps, and it does not come back.
+    """Policy that holds frozen slices until their channel is removed: then its scale and shift fade
+    to exact zero within a few steps, irreversibly.
 
     Args:
-        fade_steps: how many steps that takes.
+        view: the optimizer's view.
+        network: the bare network.
+        groups: its channel groups.
+        fade_steps: optimizer steps of a fade.
     """
 
     def __init__(
-        self, stepping: OptimizerView, network: nn.Module, groups: Groups, fade_steps: int
+        self, view: OptimizerView, network: nn.Module, groups: Groups, fade_steps: int
     ) -> None:
-        super().__init__(stepping, groups.num_channels)
+        super().__init__(view, groups.num_channels)
         self._network = network
         self._groups = groups
-        self._fade = Fade(stepping, groups.num_channels, fade_steps)
+        self._fade = Fade(view, groups.num_channels, fade_steps)
 
     def freeze(self, frozen: Tensor, plan: FreezePlan) -> None:
         super().freeze(frozen, plan)
-        self._fade.follow(self._network, self._groups, self._scales(frozen))
+        self._fade.set_scales(self._network, self._groups, self._scales(frozen))
 
     def begin(self, channels: Tensor, step: int) -> None:
-        """Frozen channels begin to leave after this step.
+        """Begin to fade frozen channels after this step.
 
         Args:
-            channels: int64, of those that are frozen.
+            channels: int64 indices of frozen channels.
+            step: optimizer steps so far.
         """
         self.irreversible[channels] = True
         self._fade.begin(channels, step)
 
-    def moving(self, frozen: Tensor) -> Collection[Tensor]:
+    def fading_params(self, frozen: Tensor) -> Collection[Tensor]:
         return self._scales(frozen).blocks.keys()
 
     def before_step(self, penalty: float) -> None:
@@ -142,8 +151,8 @@ class Removed(Held):
     def zero_since(self) -> Tensor:
         return self._fade.over_at
 
-    def state_dict(self, step: int, ranks: Communicator) -> dict[str, Any]:
-        return self._fade.state_dict(step, ranks, self._names)
+    def state_dict(self, step: int, comm: Communicator) -> dict[str, Any]:
+        return self._fade.state_dict(step, comm, self._names)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         assert state is not None
@@ -151,7 +160,7 @@ class Removed(Held):
         self.irreversible = self._fade.over_at < NEVER
 
     def _scales(self, channels: Tensor) -> FreezePlan:
-        """What scales these channels is frozen in it."""
+        """The freeze plan of these channels' scales and shifts."""
         return FreezePlan(self._network, self._groups, channels, "norm")
 
     @property
@@ -160,12 +169,15 @@ class Removed(Held):
 
 
 class Free(FrozenWeights):
-    """Frozen slices get no data gradient, but the optimizer's momentum and decay still move them,
-    and the penalty does, locally: what arrives through the loss is truncated with the rest."""
+    """Policy in which momentum, weight decay and the L1 penalty still change frozen slices.
 
-    def __init__(self, stepping: OptimizerView, network: nn.Module, groups: Groups) -> None:
+    The gradient of the penalty is truncated with the rest of the loss's gradient, so it is added
+    again here, locally.
+    """
+
+    def __init__(self, view: OptimizerView, network: nn.Module, groups: Groups) -> None:
         super().__init__(groups.num_channels)
-        self._optimizer = stepping.optimizer
+        self._optimizer = view.optimizer
         parameters = dict(network.named_parameters())
         self._scales = {
             parameters[member.parameters[0][0]]
@@ -179,7 +191,7 @@ class Free(FrozenWeights):
 
     @torch.no_grad()
     def before_step(self, penalty: float) -> None:
-        # A fused optimizer is handed gradients that are still scaled, and divides them itself.
+        # A fused optimizer receives gradients that are still scaled, and unscales them itself.
         loss_scale = getattr(self._optimizer, "grad_scale", None)
         for scale, frozen in self._frozen.items():
             if scale.grad is not None:
@@ -190,13 +202,12 @@ class Free(FrozenWeights):
 
 
 class _HeldSlices:
-    """The frozen slices of one parameter and of its optimizer state, as they were: of the part of
-    it that this rank steps."""
+    """Copies of the frozen slices of one shard and of its optimizer state, to restore."""
 
     @torch.no_grad()
     def __init__(self, shard: Shard, block: Block, moments: Mapping[str, Tensor]) -> None:
         self.shard = shard
-        self._places = block.part(shard.begin, shard.value.numel()).frozen
+        self._indices = block.part(shard.begin, shard.value.numel()).frozen
         self._values = self._copy(shard.value)
         self._moments = {
             key: self._copy(moment) for key, moment in moments.items() if key not in _FIRST_MOMENTS
@@ -209,12 +220,12 @@ class _HeldSlices:
             self._write(moment, self._moments.get(key, {}))
 
     def _copy(self, tensor: Tensor) -> dict[int, Tensor]:
-        return {dim: tensor.index_select(dim, at) for dim, at in self._places.items()}
+        return {dim: tensor.index_select(dim, indices) for dim, indices in self._indices.items()}
 
     def _write(self, tensor: Tensor, values: Mapping[int, Tensor]) -> None:
-        """Put slices back; where there are none, zeros."""
-        for dim, places in self._places.items():
+        """Write slices back; zeros along dimensions without values."""
+        for dim, indices in self._indices.items():
             if dim in values:
-                tensor.index_copy_(dim, places, values[dim])
+                tensor.index_copy_(dim, indices, values[dim])
             else:
-                tensor.index_fill_(dim, places, 0)
+                tensor.index_fill_(dim, indices, 0)

@@ -1,4 +1,4 @@
-"""Loss guard: no further channel leaves while the training loss says that it hurts."""
+"""Loss guard: pauses the removal of channels while the training loss is too high."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 __all__ = ["Decision", "LossGuard"]
 
 _WEIGHT_OF_NEWEST = 0.05
-"""Of a step's loss in the smoothed one: about the last twenty steps count."""
+"""Weight of the newest step in the smoothed loss: about the last twenty steps count."""
 
 _SHARE_OF_PROGRESS = 0.1
-"""A loss may rise by this share of what it has fallen since training began, however small it is."""
+"""The loss may rise at least by this share of its decrease since training began."""
 
 
 class Decision(Enum):
-    """What becomes of the channels that wait."""
+    """Whether waiting channels are removed: yes, not for now, or not at all."""
 
     GO_ON = 0
     PAUSE = 1
@@ -28,16 +28,16 @@ class Decision(Enum):
 
 
 class LossGuard:
-    """Follows the loss of this rank, and judges the average of all ranks.
+    """Smooths this rank's loss, and compares the average over all ranks with a limit.
 
-    Losses stay on their device until they are asked for.
+    Losses stay on their device until ``levels`` is called.
 
     Args:
-        pause_above: how many times its level at the elbow the loss may be.
+        pause_above: the limit, as a multiple of the loss at the elbow.
 
     Attributes:
-        limit: above which channels wait; infinite if there was no loss to follow.
-        paused_at: the step since which no channel begins; None while they do.
+        limit: the loss above which removal pauses; infinite without ``watch``.
+        paused_at: the step since which removal is paused; None if it is not.
     """
 
     def __init__(self, pause_above: float) -> None:
@@ -51,19 +51,19 @@ class LossGuard:
 
     @property
     def watches(self) -> bool:
-        """Whether there was a loss to follow when channels began to leave."""
+        """Whether every rank had given a loss when the removal began."""
         return math.isfinite(self.limit)
 
     @torch.no_grad()
     def watch(self, loss: Tensor) -> None:
-        """One forward pass's loss, a scalar on any device."""
+        """Record the loss of one forward pass, a scalar on any device."""
         loss = loss.detach().float()
         self._step_sum = loss if self._step_sum is None else self._step_sum + loss
         self._step_count += 1
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """The passes since the last call were one step."""
+        """Smooth the mean loss of the passes since the last call."""
         if self._step_sum is None:
             return
         newest = self._step_sum / self._step_count
@@ -74,17 +74,17 @@ class LossGuard:
             self._smoothed = torch.lerp(self._smoothed, newest, _WEIGHT_OF_NEWEST)
 
     def levels(self, device: torch.device) -> Tensor:
-        """float32 ``[3]`` to be averaged over the ranks: the first loss, the smoothed one, and
-        whether there is any."""
+        """float32 ``[3]``, to be averaged over the ranks: the first loss, the smoothed loss, and 1
+        if there is any loss, else zeros."""
         if self._first is None or self._smoothed is None:
             return torch.zeros(3, device=device)
         return torch.stack([self._first, self._smoothed, torch.ones_like(self._first)]).to(device)
 
     def start(self, levels: Tensor) -> None:
-        """Channels begin to leave.
+        """Set the limit as the removal begins.
 
         Args:
-            levels: averaged.
+            levels: float32 ``[3]``, ``levels`` averaged over the ranks.
         """
         first, level, watched = levels.tolist()
         self.paused_at = None
@@ -94,40 +94,40 @@ class LossGuard:
             self.limit = max(self._pause_above * level, level + progress)
 
     def decide(self, levels: Tensor, step: int, patience: int) -> Decision:
-        """Whether further channels may begin, after this step.
+        """Whether further channels may be removed after this step.
 
         Args:
-            levels: averaged.
-            patience: steps of a pause after which none does any more.
+            levels: float32 ``[3]``, ``levels`` averaged over the ranks.
+            step: optimizer steps so far.
+            patience: optimizer steps of a pause after which removal stops for good.
         """
-        # Written so that a NaN pauses too.
+        # The comparison is false for a NaN, which therefore pauses.
         if levels[1].item() <= self.limit:
             return Decision.GO_ON
         since = step if self.paused_at is None else self.paused_at
         return Decision.STOP if step - since >= patience else Decision.PAUSE
 
     def follow(self, decision: Decision, step: int) -> None:
-        """What rank zero has decided after this step."""
+        """Apply rank zero's decision after this step."""
         if decision is Decision.GO_ON:
             self.paused_at = None
         elif self.paused_at is None:
             self.paused_at = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on all ranks."""
+        """The state in plain values, the same on all ranks."""
         return {"limit": self.limit, "paused_at": self.paused_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.limit, self.paused_at = state["limit"], state["paused_at"]
 
     def losses_of_rank(self) -> list[float]:
-        """What this rank has seen, for ``load_losses``: the first loss and the smoothed one, or
-        nothing."""
-        seen = (self._first, self._smoothed)
-        return [float(loss) for loss in seen if loss is not None]
+        """This rank's first and smoothed loss, for ``load_losses``; empty if there is none."""
+        losses = (self._first, self._smoothed)
+        return [float(loss) for loss in losses if loss is not None]
 
     def load_losses(self, losses: Sequence[float], device: torch.device) -> None:
-        """Go on from what this rank has seen."""
+        """Restore ``losses_of_rank``."""
         if losses:
             self._first, self._smoothed = (torch.tensor(x, device=device) for x in losses)

@@ -1,4 +1,4 @@
-"""Removal: dropped channels leave as they are scheduled, while the loss allows it."""
+"""Removal: begin to remove dropped channels on schedule, unless the loss guard pauses it."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ __all__ = ["Removal"]
 logger = logging.getLogger(__name__)
 
 _SHORTEST = 100
-"""Steps of a removal, whatever an epoch has, if nobody says otherwise."""
+"""Minimum duration of a removal in optimizer steps, if ``duration`` is ``auto``."""
 
-_STEPS_BETWEEN_QUESTIONS = 16
-"""How long further channels may begin once the loss has allowed it; a question is a collective."""
+_STEPS_BETWEEN_DECISIONS = 16
+"""Optimizer steps for which a decision to go on is valid; each new decision is a collective."""
 
 
 class Removal:
-    """What becomes of the channels that are to leave.
+    """Decides when which of the dropped channels begins to fade.
 
     Args:
-        config: of it.
-        ranks: that train together.
-        guard: follows the loss.
-        num_steps: of an interval.
+        config: the settings of the removal.
+        comm: the communicator of the data-parallel ranks.
+        guard: the loss guard.
+        num_steps: converts an interval to optimizer steps.
     """
 
     def __init__(
         self,
         config: RemovalConfig,
-        ranks: Communicator,
+        comm: Communicator,
         guard: LossGuard,
         num_steps: Callable[[Interval], int],
     ) -> None:
         self._config = config
-        self._ranks = ranks
+        self._comm = comm
         self._guard = guard
         self._num_steps = num_steps
         self._schedule = RemovalSchedule(config.fade_steps)
@@ -53,24 +53,24 @@ class Removal:
 
     @property
     def num_waiting(self) -> int:
-        """Channels that have yet to begin."""
+        """Number of channels that have yet to begin to fade."""
         return self._schedule.waiting.numel()
 
     @property
     def is_paused(self) -> bool:
-        """Whether channels wait because of the loss."""
+        """Whether the loss guard pauses the removal."""
         return self._guard.paused_at is not None
 
     def start(self, order: Tensor, step: int, losses: Tensor) -> None:
-        """These channels leave from this step on.
+        """Start to remove channels from this step on.
 
         Args:
-            order: int64, the first to leave first; agreed.
+            order: int64 channel indices in the order of removal, agreed by the ranks.
             step: optimizer steps so far.
-            losses: what the guard asks for, averaged over the ranks.
+            losses: the guard's ``levels``, averaged over the ranks.
 
         Raises:
-            ConfigError: a setting is in epochs, and it is not known how many steps one has.
+            ConfigError: a setting is in epochs, whose length in steps is not known.
         """
         self._schedule.start(order, step, self._duration())
         self._guard.start(losses)
@@ -79,16 +79,16 @@ class Removal:
         self._allowed_at = None
 
     def _duration(self) -> int:
-        """In steps.  What a network can do without it learns in steps, not in epochs: in an epoch
-        of twenty it has learnt too little."""
+        """The duration in optimizer steps.  ``auto`` has a minimum, because an epoch of few steps
+        is too short to adapt to the missing channels."""
         duration = self._config.duration
         if isinstance(duration, Interval):
             return self._num_steps(duration)
         return max(self._num_steps(Interval(1, "ep")), _SHORTEST)
 
     def begin(self, step: int, device: torch.device) -> Tensor:
-        """The channels, int64, that begin to leave after this step.  Collective if channels are due
-        and there is a loss to follow."""
+        """int64 indices of the channels that begin to fade after this step.  Collective if channels
+        are due and the guard has a loss."""
         if not self._schedule.is_due(step):
             return self._schedule.waiting[:0]
         decision = self._decision(step, device)
@@ -101,41 +101,43 @@ class Removal:
         return self._schedule.waiting[:0]
 
     def _decision(self, step: int, device: torch.device) -> Decision:
-        """Rank zero's, on all ranks."""
+        """Rank zero's decision, broadcast to all ranks."""
         guard, allowed_at = self._guard, self._allowed_at
         if not guard.watches or (
-            allowed_at is not None and step - allowed_at < _STEPS_BETWEEN_QUESTIONS
+            allowed_at is not None and step - allowed_at < _STEPS_BETWEEN_DECISIONS
         ):
             return Decision.GO_ON
-        losses = self._ranks.mean(guard.levels(device))
+        losses = self._comm.mean(guard.levels(device))
 
         def decide() -> Tensor:
             decision = guard.decide(losses, step, self._patience)
             return torch.tensor([decision.value], dtype=torch.float64)
 
-        decision = Decision(int(self._ranks.decided_by_rank_zero(decide, 1)))
-        if self._ranks.rank == 0:
-            self._tell(decision, step, float(losses[1]))
+        decision = Decision(int(self._comm.broadcast_from_rank0(decide, 1)))
+        if self._comm.rank == 0:
+            self._log_decision(decision, step, float(losses[1]))
         guard.follow(decision, step)
         self._allowed_at = step if decision is Decision.GO_ON else None
         return decision
 
-    def _tell(self, decision: Decision, step: int, loss: float) -> None:
-        words = f"step {step}: the training loss is {loss:.4g}, above {self._guard.limit:.4g}"
+    def _log_decision(self, decision: Decision, step: int, loss: float) -> None:
+        message = f"step {step}: the training loss is {loss:.4g}, above {self._guard.limit:.4g}"
         if decision is Decision.PAUSE and not self.is_paused:
-            logger.warning("%s: %d dropped channels wait", words, self.num_waiting)
+            logger.warning(
+                "%s: removal of the remaining %d dropped channels pauses", message, self.num_waiting
+            )
         elif decision is Decision.STOP:
             logger.warning(
-                "%s, since step %s: the %d dropped channels that wait stay; lower "
-                "search.prune_ratio or the learning rate, or let channels leave later or slower "
+                "%s, since step %s: the remaining %d dropped channels are kept; lower "
+                "search.prune_ratio or the learning rate, or remove channels later or more slowly "
                 "(search.elbow, truncation.removal.duration)",
-                words,
+                message,
                 self._guard.paused_at,
                 self.num_waiting,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on all ranks."""
+        """The state in plain values, the same on all ranks."""
         return {
             "schedule": self._schedule.state_dict(),
             "guard": self._guard.state_dict(),
@@ -144,7 +146,7 @@ class Removal:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self._schedule.load_state_dict(state["schedule"])
         self._guard.load_state_dict(state["guard"])
         self._patience, self._allowed_at = state["patience"], state["allowed_at"]

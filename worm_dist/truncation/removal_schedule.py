@@ -1,10 +1,10 @@
-"""Removal schedule: when which of the dropped channels begins to leave.
+"""Removal schedule: the step at which each dropped channel begins to fade.
 
-All at once destroys networks: the norm behind them divides by the spread of what arrives, so the
-network goes on living on the fading channels until they are zero, and then all is lost.  One after
-another, each has been learnt to be done without before the next one goes.  Many go at first, when
-there are many to do without, and fewer and fewer later: the cubic schedule of gradual pruning (Zhu
-and Gupta 2017, arXiv 1710.01878, section 3).
+Removing all channels at once destroys networks: the following norm rescales what is left, so the
+network keeps depending on the fading channels until they are zero.  Removed one after another, the
+network adapts to each missing channel before the next one fades.  Many go at first, when many are
+redundant, and fewer and fewer later: the cubic schedule of gradual pruning (Zhu and Gupta 2017,
+arXiv 1710.01878, section 3).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["RemovalSchedule"]
 
 
 class RemovalSchedule:
-    """Channels in the order in which they leave, and the pace.
+    """Channels in the order of their removal, with a cubic schedule.
 
-    It follows from masks that are agreed, so that no rank has to be told when a channel begins.
+    It depends only on what the ranks have agreed on, so it needs no communication.
 
     Args:
-        fade_steps: optimizer steps from the beginning of a channel to its end.
+        fade_steps: optimizer steps of a channel's fade.
 
     Attributes:
-        waiting: int64, the channels that have yet to begin, the first to begin first.
+        waiting: int64 indices of the channels that have yet to begin to fade, in order.
     """
 
     def __init__(self, fade_steps: int) -> None:
@@ -38,31 +38,38 @@ class RemovalSchedule:
         self._duration = 0
 
     def start(self, order: Tensor, step: int, duration: int) -> None:
-        """These channels leave from this step on, the last one before ``duration`` is over."""
+        """Start to remove channels from this step on.
+
+        Args:
+            order: int64 channel indices in the order of removal.
+            step: optimizer steps so far.
+            duration: optimizer steps within which the last fade ends.
+        """
         self.waiting = order
         self._num_begun, self._began_at, self._duration = 0, step, duration
 
     def pause(self, num_steps: int) -> None:
-        """Everything that is still to come comes later."""
+        """Delay the rest of the schedule."""
         self._began_at += num_steps
 
     def stop(self) -> None:
-        """No further channel leaves."""
+        """Keep all waiting channels."""
         self.waiting = self.waiting[:0]
 
     def is_due(self, step: int) -> bool:
-        """Whether channels begin after this step."""
+        """Whether channels begin to fade after this step."""
         return self._num_due(step) > 0
 
     def begin(self, step: int) -> Tensor:
-        """The channels that begin after this step, int64; they wait no longer."""
+        """Remove from ``waiting``, and return, the channels that begin to fade after this step,
+        int64."""
         num_due = self._num_due(step)
         begin, self.waiting = self.waiting[:num_due], self.waiting[num_due:]
         self._num_begun += num_due
         return begin
 
     def _num_due(self, step: int) -> int:
-        """With every fade the next ones begin."""
+        """Number of channels that begin to fade after this step; one batch every ``fade_steps``."""
         num_waiting = self.waiting.numel()
         since = step - self._began_at
         if not num_waiting or since < 0 or since % self._fade_steps:
@@ -74,7 +81,7 @@ class RemovalSchedule:
         return max(0, min(num_waiting, num_wanted - self._num_begun))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state in plain values."""
         return {
             "waiting": self.waiting.clone(),
             "num_begun": self._num_begun,
@@ -83,7 +90,7 @@ class RemovalSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.waiting = state["waiting"].to("cpu", copy=True)
         self._num_begun, self._began_at = state["num_begun"], state["began_at"]
         self._duration = state["duration"]

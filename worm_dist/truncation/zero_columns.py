@@ -1,9 +1,9 @@
-"""Zero columns: weights that read channels which put out zeros have no gradients to send.
+"""Zero columns: leave out the gradients of weight columns whose input channels are zero.
 
-A channel that has left puts out exact zeros, so the gradients of the columns that read it are exact
-zeros, and leaving them out changes nothing but the payload: it is the ticket's own size before the
-ticket is drawn.  That is checked, not assumed: all ranks probe the columns for a step, agree by one
-number on what was seen, and then drop them.
+The output of a removed channel is exactly zero, and so are the gradients of the input columns that
+read it.  Without them the payload has the ticket's size before the ticket is drawn.  That they are
+zero is checked, not assumed: all ranks probe the columns for a step, all-reduce one number, and
+drop the columns only if no rank has seen a non-zero gradient.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ __all__ = ["ZeroColumns"]
 logger = logging.getLogger(__name__)
 
 _MOST_PROBES = 3
-"""Once may be an overflow, for which a loss scaler skips a step."""
+"""Probes after which columns are sent for good.  One non-zero probe may be an overflow, for which a
+loss scaler skips the step."""
 
 _MOST_TIMES = 16
-"""Each time that columns are dropped, buckets are packed anew; so they go together."""
+"""How often columns are dropped at most, since every time buckets are packed anew."""
 
 
 class ZeroColumns:
-    """Which columns are probed, and which are dropped.
+    """Tracks which columns are probed, and which are dropped from the all-reduce.
 
     Attributes:
-        dropped: bool ``[num_channels]``, those whose columns are not sent.
+        dropped: bool ``[num_channels]``: channels whose consumers' columns are not sent.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -42,34 +43,38 @@ class ZeroColumns:
         self._sent_for_good = torch.zeros_like(self.dropped)
         self._num_probes = 0
 
-    def seen(self, reduction: Reducer, ranks: Communicator, step: int) -> bool:
-        """A step is over: whether further columns are to be dropped.  Collective if columns were
-        probed in it."""
-        if reduction.nonzero_seen is None or not reduction.num_buckets_probed:
+    def after_step(self, reducer: Reducer, comm: Communicator, step: int) -> bool:
+        """Evaluate the probe after an optimizer step.  Collective if columns were probed in it.
+
+        Returns:
+            Whether ``dropped`` has grown.
+        """
+        if reducer.nonzero_seen is None or not reducer.num_buckets_probed:
             return False
-        if not ranks.any(reduction.nonzero_seen):
+        if not comm.any(reducer.nonzero_seen):
             self.dropped = self.dropped | self._probed
             self._num_probes = 0
             return True
-        reduction.nonzero_seen = None
+        reducer.nonzero_seen = None
         self._num_probes += 1
         if self._num_probes == _MOST_PROBES:
             self._num_probes = 0
             self._sent_for_good = self._sent_for_good | self._probed
             logger.warning(
-                "step %d: removed channels still reach the layers behind them, whose columns stay "
-                "in the gradient all-reduce",
+                "step %d: non-zero gradients seen in columns expected to be zero; removed channels "
+                "still reach the next layers, whose columns stay in the gradient all-reduce",
                 step,
             )
         return False
 
     def probe(self, zero: Tensor, frozen: Tensor, start: Callable[[Tensor], None]) -> None:
-        """Probe what has become zero: if it is enough, or if nothing else can become zero for now.
+        """Start a probe of new zero channels, if there are enough, or if no others are expected.
 
         Args:
-            zero: bool ``[num_channels]``, channels that put out zeros from the next step on.
-            frozen: bool of the same shape; of these others may yet become zero.
-            start: probes the columns that read these channels in the next step.
+            zero: bool ``[num_channels]``: channels whose output is zero from the next step on.
+            frozen: bool ``[num_channels]``: channels that are, or may become, zero.
+            start: called with bool ``[num_channels]``; probes the columns that read these channels
+                in the next step.
         """
         new = zero & ~self.dropped & ~self._sent_for_good
         num_new = int(new.sum())
@@ -78,7 +83,7 @@ class ZeroColumns:
             start(new)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state in plain values."""
         return {
             "dropped": self.dropped.clone(),
             "probed": self._probed.clone(),
@@ -87,7 +92,7 @@ class ZeroColumns:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.dropped = state["dropped"].to("cpu", copy=True)
         self._probed = state["probed"].to("cpu", copy=True)
         self._sent_for_good = state["sent_for_good"].to("cpu", copy=True)

@@ -1,1 +1,1 @@
-"""Ledger: what each rule is worth, in accuracy, operations and bytes of whole runs."""
+"""Ledger: accuracy, FLOPs and traffic of whole runs under every rule."""

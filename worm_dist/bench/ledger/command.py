@@ -1,4 +1,4 @@
-"""Command: ``bench ledger``, and ``bench grid``, from the command line to the rows."""
+"""The commands ``bench ledger`` and ``bench grid``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _SEEDS = (1, 2, 3)
 
 
 def add_parsers(benchmarks: Any) -> None:
-    """Tell argparse of both."""
+    """Add both commands.
+
+    Args:
+        benchmarks: what argparse's ``add_subparsers()`` returned.
+    """
     ledger = benchmarks.add_parser(
         "ledger",
         help="accuracy, operations and bytes of whole runs under every rule",
@@ -29,24 +33,29 @@ def add_parsers(benchmarks: Any) -> None:
     ledger.add_argument("--seed", action="append", type=int, help="default: 1, 2 and 3")
     grid = benchmarks.add_parser(
         "grid",
-        help="removals early and late, slow and absurdly fast: what becomes of the network",
+        help="outcome of removals that start early or late, slow or extremely fast",
         allow_abbrev=False,
     )
     for parser in (ledger, grid):
-        parser.add_argument("--quick", action="store_true", help="the digits, one seed: minutes")
+        parser.add_argument("--quick", action="store_true", help="the digits and one seed, minutes")
         parser.add_argument("--workers", type=int, help="processes; default: one for each core")
-        parser.add_argument("--out", type=Path, help="default: runs/BENCHMARK, what is there stays")
+        parser.add_argument(
+            "--out", type=Path, help="default: runs/BENCHMARK, finished rows are kept"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is missing, and print the table.
+    """Train the missing rows and print the table.
+
+    Args:
+        options: the parsed command line.
 
     Raises:
-        ConfigError: there is no such subject or rule.
+        ConfigError: a subject or rule does not exist.
     """
-    from .grid import grid_orders, summary
+    from .grid import grid_specs, summary
     from .rule import RULES
-    from .run import Order
+    from .run import RunSpec
     from .run import run as train_rows
     from .subject import SUBJECTS
     from .table import markdown
@@ -55,23 +64,23 @@ def run(options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / name
     num_workers = options.workers or os.cpu_count() or 1
     if options.benchmark == "grid":
-        print(summary(train_rows(grid_orders(options.quick), folder, num_workers)))
+        print(summary(train_rows(grid_specs(options.quick), folder, num_workers)))
         return
     subjects = _known(options.subject, SUBJECTS, "subject")
     if options.quick:
         subjects = [subject for subject in subjects if "digits" in subject]
-    orders = [
-        Order(subject, RULES[rule], ratio, seed)
+    specs = [
+        RunSpec(subject, RULES[rule], ratio, seed)
         for subject in subjects
         for ratio in options.ratio or (_RATIO,)
         for seed in options.seed or (_SEEDS[:1] if options.quick else _SEEDS)
         for rule in _known(options.rule, RULES, "rule")
     ]
-    print(markdown(train_rows(orders, folder, num_workers)))
+    print(markdown(train_rows(specs, folder, num_workers)))
 
 
-def _known(wanted: Sequence[str] | None, there: Any, what: str) -> list[str]:
-    for name in wanted or ():
-        if name not in there:
-            raise ConfigError(f"bench: there is no {what} {name!r}; there are {', '.join(there)}")
-    return list(wanted or there)
+def _known(names: Sequence[str] | None, known: Any, what: str) -> list[str]:
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"bench: there is no {what} {name!r}; there are {', '.join(known)}")
+    return list(names or known)

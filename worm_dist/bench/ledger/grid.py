@@ -1,5 +1,4 @@
-"""Grid: removals under settings that nobody would choose, to see that no network is destroyed in
-silence."""
+"""Grid of extreme removal settings, to verify that no network is destroyed without an error."""
 
 from __future__ import annotations
 
@@ -11,10 +10,10 @@ from typing import Any
 from ...config import merge
 from .row import Row
 from .rule import Rule, triggered_at
-from .run import Order
+from .run import RunSpec
 from .subject import SUBJECTS
 
-__all__ = ["PACES", "grid_orders", "outcome", "summary"]
+__all__ = ["PACES", "grid_specs", "outcome", "summary"]
 
 PACES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -26,29 +25,30 @@ _TRIGGERS = (1, 3, 6)
 _RATIOS = (0.3, 0.5, 0.7, 0.9)
 _EPOCHS = 12
 _CHANCE = 0.15
-"""A tenth, and what luck adds."""
+"""Accuracy that counts as chance: 0.1, plus a margin for random variation."""
 
 
-def grid_orders(quick: bool) -> list[Order]:
-    """Every network on every data set, under every pace, trigger and ratio."""
+def grid_specs(quick: bool) -> list[RunSpec]:
+    """All combinations of subject, trigger, pace and ratio."""
     subjects = [name for name in SUBJECTS if "digits" in name or not quick]
     triggers, ratios = ((3,), (0.5, 0.9)) if quick else (_TRIGGERS, _RATIOS)
     return [
-        Order(subject, _rule(trigger, pace), ratio, seed=1, epochs=_EPOCHS)
+        RunSpec(subject, _rule(trigger, pace), ratio, seed=1, epochs=_EPOCHS)
         for subject, trigger, pace, ratio in product(subjects, triggers, PACES, ratios)
     ]
 
 
 def _rule(trigger: float, pace: str) -> Rule:
-    # The floor leaves room for the largest ratio.
+    # A low minimum allows the largest ratio.
     changes = merge(triggered_at(trigger), {"truncation": {"removal": dict(PACES[pace])}})
     return Rule(
-        f"{pace}, from epoch {trigger}", changes=merge(changes, {"search": {"floor": 0.05}})
+        f"{pace}, from epoch {trigger}",
+        changes=merge(changes, {"search": {"min_keep_ratio": 0.05}}),
     )
 
 
 def outcome(row: Row) -> str:
-    """What became of a network, in a word."""
+    """Outcome of a run, in a few words."""
     if row.error:
         return row.error.partition(":")[0]
     if row.final <= _CHANCE:
@@ -59,8 +59,8 @@ def outcome(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A Markdown table: for every subject and pace how many cells came to what, and the lowest
-    accuracy of those that ended."""
+    """Markdown table: for every subject and pace the outcomes with their counts, and the lowest and
+    mean final accuracy of the runs without an error."""
     lines = [
         "| subject | pace | cells | outcome | lowest, mean accuracy |",
         "|---|---|---|---|---|",
@@ -75,8 +75,8 @@ def summary(rows: Sequence[Row]) -> str:
             if not here:
                 continue
             counts = Counter(map(outcome, here))
-            told = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+            outcomes = ", ".join(f"{count} {what}" for what, count in counts.most_common())
             ended = [row.final for row in here if not row.error]
             figures = f"{min(ended):.3f}, {sum(ended) / len(ended):.3f}" if ended else "–"
-            lines.append(f"| {subject} | {pace} | {len(here)} | {told} | {figures} |")
+            lines.append(f"| {subject} | {pace} | {len(here)} | {outcomes} | {figures} |")
     return "\n".join(lines)

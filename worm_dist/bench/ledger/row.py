@@ -1,4 +1,4 @@
-"""Row: one run of the ledger, as a line of JSON."""
+"""Row of the ledger: the figures of one run, stored as a line of JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Key", "Row", "append", "read_rows"]
 
 @dataclass(frozen=True)
 class Key:
-    """Which run: no two rows have the same."""
+    """Unique key of a run."""
 
     subject: str
     rule: str
@@ -23,23 +23,25 @@ class Key:
 
 @dataclass
 class Row:
-    """What came of it.
+    """Figures of a run.
 
     Attributes:
-        key: which run.
-        accuracies, losses: of every epoch: share of the validation split, mean of the training.
-        estimated_accuracies: the same with BatchNorm statistics of the epoch's last batches.  While
-            the learning rate is high, running ones lag behind in every network, dense or not: on
-            Fashion-MNIST by one to seven points.
+        key: key of the run.
+        accuracies: validation accuracy after every epoch, 0 to 1.
+        estimated_accuracies: the same with BatchNorm statistics re-estimated from the epoch's last
+            batches.  While the learning rate is high, running statistics lag behind in every
+            network, dense or not: on Fashion-MNIST by one to seven points.
+        losses: mean training loss of every epoch.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
         before_draw, after_draw: accuracies right before and after the last stage of the draw.
-        change_at_draw: largest difference of an output, over all stages.
-        parameters, flops: of the network that is left, as shares of the dense one's.
-        run_flops, run_bytes: of all steps, as shares of dense steps'.
-        left_fraction: dropped channels that have left.
-        paused_steps: in which no channel began because of the loss.
-        error: what ended the run before its time; empty if nothing did.
-        seconds: on the clock.
+        change_at_draw: largest absolute difference of an output, over all stages.
+        parameters, flops: parameters and FLOPs of the final network, as fractions of the dense
+            network's.
+        run_flops, run_bytes: FLOPs and bytes of all steps, as fractions of a dense run's.
+        left_fraction: removed channels, as a fraction of the dropped ones.
+        paused_steps: number of steps in which removal was paused because of the loss.
+        error: the error that ended the run; empty if there was none.
+        seconds: wall-clock time.
     """
 
     key: Key
@@ -66,7 +68,7 @@ class Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line; it is on the disk when this returns."""
+    """Append a row to the file and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
@@ -75,7 +77,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that may not be there yet; a line that a kill has cut short is not one."""
+    """Read the rows of a file, if it exists; lines cut short by a kill are skipped."""
     return list(_rows(path.read_text().splitlines())) if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""Rule: how a network becomes smaller, or why it does not."""
+"""Rules: the settings under which the subjects are trained and pruned."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["RULES", "Rule", "triggered_at"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to train.
+    """Settings of a run.
 
     Attributes:
-        name: for rows and tables.
-        preset: of the settings.
-        changes: on top of it.
-        width: of the network, as a share of the dense one's; other than 1 it is a thinner network,
+        name: name in rows and tables.
+        preset: preset of the settings.
+        changes: changes to the preset.
+        width: width of the network relative to the dense one; other than 1 it is a thinner network,
             trained from scratch.
     """
 
@@ -33,12 +33,12 @@ class Rule:
         return WormConfig.preset(self.preset, **changes)
 
     def changed(self, name: str, changes: Mapping[str, Any]) -> Rule:
-        """The same with other settings, under another name."""
+        """A copy with another name and further changes."""
         return Rule(name, self.preset, merge(self.changes, changes), self.width)
 
 
 def triggered_at(epoch: float) -> dict[str, Any]:
-    """Settings by which truncation starts after so many epochs, whatever the masks do."""
+    """Settings that start truncation after a number of epochs, whatever the masks are."""
     every = 0.5 if epoch < 2 else 1.0
     elbow = {"min_masks": round(epoch / every), "margin": 1.0}
     return {"search": {"every": f"{every:g}ep", "elbow": elbow}}
@@ -58,4 +58,4 @@ RULES: Mapping[str, Rule] = {
         Rule("worm, elbow"),
     )
 }
-"""``worm`` and ``one shot`` are compared at the same moment; ``worm, elbow`` finds its own."""
+"""``worm`` and ``one shot`` start truncation at the same epoch; ``worm, elbow`` at the elbow."""

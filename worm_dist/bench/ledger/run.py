@@ -1,5 +1,4 @@
-"""Run: the rows that are asked for, as many at a time as there are cores for, each kept when it is
-done."""
+"""Trains the requested rows in parallel processes and stores each when it is done."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ from .subject import SUBJECTS
 from .table import markdown
 from .training import train
 
-__all__ = ["Order", "one_rank", "run"]
+__all__ = ["RunSpec", "one_rank", "run"]
 
 _ROWS, _TABLE = "ledger.jsonl", "ledger.md"
 
 
 @dataclass(frozen=True)
-class Order:
-    """A row that is wanted; ``epochs`` are the subject's own if None."""
+class RunSpec:
+    """Specification of a run; ``epochs`` defaults to the subject's."""
 
     subject: str
     rule: Rule
@@ -43,47 +42,48 @@ class Order:
         return Key(self.subject, self.rule.name, self.prune_ratio, self.seed)
 
 
-def run(orders: Sequence[Order], folder: Path, num_workers: int) -> list[Row]:
-    """Train what is not in the folder yet; its rows and its table are complete then.
+def run(specs: Sequence[RunSpec], folder: Path, num_workers: int) -> list[Row]:
+    """Train the runs that are missing in the folder, and write the table.
 
     Args:
-        orders: of all rows.
-        folder: of ``ledger.jsonl`` and ``ledger.md``.
-        num_workers: processes; each has one thread.
+        specs: the specifications of all runs.
+        folder: folder of ``ledger.jsonl`` and ``ledger.md``.
+        num_workers: number of processes, each with one thread.
+
+    Returns:
+        The rows of all runs, in the order of ``specs``.
     """
-    there = {row.key for row in read_rows(folder / _ROWS)}
-    missing = [order for order in orders if order.key not in there]
-    spawned = multiprocessing.get_context("spawn")
+    existing = {row.key for row in read_rows(folder / _ROWS)}
+    missing = [spec for spec in specs if spec.key not in existing]
+    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(num_workers, spawned) as pool,
+        ProcessPoolExecutor(num_workers, context) as pool,
         rich.progress.Progress() as progress,
     ):
         task = progress.add_task("rows", total=len(missing))
-        for done in as_completed(pool.submit(_row, order) for order in missing):
+        for done in as_completed(pool.submit(_row, spec) for spec in missing):
             row = done.result()
             append(folder / _ROWS, row)
             final = f"{row.final:.4f}" if row.accuracies else "-"
             progress.console.print(f"{row.key}: {final} in {row.seconds:.0f} s {row.error}")
             progress.advance(task)
-    wanted = [order.key for order in orders]
-    rows = [row for row in read_rows(folder / _ROWS) if row.key in wanted]
-    rows.sort(key=lambda row: wanted.index(row.key))
+    keys = [spec.key for spec in specs]
+    rows = [row for row in read_rows(folder / _ROWS) if row.key in keys]
+    rows.sort(key=lambda row: keys.index(row.key))
     (folder / _TABLE).write_text(markdown(rows))
     return rows
 
 
-def _row(order: Order) -> Row:
+def _row(spec: RunSpec) -> Row:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with one_rank():
-        return train(
-            SUBJECTS[order.subject], order.rule, order.prune_ratio, order.seed, order.epochs
-        )
+        return train(SUBJECTS[spec.subject], spec.rule, spec.prune_ratio, spec.seed, spec.epochs)
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
+    """Process group with a world size of 1."""
     with tempfile.TemporaryDirectory() as folder:
         store = FileStore(str(Path(folder) / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

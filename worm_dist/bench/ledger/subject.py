@@ -1,4 +1,4 @@
-"""Subject: what is trained, on what, and how: the same for every rule that is compared."""
+"""Subjects: network, data and training recipe, the same for every rule."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ __all__ = ["SUBJECTS", "Samples", "Subject"]
 
 _NUM_CLASSES = 10
 _FASHION = "/usr/share/datasets/fashion-mnist"
-"""Where Debian's package dataset-fashion-mnist puts it."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 _VALIDATION = 5000
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images ``[n, 1, side, side]`` and classes ``[n]`` to learn from, and others to choose by;
-    neither is of the test split."""
+    """Training and validation samples, both taken from the training split.
+
+    Attributes:
+        images, validation_images: float32 ``[n, 1, side, side]``.
+        classes, validation_classes: int64 ``[n]``.
+    """
 
     images: Tensor
     classes: Tensor
@@ -38,16 +42,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Subject:
-    """One training.
+    """Network, data and training recipe.
 
     Attributes:
-        name: for rows and tables.
-        samples: what to learn from.
-        build: makes the network, every layer so many times as wide.
-        epochs: of the whole run.
+        name: name in rows and tables.
+        samples: loads the samples.
+        build: builds the network; the argument scales the width of every layer.
+        epochs: number of epochs.
         batch_size: samples in a step.
-        learning_rate: at first; it falls to zero by a cosine.
-        adamw: instead of SGD with momentum.
+        learning_rate: initial learning rate; it decays to zero by a cosine schedule.
+        adamw: True for AdamW, False for SGD with momentum.
     """
 
     name: str
@@ -93,7 +97,7 @@ def _vit(image_size: int, patch_size: int) -> Callable[[float], nn.Module]:
 
 @cache
 def _fashion(num_samples: int) -> Samples:
-    """At 14x14, where width matters and an epoch takes seconds; means of four pixels."""
+    """Fashion-MNIST averaged to 14x14, where width matters and an epoch takes seconds."""
     split = fashion_mnist.load(DataConfig(name="fashion-mnist", root=_FASHION, augment=False))
     images, classes = split.train.images, torch.tensor(split.train.classes)  # type: ignore[attr-defined]
     images = nn.functional.avg_pool2d(images.float() / 255, 2)
@@ -105,7 +109,7 @@ def _fashion(num_samples: int) -> Samples:
 
 @cache
 def _digits() -> Samples:
-    """Of the 1437 images to train on every fifth is held out."""
+    """The digits; every fifth of the 1437 training images is held out for validation."""
     split: Data = digits.load(DataConfig())
     images, classes = split.train.tensors  # type: ignore[attr-defined]
     held_out = torch.arange(len(images)) % 5 == 0
@@ -139,4 +143,4 @@ SUBJECTS: Mapping[str, Subject] = {
         Subject("vit, digits", _digits, _vit(8, 2), 30, learning_rate=0.002, adamw=True),
     )
 }
-"""By name.  Fashion-MNIST has 781 or 156 steps an epoch, the digits 17."""
+"""Subjects by name.  An epoch has 781 or 156 steps on Fashion-MNIST, and 17 on the digits."""

@@ -1,4 +1,4 @@
-"""Table: rows of the ledger, seeds pooled, beside the dense network of the same seed."""
+"""Markdown table of the ledger, pooled over seeds and compared with dense runs of the same seed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ __all__ = ["markdown"]
 _Figure = Callable[[Row, Row | None], float | None]
 
 _EPOCHS_AFTER = 5
-"""After the draw, in which a dip is looked for."""
+"""Number of epochs after the draw in which the deepest accuracy is searched."""
 
 
 def _dip(row: Row, dense: Row | None) -> float | None:
-    """How far the deepest epoch from the elbow to five after the draw is under dense, in points,
-    both with statistics estimated anew."""
+    """Largest accuracy deficit to dense, in points, from the elbow to five epochs after the draw.
+
+    Both accuracies use re-estimated BatchNorm statistics.
+    """
     if dense is None or row.elbow_epoch is None:
         return None
     end = row.ticket_epoch if row.ticket_epoch is not None else len(row.accuracies)
-    ours, theirs = row.estimated_accuracies, dense.estimated_accuracies
-    epochs = range(int(row.elbow_epoch), min(len(ours), int(end) + _EPOCHS_AFTER))
-    return max((100 * (theirs[epoch] - ours[epoch]) for epoch in epochs), default=None)
+    pruned, baseline = row.estimated_accuracies, dense.estimated_accuracies
+    epochs = range(int(row.elbow_epoch), min(len(pruned), int(end) + _EPOCHS_AFTER))
+    return max((100 * (baseline[epoch] - pruned[epoch]) for epoch in epochs), default=None)
 
 
 def _fall(row: Row, dense: Row | None) -> float | None:
-    """How far right after the draw it is under the end of the last epoch before it, in points.
+    """Accuracy lost from the last epoch's end before the draw to right after the draw, in points.
 
-    An epoch's end that lies less than half an epoch before the draw is not that epoch."""
+    Ends of epochs less than half an epoch before the draw are skipped.
+    """
     if row.ticket_epoch is None or row.after_draw is None or row.ticket_epoch < 1.5:
         return None
     return 100 * (row.estimated_accuracies[round(row.ticket_epoch - 1) - 1] - row.after_draw)
@@ -54,7 +57,7 @@ _COLUMNS: Mapping[str, tuple[_Figure, int]] = {
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for every subject and ratio: mean (smallest to largest) over the seeds."""
+    """One table for every subject and ratio; the cells are mean (minimum to maximum) over seeds."""
     parts = []
     for subject, ratio in dict.fromkeys((row.key.subject, row.key.prune_ratio) for row in rows):
         here = [r for r in rows if (r.key.subject, r.key.prune_ratio) == (subject, ratio)]

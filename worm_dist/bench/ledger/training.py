@@ -1,4 +1,4 @@
-"""Training: one row, by the loop of the README."""
+"""Trains one row of the ledger with the loop of the README."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ from .subject import Samples, Subject
 
 __all__ = ["train"]
 
-_BATCH = 500
-"""Of the validation."""
-_BATCHES = 8
-"""From which statistics are estimated anew after an epoch."""
+_VALIDATION_BATCH = 500
+"""Validation samples in a forward pass."""
+_STATISTICS_BATCHES = 8
+"""Batches from which BatchNorm statistics are re-estimated after an epoch."""
 
 
 def train(subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int | None) -> Row:
-    """Train on one rank.  Its gradients go through the same packing as on many, so that bytes are
-    counted.
+    """Train on one rank; gradients are packed as on many ranks, so that traffic is counted.
 
     Args:
-        epochs: instead of the subject's own.
+        subject: network, data and training recipe.
+        rule: the settings.
+        prune_ratio: share of the channels to drop.
+        seed: seed of the weights and the order of the samples.
+        epochs: number of epochs; None for the subject's.
     """
     row = Row(Key(subject.name, rule.name, prune_ratio, seed))
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     run = _Run(subject, rule, prune_ratio, seed, epochs or subject.epochs, row)
     try:
         run.train()
     except WormError as error:
         row.error = f"{type(error).__name__}: {error}"
     run.complete()
-    row.seconds = round(time.perf_counter() - began, 1)
+    row.seconds = round(time.perf_counter() - start_time, 1)
     return row
 
 
@@ -84,13 +87,15 @@ class _Run:
 
     def train(self) -> None:
         for epoch in range(self._epochs):
-            random = torch.Generator().manual_seed(1000 * self._seed + epoch)
-            order = torch.randperm(len(self._samples.images), generator=random)
+            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
+            order = torch.randperm(len(self._samples.images), generator=generator)
             batches = order.split(self._batch_size)[: self._steps]
             losses = [self._step(batch) for batch in batches]
             self._row.losses.append(round(sum(losses) / len(losses), 4))
             self._row.accuracies.append(self._accuracy())
-            self._row.estimated_accuracies.append(self._estimated_accuracy(batches[-_BATCHES:]))
+            self._row.estimated_accuracies.append(
+                self._estimated_accuracy(batches[-_STATISTICS_BATCHES:])
+            )
 
     def _step(self, batch: Tensor) -> float:
         engine, row = self._engine, self._row
@@ -122,10 +127,10 @@ class _Run:
         self._network_flops = count_flops(self._network, self._samples.images[:1])
         if last:
             row.ticket_epoch = engine.step / self._steps
-            row.before_draw, row.after_draw = self._share_right(before), self._share_right(after)
+            row.before_draw, row.after_draw = self._accuracy_of(before), self._accuracy_of(after)
 
     def complete(self) -> None:
-        """Shares of what a dense network has, computes and sends."""
+        """Fill in the figures relative to a dense run."""
         row, traffic = self._row, self._engine.traffic
         parameters, flops = self._dense
         row.parameters = count_parameters(self._network) / parameters
@@ -135,11 +140,13 @@ class _Run:
             row.run_bytes = traffic.total_sent_bytes / (self._num_steps * 4 * parameters)
 
     def _accuracy(self) -> float:
-        return self._share_right(self._logits())
+        return self._accuracy_of(self._logits())
 
     def _estimated_accuracy(self, batches: Sequence[Tensor]) -> float:
-        """With the statistics of the newest batches; the network is left as it was.  They are also
-        the newest that the engine remembers, so it sees nothing new."""
+        """Accuracy with BatchNorm statistics of the newest batches; the network is restored.
+
+        The engine has already recorded these batches, so its recorded inputs do not change.
+        """
         norms = [
             m for m in self._network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
@@ -150,7 +157,7 @@ class _Run:
             norm.load_state_dict(state)
         return accuracy
 
-    def _share_right(self, logits: Tensor) -> float:
+    def _accuracy_of(self, logits: Tensor) -> float:
         right = logits.argmax(dim=1) == self._samples.validation_classes
         return round(float(right.float().mean()), 4)
 
@@ -158,7 +165,8 @@ class _Run:
     def _logits(self) -> Tensor:
         self._network.eval()
         parts: list[Tensor] = [
-            self._network(images) for images in self._samples.validation_images.split(_BATCH)
+            self._network(images)
+            for images in self._samples.validation_images.split(_VALIDATION_BATCH)
         ]
         self._network.train()
         return torch.cat(parts)

@@ -1,7 +1,6 @@
-"""The data sets that can be trained on, and each rank's share of them.
+"""Data sets, and the data loaders of each rank.
 
-One module for each family of data sets; all are read from files that are already there, none is
-downloaded.
+Each family of data sets has its own module.  All of them read local files; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .loaders import test_loader, train_loader
 
 __all__ = ["Data", "load_data", "test_loader", "train_loader"]
 
-# Imported when asked for: torchvision and scikit-learn each take a second.
+# Imported on demand: torchvision and scikit-learn each take a second.
 LOADERS: Mapping[str, tuple[str, str]] = {
     "digits": (".digits", "load"),
     "fashion-mnist": (".fashion_mnist", "load"),
@@ -27,15 +26,15 @@ LOADERS: Mapping[str, tuple[str, str]] = {
 
 
 def load_data(config: DataConfig) -> Data:
-    """Both splits of the data set called ``config.name``.
+    """Load both splits of the data set ``config.name``.
 
     Raises:
-        ConfigError: its files are missing or damaged; it says where they were looked for.
+        ConfigError: files are missing or damaged; names their expected paths.
     """
     try:
         module, function = LOADERS[config.name]
         data = getattr(import_module(module, __name__), function)(config)
-    except OSError as error:  # Such as a folder that this user may not enter.
+    except OSError as error:  # such as a folder without read permission
         raise ConfigError(f"data.root: cannot read {config.root}: {error}") from error
     assert isinstance(data, Data)
     return data

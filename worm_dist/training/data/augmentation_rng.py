@@ -1,9 +1,9 @@
-"""Augmentation that can be replayed: it depends on the seed, the epoch and the sample alone.
+"""Reproducible augmentation: it depends only on the seed, the epoch and the sample's index.
 
-Transforms draw from torch's one global random state.  What a sample is given there would depend on
-the samples before it, on how many loader processes there are and how long they have lived, so that
-a resumed run would see other images than the run that was never killed.  Therefore the sampler
-hands out (epoch, index) pairs, and the state is set from them for the time of one sample.
+Transforms draw from torch's global random state.  By default a sample's augmentation would depend
+on the samples before it and on the number and age of the loader processes, and a resumed run would
+see other images than an uninterrupted one.  Therefore the sampler yields (epoch, index) pairs, and
+the random state is seeded from them while one sample is loaded.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from .samples import Samples
 
-__all__ = ["EpochSampler", "Replayed", "seed_from"]
+__all__ = ["EpochSampler", "SeededSamples", "seed_from"]
 
 
 def seed_from(*numbers: int) -> int:
-    """32 well-mixed bits, which is what torch's generator on the CPU uses of a seed."""
+    """Hash numbers to a 32-bit seed; torch's CPU generator uses no more bits of a seed."""
     return zlib.crc32(" ".join(map(str, numbers)).encode())
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A :class:`DistributedSampler` of (epoch, index) pairs; ``set_epoch`` as ever."""
+    """A :class:`DistributedSampler` that yields (epoch, index) pairs."""
 
     _first = 0
 
     def start_at(self, epoch: int, sample: int) -> None:
-        """Begin in an epoch, after so many samples of this rank, which are not read; ``set_epoch``
-        begins at its beginning."""
+        """Start within an epoch; the samples before are skipped without being read.
+
+        Args:
+            epoch: the epoch.
+            sample: number of this rank's samples to skip.
+        """
         self.set_epoch(epoch)
         self._first = sample
 
@@ -46,8 +50,13 @@ class EpochSampler(DistributedSampler[Any]):
         return ((epoch, index) for index in islice(indices, self._first, None))
 
 
-class Replayed(Dataset[Any]):
-    """``samples``, asked for by (epoch, index), each under a random state of its own."""
+class SeededSamples(Dataset[Any]):
+    """A data set indexed by (epoch, index) that loads each sample under its own random state.
+
+    Args:
+        samples: the augmented samples.
+        seed: the run's seed.
+    """
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self.samples = samples
@@ -58,7 +67,7 @@ class Replayed(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        # Not torch.manual_seed: that would reseed the devices too.
+        # torch.manual_seed would also reseed the GPUs.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
             return self.samples[index]

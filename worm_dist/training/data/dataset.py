@@ -1,4 +1,4 @@
-"""What every data set is loaded as."""
+"""Common type of all data sets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Data"]
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split whose samples are (image, class) pairs.
+    """Training and test split of a data set; samples are (image, class) pairs.
 
-    An image is a float32 tensor of ``sample_shape``, normalised; a class is an integer below
-    ``num_classes``.  Only the training split is augmented, and draws for that from torch's random
-    state alone.
+    An image is a normalised float32 tensor of shape ``sample_shape``; a class is an integer in
+    ``[0, num_classes)``.  Only the training split is augmented, and the augmentation uses torch's
+    random state only.
     """
 
     train: Samples
@@ -27,16 +27,16 @@ class Data:
     sample_shape: tuple[int, int, int]
     """Channels, height, width."""
     description: str
-    """One line that names the data set and its split."""
+    """One line that describes the data set and its split."""
 
 
 def folder(config: DataConfig) -> Path:
     """The absolute path of ``data.root``, for data sets that need one.
 
     Raises:
-        ConfigError: it begins with the home of somebody who is not known here.
+        ConfigError: the path begins with the home directory of an unknown user.
     """
-    assert config.root is not None  # DataConfig lets only digits go without.
+    assert config.root is not None  # DataConfig allows None for digits only
     try:
         return Path(config.root).expanduser().absolute()
     except RuntimeError as error:

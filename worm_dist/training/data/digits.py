@@ -1,7 +1,7 @@
-"""The 8x8 digits that ship with scikit-learn: no download, an epoch within a second.
+"""The 8x8 digits that ship with scikit-learn: no download, an epoch takes less than a second.
 
-The split is fixed, so that runs of different seeds are tested on the same samples.  There is no
-augmentation, so ``data.augment`` changes nothing here.
+The split is fixed, so that runs with different seeds are tested on the same samples.  There is no
+augmentation; ``data.augment`` has no effect.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__: list[str] = []
 
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
-BRIGHTEST = 16
+MAX_PIXEL = 16
 
 
 def load(config: DataConfig) -> Data:
-    """1437 images to train on and 360 to test on, every class alike in both."""
+    """Load the digits: 1437 training and 360 test images, a stratified split."""
     digits = load_digits()
-    images = torch.from_numpy(digits.images.astype(np.float32) / BRIGHTEST).unsqueeze(1)
+    images = torch.from_numpy(digits.images.astype(np.float32) / MAX_PIXEL).unsqueeze(1)
     classes = torch.from_numpy(digits.target.astype(np.int64))
     train, test = train_test_split(
         np.arange(len(classes)), test_size=TEST_SHARE, random_state=SPLIT_SEED, stratify=classes

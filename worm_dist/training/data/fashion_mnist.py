@@ -1,8 +1,8 @@
-"""Fashion-MNIST from files that are already on this machine.
+"""Fashion-MNIST from local files.
 
-Two layouts are read, each with plain or gzipped files: torchvision's (``FashionMNIST/raw`` below
-the root) and the files in the root itself, as Debian's package dataset-fashion-mnist has them.
-Nothing is ever written there.
+Two layouts are supported, each with plain or gzipped files: torchvision's (``FashionMNIST/raw``
+below the root) and that of Debian's package dataset-fashion-mnist (files in the root itself).
+Nothing is written there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ __all__: list[str] = []
 NUM_CLASSES = 10
 SIDE = 28
 MEAN, STD = 0.2860, 0.3530
-"""Of the training split, with bytes scaled to 0..1."""
+"""Pixel statistics of the training split, with bytes scaled to 0..1."""
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    """Bytes in memory, ``[samples, 28, 28]``; each is transformed when it is asked for."""
+    """Images in memory, transformed on access.
+
+    Args:
+        images: uint8 ``[samples, 28, 28]``.
+        classes: integers ``[samples]``.
+        transform: applied to each image ``[1, 28, 28]``.
+    """
 
     def __init__(self, images: Tensor, classes: Tensor, transform: transforms.Compose) -> None:
         self.images = images.unsqueeze(1)
@@ -45,17 +51,19 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
 
 def load(config: DataConfig) -> Data:
-    """60000 images to train on and 10000 to test on, crops and flips for training.
+    """Load Fashion-MNIST: 60000 training and 10000 test images; augmented by crops and flips.
 
     Raises:
-        ConfigError: a file is missing or damaged; it says where it was looked for.
+        ConfigError: a file is missing or damaged; names its expected path.
     """
     root = folder(config)
     steps = [transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)]
-    motion: list[Any] = [transforms.RandomCrop(SIDE, padding=2), transforms.RandomHorizontalFlip()]
-    train = _Images(
-        *_read(root, "train"), transforms.Compose([*(motion if config.augment else []), *steps])
-    )
+    augmentation: list[Any] = [
+        transforms.RandomCrop(SIDE, padding=2),
+        transforms.RandomHorizontalFlip(),
+    ]
+    train_steps = [*(augmentation if config.augment else []), *steps]
+    train = _Images(*_read(root, "train"), transforms.Compose(train_steps))
     test = _Images(*_read(root, "t10k"), transforms.Compose(steps))
     return Data(
         train=train,
@@ -78,14 +86,14 @@ def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
     if len(images) != len(classes) or len(images) == 0 or int(classes.max()) >= NUM_CLASSES:
         raise ConfigError(
             f"data.root: {images_path} and {classes_path} do not belong together: {len(images)} "
-            f"images, {len(classes)} classes; get both anew"
+            f"images, {len(classes)} classes; get both files again"
         )
     return images, classes
 
 
 def _find(root: Path, name: str) -> Path:
     folders = (root / "FashionMNIST" / "raw", root)
-    for path in (place / file for place in folders for file in (name, f"{name}.gz")):
+    for path in (parent / file for parent in folders for file in (name, f"{name}.gz")):
         if path.is_file():
             return path
     raise ConfigError(
@@ -98,4 +106,4 @@ def _tensor(path: Path, num_dims: int) -> Tensor:
     try:
         return read_idx(path, num_dims)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ConfigError(f"data.root: cannot read {path}: {error}; get it anew") from error
+        raise ConfigError(f"data.root: cannot read {path}: {error}; get the file again") from error

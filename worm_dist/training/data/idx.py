@@ -1,7 +1,7 @@
-"""The IDX format of MNIST and its kin, plain or gzipped.
+"""Reader of the IDX format of MNIST, plain or gzipped.
 
-A big-endian header: two zero bytes, the type of the elements, the number of dimensions, then each
-dimension as 32 bits; after it the elements, row by row.
+The header is big-endian: two zero bytes, the type of the elements, the number of dimensions, then
+each dimension as 32 bits.  The elements follow in row-major order.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ UNSIGNED_BYTE = 8
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
-    """The uint8 tensor of ``num_dims`` dimensions in the file at ``path``.
+    """Read a uint8 tensor with ``num_dims`` dimensions from an IDX file.
 
     Raises:
-        OSError: the file cannot be read, or is damaged as an archive.
-        EOFError, zlib.error: so it is too.
-        ValueError: it is no IDX file of bytes with that many dimensions.
+        OSError: the file cannot be read, or its archive is damaged.
+        EOFError, zlib.error: its archive is damaged.
+        ValueError: it is not an IDX file of bytes with that many dimensions.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     start = 4 * (1 + num_dims)
@@ -34,7 +34,7 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     shape = struct.unpack(f">{num_dims}I", content[4:start])
     if len(content) - start != math.prod(shape):
         raise ValueError(
-            f"it holds {len(content) - start} bytes after the header, which says {shape}"
+            f"it has {len(content) - start} bytes after the header, which declares shape {shape}"
         )
-    # A bytearray, because torch warns of memory that it could not write to.
+    # A bytearray, because torch warns about read-only memory.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)

@@ -1,6 +1,6 @@
-"""Images in folders, one folder a class: ``root/train/<class>/...`` and ``root/val/<class>/...``.
+"""Images in one folder per class: ``root/train/<class>/...`` and ``root/val/<class>/...``.
 
-This is how ImageNet usually lies on a disk; crops, flips and statistics are ImageNet's too.
+This is the usual layout of ImageNet; crops, flips and statistics are ImageNet's too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             return super().__getitem__(index)  # type: ignore[no-any-return]
-        except Exception as error:  # Decoders fail in many ways; all mean that this is no image.
+        except Exception as error:  # decoders raise many types for a file that is not an image
             path = Path(self.samples[index][0]).absolute()
             raise DamagedSampleError(
                 f"cannot read the image {path}: {error} (sample {index} of {self.root}); replace "
@@ -36,19 +36,19 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
 
 
 def load(config: DataConfig) -> Data:
-    """The images below ``train`` and ``val``, cut to squares of ``config.image_size``.
+    """Load the images below ``train`` and ``val``, cropped to squares of ``config.image_size``.
 
     Raises:
         ConfigError: a folder is missing or has a class without images, or the two splits have
             different classes.
-        DamagedSampleError: later, by a sample that cannot be decoded.
+        DamagedSampleError: raised during iteration by a sample that cannot be decoded.
     """
     root, size = folder(config), config.image_size
-    normal = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    centre = [transforms.Resize(int(size * RESIZE_OVER_CROP)), transforms.CenterCrop(size)]
-    motion = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    train = _split(root / "train", [*(motion if config.augment else centre), *normal])
-    test = _split(root / "val", [*centre, *normal])
+    normalize = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    centre_crop = [transforms.Resize(int(size * RESIZE_OVER_CROP)), transforms.CenterCrop(size)]
+    augmentation = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    train = _split(root / "train", [*(augmentation if config.augment else centre_crop), *normalize])
+    test = _split(root / "val", [*centre_crop, *normalize])
     _check_same_classes(train, test)
     return Data(
         train=train,
@@ -62,21 +62,21 @@ def load(config: DataConfig) -> Data:
     )
 
 
-def _split(place: Path, steps: list[object]) -> ImageFolder:
+def _split(path: Path, steps: list[object]) -> ImageFolder:
     try:
-        return _Images(str(place), transform=transforms.Compose(steps), loader=pil_loader)
+        return _Images(str(path), transform=transforms.Compose(steps), loader=pil_loader)
     except OSError as error:
         raise ConfigError(
-            f"data.root: cannot use {place}: {error}; it must hold one folder for each class, "
+            f"data.root: cannot use {path}: {error}; it must hold one folder for each class, "
             "each with images"
         ) from error
 
 
 def _check_same_classes(train: ImageFolder, test: ImageFolder) -> None:
     for one, other in ((train, test), (test, train)):
-        alone = sorted(set(one.classes) - set(other.classes))
-        if alone:
+        missing = sorted(set(one.classes) - set(other.classes))
+        if missing:
             raise ConfigError(
-                f"data.root: {len(alone)} classes of {one.root} are not in {other.root}, such as "
-                f"{', '.join(alone[:3])}; both must have the same"
+                f"data.root: {len(missing)} classes of {one.root} are not in {other.root}, such as "
+                f"{', '.join(missing[:3])}; both must have the same classes"
             )

@@ -1,4 +1,4 @@
-"""Likeness: the ranks see the same data, as every host brings its own."""
+"""Checks that all ranks see the same data, as every host reads its own copy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ __all__ = ["require_same_data"]
 
 
 def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None:
-    """Compare what a rank would train on.  Collective.
+    """Compare the size and shape of the data across the ranks.  Collective.
 
-    A rank with one batch less would leave the others waiting at the end of the epoch.
+    If one rank had a batch less, the others would hang at the end of the epoch.
 
     Args:
-        num_batches: of an epoch, on this rank.
+        data: this rank's data set.
+        num_batches: number of training batches of this rank in an epoch.
+        ranks: the ranks that train together.
 
     Raises:
-        ConfigError: the ranks differ; names what of, with the value of each.
+        ConfigError: the ranks differ; names the property and each rank's value.
     """
-    found = ranks.differences(
+    differences = ranks.compare(
         {
             "the number of training samples": str(len(data.train)),
             "the number of test samples": str(len(data.test)),
@@ -29,8 +31,8 @@ def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None
             "the shape of a sample": str(data.sample_shape),
         }
     )
-    if found:
+    if differences:
         raise ConfigError(
-            f"data: the ranks do not see the same data: {'; '.join(found)}; give every host the "
-            "whole data set"
+            f"data: the ranks do not see the same data: {'; '.join(differences)}; give every "
+            "host the whole data set"
         )

@@ -1,4 +1,4 @@
-"""Each rank's share of the data, batch by batch."""
+"""Data loaders for each rank's share of the data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ...errors import ConfigError
-from ..preemption import obey_parent_alone
+from ..preemption import exit_with_parent_only
 from ..run_config import DataConfig
-from .augmentation_rng import EpochSampler, Replayed, seed_from
+from .augmentation_rng import EpochSampler, SeededSamples, seed_from
 from .dataset import Data
-from .validation import Checked
+from .validation import ValidatedSamples
 
 __all__ = ["test_loader", "train_loader"]
 
@@ -20,15 +20,16 @@ __all__ = ["test_loader", "train_loader"]
 def train_loader(
     data: Data, config: DataConfig, rank: int, world_size: int, seed: int, device: torch.device
 ) -> DataLoader[Any]:
-    """Batches of ``config.batch_size / world_size`` shuffled, augmented samples of this rank.
+    """Loader of this rank's training batches, shuffled and augmented.
 
-    Every rank has the same number of batches; samples that fill no batch on all ranks are left
-    out, others in every epoch.  Call ``loader.sampler.set_epoch(epoch)`` before each epoch: order
-    and augmentation follow from ``seed`` and ``epoch``.  The global random state is not touched.
+    A batch has ``config.batch_size / world_size`` samples.  Every rank has the same number of
+    batches; samples that do not fill a batch on all ranks are dropped, different ones in every
+    epoch.  Call ``loader.sampler.set_epoch(epoch)`` before each epoch: order and augmentation
+    depend only on ``seed`` and ``epoch``.  The global random state is not changed.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly, or the split is smaller than a batch.
-        DamagedSampleError: later, by a sample that cannot be learned from.
+        ConfigError: the batch cannot be divided evenly, or the split is smaller than a batch.
+        DamagedSampleError: raised during iteration by a sample that cannot be used.
     """
     batch_size = _per_rank(config, world_size)
     num_samples = len(data.train)
@@ -37,7 +38,7 @@ def train_loader(
             f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the "
             "training split; no epoch would have a step"
         )
-    samples = Replayed(Checked(data.train, "training", data.num_classes), seed)
+    samples = SeededSamples(ValidatedSamples(data.train, "training", data.num_classes), seed)
     sampler = EpochSampler(
         samples, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
     )
@@ -48,19 +49,19 @@ def train_loader(
 def test_loader(
     data: Data, config: DataConfig, rank: int, world_size: int, device: torch.device
 ) -> DataLoader[Any]:
-    """Every ``world_size``-th sample of the test split from ``rank`` on, in order.
+    """Loader of every ``world_size``-th sample of the test split, starting at ``rank``.
 
-    Together the ranks have every sample once, so that summed counts are exact.  A rank may have
-    one sample, and so one batch, less than another: no collective may run for each batch.
+    Together the ranks have every sample exactly once, so that summed counts are exact.  A rank may
+    have one batch less than another, so no collective may run per batch.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly, or the split is empty.
-        DamagedSampleError: later, by a sample that cannot be learned from.
+        ConfigError: the batch cannot be divided evenly, or the split is empty.
+        DamagedSampleError: raised during iteration by a sample that cannot be used.
     """
     num_samples = len(data.test)
     if num_samples == 0:
-        raise ConfigError("data: the test split is empty; nothing could be said of the network")
-    samples = Checked(data.test, "test", data.num_classes)
+        raise ConfigError("data: the test split is empty, so the network cannot be evaluated")
+    samples = ValidatedSamples(data.test, "test", data.num_classes)
     share = Subset(samples, range(rank, num_samples, world_size))
     generator = torch.Generator().manual_seed(rank)
     return _loader(share, config, _per_rank(config, world_size), device, None, generator)
@@ -74,9 +75,9 @@ def _loader(
     sampler: Sampler[Any] | None,
     generator: torch.Generator,
 ) -> DataLoader[Any]:
-    """Only training, which has a ``sampler``, drops the last, smaller batch.
+    """Build a loader; only training, which has a ``sampler``, drops the last, smaller batch.
 
-    The ``generator`` seeds loader processes; without one, the global random state would.
+    Without the ``generator``, the loader processes would be seeded from the global random state.
     """
     return DataLoader(
         samples,
@@ -87,7 +88,7 @@ def _loader(
         persistent_workers=config.num_workers > 0,
         pin_memory=device.type == "cuda",
         generator=generator,
-        worker_init_fn=obey_parent_alone,
+        worker_init_fn=exit_with_parent_only,
     )
 
 
@@ -98,6 +99,6 @@ def _per_rank(config: DataConfig, world_size: int) -> int:
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
             f"data.batch_size: {config.batch_size} is not divisible by {world_size} ranks; "
-            f"take {nearest}"
+            f"use {nearest}"
         )
     return share

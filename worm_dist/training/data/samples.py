@@ -1,4 +1,4 @@
-"""Samples: what the splits of a data set are made of."""
+"""Protocol of a data set's split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Samples"]
 
 
 class Samples(Protocol):
-    """(image, class) pairs by index; torch's ``Dataset`` alone does not say how many there are."""
+    """(image, class) pairs by index, with a length, which torch's ``Dataset`` does not declare."""
 
     def __len__(self) -> int: ...
 

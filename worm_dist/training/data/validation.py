@@ -1,4 +1,4 @@
-"""Damage: a sample that cannot be learned from is named, and never reaches the network."""
+"""Validates samples, so that an invalid one is named and never reaches the network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 from ...errors import ConfigError
 from .samples import Samples
 
-__all__ = ["Checked", "DamagedSampleError"]
+__all__ = ["DamagedSampleError", "ValidatedSamples"]
 
 
 class DamagedSampleError(ConfigError):
-    """A sample cannot be read, or holds what no sample may.
+    """A sample cannot be read or has an invalid value.
 
-    A loader process hands errors over as one string, traceback and all; from it only the message
-    is kept, so that the user reads the same with and without such processes.
+    A loader process passes an error on as one string that includes the traceback.  Only the message
+    is kept from it, so that the error reads the same with and without loader processes.
     """
 
     KEY = "data.root: "
@@ -26,16 +26,15 @@ class DamagedSampleError(ConfigError):
         super().__init__(self.KEY + message.rpartition(self.KEY)[2].strip())
 
 
-class Checked(Dataset[Any]):
-    """Samples that are looked at as they are handed out; less than a hundredth of what reading and
-    augmenting an image takes.
+class ValidatedSamples(Dataset[Any]):
+    """Samples that are validated on access, in under 1 % of the time to read and augment an image.
 
-    On a GPU a class that does not exist would abort the process without a word of which sample.
+    On a GPU, an invalid class would abort the process without naming the sample.
 
     Args:
         samples: (image, class) pairs.
-        split: its name, for messages.
-        num_classes: classes are below.
+        split: the split's name, for messages.
+        num_classes: number of classes.
     """
 
     def __init__(self, samples: Samples, split: str, num_classes: int) -> None:
@@ -47,24 +46,24 @@ class Checked(Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
-        """The sample.
+        """Return a sample.
 
         Raises:
-            DamagedSampleError: it cannot be learned from.
+            DamagedSampleError: its class or its pixels are invalid.
         """
         image, target = self.samples[index]
         if not 0 <= target < self.num_classes:
             raise DamagedSampleError(
-                f"{self._named(index)} is of class {int(target)}, but there are only "
-                f"{self.num_classes}, from 0 on; correct its class or remove it"
+                f"{self._name_of(index)} has class {int(target)}, but the valid classes are "
+                f"0 to {self.num_classes - 1}; correct its class or remove it"
             )
         if not math.isfinite(image.sum()):
             raise DamagedSampleError(
-                f"{self._named(index)} has pixels that are no numbers; replace or remove it"
+                f"{self._name_of(index)} has pixels that are not finite; replace or remove it"
             )
         return image, target
 
-    def _named(self, index: int) -> str:
+    def _name_of(self, index: int) -> str:
         files = getattr(self.samples, "samples", None)  # as torchvision's ImageFolder lists them
         path = "" if files is None else f" ({files[index][0]})"
         return f"sample {index} of the {self.split} split{path}"

@@ -1,1 +1,1 @@
-"""What a run says of itself: console, TensorBoard, journal, result, plots."""
+"""Reports of a run: console, TensorBoard, journal, result file and plots."""

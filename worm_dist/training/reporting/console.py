@@ -1,4 +1,4 @@
-"""Console: what the person at the terminal, or the log file of a job, sees of a run."""
+"""Console output of a run, for a terminal or a job's log file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _WIDTH_OF_A_LOG = 80
 
 
 class Console:
-    """One line an epoch and an event; on a terminal also a progress bar below them.
+    """Prints one line for every epoch and event; on a terminal also a progress bar below them.
 
-    Elsewhere, say in a job's log, the lines are plain: no colours, no control characters.
+    In other files, such as a job's log, the lines are plain: no colours, no control characters.
 
     Args:
-        file: where to write; default the standard output.
+        file: the stream to write to; the default is the standard output.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -63,14 +63,14 @@ class Console:
         phase: Phase,
         steps_done: int = 0,
     ) -> None:
-        """Training begins.
+        """Start the progress bar.
 
         Args:
-            epochs: of the whole run.
-            steps_per_epoch: optimizer steps.
+            epochs: number of epochs of the whole run.
+            steps_per_epoch: optimizer steps in an epoch.
             batch_size: images in an optimizer step, over all ranks.
-            phase: in which training begins.
-            steps_done: before this part of the run.
+            phase: the current phase.
+            steps_done: optimizer steps taken before the run was resumed.
         """
         self._epochs = epochs
         if self._console.is_terminal:
@@ -83,16 +83,25 @@ class Console:
                 batch_size=batch_size,
             )
             self._progress.start()
-            # An error may end the run anywhere, and the bar hides the cursor.
+            # The bar hides the cursor, and an error may end the run at any point.
             atexit.register(self.close)
 
     def step(self, loss: float) -> None:
-        """An optimizer step is done; ``loss`` is the newest that is known."""
+        """Advance the progress bar by one step.
+
+        Args:
+            loss: the newest known training loss.
+        """
         if self._task is not None:
             self._progress.update(self._task, advance=1, loss=loss)
 
     def event(self, text: str, phase: Phase | None = None) -> None:
-        """Something happened that a line is worth, maybe the beginning of another phase."""
+        """Print an event.
+
+        Args:
+            text: the line to print.
+            phase: the phase that begins with the event, if any.
+        """
         if self._task is not None and phase is not None:
             self._progress.update(self._task, phase=phase)
         self._line(f"* {text}", style="bold")
@@ -106,15 +115,15 @@ class Console:
         images_per_second: float,
         traffic: Traffic,
     ) -> None:
-        """An epoch is done.
+        """Print the summary of an epoch.
 
         Args:
-            epoch: from 1 on.
-            phase: in which it ended.
-            loss: mean over its training.
-            accuracy: fraction of the test split.
-            images_per_second: over all ranks.
-            traffic: of its last step, shown as a share of what a dense step sends.
+            epoch: the epoch's number, counted from 1.
+            phase: the phase at its end.
+            loss: mean training loss.
+            accuracy: accuracy on the test split, 0 to 1.
+            images_per_second: throughput over all ranks.
+            traffic: the traffic of the last step, shown as a percentage of a dense step's.
         """
         sent = _percent(traffic.sent_bytes, traffic.dense_bytes, digits=0) or "-"
         digits = len(str(self._epochs))
@@ -124,11 +133,11 @@ class Console:
         )
 
     def summary(self, result: Mapping[str, Any], folder: Path) -> None:
-        """The run is over: its figures, "-" for those it does not have.
+        """Print the figures of the finished run, "-" for missing ones.
 
         Args:
             result: the content of ``result.json``.
-            folder: of the run.
+            folder: the run's folder.
         """
         self.close()
         self._console.print()
@@ -137,7 +146,7 @@ class Console:
         self._console.print(_comparison(result))
 
     def close(self) -> None:
-        """Leave the terminal as it was; may be called twice."""
+        """Stop the progress bar and restore the terminal; idempotent."""
         self._progress.stop()
         atexit.unregister(self.close)
 
@@ -145,7 +154,7 @@ class Console:
         self._console.print(text, style=style, soft_wrap=True)
 
 
-# ---- the bar ---------------------------------------------------------------------------------
+# ---- progress bar ------------------------------------------------------------------------
 
 
 class _ImagesPerSecond(ProgressColumn):
@@ -169,7 +178,7 @@ def _progress(console: rich.console.Console) -> Progress:
     )
 
 
-# ---- the tables at the end -------------------------------------------------------------------
+# ---- final tables ------------------------------------------------------------------
 
 
 def _facts(result: Mapping[str, Any], folder: Path) -> Table:
@@ -193,7 +202,7 @@ def _facts(result: Mapping[str, Any], folder: Path) -> Table:
 
 
 def _comparison(result: Mapping[str, Any]) -> Table:
-    """The dense network against what became of it, in numbers and in percent."""
+    """Table of the dense network, the truncated run and the ticket, absolute and in percent."""
     parameters, flops, traffic = result["parameters"], result["flops"], result["traffic"]
     table = Table("", box=None, pad_edge=False)
     for name in ("dense", "truncated", "ticket"):
@@ -221,7 +230,7 @@ def _count(value: int | None) -> str:
 
 
 def _percent(part: float | None, whole: float | None, digits: int = 2) -> str:
-    """Empty where there is nothing to compare."""
+    """``part`` in percent of ``whole``; empty if either is missing."""
     return "" if part is None or not whole else f"{100 * part / whole:.{digits}f} %"
 
 

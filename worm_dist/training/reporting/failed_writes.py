@@ -1,4 +1,4 @@
-"""Unwritten: what a run could not write down.  It trains on all the same, and says so."""
+"""Record of output files that could not be written while training continued."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class FailedWrites:
-    """Names of what is missing or ends early, in the order in which it was lost."""
+    """Names and reasons of missing or truncated outputs, in the order of their failure."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
@@ -29,19 +29,26 @@ class FailedWrites:
     def __str__(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in self._reasons.items())
 
-    def spare(self, name: str, write: Callable[..., object], *args: Any) -> None:
-        """Call ``write(*args)``, unless an earlier call for that name failed; warn of the first
-        failure."""
+    def best_effort(self, name: str, write: Callable[..., object], *args: Any) -> None:
+        """Call ``write(*args)`` and record a failure instead of raising it.
+
+        After the first failure of a name, which is logged as a warning, later calls are skipped.
+
+        Args:
+            name: name of the output.
+            write: the function that writes it.
+            *args: arguments of ``write``.
+        """
         if name in self:
             return
         try:
             write(*args)
         except (OSError, CheckpointError) as error:
-            self.note(name, getattr(error, "strerror", None) or str(error))
+            self.record(name, getattr(error, "strerror", None) or str(error))
             logger.warning(
                 "%s cannot be written (%s); training goes on without it", name, self._reasons[name]
             )
 
-    def note(self, name: str, reason: str) -> None:
-        """Something else has been lost, and said so by itself."""
+    def record(self, name: str, reason: str) -> None:
+        """Record a failure that has been logged elsewhere."""
         self._reasons.setdefault(name, reason)

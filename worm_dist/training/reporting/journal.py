@@ -1,4 +1,4 @@
-"""Journal: one line of JSON for every check and every change of phase."""
+"""The run's journal: one line of JSON for every check, removal, stage and phase change."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Appends to ``journal.jsonl``; every line is on disk when the call returns.
+    """Appends to ``journal.jsonl``; every line is in the file when the call returns.
 
     Args:
-        path: of the file.
-        rule: of the elbow.
-        size: in bytes, of what an earlier part of the run has written; what comes after it was
-            written after the checkpoint, and will be again.
+        path: path of the file.
+        rule: the elbow rule.
+        size: size of the journal at the checkpoint, in bytes.  Lines after it are removed, as the
+            resumed run writes them again.
     """
 
     def __init__(self, path: Path, rule: str, size: int) -> None:
@@ -32,27 +32,27 @@ class Journal:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size of the file in bytes."""
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def check(self, epoch: float, finding: CheckRecord, mask: Mask, verdict: Verdict) -> None:
+    def check(self, epoch: float, record: CheckRecord, mask: Mask, verdict: Verdict) -> None:
         self._write(
             event="check",
             epoch=epoch,
-            step=finding.step,
-            distances=finding.distances,
-            distance_mean=finding.distance_mean,
-            distance_max=finding.distance_max,
+            step=record.step,
+            distances=record.distances,
+            distance_mean=record.distance_mean,
+            distance_max=record.distance_max,
             rule=self._rule,
-            threshold=finding.threshold,
+            threshold=record.threshold,
             elbow=verdict.elbow,
-            settled=finding.settled,
+            settled=record.settled,
             ticket=verdict.ticket,
             phase=verdict.phase,
             generation=verdict.generation,
             live_fraction=verdict.live_fraction,
             mask_digest=mask.digest,
-            floored=finding.floored,
+            floored=record.floored,
         )
 
     def phase(self, epoch: float, step: int, phase: Phase) -> None:

@@ -1,4 +1,4 @@
-"""Tally: what each phase of a run takes and sends in a step, and what a step computes."""
+"""Seconds, traffic and FLOPs of each phase of a run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ __all__ = ["PhaseStats"]
 
 
 class PhaseStats:
-    """Notes it in a result, from the moment it is made.
+    """Collects time, traffic and FLOPs in a result; the clock starts at construction.
 
     Args:
-        result: whose figures they are.
+        result: the result that receives the figures.
     """
 
     def __init__(self, result: Result) -> None:
         self._result = result
-        self._began = self._phase_began = time.perf_counter()
+        self._run_start = self._phase_start = time.perf_counter()
         self._flops = 0
         self._steps = 0
 
     def count(self, phase: Phase, traffic: Traffic, flops: int) -> None:
-        """A step has been taken in that phase.  A phase that ends before its first one has sent
-        nothing, and its figure stays None.
+        """Count an optimizer step.  A phase without a step keeps None as its traffic.
 
         Args:
-            phase: of the engine.
-            traffic: of the engine.
-            flops: of one sample.
+            phase: the phase of the step.
+            traffic: the engine's traffic.
+            flops: FLOPs of one sample.
         """
         figures = self._result.traffic
         self._flops += flops
@@ -46,9 +45,9 @@ class PhaseStats:
             figures.dense_bytes_per_step = traffic.dense_bytes
 
     def close(self, phase: Phase) -> None:
-        """The phase is over, and the next one begins."""
+        """Record the duration of the phase that ends."""
         now = time.perf_counter()
-        seconds, self._phase_began = round(now - self._phase_began, 3), now
+        seconds, self._phase_start = round(now - self._phase_start, 3), now
         if phase is Phase.SEARCH:
             self._result.seconds.search = seconds
         elif phase is Phase.TRUNCATE:
@@ -57,25 +56,26 @@ class PhaseStats:
             self._result.seconds.ticket = seconds
 
     def complete(self, phase: Phase, traffic: Traffic) -> None:
-        """The run is over, in that phase."""
+        """Record the totals of the run, which ends in the given phase."""
         self.close(phase)
-        self._result.seconds.total = round(time.perf_counter() - self._began, 3)
+        self._result.seconds.total = round(time.perf_counter() - self._run_start, 3)
         if self._steps:
             self._result.flops.mean = round(self._flops / self._steps)
         self._result.traffic.total_bytes = traffic.total_sent_bytes + traffic.control_bytes
 
     def state_dict(self) -> dict[str, float]:
-        """Seconds and operations so far."""
+        """Seconds and FLOPs so far."""
         now = time.perf_counter()
         return {
-            "run_seconds": now - self._began,
-            "phase_seconds": now - self._phase_began,
+            "run_seconds": now - self._run_start,
+            "phase_seconds": now - self._phase_start,
             "flops": self._flops,
             "steps": self._steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the counters of a saved run."""
         now = time.perf_counter()
-        self._began, self._phase_began = now - state["run_seconds"], now - state["phase_seconds"]
+        self._run_start = now - state["run_seconds"]
+        self._phase_start = now - state["phase_seconds"]
         self._flops, self._steps = state["flops"], state["steps"]

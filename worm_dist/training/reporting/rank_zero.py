@@ -1,4 +1,4 @@
-"""Rank zero's report: console, TensorBoard, and the files of the run's folder."""
+"""Report of rank zero: console, TensorBoard and the files of the run's folder."""
 
 from __future__ import annotations
 
@@ -25,131 +25,133 @@ __all__ = ["RankZeroReport"]
 
 _CONSOLE = "console"
 _STEPS_BETWEEN_LOSSES = 50
-"""Reading a loss waits for the device, so it is not done every step."""
+"""Interval in steps; reading a loss synchronizes with the device, so it is not done every step."""
 
 
 class RankZeroReport(Report):
-    """Console, ``journal.jsonl``, TensorBoard, and at the end ``result.json``.
+    """Writes the console, ``journal.jsonl``, TensorBoard events and, at the end, ``result.json``.
 
     Args:
-        folder: of the run; it exists.
-        config: of the run.
-        unwritten: is told what the disk refuses.
-        written: ``state_dict`` of the part of the run that this one goes on from.
+        folder: the run's folder, which exists.
+        config: the run's settings.
+        failed_writes: records outputs that cannot be written.
+        saved: ``state_dict`` of the report at the checkpoint; None for a new run.
     """
 
     def __init__(
         self,
         folder: Path,
         config: RunConfig,
-        unwritten: FailedWrites,
-        written: Mapping[str, int] | None = None,
+        failed_writes: FailedWrites,
+        saved: Mapping[str, int] | None = None,
     ) -> None:
         self._folder = folder
         self._config = config
-        self._unwritten = unwritten
+        self._failed_writes = failed_writes
         self._console = Console()
-        self._board = TensorBoardLog(folder, None if written is None else written["step"] + 1)
-        size = 0 if written is None else written["journal"]
+        self._tensorboard = TensorBoardLog(folder, None if saved is None else saved["step"] + 1)
+        size = 0 if saved is None else saved["journal"]
         self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
         self._loss = float("nan")
         self._images_per_second = 0.0
 
-    def _say(self, write: Callable[..., None], *words: Any) -> None:
-        """Where the job's log is on a full disk, the console is lost, and nothing else."""
-        self._unwritten.spare(_CONSOLE, write, *words)
+    def _print(self, write: Callable[..., None], *args: Any) -> None:
+        """Write to the console; a job's log on a full disk must not stop the run."""
+        self._failed_writes.best_effort(_CONSOLE, write, *args)
 
     def start(self, result: Result, epochs: int, steps_per_epoch: int, engine: Engine) -> None:
-        self._say(
+        self._print(
             self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
             f"{result.backend}",
         )
-        self._say(self._console.event, result.data)
+        self._print(self._console.event, result.data)
         if engine.step:
-            self._say(self._console.event, f"goes on from step {engine.step}")
+            self._print(self._console.event, f"goes on from step {engine.step}")
         sizes = (epochs, steps_per_epoch, self._config.data.batch_size)
-        self._say(self._console.start, *sizes, engine.phase, engine.step)
+        self._print(self._console.start, *sizes, engine.phase, engine.step)
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
         if engine.step % _STEPS_BETWEEN_LOSSES == 1:
             self._loss = float(loss)
             values = {"train/loss": self._loss, "train/learning_rate": learning_rate}
-            self._board.scalars(engine.step, values)
-        self._say(self._console.step, self._loss)
+            self._tensorboard.scalars(engine.step, values)
+        self._print(self._console.step, self._loss)
 
     def trained(self, step: int, loss: float, images_per_second: float) -> None:
         self._loss, self._images_per_second = loss, images_per_second
-        self._board.scalars(step, {"train/images_per_second": images_per_second})
+        self._tensorboard.scalars(step, {"train/images_per_second": images_per_second})
 
-    def epoch(self, epoch: int, engine: Engine, score: EvalResult) -> None:
+    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult) -> None:
         traffic = engine.traffic
-        self._board.scalars(
+        self._tensorboard.scalars(
             engine.step,
             {
-                "test/accuracy": score.accuracy,
-                "test/loss": score.loss,
+                "test/accuracy": evaluation.accuracy,
+                "test/loss": evaluation.loss,
                 "traffic/sent_bytes_per_step": traffic.sent_bytes,
                 "traffic/dense_bytes_per_step": traffic.dense_bytes,
             },
         )
-        self._say(
+        self._print(
             self._console.epoch,
             epoch,
             engine.phase,
             self._loss,
-            score.accuracy,
+            evaluation.accuracy,
             self._images_per_second,
             traffic,
         )
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        finding = engine.history[-1]
-        words = (epoch, finding, engine.mask, verdict)
-        self._unwritten.spare(JOURNAL, self._journal.check, *words)
+        record = engine.history[-1]
+        args = (epoch, record, engine.mask, verdict)
+        self._failed_writes.best_effort(JOURNAL, self._journal.check, *args)
         values = {
-            "search/distance_mean": finding.distance_mean,
-            "search/distance_max": finding.distance_max,
+            "search/distance_mean": record.distance_mean,
+            "search/distance_max": record.distance_max,
             "search/settled_threshold": self._config.search.settled,
-            "search/elbow_threshold": finding.threshold,
+            "search/elbow_threshold": record.threshold,
             "search/live_fraction": verdict.live_fraction,
         }
-        self._board.scalars(
+        self._tensorboard.scalars(
             engine.step, {key: value for key, value in values.items() if value is not None}
         )
         num_checks = len(engine.history)
         if num_checks >= 8 and num_checks.bit_count() == 1:
-            # Pictures of a long search come at checks 8, 16, 32, ... so that they never cost much.
-            self._show(engine)
-        if finding.floored:
-            self._say(self._console.event, f"kept above their floor: {', '.join(finding.floored)}")
+            # In a long search plots are drawn at checks 8, 16, 32, ..., which bounds their cost.
+            self._plot(engine)
+        if record.floored:
+            self._print(self._console.event, f"kept above their floor: {', '.join(record.floored)}")
 
     def phase(self, epoch: float, engine: Engine) -> None:
-        self._unwritten.spare(JOURNAL, self._journal.phase, epoch, engine.step, engine.phase)
-        self._show(engine)
+        self._failed_writes.best_effort(
+            JOURNAL, self._journal.phase, epoch, engine.step, engine.phase
+        )
+        self._plot(engine)
         if engine.phase is Phase.TRUNCATE:
-            self._say(
+            self._print(
                 self._console.event, f"elbow at epoch {epoch:g}: truncation starts", engine.phase
             )
 
     def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        words = (epoch, engine.step, verdict)
-        self._unwritten.spare(JOURNAL, self._journal.removal, *words)
+        args = (epoch, engine.step, verdict)
+        self._failed_writes.best_effort(JOURNAL, self._journal.removal, *args)
         values = {
             "search/live_fraction": verdict.live_fraction,
             "removal/left_fraction": verdict.left_fraction,
             "removal/paused": float(verdict.paused),
         }
-        self._board.scalars(engine.step, values)
+        self._tensorboard.scalars(engine.step, values)
 
     def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
-        words = (epoch, engine.step, num_parameters)
-        self._unwritten.spare(JOURNAL, self._journal.stage, *words)
+        args = (epoch, engine.step, num_parameters)
+        self._failed_writes.best_effort(JOURNAL, self._journal.stage, *args)
         text = f"stage at epoch {epoch:g}: {num_parameters:,} parameters are left so far"
-        self._say(self._console.event, text)
+        self._print(self._console.event, text)
 
     def drawn(self, engine: Engine, result: Result) -> None:
-        self._say(
+        self._print(
             self._console.event,
             f"ticket drawn at epoch {result.ticket_epoch:g}: {result.parameters.ticket:,} of "
             f"{result.parameters.dense:,} parameters, test accuracy "
@@ -158,18 +160,18 @@ class RankZeroReport(Report):
         )
 
     def stop(self, engine: Engine) -> None:
-        self._board.close()
-        words = f"stopped after step {engine.step}; the same command goes on from there"
-        self._say(self._console.event, words, engine.phase)
-        self._say(self._console.close)
+        self._tensorboard.close()
+        text = f"stopped after step {engine.step}; the same command goes on from there"
+        self._print(self._console.event, text, engine.phase)
+        self._print(self._console.close)
 
     def state_dict(self, engine: Engine) -> dict[str, int]:
         return {"step": engine.step, "journal": self._journal.size}
 
     def finish(self, engine: Engine, result: Result) -> None:
         if engine.history:
-            self._show(engine)
-        # Named to come last: TensorBoard draws a chart of one point for each.
+            self._plot(engine)
+        # TensorBoard draws a one-point chart for each; the prefix sorts them last.
         metrics = {
             f"whole_run/{name}": float(value)
             for name, value in {
@@ -182,23 +184,23 @@ class RankZeroReport(Report):
             }.items()
             if value is not None
         }
-        self._board.hyperparameters(self._config.flat(), metrics)
-        self._board.close()
-        if self._board.lost:
-            self._unwritten.note("TensorBoard", self._board.lost)
-        result.unwritten = self._unwritten.names
+        self._tensorboard.hyperparameters(self._config.flat(), metrics)
+        self._tensorboard.close()
+        if self._tensorboard.write_error:
+            self._failed_writes.record("TensorBoard", self._tensorboard.write_error)
+        result.unwritten = self._failed_writes.names
         if result.at_chance:
-            text = "the network is no better than a constant answer, and nothing has been won"
-            self._say(self._console.event, text)
+            text = "the network is no better than a constant answer; this run has no usable result"
+            self._print(self._console.event, text)
         if result.reason is not None:
-            self._say(self._console.event, result.reason)
+            self._print(self._console.event, result.reason)
         content = result.as_dict()
-        self._unwritten.spare(RESULT, self._write, content)
-        self._say(self._console.summary, content, self._folder)
+        self._failed_writes.best_effort(RESULT, self._write, content)
+        self._print(self._console.summary, content, self._folder)
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)  # it may have been there when we began
+        self._folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
         write_json(self._folder / RESULT, content)
 
-    def _show(self, engine: Engine) -> None:
-        self._board.figures(engine.step, engine.history, self._config.search.settled)
+    def _plot(self, engine: Engine) -> None:
+        self._tensorboard.figures(engine.step, engine.history, self._config.search.settled)

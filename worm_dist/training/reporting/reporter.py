@@ -1,4 +1,4 @@
-"""Report: what a run tells people as it goes."""
+"""Interface of a run's report, with no-op methods."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ __all__ = ["Report"]
 
 
 class Report:
-    """What all ranks but zero report: nothing."""
+    """Receives the events of a run; this base class, used on all ranks but zero, ignores them."""
 
     def start(self, result: Result, epochs: int, steps_per_epoch: int, engine: Engine) -> None:
-        """Training begins, or goes on."""
+        """Training starts or resumes."""
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
-        """An optimizer step is done; ``loss`` is this rank's, a scalar on the device."""
+        """An optimizer step is done; ``loss`` is this rank's, a scalar tensor on the device."""
 
     def trained(self, step: int, loss: float, images_per_second: float) -> None:
-        """The training part of an epoch is done; ``loss`` is the mean over all ranks."""
+        """The last step of an epoch is done; ``loss`` is the mean over all ranks."""
 
-    def epoch(self, epoch: int, engine: Engine, score: EvalResult) -> None:
-        """An epoch is done, and tested."""
+    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult) -> None:
+        """An epoch is done, including its test."""
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        """A check has been decided."""
+        """A check is done."""
 
     def phase(self, epoch: float, engine: Engine) -> None:
-        """Another phase has begun."""
+        """A phase starts."""
 
     def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        """A check has looked how far the dropped channels have left."""
+        """A check has measured the progress of the gradual removal."""
 
     def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
-        """The network has become smaller, and has so many parameters; others will follow."""
+        """A stage of the draw is done; ``num_parameters`` are left, and further stages follow."""
 
     def drawn(self, engine: Engine, result: Result) -> None:
         """The ticket has been drawn."""
 
     def stop(self, engine: Engine) -> None:
-        """The run has been stopped, and can go on from its newest checkpoint."""
+        """The run stops gracefully; it can be resumed from its newest checkpoint."""
 
     def state_dict(self, engine: Engine) -> dict[str, int]:
-        """How far the files have been written."""
+        """The number of steps and the sizes of the files so far, to resume from."""
         return {}
 
     def finish(self, engine: Engine, result: Result) -> None:
-        """The run is over."""
+        """The run is finished."""

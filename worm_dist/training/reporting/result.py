@@ -1,4 +1,4 @@
-"""Result: what a run came to, as ``result.json`` says it."""
+"""Result of a run: the content of ``result.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Accuracy", "Count", "Flops", "Result", "Seconds", "TrafficResult", "
 
 @dataclass
 class Accuracy:
-    """Fractions of the test split.  Before the draw it is the dense network's."""
+    """Accuracies on the test split, 0 to 1; ``before_draw`` is the dense network's."""
 
     before_draw: float | None = None
     after_draw: float | None = None
@@ -28,14 +28,14 @@ class Count:
 
 @dataclass
 class Flops(Count):
-    """Of one forward pass on one sample; ``mean`` is over all steps of the run."""
+    """FLOPs of one forward pass on one sample; ``mean`` is over all steps of the run."""
 
     mean: int | None = None
 
 
 @dataclass
 class TrafficResult:
-    """Bytes that one rank hands to collectives; the total also counts scores and verdicts."""
+    """Bytes that one rank passes to collectives; the total includes scores and verdicts."""
 
     dense_bytes_per_step: int | None = None
     truncated_bytes_per_step: int | None = None
@@ -52,7 +52,7 @@ class Seconds:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what computes."""
+    """Versions of Python and of the numerical packages."""
     packages = ("worm_dist", "torch", "torchvision", "torch-pruning", "numpy")
     installed = {package.replace("-", "_"): version(package) for package in packages}
     return {"python": platform.python_version(), **installed}
@@ -60,19 +60,20 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Result:
-    """A figure that a run does not have is None.
+    """Figures of a run; a figure that the run does not have is None.
 
     Attributes:
-        status: ``running``, then ``ticket``, ``not_found`` (searched, but found none) or ``dense``.
-        reason: for ``not_found``; what the search lacked, and what to do.
-        at_chance: the network ended no better than a constant answer.
-        data: names the split.
+        status: ``running``, then ``ticket``, ``not_found`` (the search found no ticket) or
+            ``dense``.
+        reason: explanation of ``not_found``, with a remedy.
+        at_chance: True if the final network is no better than a constant answer.
+        data: description of the data set and its split.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
-        live_fraction: elements that were still averaged while truncated, of all that train.
-        left_fraction: dropped channels that had left at the newest check, of all; None where
-            channels do not leave one after another.
-        flops: floating point operations; a multiply and an add are two.
-        unwritten: files of the run that are missing or end early, because the disk refused.
+        live_fraction: live elements during truncation, as a fraction of all trained elements.
+        left_fraction: removed channels at the newest check, as a fraction of the dropped ones; None
+            without gradual removal.
+        flops: floating point operations; a multiply and an add count as two.
+        unwritten: names of output files that are missing or truncated because of write errors.
     """
 
     preset: str
@@ -97,8 +98,12 @@ class Result:
     versions: dict[str, str] = field(default_factory=versions)
     unwritten: list[str] = field(default_factory=list)
 
-    def go_on_from(self, saved: Mapping[str, Any]) -> None:
-        """Take over what an earlier part of the run has found, from ``as_dict``."""
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restore the figures of a saved run.
+
+        Args:
+            saved: what ``as_dict`` returned.
+        """
         for name in (
             "checks",
             "elbow_epoch",
@@ -115,18 +120,18 @@ class Result:
         self.seconds = Seconds(**saved["seconds"])
 
     def why_not_found(self) -> str:
-        """What the search of a run lacked that ended before its draw, and what to do."""
+        """Explain why the run ended before its draw, with a remedy."""
         if self.elbow_epoch is None:
             return (
                 f"no ticket: no elbow in {self.checks} checks; train for more epochs, or set "
                 "search.elbow.trigger"
             )
-        lacked = "the mask had not settled"
+        progress = "the mask had not settled"
         if self.left_fraction is not None:
-            lacked = f"{self.left_fraction:.0%} of the dropped channels had left"
+            progress = f"{self.left_fraction:.0%} of the dropped channels had been removed"
         return (
-            f"no ticket: the elbow came at epoch {self.elbow_epoch:g}, and {lacked} when training "
-            "ended; more epochs and --resume with its newest checkpoint go on"
+            f"no ticket: the elbow came at epoch {self.elbow_epoch:g}, and {progress} when "
+            "training ended; raise epochs and --resume from the newest checkpoint"
         )
 
     def as_dict(self) -> dict[str, Any]:

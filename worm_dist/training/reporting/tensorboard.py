@@ -1,8 +1,8 @@
-"""Board: what TensorBoard shows of a run, in one event file of the run's folder.
+"""TensorBoard log of a run, in one event file in the run's folder.
 
-torch's SummaryWriter is not used: it writes on a thread, so that a full disk shows only at a later
-call or never, the thread prints a traceback of its own, and its ``add_hparams`` opens a second
-file.  The summaries are torch's, the records TensorBoard's.
+torch's SummaryWriter is not used: it writes in a thread, so that a full disk is reported by a later
+call or never, the thread prints its own traceback, and ``add_hparams`` opens a second file.  The
+summaries are built by torch, the records by TensorBoard.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class TensorBoardLog:
-    """Numbers, pictures and settings of a run for TensorBoard.
+    """Writes scalars, figures and hyperparameters of a run for TensorBoard.
 
-    A run is worth more than its pictures: when the folder cannot be written any more, the board
-    warns once and from then on does nothing.
+    A write error must not stop the run: the first one is logged as a warning, and all later calls
+    do nothing.
 
     Args:
-        folder: of the run; made if it is missing.
-        purge_step: of a resumed run, the first step that is trained again.  TensorBoard forgets
-            what older event files say of that step and later ones.
+        folder: the run's folder; created if it is missing.
+        purge_step: the first step that a resumed run trains again.  TensorBoard discards the data
+            of older event files from that step on.
 
     Attributes:
-        lost: why nothing is written any more; empty while all is well.
+        write_error: reason why writing has ended; empty if there was no error.
 
     Raises:
-        OSError: the folder or the file cannot be made; a run has not begun then.
+        OSError: the folder or the file cannot be created.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
@@ -59,7 +59,7 @@ class TensorBoardLog:
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
         self._path.touch(exist_ok=False)
-        self.lost = ""
+        self.write_error = ""
         events = [Event(file_version="brain.Event:2")]
         if purge_step is not None:
             restart = SessionLog(status=SessionLog.START)
@@ -67,51 +67,51 @@ class TensorBoardLog:
         _append(self._path, events)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One point in the curve of each name; a slash in a name makes a group of curves."""
+        """Add one point to the curve of each name; a slash in a name groups curves."""
         self._write(step, [scalar(name, value) for name, value in values.items()])
 
-    def figures(self, step: int, findings: Sequence[CheckRecord], settled: float) -> None:
-        """The masks, their distances to each other and the curve that decides.
+    def figures(self, step: int, records: Sequence[CheckRecord], settled: float) -> None:
+        """Plot the masks, the matrix of their distances and the distance curve.
 
         Takes about a second of one core.
 
         Args:
             step: optimizer steps so far.
-            findings: of all checks, oldest first; at least one.
+            records: the records of all checks, oldest first; at least one.
             settled: the distance, 0 to 1, below which masks count as settled.
         """
-        if self.lost:
+        if self.write_error:
             return
-        # Only here: matplotlib takes half a second, and nothing is drawn before the elbow.
+        # Imported late: matplotlib takes half a second, and nothing is drawn before the elbow.
         from .plots import distance_curve, distance_matrix, mask_picture
 
         figures = {
-            "search/masks": mask_picture(findings),
-            "search/distance_matrix": distance_matrix(findings),
-            "search/distance_curve": distance_curve(findings, settled),
+            "search/masks": mask_picture(records),
+            "search/distance_matrix": distance_matrix(records),
+            "search/distance_curve": distance_curve(records, settled),
         }
         self._write(step, [_picture(name, figure) for name, figure in figures.items()])
 
     def hyperparameters(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """What TensorBoard compares runs by; once, at the end of a run.
+        """Write hyperparameters and metrics for the comparison of runs; once, at the end of a run.
 
         Args:
-            config: dotted key -> value.  Numbers stay numbers, None is left out, anything else
-                is shown as text.
-            metrics: name -> result, written as scalars of step 0 too, where TensorBoard looks for
-                them: give them names that no curve has.
+            config: settings by dotted key.  Numbers stay numbers, None is left out, other values
+                are written as text.
+            metrics: results by name.  TensorBoard reads them from scalars at step 0, so their names
+                must differ from those of the curves.
         """
         described = hparams({key: _plain(value) for key, value in config.items()}, dict(metrics))
         self._write(0, [*described, *(scalar(name, value) for name, value in metrics.items())])
 
     def close(self) -> None:
-        """Ask the disk for all that was written: a network file system may refuse only now."""
-        if not self.lost:
+        """Flush the file to disk; a network file system may report write errors only now."""
+        if not self.write_error:
             with self._warning_once(), self._path.open("r+b") as file:
                 os.fsync(file.fileno())
 
     def _write(self, step: int, summaries: Iterable[Summary]) -> None:
-        if not self.lost:
+        if not self.write_error:
             with self._warning_once():
                 _append(self._path, [Event(step=step, summary=summary) for summary in summaries])
 
@@ -120,17 +120,17 @@ class TensorBoardLog:
         try:
             yield
         except OSError as error:
-            self.lost = error.strerror or str(error)
+            self.write_error = error.strerror or str(error)
             logger.warning(
                 "TensorBoard's file %s cannot be written (%s); training goes on, "
-                "its curves and pictures end here",
+                "its curves and figures end here",
                 self._path,
-                self.lost,
+                self.write_error,
             )
 
 
 def _append(path: Path, events: Iterable[Event]) -> None:
-    """Not into a file held open: a folder that was deleted would never show."""
+    """Append events; the file is opened each time, to notice that it was deleted."""
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
         records = RecordWriter(file)

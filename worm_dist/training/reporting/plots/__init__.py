@@ -1,6 +1,6 @@
-"""Pictures of a search: which channels each check kept, and how far the masks are apart.
+"""Plots of a search: the channels that each check kept, and the distances between the masks.
 
-Every function makes a figure of its own, without pyplot and so without any global state.
+Every function returns a new figure and avoids pyplot, so there is no global state.
 """
 
 from .curve import distance_curve

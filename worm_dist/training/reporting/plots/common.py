@@ -1,4 +1,4 @@
-"""Sheet: what all pictures of a search share."""
+"""Helpers shared by the plots of a search."""
 
 from __future__ import annotations
 
@@ -21,30 +21,36 @@ _MOST_LABELS = 10
 __all__ = ["checks", "label_steps", "new_figure", "newest", "stacked", "thinned", "title"]
 
 
-def newest(findings: Sequence[CheckRecord]) -> Sequence[CheckRecord]:
-    if not findings:
+def newest(records: Sequence[CheckRecord]) -> Sequence[CheckRecord]:
+    """The newest records, at most 100."""
+    if not records:
         raise ValueError("there is nothing to draw before the first check")
-    return findings[-_MOST_CHECKS:]
+    return records[-_MOST_CHECKS:]
 
 
-def stacked(findings: Sequence[CheckRecord]) -> NDArray[np.float32]:
-    """``[checks, channels]``, 1 = kept."""
-    return np.stack([f.mask.keep.numpy() for f in findings]).astype(np.float32)
+def stacked(records: Sequence[CheckRecord]) -> NDArray[np.float32]:
+    """The masks as an array ``[checks, channels]``; 1 = kept."""
+    return np.stack([record.mask.keep.numpy() for record in records]).astype(np.float32)
 
 
-def checks(shown: Sequence[CheckRecord], findings: Sequence[CheckRecord]) -> str:
-    if len(shown) < len(findings):
-        return f"the newest {len(shown)} of {len(findings)} checks"
+def checks(shown: Sequence[CheckRecord], records: Sequence[CheckRecord]) -> str:
+    """Describe how many checks are shown."""
+    if len(shown) < len(records):
+        return f"the newest {len(shown)} of {len(records)} checks"
     return "1 check" if len(shown) == 1 else f"{len(shown)} checks"
 
 
 def thinned(count: int) -> list[int]:
-    """The last of ``count`` positions and those at equal strides before it, few enough to label."""
+    """At most 10 of ``count`` positions to label: the last one and others at equal strides."""
     return list(range(count - 1, -1, -math.ceil(count / _MOST_LABELS)))
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Size in inches."""
+    """Create a figure without frame.
+
+    Args:
+        width, height: size in inches.
+    """
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -54,6 +60,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def title(axes: Axes, headline: str, detail: str) -> None:
+    """Add a bold headline and a grey line of detail below it."""
     axes.set_title(f"{headline}\n", loc="left", fontweight="bold", fontsize=12, linespacing=1.6)
     axes.annotate(
         detail,
@@ -66,8 +73,8 @@ def title(axes: Axes, headline: str, detail: str) -> None:
     )
 
 
-def label_steps(axis: Axis, findings: Sequence[CheckRecord]) -> None:
-    """The newest check's and, where there are many, those of every second, third, ... before it."""
-    positions = thinned(len(findings))
-    names = [f"{findings[index].step:,}" for index in positions]
+def label_steps(axis: Axis, records: Sequence[CheckRecord]) -> None:
+    """Label an axis with the steps of the checks, the newest one and others at equal strides."""
+    positions = thinned(len(records))
+    names = [f"{records[index].step:,}" for index in positions]
     axis.set_ticks(positions, names, fontsize=8)

@@ -1,4 +1,4 @@
-"""The curve of distances that decides."""
+"""Plot of the mask distances with the thresholds for the elbow and for settled masks."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from matplotlib.figure import Figure
 from ....search.convergence import CheckRecord
 from .common import new_figure, newest, thinned, title
 
-# Of the palette of Okabe and Ito, which the colour-blind tell apart.
+# From the colour-blind safe palette of Okabe and Ito.
 _MEAN, _MAX, _SETTLED, _ELBOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
 _MOST_POINTS = 40
 _HEADROOM = 1.3
-"""Of the curve, for words above it."""
+"""Height of the axes relative to the curve; leaves room for annotations above it."""
 
 _Lines = dict[str, tuple[str, list[float | None]]]
-"""Name of a line -> its colour, its height at every check."""
+"""Colour and value at every check, by the line's name."""
 
 __all__ = ["distance_curve"]
 
 
-def distance_curve(findings: Sequence[CheckRecord], settled: float) -> Figure:
-    """Mean and largest distance of each mask to the older ones in its window.
+def distance_curve(records: Sequence[CheckRecord], settled: float) -> Figure:
+    """Plot the mean and largest distance of each mask to the older ones in its window.
 
     Args:
-        findings: oldest first.
+        records: the records of all checks, oldest first.
         settled: the distance, 0 to 1, below which masks count as settled.
 
     Raises:
-        ValueError: there is no finding.
+        ValueError: there are no records.
     """
-    last = newest(findings)[-1]
+    last = newest(records)[-1]
     figure, axes = new_figure(8.0, 4.8)
     distances: _Lines = {
-        "mean": (_MEAN, [f.distance_mean for f in findings]),
-        "largest": (_MAX, [f.distance_max for f in findings]),
+        "mean": (_MEAN, [record.distance_mean for record in records]),
+        "largest": (_MAX, [record.distance_max for record in records]),
     }
     thresholds: _Lines = {
-        "elbow threshold": (_ELBOW, [f.threshold for f in findings]),
-        "settled threshold": (_SETTLED, [settled] * len(findings)),
+        "elbow threshold": (_ELBOW, [record.threshold for record in records]),
+        "settled threshold": (_SETTLED, [settled] * len(records)),
     }
     for colour, values in distances.values():
-        marker = "o" if len(findings) <= _MOST_POINTS else ""
+        marker = "o" if len(records) <= _MOST_POINTS else ""
         _draw(axes, values, color=colour, linewidth=2, marker=marker, markersize=4)
     for colour, values in thresholds.values():
-        # One place more: a threshold holds until the next check, and a single one is a line too.
+        # A threshold applies until the next check, so its line is one check longer.
         _draw(axes, [*values, values[-1]], color=colour, linestyle="--", drawstyle="steps-post")
     lines = {**distances, **thresholds}
     top = max(value for _, values in lines.values() for value in values if value is not None)
     axes.set_ylim(0, _HEADROOM * top)
-    axes.set_xlim(0.5, len(findings) + 1)
+    axes.set_xlim(0.5, len(records) + 1)
     _label_ends(axes, {name: (colour, values[-1]) for name, (colour, values) in lines.items()})
-    _mark_verdicts(axes, findings)
+    _mark_verdicts(axes, records)
     axes.grid(axis="y", color="#E6E6E6")
     axes.set_axisbelow(True)
-    axes.set_xticks([index + 1 for index in thinned(len(findings))])
+    axes.set_xticks([index + 1 for index in thinned(len(records))])
     axes.set_xlabel(f"check (the newest after {last.step:,} optimizer steps)")
     axes.set_ylabel("distance to the older masks in the window")
     title(
@@ -73,7 +73,7 @@ def distance_curve(findings: Sequence[CheckRecord], settled: float) -> Figure:
 
 
 def _spread(wanted: Sequence[float], gap: float, top: float) -> list[float]:
-    """Positions near the wanted ones, ``gap`` apart in the same order, none above ``top``."""
+    """Move positions apart by at least ``gap``, keeping their order, none above ``top``."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = list(wanted)
     for below, above in pairwise(order):
@@ -86,13 +86,13 @@ def _spread(wanted: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 def _draw(axes: Axes, values: Sequence[float | None], **style: Any) -> None:
-    """A line over the numbers of the checks, from 1 on, with gaps for None."""
+    """Plot values over check numbers, counted from 1, with gaps for None."""
     heights = [np.nan if value is None else value for value in values]
     axes.plot(range(1, len(heights) + 1), heights, **style)
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> None:
-    """Each line's name beside its newest point, moved where two would overlap."""
+    """Write each line's name beside its newest point, moved apart where they would overlap."""
     present = {name: (colour, y) for name, (colour, y) in ends.items() if y is not None}
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     heights = _spread([y for _, y in present.values()], gap=0.055 * top, top=top)
@@ -108,28 +108,28 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> Non
         )
 
 
-def _mark_verdicts(axes: Axes, findings: Sequence[CheckRecord]) -> None:
-    """Where truncation may start and where the ticket is found, each explained in the headroom."""
-    elbow = next((i for i, finding in enumerate(findings, 1) if finding.elbow), None)
-    settled = next((i for i, finding in enumerate(findings, 1) if finding.settled), None)
-    for word, check, colour, height in (
+def _mark_verdicts(axes: Axes, records: Sequence[CheckRecord]) -> None:
+    """Mark the checks of the elbow and of the first settled masks, annotated above the curve."""
+    elbow = next((i for i, record in enumerate(records, 1) if record.elbow), None)
+    settled = next((i for i, record in enumerate(records, 1) if record.settled), None)
+    for label, check, colour, height in (
         ("elbow", elbow, _ELBOW, 0.96),
         ("settled", settled, _SETTLED, 0.88),
     ):
         if check is not None:
-            _mark(axes, word, check, findings, colour, height * axes.get_ylim()[1])
+            _mark(axes, label, check, records, colour, height * axes.get_ylim()[1])
 
 
 def _mark(
-    axes: Axes, word: str, check: int, findings: Sequence[CheckRecord], colour: str, height: float
+    axes: Axes, label: str, check: int, records: Sequence[CheckRecord], colour: str, height: float
 ) -> None:
-    finding = findings[check - 1]
-    late = check > len(findings) / 2
+    record = records[check - 1]
+    late = check > len(records) / 2
     axes.vlines(check, 0, height, color=colour, linewidth=1, alpha=0.5)
-    if finding.distance_mean is not None:
-        axes.plot(check, finding.distance_mean, "o", color=colour, markersize=8)
+    if record.distance_mean is not None:
+        axes.plot(check, record.distance_mean, "o", color=colour, markersize=8)
     axes.annotate(
-        f"{word}: check {check}, step {finding.step:,}",
+        f"{label}: check {check}, step {record.step:,}",
         (check, height),
         xytext=(-5 if late else 5, 0),
         textcoords="offset points",

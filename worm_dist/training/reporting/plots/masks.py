@@ -1,4 +1,4 @@
-"""Which channels each check kept."""
+"""Plot of the channels that each check kept."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from numpy.typing import NDArray
 from ....search.convergence import CheckRecord
 from .common import checks, label_steps, new_figure, newest, stacked, title
 
-# Of the palette of Okabe and Ito, which the colour-blind tell apart; dark against light besides.
+# From the colour-blind safe palette of Okabe and Ito; also dark against light.
 _KEPT, _DROPPED = "#0072B2", "#F2B84B"
 _MOST_ROWS = 1000
-"""Rows of pixels: a screen has no more, and a row of its own for each of 26,560 channels would
-leave it to chance which of them are seen."""
+"""Rows of pixels.  Screens have no more; of 26,560 rows an arbitrary part would be visible."""
 _LABEL_HEIGHT = 16
-"""Pixels from one group's name to the next."""
+"""Vertical distance of group names in pixels."""
 _LONGEST_NAME = 28
 
 __all__ = ["mask_picture"]
 
 
-def mask_picture(findings: Sequence[CheckRecord]) -> Figure:
-    """Which channel was kept (row) at which check (column); the newest 100 checks.
+def mask_picture(records: Sequence[CheckRecord]) -> Figure:
+    """Plot which channels (rows) were kept at which checks (columns), for the newest 100 checks.
 
-    In each group the channels are sorted by how often they were kept.  Channels that must share a
+    Within each group the channels are sorted by how often they were kept.  Channels that share a
     row of pixels are averaged.
 
     Args:
-        findings: oldest first, all of the same groups.
+        records: the records of all checks, oldest first, over the same groups.
 
     Raises:
-        ValueError: there is no finding.
+        ValueError: there are no records.
     """
-    shown = newest(findings)
+    shown = newest(records)
     mask = shown[-1].mask
     figure, axes = new_figure(8.0, min(10.0, max(4.5, 2.5 + 0.2 * len(mask))))
     colours = LinearSegmentedColormap.from_list("kept", [_DROPPED, _KEPT])
@@ -53,7 +52,7 @@ def mask_picture(findings: Sequence[CheckRecord]) -> Figure:
     )
     _label_groups(axes, mask.sizes)
     label_steps(axes.xaxis, shown)
-    axes.set_xlabel(f"optimizer step of the check ({checks(shown, findings)})")
+    axes.set_xlabel(f"optimizer step of the check ({checks(shown, records)})")
     axes.set_ylabel("channels of each group, most often kept on top")
     title(
         axes,
@@ -70,17 +69,21 @@ def mask_picture(findings: Sequence[CheckRecord]) -> Figure:
 
 
 def _sorted_in_groups(kept: NDArray[np.float32], sizes: Mapping[str, int]) -> NDArray[np.float32]:
-    """``[channels, checks]`` with the channels of each group by falling number of ones.
+    """Sort the channels of each group by how often they were kept, in descending order.
 
-    Their order in the network means nothing, and sorted ones show at a glance which still change.
-    The sorting looks at no check more than at another: it cannot make masks seem to settle.
+    The order in the network has no meaning, and sorted channels show which ones still change.  All
+    checks have the same weight, so sorting cannot make masks look more settled than they are.
+
+    Args:
+        kept: ``[channels, checks]``, 1 = kept.
+        sizes: number of channels of each group, by name.
     """
     group = np.repeat(np.arange(len(sizes)), list(sizes.values()))
     return kept[np.lexsort((-kept.sum(axis=1), group))]
 
 
 def _as_rows(kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``[channels, checks]`` averaged to ``_MOST_ROWS`` rows where there are more channels."""
+    """Average ``[channels, checks]`` to at most ``_MOST_ROWS`` rows."""
     if len(kept) <= _MOST_ROWS:
         return kept
     starts = np.arange(_MOST_ROWS) * len(kept) // _MOST_ROWS
@@ -88,10 +91,10 @@ def _as_rows(kept: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.add.reduceat(kept, starts, axis=0) / sizes[:, None], dtype=np.float32)
 
 
-def _newest_distance(finding: CheckRecord) -> str:
-    if finding.distance_mean is None:
+def _newest_distance(record: CheckRecord) -> str:
+    if record.distance_mean is None:
         return "no distance before the second check"
-    return f"newest mean distance {finding.distance_mean:.3f}"
+    return f"newest mean distance {record.distance_mean:.3f}"
 
 
 def _crowded(num_channels: int) -> str:
@@ -101,12 +104,12 @@ def _crowded(num_channels: int) -> str:
 
 
 def _short(name: str) -> str:
-    """The end of a long name: there module names differ."""
+    """The end of a long name, where module names differ."""
     return name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
 
 
 def _label_groups(axes: Axes, sizes: Mapping[str, int]) -> None:
-    """A thin line below each group; the names of those that have the room for one."""
+    """Draw a thin line below each group, and the names of groups with enough space."""
     ends = np.cumsum(list(sizes.values()))
     axes.hlines(ends[:-1], -0.5, axes.get_xlim()[1], color="white", linewidth=0.5)
     room = _LABEL_HEIGHT / axes.bbox.height * ends[-1]

@@ -1,4 +1,4 @@
-"""How far every mask is from every other."""
+"""Plot of the pairwise distances of the masks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _MOST_ANNOTATED = 12
 __all__ = ["distance_matrix"]
 
 
-def distance_matrix(findings: Sequence[CheckRecord]) -> Figure:
-    """The distance, 0 to 1, of every mask to every other; the newest 100 checks.
+def distance_matrix(records: Sequence[CheckRecord]) -> Figure:
+    """Plot the distance, 0 to 1, between every pair of masks, for the newest 100 checks.
 
     Args:
-        findings: oldest first, all of the same groups.
+        records: the records of all checks, oldest first, over the same groups.
 
     Raises:
-        ValueError: there is no finding.
+        ValueError: there are no records.
     """
-    shown = newest(findings)
+    shown = newest(records)
     distances = _distances(stacked(shown))
     figure, axes = new_figure(7.0, 6.0)
     image = axes.imshow(distances, cmap="cividis_r", vmin=0, vmax=max(float(distances.max()), 0.01))
@@ -41,13 +41,13 @@ def distance_matrix(findings: Sequence[CheckRecord]) -> Figure:
     title(
         axes,
         "Distance between masks",
-        f"{checks(shown, findings)}, {shown[-1].mask.num_channels:,} channels",
+        f"{checks(shown, records)}, {shown[-1].mask.num_channels:,} channels",
     )
     return figure
 
 
 def _distances(kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``[checks, checks]``.  |a xor b| = |a| + |b| - 2 |a and b|: a product instead of a loop."""
+    """Distances ``[checks, checks]``, by |a xor b| = |a| + |b| - 2 |a and b|."""
     counts = kept.sum(axis=1)
     differing = counts[:, None] + counts[None, :] - 2 * (kept @ kept.T)
     return np.asarray(differing / kept.shape[1])

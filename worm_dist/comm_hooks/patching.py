@@ -1,4 +1,4 @@
-"""Override: a function of somebody else's, replaced for a while."""
+"""Patching: replace a function of another library until the patch is removed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ __all__ = ["Patch"]
 
 
 class Patch:
-    """Stands in the place of an object's function, until ``remove``.
+    """Replaces an object's function until ``remove``.
 
     Args:
-        target: an object or a module.
-        name: of the function.
-        replacement: is called in its stead.
+        target: the object or module.
+        name: the function's name.
+        replacement: the function to call instead.
 
     Attributes:
-        original: what was there.
+        original: the function before the patch.
     """
 
     def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.original: Callable[..., Any] = getattr(target, name)
         self._target = target
         self._name = name
-        self._own = vars(target).get(name)
+        self._previous = vars(target).get(name)
         self._replacement: Callable[..., Any] | None = replacement
         setattr(target, name, self)
 
@@ -33,13 +33,13 @@ class Patch:
         return function(*arguments, **keywords)
 
     def remove(self) -> None:
-        """Put back what was there; below another override, once that one has gone too."""
+        """Restore the function; below a later patch, once that one is removed too."""
         self._replacement = None
-        there = vars(self._target)
-        top = there.get(self._name)
+        attributes = vars(self._target)
+        top = attributes.get(self._name)
         while isinstance(top, Patch) and top._replacement is None:
-            top = top._own
+            top = top._previous
         if top is not None:
             setattr(self._target, self._name, top)
-        elif self._name in there:
-            delattr(self._target, self._name)  # its class has the original
+        elif self._name in attributes:
+            delattr(self._target, self._name)  # the original is an attribute of its class

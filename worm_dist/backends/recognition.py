@@ -1,0 +1,73 @@
+"""Recognition: the backend of a model."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.contract import _get_registry
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import BackendError
+from .backend import Backend, not_compiled
+from .ddp import DdpBackend
+from .deepspeed import DeepSpeedBackend, is_deepspeed
+from .single_process import SingleProcess
+
+__all__ = ["backend_of"]
+
+_UNSUPPORTED = {
+    "DataParallel": "nn.DataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel (FSDP)",
+    "FSDPModule": "fully_shard (FSDP2)",
+    "fully_shard": "fully_shard (FSDP2)",
+    "replicate": "replicate()",
+}
+"""Names of module classes, and of the contracts that torch's functions register on modules, with
+the name to show."""
+
+
+def backend_of(model: nn.Module) -> Backend:
+    """The backend of a model.
+
+    Raises:
+        BackendError: several processes, but a bare model; a compiled wrapper; an unsupported
+            wrapper or DeepSpeed engine.
+    """
+    if is_deepspeed(model):
+        return DeepSpeedBackend(model)
+    _require_not_sharded(model)
+    if isinstance(model, DistributedDataParallel):
+        return DdpBackend(model)
+    if isinstance(not_compiled(model), DistributedDataParallel):
+        raise BackendError(
+            "attach: torch.compile around DistributedDataParallel compiles nothing here; compile "
+            "the network, then wrap it: DistributedDataParallel(torch.compile(network))"
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise BackendError(
+            f"attach: {dist.get_world_size()} processes train together, but the model is a bare "
+            f"{type(model).__name__}; wrap it in DistributedDataParallel, or give it to "
+            "deepspeed.initialize, first"
+        )
+    return SingleProcess(model)
+
+
+def _require_not_sharded(model: nn.Module) -> None:
+    """Refuse models that are parallel in an unsupported way.
+
+    Raises:
+        BackendError: naming the way.
+    """
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        for kind, name in _UNSUPPORTED.items():
+            if kind in kinds or kind in (_get_registry(module) or {}):
+                raise BackendError(
+                    f"attach: the model is parallel by {name}, which is not supported; wrap it in "
+                    "DistributedDataParallel, or give it to deepspeed.initialize"
+                )
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise BackendError(
+            "attach: parameters of the model are DTensors (tensor parallelism, FSDP2), which are "
+            "not supported; wrap the whole network in DistributedDataParallel"
+        )
