@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from .groups.channel_groups import ChannelGroup
     from .groups.gates import add_gates
-    from .search.mask import Mask
+    from .groups.mask import Mask
     from .ticket.file import load_ticket
     from .verdict import Phase, Verdict
 
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ChannelGroup": ".groups.channel_groups",
     "Engine": ".engine.engine",
-    "Mask": ".search.mask",
+    "Mask": ".groups.mask",
     "Phase": ".verdict",
     "Verdict": ".verdict",
     "WormConfig": ".config",

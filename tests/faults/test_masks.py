@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.courses import ALL_PHASES
 from tests.faults.driver import Act, Driver, Fault, Run, busy
-from worm_dist.search.mask import Mask
+from worm_dist.groups.mask import Mask
 
 
 def _one_more(real: Act, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from tests.nets import Plain, Residual, random_images, randomise
 from tests.ranks import Ranks
 from tests.resuming import differences
 from worm_dist import ConfigError, WormConfig, WormError
-from worm_dist.engine.recorded_inputs import RecordedInputs
+from worm_dist.pruning.recorded_inputs import RecordedInputs
 
 
 class _NormAct(nn.BatchNorm2d):

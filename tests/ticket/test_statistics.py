@@ -15,8 +15,8 @@ from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
 from worm_dist.distributed.collectives import ProcessGroupComm, SingleProcessComm
-from worm_dist.engine.recorded_inputs import RecordedCall
 from worm_dist.pruning.bn_recalibration import recalibrate
+from worm_dist.pruning.recorded_inputs import RecordedCall
 
 
 def _call(*positional: Tensor, norms: Sequence[str] = ("0",), **keywords: Tensor) -> RecordedCall:

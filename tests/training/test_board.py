@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worm_dist.config import SearchConfig
+from worm_dist.groups.mask import Mask
 from worm_dist.search.convergence import CheckRecord, History
-from worm_dist.search.mask import Mask
 from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
 

@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from worm_dist.config import SearchConfig
+from worm_dist.groups.mask import Mask
 from worm_dist.search.convergence import CheckRecord, History
-from worm_dist.search.mask import Mask
 from worm_dist.training.reporting.plots import distance_curve, distance_matrix, mask_picture
 
 SMALL = {"stem": 32, "body": 64, "head": 352}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from ..distributed.collectives import Communicator
-from ..engine.state_schema import digest_of
+from ..distributed.digest import digest_of
 from ..errors import CheckpointError
 from .full_state import FullParamState, gather, scatter_full_state
 from .optimizer_view import OptimizerView

@@ -18,8 +18,8 @@ from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine.engine import attach
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
+from ..groups.mask import Mask
 from ..interval import Interval
-from ..search.mask import Mask
 
 __all__ = [
     "DDP",

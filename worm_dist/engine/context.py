@@ -23,7 +23,7 @@ from ..groups.channel_groups import Groups
 from ..interval import Interval
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
-from .recorded_inputs import RecordedCall, RecordedInputs
+from ..pruning.recorded_inputs import RecordedCall, RecordedInputs
 from .step_hooks import StepHooks, Traffic
 
 __all__ = ["TrainingContext", "WrappedNetwork", "require_countable"]

@@ -19,15 +19,15 @@ from ..groups.channel_groups import Groups
 from ..groups.copying import copied
 from ..groups.forward import floats, undisturbed
 from ..groups.gates import fold_gates, gates_of
+from ..groups.mask import Mask
 from ..groups.nested import mapped
 from ..pruning.bn_recalibration import Statistics
 from ..pruning.optimizer_transfer import drop_parameters, require_cuttable, transfer_state
+from ..pruning.recorded_inputs import RecordedCall
 from ..pruning.rehearsal import Rehearsal, difference
 from ..pruning.sharded_transfer import ShardedTransfer
 from ..pruning.surgery import cuts_of, remove_channels, shapes_of
-from ..search.mask import Mask
 from .context import TrainingContext
-from .recorded_inputs import RecordedCall
 from .snapshot import Snapshot
 
 __all__ = ["draw"]

@@ -21,14 +21,15 @@ from ..distributed.attendance import Attendance
 from ..distributed.collectives import bits
 from ..errors import ConfigError
 from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.mask import Mask
 from ..groups.nested import mapped
 from ..groups.remaining_channels import RemainingChannels
 from ..pruning.agreement import agreed_mask, require_live_survivors, require_reversible
 from ..pruning.exactness import agreed_groups
 from ..pruning.optimizer_transfer import kept_indices, select
+from ..pruning.recorded_inputs import RecordedInputs
 from ..pruning.surgery import cuts_of, shapes_of, ungated
 from ..search.convergence import CheckRecord, History
-from ..search.mask import Mask
 from ..search.ranking import Ranking
 from ..search.removal_order import removal_order
 from ..search.unused_parameters import ParameterUsage
@@ -39,7 +40,6 @@ from ..truncation.truncation import Truncation, first_reducer, pruned_state
 from ..verdict import Phase, Verdict
 from .context import TrainingContext, require_countable
 from .draw import draw
-from .recorded_inputs import RecordedInputs
 from .state import Resumable
 from .state_schema import plain_settings
 from .step_hooks import Traffic

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..pruning.parameter_storage import replace_data
+from ..groups.parameter_storage import replace_data
 
 __all__ = ["Snapshot"]
 

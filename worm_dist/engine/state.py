@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..groups.channel_groups import Groups
+from ..groups.mask import Mask
 from ..groups.remaining_channels import RemainingChannels
+from ..pruning.recorded_inputs import RecordedCall, calls_from, plain_calls
 from ..search.convergence import History
-from ..search.mask import Mask
 from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal
 from ..truncation.truncation import Truncation
 from ..verdict import Phase, Verdict
 from .context import TrainingContext
-from .recorded_inputs import RecordedCall, calls_from, plain_calls
 from .state_schema import FORMAT, digests_of, require_valid
 from .step_hooks import Traffic
 

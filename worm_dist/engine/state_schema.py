@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -11,12 +10,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor
 
 from ..config import Settings
+from ..distributed.digest import digest_of
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
 from ..interval import Interval
 from ..verdict import Phase
 
-__all__ = ["FORMAT", "digest_of", "digests_of", "plain_settings", "require_valid"]
+__all__ = ["FORMAT", "digests_of", "plain_settings", "require_valid"]
 
 FORMAT = 2
 
@@ -312,29 +312,3 @@ def digests_of(state: Mapping[str, Any]) -> dict[str, bytes]:
     shared = {key: value for key, value in state.items() if key not in _PER_RANK}
     training = {key: value for key, value in state["training"].items() if key != "traffic"}
     return {key: digest_of(value) for key, value in {**shared, "training": training}.items()}
-
-
-def digest_of(value: Any) -> bytes:
-    """Digest, 16 bytes, of a nested plain value, whatever device its tensors are on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(value):
-        digest.update(part)
-    return digest.digest()
-
-
-def _parts(value: Any) -> Iterator[bytes]:
-    """An encoding as bytes that is unique for every nested value."""
-    if isinstance(value, Tensor):
-        yield repr((value.dtype, tuple(value.shape))).encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, Mapping):
-        yield f"{{{len(value)}".encode()
-        for key in sorted(value):
-            yield repr(key).encode()
-            yield from _parts(value[key])
-    elif isinstance(value, (list, tuple)):
-        yield f"[{len(value)}".encode()
-        for part in value:
-            yield from _parts(part)
-    else:
-        yield repr(value).encode()

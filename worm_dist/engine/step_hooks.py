@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..backends.optimizer_view import Handle, OptimizerView, Owners
-from .recorded_inputs import RecordedCall, RecordedInputs
+from ..pruning.recorded_inputs import RecordedCall, RecordedInputs
 
 __all__ = ["StepHooks", "Traffic"]
 

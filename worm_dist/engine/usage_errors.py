@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..errors import BackendError, ConfigError
+from ..pruning.recorded_inputs import RecordedInputs
 from .context import TrainingContext
-from .recorded_inputs import RecordedInputs
 
 __all__ = ["UsageErrors", "require_alone"]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..search.mask import Mask
+from .mask import Mask
 
 __all__ = ["ChannelGroup", "Groups", "Member"]
 

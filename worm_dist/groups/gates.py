@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import ConfigError
-from ..pruning.parameter_storage import replace_data
 from .attention import find_attentions, weight_of
 from .feed_forward import find_feed_forwards
+from .parameter_storage import replace_data
 
 __all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gates_of", "remove_gates"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..search.mask import Mask
 from .channel_groups import Groups
+from .mask import Mask
 
 __all__ = ["RemainingChannels"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..groups.channel_groups import ChannelGroup, Groups, Member
 from ..groups.freeze_plan import FreezePlan
-from ..search.mask import Mask
+from ..groups.mask import Mask
 from .flops import count_operations
 
 __all__ = ["Cost", "Costs", "costs_of", "truncated"]

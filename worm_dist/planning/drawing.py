@@ -9,8 +9,8 @@ from torch import nn
 
 from ..groups.channel_groups import ChannelGroup, Groups, Member
 from ..groups.gates import fold_gates
+from ..groups.mask import Mask
 from ..pruning.surgery import cuts_of, remove_channels, shapes_of
-from ..search.mask import Mask
 
 __all__ = ["drawn"]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.freeze_plan import FreezePlan
+from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
-from ..search.mask import Mask
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
 from ..training.gating import gated

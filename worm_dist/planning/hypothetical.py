@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
-from ..search.mask import Mask
+from ..groups.mask import Mask
 from ..search.ranking import Ranking
 
 __all__ = ["equal_shares", "mask_of_ticket"]

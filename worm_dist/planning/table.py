@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ..config import WormConfig
 from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.mask import Mask
 from ..groups.selection import importance_of
 from ..models import OWN, TORCHVISION
-from ..search.mask import Mask
 from ..search.rounding import ratio_reached
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import Communicator, bits
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
-from ..search.mask import Mask
+from ..groups.mask import Mask
 
 __all__ = ["agreed_mask", "require_live_survivors", "require_reversible"]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.collectives import Communicator
-from ..engine.recorded_inputs import Norm, RecordedCall
 from ..groups.forward import buffers_kept, undisturbed
 from ..groups.training_mode import in_training, norms_in_training
+from .recorded_inputs import Norm, RecordedCall
 
 __all__ = ["Statistics", "recalibrate"]
 

@@ -22,9 +22,9 @@ from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import scratch_copy
 from ..groups.forward import run
+from ..groups.mask import Mask
 from ..groups.selection import importance_of, select_groups
 from ..groups.tracing import find_groups
-from ..search.mask import Mask
 from .rehearsal import Rehearsal
 from .trial_values import (
     crop_large_images,

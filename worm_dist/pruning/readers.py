@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.channel_groups import ChannelGroup
-from ..search.mask import Mask
+from ..groups.mask import Mask
 
 __all__ = ["OutputSums", "Readers", "same_outputs"]
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import copied
 from ..groups.forward import buffers_kept, floats, run
+from ..groups.mask import Mask
 from ..groups.nested import mapped
 from ..groups.training_mode import deciding_modules, in_training
-from ..search.mask import Mask
 from .readers import OutputSums, Readers, same_outputs
 from .surgery import cuts_of, remove_channels, shapes_of
 

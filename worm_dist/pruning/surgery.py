@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..groups.attention import find_attentions
 from ..groups.channel_groups import Groups
-from ..search.mask import Mask
+from ..groups.mask import Mask
+from ..groups.parameter_storage import replace_data
 from .attention_heads import keep_heads
-from .parameter_storage import replace_data
 
 __all__ = ["Cut", "cuts_of", "match_memory_format", "remove_channels", "shapes_of", "ungated"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .mask import Mask
+from ..groups.mask import Mask
 
 __all__ = ["Candidates", "NormCandidates"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..config import SearchConfig
+from ..groups.mask import Mask
 from .elbow import elbow_reached, elbow_threshold
-from .mask import Mask
 from .window import Window
 
 __all__ = ["CheckRecord", "History"]

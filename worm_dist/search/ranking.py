@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..config import WormConfig
 from ..errors import NonFiniteError
 from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.mask import Mask
 from .budgets import pools_of
 from .importance import importance_measure
-from .mask import Mask
 from .rounding import rounded
 from .select import select_channels
 

@@ -14,7 +14,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from .mask import Mask
+from ..groups.mask import Mask
 from .select import comparable, num_protected
 
 __all__ = ["is_rounded", "ratio_reached", "rounded"]

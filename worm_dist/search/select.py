@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError
+from ..groups.mask import Mask
 from .budgets import Pool
-from .mask import Mask
 
 __all__ = ["comparable", "num_protected", "select_channels"]
 

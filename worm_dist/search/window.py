@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from .mask import Mask
+from ..groups.mask import Mask
 
 __all__ = ["Window"]
 

@@ -19,9 +19,9 @@ from ..errors import CheckpointError, ConfigError
 from ..files import write_json
 from ..groups.channel_groups import Groups
 from ..groups.gates import remove_gates
+from ..groups.mask import Mask
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
-from ..search.mask import Mask
 from .meta_init import build_on_meta
 from .metadata import CutRecord, GroupRecord, ModelRecord, Record
 from .weights import open_weights, write_weights

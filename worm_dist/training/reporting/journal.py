@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...groups.mask import Mask
 from ...search.convergence import CheckRecord
-from ...search.mask import Mask
 from ...verdict import Phase, Verdict
 
 __all__ = ["Journal"]
