@@ -199,7 +199,7 @@ def test_quartiles_are_those_of_the_values() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["wire"], 6, "bench: it measures what two ranks tell one another, but there are 1;"),
+        (["wire"], 6, "bench: it needs exactly 2 ranks, but there are 1;"),
         (["wires"], 2, "invalid choice: 'wires'"),
         (["wire", "--rounds", "3"], 2, "unrecognized arguments: --rounds 3"),
     ],

@@ -367,5 +367,5 @@ def test_a_floor_that_cannot_be_kept_is_told_at_once() -> None:
     network = Plain(first=3, second=3)
     config = WormConfig(search={"prune_ratio": 0.9, "min_keep_ratio": 0.1})
     optimizer = SGD(network.parameters(), lr=0.1)
-    with pytest.raises(worm_dist.ConfigError, match=r"search\.floor"):
+    with pytest.raises(worm_dist.ConfigError, match=r"search\.min_keep_ratio"):
         worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))

@@ -198,5 +198,5 @@ def _not_rehearsed() -> tuple[str, list[str]]:
 def test_what_cannot_be_rehearsed_is_not_drawn(ranks: Ranks, world: int) -> None:
     """It was drawn, and the error came from the inside with the network already cut."""
     for said, changed in ranks(world, _not_rehearsed):
-        assert "cannot be rehearsed (TypeError: say which way); attach anew" in said
+        assert "cannot be rehearsed (TypeError: say which way); attach again" in said
         assert changed == []

@@ -85,7 +85,7 @@ def test_it_is_found_at_the_very_step(
 def test_it_is_found_within_the_interval(ranks: Ranks) -> None:
     first, second = ranks(2, _train, _push_all, 1, "1ep")
     assert first == second and first.startswith("step 8: ")
-    assert first.count(" on rank 1") == 3 and " (and 5 more). Start again" in first
+    assert first.count(" on rank 1") == 3 and " (and 5 more). Resume from" in first
 
 
 def _step_and_push(real: Act, trainer: Trainer, *batch: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def test_ratios_of_single_groups_hold() -> None:
 
 def test_a_share_that_the_floor_does_not_leave_is_refused() -> None:
     """Every group keeps a tenth, rounded up: nine tenths of all are more than may go."""
-    with pytest.raises(ConfigError, match=r"search\.floor: 0\.1 protects so many channels"):
+    with pytest.raises(
+        ConfigError, match=r"search\.min_keep_ratio: 0\.1 protects so many channels"
+    ):
         _shared("vgg_small", prune_ratio=0.9)
 
 

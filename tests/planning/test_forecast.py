@@ -174,4 +174,4 @@ def test_a_remark_says_that_norms_of_a_group_need_not_agree() -> None:
     for name, several in (("vgg_small", False), ("resnet20", True)):
         config = WormConfig(search={"grouping": "layer"})
         found = forecast(Target(name, SHAPE, 10, config), None, None, None)
-        assert ("do not agree" in " ".join(found.remarks)) == several
+        assert ("disagree in a run" in " ".join(found.remarks)) == several

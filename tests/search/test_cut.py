@@ -146,7 +146,7 @@ def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject
     try:
         expected = _slowly(sizes, scores.tolist(), pools, floor, irreversible)
     except ConfigError:
-        with pytest.raises(ConfigError, match=r"^search\.floor: "):
+        with pytest.raises(ConfigError, match=r"^search\.min_keep_ratio: "):
             select_channels(scores, sizes, pools, floor, torch.tensor(irreversible))
         return
     mask, floored = select_channels(scores, sizes, pools, floor, torch.tensor(irreversible))
@@ -231,7 +231,7 @@ def test_a_floor_that_does_not_bind_is_not_named() -> None:
 
 def test_floors_that_leave_too_little_to_drop_are_refused() -> None:
     sizes = {f"group{number}": 1 for number in range(10)}
-    with pytest.raises(ConfigError, match=r"^search\.floor: .*only 0 of 10 .* asks for 5"):
+    with pytest.raises(ConfigError, match=r"^search\.min_keep_ratio: .*only 0 of 10 .* asks for 5"):
         select_channels(torch.rand(10), sizes, 0.5, 0.1)
 
 

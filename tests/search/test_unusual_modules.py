@@ -318,7 +318,9 @@ def _refused(name: str) -> tuple[str, int]:
 def test_torchscript_is_named(ranks: Ranks, name: str, world: int) -> None:
     """It was not copied, or hooks could not be registered on it, and torch said so."""
     for said, num_hooks in ranks(world, _refused, name):
-        assert _SCRIPTED[name] in said and "give the module that torch.jit.script was given" in said
+        assert (
+            _SCRIPTED[name] in said and "pass the module that was given to torch.jit.script" in said
+        )
         assert "\n" not in said and num_hooks == 0
 
 

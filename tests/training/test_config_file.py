@@ -69,7 +69,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
             "truncation:\n  mode: soft\n  frozen_weights: remove\n",
             "frozen_weights 'remove' contradicts",
         ),
-        ("search:\n  prune_ratio: 0.8\n  floor: 0.3\n", "contradict"),
+        ("search:\n  prune_ratio: 0.8\n  min_keep_ratio: 0.3\n", "contradict"),
         ("search: 3\n", "search:"),
         ("preset: fast\n", "preset:"),
         ("data:\n  name: cifar10\n", "root is needed for 'cifar10'"),

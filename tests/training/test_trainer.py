@@ -126,7 +126,7 @@ def test_a_run_that_ends_while_channels_leave_says_how_many(ranks: Ranks) -> Non
     assert (result["status"], result["elbow_epoch"]) == ("not_found", 3)
     assert 0 < result["left_fraction"] < 1
     assert "elbow came at epoch 3" in result["reason"]
-    assert "% of the dropped channels had left" in result["reason"]
+    assert "% of the dropped channels had been removed" in result["reason"]
 
 
 def _small_run(settings: dict[str, Any]) -> dict[str, Any]:

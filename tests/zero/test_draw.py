@@ -331,4 +331,4 @@ def test_what_was_before_the_draw_says_so(everyone: list[dict[str, Any]]) -> Non
         rate, *said = seen["dead"]
         assert rate == "0.05"
         assert len(said) == 3
-        assert all("go on with engine.model and engine.optimizer" in text for text in said)
+        assert all("continue with engine.model and engine.optimizer" in text for text in said)

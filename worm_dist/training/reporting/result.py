@@ -124,7 +124,7 @@ class Result:
         if self.elbow_epoch is None:
             return (
                 f"no ticket: no elbow in {self.checks} checks; train for more epochs, or set "
-                "search.elbow.trigger"
+                "search.elbow.margin higher"
             )
         progress = "the mask had not settled"
         if self.left_fraction is not None:
