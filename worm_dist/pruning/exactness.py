@@ -43,6 +43,8 @@ _MAX_TRIALS = 100
 """The number of trials after which undecided groups stay dense.  Counted, not timed, so that all
 ranks give up at the same point."""
 _SECONDS_BEFORE_WARNING = 3.0
+_RANDOM_TOLERANCE = 1e-6
+"""A deep network with random weights amplifies rounding errors as it amplifies every other."""
 
 
 def agreed_groups(
@@ -155,7 +157,8 @@ class _Trial:
         self._kinds = {group.name: _kind(network, group) for group in groups}
         self._original = Rehearsal(network, example_inputs)
         perturb_constant_weights(self._original.network)
-        randomized = Rehearsal(network, perturb_constant_inputs(example_inputs))
+        inputs = perturb_constant_inputs(example_inputs)
+        randomized = Rehearsal(network, inputs, _RANDOM_TOLERANCE)
         randomize_weights(randomized.network, randomized.run)
         self._randomized = randomized if randomized.is_finite else self._original
         self._num_trials = 0

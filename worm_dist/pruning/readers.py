@@ -20,7 +20,6 @@ from ..groups.mask import Mask
 __all__ = ["OutputSums", "Readers", "same_outputs"]
 
 _Conv = nn.modules.conv._ConvNd
-_TOLERANCE = 1e-9
 """The allowed difference, relative to the largest value."""
 _SMALL = 1e-3
 """The scale of values below which differences may be rounding errors."""
@@ -93,7 +92,7 @@ class Readers:
                 handle.remove()
 
 
-def same_outputs(whole: OutputSums, drawn: OutputSums) -> bool:
+def same_outputs(whole: OutputSums, drawn: OutputSums, *, tolerance: float) -> bool:
     """Whether the readers' outputs in the whole and in the smaller network are equal.
 
     Calls with different shapes are ignored, since other channels may be folded into the batch
@@ -105,7 +104,7 @@ def same_outputs(whole: OutputSums, drawn: OutputSums) -> bool:
         if one.shape == other.shape and one.shape.numel() and one.of_channels.isfinite().all():
             largest = max(float(one.of_channels.abs().max()), _SMALL)
             # Written so that NaN counts as a difference.
-            if not bool((one.of_channels - other.of_channels).abs().max() <= _TOLERANCE * largest):
+            if not bool((one.of_channels - other.of_channels).abs().max() <= tolerance * largest):
                 return False
     return True
 

@@ -8,7 +8,7 @@ those of the whole network with the same channels set to zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ __all__ = ["Rehearsal", "difference"]
 
 # Relative to the largest output.  Single precision needs a coarse tolerance, above all on GPUs that
 # round the inputs of convolutions to ten mantissa bits (TF32).
-_TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9}
+_TOLERANCE = 1e-9
 _COARSE_TOLERANCE = 1e-2
 _OUTPUTS_DIFFER = "without some of its channels the network computes other values"
 _Within: TypeAlias = AbstractContextManager[None]
@@ -41,12 +41,16 @@ class Rehearsal:
     Args:
         network: the unwrapped network, in eval mode.
         example_inputs: inputs as for ``forward.run``.
+        tolerance: the relative difference of outputs that rounding explains in double precision.
 
     Attributes:
         network: the copy, from which no channels are removed.
     """
 
-    def __init__(self, network: nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self, network: nn.Module, example_inputs: Any, tolerance: float = _TOLERANCE
+    ) -> None:
+        self._tolerance = tolerance
         # By the modules in training mode: whether the outputs are deterministic in that mode.
         self._modes: dict[tuple[str, ...], bool] = {(): True}
         try:
@@ -81,8 +85,8 @@ class Rehearsal:
             sums.append([])
             return self._outputs(network, partial(readers.recording, sums[-1]))
 
-        reason = difference(zeroed, run_on, groups, mask, dropping)
-        if reason is None and not same_outputs(*sums):
+        reason = difference(zeroed, run_on, groups, mask, dropping, self._tolerance)
+        if reason is None and not same_outputs(*sums, tolerance=self._tolerance):
             return f"{_OUTPUTS_DIFFER} in a layer that reads them"
         return reason
 
@@ -136,6 +140,7 @@ def difference(
     groups: Groups,
     mask: Mask,
     dropping: Sequence[ChannelGroup] | None = None,
+    tolerance: float = _TOLERANCE,
 ) -> str | None:
     """Compare a network's outputs after channels are removed with those after they are zeroed.
 
@@ -145,6 +150,7 @@ def difference(
         groups: the network's channel groups.
         mask: the mask over these groups.
         dropping: the groups that lose channels; default all groups.
+        tolerance: the relative difference that rounding explains in double precision.
 
     Returns:
         The reason why the removal is not exact; None if it is.
@@ -162,9 +168,9 @@ def difference(
     for whole, drawn in zip(expected, outputs):
         if whole.shape != drawn.shape:
             return "its channels are outputs of the network"
-        tolerance = _TOLERANCE.get(whole.dtype, _COARSE_TOLERANCE)
+        allowed = tolerance if whole.dtype == torch.float64 else _COARSE_TOLERANCE
         # Written so that NaN counts as a difference.
-        if not bool((whole - drawn).abs().max() <= tolerance * whole.abs().max()):
+        if not bool((whole - drawn).abs().max() <= allowed * whole.abs().max()):
             return _OUTPUTS_DIFFER
     return None
 
