@@ -87,7 +87,7 @@ class DdpBackend:
         """Check the user's communication hook: DDP allows one, and it is never replaced.
 
         Raises:
-            BackendError: hard truncation needs a hook of its own but one is registered, its state
+            BackendError: hard truncation needs the hook's place but one is registered, its state
                 would not fit the network after a draw, or PowerSGD does not support a parameter.
         """
         for hook, state in self.model._comm_hooks:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from ..errors import BackendError
+from ..errors import BackendError, WormError
 
 __all__ = ["Attendance"]
 
@@ -60,10 +60,11 @@ class Attendance:
         _require_not_skipped(store, call)
         try:
             yield
-        except BackendError:
+        except WormError:
             raise
         except RuntimeError:  # raised by the backend when the rank that skipped it has ended
-            _require_not_skipped(store, call)
+            with suppress(dist.DistError):  # the store may have ended with it
+                _require_not_skipped(store, call)
             raise
 
     def mark_skipped(self, call: str) -> None:
@@ -77,13 +78,13 @@ class Attendance:
         """
         if self._store is None:
             return
-        self._store.add(f"{call}: skipped", 1)
+        # The name first: whoever sees the count must not wait for the name.
         self._store.set(f"{call}: skipped by", str(self._rank))
+        self._store.add(f"{call}: skipped", 1)
         if self._store.add(f"{call}: present", 0):
             raise BackendError(
                 f"{call}: other ranks are in it, but rank {self._rank} has begun the next pass "
-                "without calling it; every rank "
-                "must call it, at the same point of the loop"
+                "without calling it; every rank must call it, at the same point of the loop"
             )
 
 
