@@ -1,7 +1,7 @@
 """JSON messages between two processes over TCP, independent of torch's own communication.
 
-Nothing is sent while all is well.  When a process dies, its kernel closes the connection, so that
-the peer notices at once, whatever the backend of the gradients does.
+When a process dies, its kernel closes the connection, so that the peer notices at once, whatever
+the backend of the gradients does.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ import json
 import os
 import select
 import socket
+import weakref
 from typing import Any, TypeAlias
 
-__all__ = ["JsonConnection", "Message"]
+__all__ = ["MAX_MESSAGE_BYTES", "JsonConnection", "Message"]
 
 Message: TypeAlias = dict[str, Any]
 
+MAX_MESSAGE_BYTES = 2**20
+"""Length of the longest message that is received.  Most have less than a kilobyte; the longest one
+is a failure report that lists ranks, up to some hundred thousand of them."""
+_MAX_BYTES_AT_ONCE = 2**16
 _SEND_TIMEOUT_SECONDS = 5
-# A host that loses its power closes no connection; after these probes it counts as closed.
+# A host that loses power does not close its connections.  They count as closed when it has answered
+# none of these probes.
 _SECONDS_BEFORE_PROBES, _SECONDS_BETWEEN_PROBES, _NUM_PROBES = 10, 5, 4
 
 
@@ -27,9 +33,15 @@ class JsonConnection:
 
     Args:
         connection: the connected TCP socket; owned by this object.
+        max_message_bytes: length of the longest message to receive.
+
+    Attributes:
+        max_message_bytes: as above; may be changed between two messages.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(
+        self, connection: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
         connection.settimeout(_SEND_TIMEOUT_SECONDS)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
@@ -39,12 +51,12 @@ class JsonConnection:
         ):
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        # A data loader process would keep it open for seconds after its rank was killed.
-        os.register_at_fork(after_in_child=connection.close)
+        self.max_message_bytes = max_message_bytes
         self._connection = connection
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._incomplete = b""
+        _open_connections.add(self)
 
     def fileno(self) -> int:
         """The socket's file descriptor, for ``select``."""
@@ -55,33 +67,58 @@ class JsonConnection:
         with contextlib.suppress(OSError):
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> list[Message]:
-        """Wait for data and return the objects completed by it; none if it ends within an object.
+    def receive(self) -> Message | None:
+        """Wait for data and return the object completed by it; None if it completes none.
 
         Raises:
-            EOFError: the peer has closed the connection, or does not send JSON.
+            EOFError: the peer has closed the connection, or sends something else than JSON objects
+                of the permitted length.
         """
+        # What follows the line stays with the kernel, so that ``select`` still reports it; and not
+        # even one byte more than the longest line is kept in memory.
+        most = self.max_message_bytes + len(b"\n") - len(self._incomplete)
         try:
-            data = self._connection.recv(65536)
+            data = self._connection.recv(min(most, _MAX_BYTES_AT_ONCE), socket.MSG_PEEK)
+            data = self._connection.recv(data.find(b"\n") + 1 or len(data))
         except OSError as error:
             raise EOFError from error
         if not data:
             raise EOFError
-        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
+        self._incomplete += data
+        if not data.endswith(b"\n"):
+            if len(self._incomplete) > self.max_message_bytes:
+                raise EOFError
+            return None
+        line, self._incomplete = self._incomplete, b""
         try:
-            objects = [json.loads(line) for line in lines]
-        except ValueError as error:  # a port scanner, for example
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:  # deep nesting exhausts the stack
             raise EOFError from error
-        return [message for message in objects if isinstance(message, dict)]
+        if not isinstance(message, dict):
+            raise EOFError
+        return message
 
-    def receive_within(self, seconds: float) -> list[Message]:
-        """Like ``receive``, but return an empty list if no data arrives within ``seconds``.
+    def receive_within(self, seconds: float) -> Message | None:
+        """Like ``receive``, but return None too if no data arrives within ``seconds``.
 
         Raises:
-            EOFError: the peer has closed the connection, or does not send JSON.
+            EOFError: as ``receive`` does.
         """
-        return self.receive() if self._readable.poll(1000 * max(0.0, seconds)) else []
+        return self.receive() if self._readable.poll(1000 * max(0.0, seconds)) else None
 
     def close(self) -> None:
         """Close the socket."""
+        _open_connections.discard(self)
         self._connection.close()
+
+
+_open_connections: weakref.WeakSet[JsonConnection] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for connection in list(_open_connections):
+        connection.close()
+
+
+# Otherwise a data loader process would keep them open for seconds after its rank was killed.
+os.register_at_fork(after_in_child=_close_all)

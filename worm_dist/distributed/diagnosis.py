@@ -11,6 +11,7 @@ from ..errors import BackendError
 __all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are"]
 
 _START_AGAIN = "start again from the last checkpoint"
+_MOST_ERRORS_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class FailureReport:
     Attributes:
         text: error message, one line, for the ranks that have no error of their own.
         exit_code: exit code of every rank.
-        reporting_ranks: the ranks that print their own error: of several ranks with the same
-            error only the first.
+        reporting_ranks: the ranks whose own errors the text names, and that print them: of several
+            ranks with the same error only the first.
     """
 
     text: str
@@ -138,11 +139,12 @@ def _report_failures(
     first_rank: dict[str, int] = {}
     for rank in sorted(failures):
         first_rank.setdefault(failures[rank].text, rank)
-    text = "; ".join(
-        f"rank {rank} failed at {statuses[rank].what}: {error}"
-        for error, rank in first_rank.items()
-    )
+    # Each of thousands of ranks may have its own, such as one that says which rank it is.
+    named = list(first_rank.items())[:_MOST_ERRORS_NAMED]
+    parts = [f"rank {rank} failed at {statuses[rank].what}: {error}" for error, rank in named]
+    if len(named) < len(first_rank):
+        parts.append(f"and {len(first_rank) - len(named)} other errors")
     # The lower the code, the closer to the cause: a mistake in the settings of one rank may well
     # make the others differ from it, or lose contact with it.
     exit_code = min(failure.exit_code for failure in failures.values())
-    return FailureReport(text, exit_code, tuple(first_rank.values()))
+    return FailureReport("; ".join(parts), exit_code, tuple(rank for _, rank in named))

@@ -18,17 +18,17 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from ..errors import BackendError
 from . import mpi, slurm
 from .launchers import SRUN, TORCHRUN, read_int, require_agreement, started_by
-from .rendezvous import wait_for_all_ranks
-from .restart_attempt import store_of_this_attempt
+from .rendezvous import store_of_this_attempt, wait_for_all_ranks
 
 __all__ = ["RankInfo", "process_group"]
 
 Backend = Literal["auto", "gloo", "nccl"]
 
 _EXTRA_SECONDS = 30
-"""Difference between the timeout of a collective and the watchdog's, which ends first and names the
-missing rank; nccl's timeout would abort the process."""
+"""How much longer a collective waits than the watchdog, which names the missing rank.  nccl would
+abort the process at its own timeout."""
 _SECONDS_TO_CONNECT = 2
+"""How much longer this process waits for the store than the store's own timeout."""
 
 
 @dataclass(frozen=True)

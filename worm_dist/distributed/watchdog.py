@@ -11,7 +11,6 @@ nothing is sent, and training is not affected.
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -19,12 +18,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
-from uuid import uuid4
 
 import torch.distributed as dist
 
-from ..errors import BackendError, WormError
+from ..errors import WormError
 from .connection import JsonConnection, Message
 from .diagnosis import FailureReport, RankStatus, diagnose
 from .error_report import (
@@ -36,7 +33,8 @@ from .error_report import (
 )
 from .graceful_stop import StopCoordinator
 from .init import RankInfo
-from .monitor import SECONDS_TO_COLLECT, MonitorServer
+from .monitor import SECONDS_TO_COLLECT
+from .monitor_endpoint import connect_to_monitor
 from .progress import Progress
 
 __all__ = ["Timeouts", "watched"]
@@ -83,7 +81,7 @@ def watched(
             the process ends with that code instead.
         BackendError: rank zero cannot be reached.
     """
-    monitor, connection = _connect(rank_info, timeouts)
+    monitor, connection = connect_to_monitor(rank_info, timeouts.starting, timeouts.grace)
     watchdog = _Watchdog(connection, rank_info.rank, progress, timeouts, stop)
     watchdog.start()
     try:
@@ -183,7 +181,8 @@ class _Watchdog(threading.Thread):
                 # Not longer than this: the first step may complete meanwhile, and with it the
                 # starting timeout ends.
                 seconds = min(self._seconds_left, self._timeouts.steady / 10)
-                for message in self._connection.receive_within(seconds):
+                message = self._connection.receive_within(seconds)
+                if message is not None:
                     self._handle(message)
                 if not self._finished.is_set() and self._seconds_left <= 0:
                     self._overdue()
@@ -251,74 +250,6 @@ class _Watchdog(threading.Thread):
         if self._training_returned.wait(_SECONDS_TO_RETURN):
             time.sleep(_SECONDS_TO_EXIT)
         hard_exit(report.exit_code)
-
-
-# ---- connecting ----------------------------------------------------------------------------------
-
-
-def _connect(
-    rank_info: RankInfo, timeouts: Timeouts
-) -> tuple[MonitorServer | None, JsonConnection]:
-    """Start the monitor on rank zero and connect every rank to it.  Collective.
-
-    Returns:
-        The monitor, on rank zero only, and this rank's connection to it.
-    """
-    monitor = None
-    endpoint: list[tuple[str, int, str] | None] = [None]
-    if rank_info.rank == 0:
-        token = uuid4().hex
-        server = _server(rank_info.world_size)
-        endpoint = [(_own_address(rank_info), server.getsockname()[1], token)]
-        monitor = MonitorServer(server, token, rank_info.world_size, timeouts.grace)
-        monitor.start()
-    try:
-        dist.broadcast_object_list(endpoint, src=0)
-    except RuntimeError as error:
-        raise BackendError(
-            f"launch: rank {rank_info.rank} has lost another rank before the run began: "
-            f"{one_line(error)}; see that rank's own error"
-        ) from error
-    assert endpoint[0] is not None
-    address, port, token = endpoint[0]
-    try:
-        connection = JsonConnection(
-            socket.create_connection((address, port), timeout=timeouts.starting)
-        )
-    except OSError as error:
-        raise BackendError(
-            f"launch: rank {rank_info.rank} cannot reach rank 0 at {address}:{port}: {error}; the "
-            "ranks must be able to connect to one another, at any port"
-        ) from error
-    connection.send(rank=rank_info.rank, token=token)
-    return monitor, connection
-
-
-def _server(world_size: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=world_size
-        )
-    return socket.create_server(("", 0), backlog=world_size)
-
-
-def _own_address(rank_info: RankInfo) -> str:
-    """Rank zero's host, as the other ranks reach it.
-
-    Rank zero may be on another host than the store that ``MASTER_ADDR`` names.  Its own address is
-    the one from which it would connect to that store; on the store's own host that may be the
-    loopback address, and then the store's name is the one by which the others know this host.
-    """
-    try:
-        family, *_, store_address = socket.getaddrinfo(
-            rank_info.address, rank_info.port, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(store_address)  # sends nothing
-            own = str(probe.getsockname()[0])
-    except OSError:
-        return rank_info.address
-    return rank_info.address if ip_address(own.partition("%")[0]).is_loopback else own
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from worm_dist.distributed.connection import MAX_MESSAGE_BYTES
 from worm_dist.distributed.diagnosis import Failure, FailureReport, RankStatus, diagnose
 
 AHEAD = RankStatus(12, "step 3, the gradients", "graph.py:1, backward")
@@ -58,6 +59,25 @@ def test_of_ranks_with_the_same_error_one_tells_it() -> None:
     assert covered == [False, True]
     assert not report.covers("data.root: there is no /x", 1)
     assert not report.covers("an error that came too late", 2)
+
+
+def test_a_report_of_many_errors_names_some() -> None:
+    """Where all ranks are wrong, each in its own words, nobody would read them all.  A rank that is
+    left out tells its error itself."""
+    failed = {
+        rank: RankStatus(failure=Failure(f"rank {rank}: not finite", 5)) for rank in range(1000)
+    }
+    report = diagnose(failed)
+    assert report is not None and report.reporting_ranks == tuple(range(8))
+    assert report.text.endswith("rank 7: not finite; and 992 other errors")
+    assert not report.covers("rank 900: not finite", 900)
+
+
+def test_the_longest_report_may_be_sent() -> None:
+    """All ranks but one are gone."""
+    statuses = {rank: RankStatus(gone=rank > 0) for rank in range(100_000)}
+    report = diagnose(statuses)
+    assert report is not None and len(report.text) < MAX_MESSAGE_BYTES
 
 
 def test_a_report_survives_the_round_trip_through_json() -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
+from worm_dist.distributed.authentication import authenticate_to_monitor
 from worm_dist.distributed.connection import JsonConnection, Message
 from worm_dist.distributed.monitor import MonitorServer
 
 GRACE_SECONDS = 1.0
-TOKEN = "secret"
+SECRET = b"secret"
 
 
 class _Ranks:
@@ -22,13 +22,13 @@ class _Ranks:
     def __init__(self) -> None:
         server = socket.create_server(("127.0.0.1", 0))
         self.address = server.getsockname()
-        self.monitor = MonitorServer(server, TOKEN, 2, GRACE_SECONDS)
+        self.monitor = MonitorServer(server, SECRET, 2, GRACE_SECONDS)
         self.monitor.start()
-        self.connections = [self.connection(rank=rank, token=TOKEN) for rank in range(2)]
+        self.connections = [self.connection(rank) for rank in range(2)]
 
-    def connection(self, **message: Any) -> JsonConnection:
+    def connection(self, rank: int) -> JsonConnection:
         connection = JsonConnection(socket.create_connection(self.address))
-        connection.send(**message)
+        authenticate_to_monitor(connection, SECRET, rank, seconds=5)
         return connection
 
     def answer(self, rank: int, number: int) -> None:
@@ -37,7 +37,8 @@ class _Ranks:
         self.connections[rank].send(number=number, what=f"point {number}", where="code")
 
     def receive(self, rank: int, seconds: float = 5) -> Message:
-        (message,) = self.connections[rank].receive_within(seconds)
+        message = self.connections[rank].receive_within(seconds)
+        assert message is not None
         return message
 
     def receive_report(self, rank: int) -> Message:
@@ -57,7 +58,7 @@ def ranks() -> Iterator[_Ranks]:
 
 def test_it_ends_when_all_have_done(ranks: _Ranks) -> None:
     ranks.connections[0].send(done=True)
-    assert ranks.connections[0].receive_within(0.2) == []
+    assert ranks.connections[0].receive_within(0.2) is None
     ranks.connections[1].send(done=True)
     assert [ranks.receive(rank) for rank in range(2)] == [{"all_done": True}] * 2
 
@@ -142,13 +143,13 @@ def test_contact_that_was_lost_without_a_cause_is_told_too(ranks: _Ranks) -> Non
 def test_a_rank_that_comes_late_is_asked_too(ranks: _Ranks) -> None:
     """It was told to be silent, although nobody had asked it."""
     server = socket.create_server(("127.0.0.1", 0))
-    monitor = MonitorServer(server, TOKEN, 2, GRACE_SECONDS)
+    monitor = MonitorServer(server, SECRET, 2, GRACE_SECONDS)
     monitor.start()
     ranks.address = server.getsockname()
-    ranks.connections += [ranks.connection(rank=0, token=TOKEN)]
+    ranks.connections += [ranks.connection(0)]
     ranks.connections[2].send(overdue=30.0)
     ranks.answer(2, 7)
-    ranks.connections += [ranks.connection(rank=1, token=TOKEN)]
+    ranks.connections += [ranks.connection(1)]
     ranks.answer(3, 7)
     assert ranks.receive(3) == {"keep_waiting": True}
     for connection in ranks.connections[2:]:
@@ -156,16 +157,33 @@ def test_a_rank_that_comes_late_is_asked_too(ranks: _Ranks) -> None:
     monitor.join(5)
 
 
-def test_strangers_are_not_listened_to(ranks: _Ranks) -> None:
-    stranger = ranks.connection(rank=1, token="guessed")
-    with pytest.raises(EOFError):
-        stranger.receive_within(5)
-    browser = socket.create_connection(ranks.address)
-    browser.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    assert browser.recv(1) == b""
-    unnamed = ranks.connection(failed="everything", exit_code=1, what="")
-    for connection in ranks.connections:
-        connection.send(done=True)
-    assert [ranks.receive(rank) for rank in range(2)] == [{"all_done": True}] * 2
-    for peer in (stranger, browser, unnamed):
-        peer.close()
+def test_a_stranger_that_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the monitor waits for nothing else."""
+    monkeypatch.setattr("worm_dist.distributed.admission._SECONDS_TO_IDENTIFY", 0.1)
+    server = socket.create_server(("127.0.0.1", 0))
+    monitor = MonitorServer(server, SECRET, 1, GRACE_SECONDS)
+    monitor.start()
+    with socket.create_connection(server.getsockname(), timeout=5) as stranger:
+        assert b"monitor_nonce" in stranger.recv(1000)
+        assert stranger.recv(1) == b""
+    rank = JsonConnection(socket.create_connection(server.getsockname()))
+    authenticate_to_monitor(rank, SECRET, 0, seconds=5)
+    rank.send(done=True)
+    assert rank.receive_within(5) == {"all_done": True}
+    rank.close()
+    monitor.join(5)
+
+
+@pytest.mark.fault(3, "the monitor itself fails")
+def test_a_monitor_that_fails_ends_the_run(
+    ranks: _Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its thread ended, and the ranks relied on it until something else went wrong too."""
+    ranks.connections[1].send(failed="without the exit code")
+    for rank in range(2):
+        report = ranks.receive_report(rank)
+        assert report["text"] == "the monitor on rank 0 has failed: KeyError: 'exit_code'"
+        assert report["exit_code"] == 1
+        with pytest.raises(EOFError):
+            ranks.receive(rank)
+    assert capsys.readouterr().err.count("Traceback") == 1

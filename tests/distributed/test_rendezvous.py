@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
-from worm_dist.distributed.restart_attempt import store_of_this_attempt
+from worm_dist.distributed.rendezvous import store_of_this_attempt
 
 
 @pytest.fixture

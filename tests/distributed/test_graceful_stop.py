@@ -9,11 +9,12 @@ import time
 
 import pytest
 
+from worm_dist.distributed.authentication import authenticate_to_monitor
 from worm_dist.distributed.connection import JsonConnection
 from worm_dist.distributed.graceful_stop import StopCoordinator, Stopped
 from worm_dist.distributed.monitor import MonitorServer
 
-TOKEN = "secret"
+SECRET = b"secret"
 
 
 class _Rank(threading.Thread):
@@ -27,7 +28,7 @@ class _Rank(threading.Thread):
         self._connection = connection
         self._step = step
         self._random = random.Random(number)
-        connection.send(rank=number, token=TOKEN)
+        authenticate_to_monitor(connection, SECRET, number, seconds=5)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def run(self) -> None:
@@ -42,22 +43,22 @@ class _Rank(threading.Thread):
 
     def _watch(self) -> None:
         while True:
-            for message in self._connection.receive_within(5):
-                time.sleep(0.01 * self._random.random())
-                if "hold" in message:
-                    self._connection.send(num_passed=self.stop.hold())
-                elif "stop_at" in message:
-                    self.stop.stop_at(message["stop_at"])
-                elif "all_done" in message:
-                    self._connection.close()
-                    return
+            message = self._connection.receive_within(5) or {}
+            time.sleep(0.01 * self._random.random())
+            if "hold" in message:
+                self._connection.send(num_passed=self.stop.hold())
+            elif "stop_at" in message:
+                self.stop.stop_at(message["stop_at"])
+            elif "all_done" in message:
+                self._connection.close()
+                return
 
 
 @pytest.mark.parametrize("asked", [(0,), (2,), (0, 1, 2), (1, 1)])
 @pytest.mark.parametrize("after_seconds", [0.0, 0.013, 0.05])
 def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    monitor = MonitorServer(server, TOKEN, 3, 1.0)
+    monitor = MonitorServer(server, SECRET, 3, 1.0)
     monitor.start()
     step = threading.Barrier(3)
     connections = [JsonConnection(socket.create_connection(server.getsockname())) for _ in range(3)]
