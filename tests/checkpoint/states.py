@@ -17,9 +17,7 @@ __all__ = ["difference", "info", "save", "small_state", "training_state"]
 
 
 def info(step: int, value: float | None = None) -> CheckpointInfo:
-    return CheckpointInfo(
-        step=step, world_size=2, phase="search", config_digest="0" * 64, value=value
-    )
+    return CheckpointInfo(step=step, world_size=2, phase="search", value=value)
 
 
 def save(manager: CheckpointManager, step: int, value: float | None = None) -> Path:

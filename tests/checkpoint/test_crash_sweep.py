@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.ending import Ending, ends_at
+from tests.checkpoint.crashes import Ending, ends_at
 from tests.checkpoint.states import difference, info, save, small_state
+from worm_dist.checkpoint.durable_io import write_json
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.staging import is_leftover
-from worm_dist.files import write_json
 
 pytestmark = pytest.mark.slow("ends a save at every call to the file system")
 
@@ -45,6 +46,10 @@ SITUATIONS: dict[str, tuple[Callable[[CheckpointManager], None], set[int | None]
 NEW = 5
 
 
+def _save_newest(folder: Path) -> None:
+    save(CheckpointManager(folder), NEW)
+
+
 def _state_found(folder: Path) -> int | None:
     """The seed of the state that a run would go on from."""
     newest = CheckpointManager(folder).newest()
@@ -75,7 +80,7 @@ def test_what_is_found_is_the_checkpoint_before_or_this_one(
         folder = tmp_path / f"{point}"
         if template.exists():
             shutil.copytree(template, folder)
-        over = ends_at(point, ending, lambda folder=folder: save(CheckpointManager(folder), NEW))
+        over = ends_at(point, ending, partial(_save_newest, folder))
         state = _state_found(folder)
         assert state in found, (point, state)
         if state == NEW:
@@ -83,7 +88,7 @@ def test_what_is_found_is_the_checkpoint_before_or_this_one(
         CheckpointManager(folder).sweep()
         assert not folder.exists() or not any(is_leftover(p.name) for p in folder.iterdir())
         assert _state_found(folder) == state, point
-        save(CheckpointManager(folder), NEW)
+        _save_newest(folder)
         assert _state_found(folder) == NEW, point
         shutil.rmtree(folder)
         found, point = found | {NEW}, point + 1

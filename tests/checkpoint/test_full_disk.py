@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.ending import in_a_fork
+from tests.checkpoint.crashes import in_a_fork
 from tests.checkpoint.states import difference, info, save, small_state
 from worm_dist import CheckpointError
 from worm_dist.checkpoint.manager import CheckpointManager

@@ -15,10 +15,10 @@ from worm_dist.groups.channel_groups import ChannelGroup, Groups
 from worm_dist.groups.freeze_plan import FreezePlan
 from worm_dist.models import build_model
 from worm_dist.planning.costs import Costs, costs_of, truncated
-from worm_dist.planning.drawing import drawn
-from worm_dist.planning.flops import count_operations
+from worm_dist.planning.hypothetical import drawn
 from worm_dist.pruning.exactness import find_drawable_groups
 from worm_dist.training.evaluation import count_parameters
+from worm_dist.training.flops import count_flops
 
 Scope = Literal["norm", "producer", "coupled"]
 
@@ -144,14 +144,14 @@ def case(request: pytest.FixtureRequest) -> _Case:
 def test_the_dense_network_costs_what_it_has(case: _Case) -> None:
     total = case.dense_costs().total
     assert total.parameters == count_parameters(case.network)
-    assert total.flops == count_operations(case.network, SAMPLE)[0]
+    assert total.flops == count_flops(case.network, SAMPLE)
     assert total.payload_bytes == 4 * total.parameters
 
 
 def test_the_ticket_costs_what_the_drawn_network_has(case: _Case) -> None:
     total = case.ticket_costs().total
     assert total.parameters == count_parameters(case.drawn)
-    assert total.flops == count_operations(case.drawn, SAMPLE)[0]
+    assert total.flops == count_flops(case.drawn, SAMPLE)
     assert total.payload_bytes == 4 * total.parameters
 
 

@@ -16,13 +16,13 @@ from tests.nets import random_images
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import Mask, WormConfig
+from worm_dist.groups.gates import gated
 from worm_dist.models import build_model
-from worm_dist.planning.flops import count_operations
 from worm_dist.planning.forecast import forecast, members_of
 from worm_dist.planning.step_time import Link
 from worm_dist.planning.target import Target
 from worm_dist.training.evaluation import count_parameters
-from worm_dist.training.gating import gated
+from worm_dist.training.flops import count_flops
 
 SHAPE = (1, 8, 8)
 FADE = {"truncation": {**at_once(2)}}
@@ -60,12 +60,12 @@ def _run(name: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
         sent.append(engine.traffic.sent_bytes)
     if dist.get_rank() == 0:
         engine.save_ticket(folder)
-    network = engine.model.module
+    network = engine.model.get_submodule("module")
     return {
         "sent": sent,
         "dense_bytes": engine.traffic.dense_bytes,
         "parameters": count_parameters(network),
-        "flops": count_operations(network, sample)[0],
+        "flops": count_flops(network, sample),
         "digest": mask.digest,
     }
 

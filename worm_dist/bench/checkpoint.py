@@ -37,7 +37,7 @@ def checkpoint(workload: Workload) -> Panel:
 
     model, optimizer = training(build)
     step = dense(model, optimizer, workload.batch())
-    info = CheckpointInfo(step=0, world_size=dist.get_world_size(), phase="dense", config_digest="")
+    info = CheckpointInfo(step=0, world_size=dist.get_world_size(), phase="dense")
     background = AsyncSaver()
     with tempfile.TemporaryDirectory() as folder:
         manager = CheckpointManager(folder)

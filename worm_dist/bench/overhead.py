@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import RemovalConfig, TruncationConfig, WormConfig
-from ..engine.engine import Engine, attach
+from ..engine.attach import attach
+from ..engine.engine import Engine
 from ..interval import Interval
 from ..models import build_model
 from ..verdict import Phase

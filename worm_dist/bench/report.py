@@ -11,8 +11,8 @@ from typing import TextIO
 import rich.console
 from rich.table import Table
 
+from ..checkpoint.durable_io import write_json
 from ..errors import CheckpointError
-from ..files import write_json
 from .plot import picture
 from .results import Panel, Spread
 

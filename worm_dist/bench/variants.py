@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from ..config import RemovalConfig, TruncationConfig, WormConfig
-from ..engine.engine import attach
+from ..engine.attach import attach
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask

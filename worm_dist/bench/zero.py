@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import SGD
 
 from ..config import TruncationConfig, WormConfig
-from ..engine.engine import Engine, attach
+from ..engine.attach import attach
+from ..engine.engine import Engine
 from ..training.parallelize import deepspeed_module
 from .results import Panel
 from .variants import HALF, Batch, Step, Variant, uniform_mask

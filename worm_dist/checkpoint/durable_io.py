@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import errno
-import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ..digest import sha256_of
 from ..errors import CheckpointError
+from ..schema import Schema
 
 __all__ = [
     "FileDigest",
-    "Part",
     "check_size",
     "file_size",
     "open_verified",
@@ -26,6 +28,7 @@ __all__ = [
     "reading",
     "sync_folder",
     "write_file",
+    "write_json",
     "writing",
 ]
 
@@ -33,13 +36,7 @@ _CHUNK_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Part(BaseModel):
-    """Base of the models that are written as JSON: immutable, strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FileDigest(Part):
+class FileDigest(Schema):
     """Size and hash of a file, by which it is verified when it is read.
 
     Attributes:
@@ -91,20 +88,42 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     Raises:
         CheckpointError: the disk is full or cannot be written, or the file exists already.
     """
-    digest, size = hashlib.sha256(), 0
     with writing(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                digest.update(rest)
-                size += len(rest)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
+            sha256 = sha256_of(_written(descriptor, chunks))
             os.fsync(descriptor)
+            return FileDigest(size=os.fstat(descriptor).st_size, sha256=sha256)
         finally:
             os.close(descriptor)
-    return FileDigest(size=size, sha256=digest.hexdigest())
+
+
+def _written(descriptor: int, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        yield chunk
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file to write or replace.
+        content: the JSON value.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+        ValueError: the content has a NaN or an infinity, which JSON does not support.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,14 +154,11 @@ def open_verified(path: Path, expected: FileDigest) -> Iterator[BufferedReader]:
     """
     with reading(path), _open(path) as file:
         check_size(path, os.fstat(file.fileno()).st_size, expected)
-        digest = hashlib.sha256()
-        chunk = memoryview(bytearray(_CHUNK_BYTES))
-        while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-        if digest.hexdigest() != expected.sha256:
+        found = sha256_of(iter(partial(file.read, _CHUNK_BYTES), b""))
+        if found != expected.sha256:
             raise CheckpointError(
-                f"{path}: wanted sha256 {expected.sha256}, found {digest.hexdigest()}; the file "
-                "was damaged or replaced"
+                f"{path}: wanted sha256 {expected.sha256}, found {found}; the file was damaged or "
+                "replaced"
             )
         file.seek(0)
         yield file

@@ -1,54 +1,35 @@
-"""Lock file that keeps two runs from writing to one directory."""
+"""Lock that keeps two runs from writing to one directory.
+
+``run.lock`` names the run that holds the directory; it is created exclusively, which every shared
+file system supports.  Whether a process of this host still holds it is known from filelock's
+``UnixFileLock``: the kernel ends that lock together with its process.  So the lock of a killed run
+is taken over on its own host; on another host it is refused, as the run may be alive.
+
+Neither of filelock's locks is enough by itself.  ``UnixFileLock`` names no holder, and on many
+cluster file systems other hosts do not see it, or it is missing.  ``SoftFileLock`` names one, but
+takes over that of a killed process only where two names can be exchanged: not on NFS or Lustre.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import re
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, ValidationError
+from filelock import Timeout, UnixFileLock
 
 from ..errors import ConfigError
-from .durable_io import Part
 
 __all__ = ["run_lock"]
 
-_NAME = "run.lock"
-_SECONDS_TO_WRITE = 1.0
-"""Time for a holder to write its identity, once it has created the file."""
-
-
-class _Holder(Part):
-    """The process that holds the lock.
-
-    Attributes:
-        host: host name of the process.
-        pid: process ID on that host.
-        began: boot ID of the host and start time of the process, which distinguish it from a later
-            process with the same ID; "" where they are not known.
-    """
-
-    host: str
-    pid: Annotated[int, Field(ge=1)]
-    began: str
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the process ran on this host and has ended."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:
-            pass
-        return self.began != _began(self.pid)
+_NAME, _KERNEL_LOCK = "run.lock", ".run.flock"
+_SECONDS = 1.0
+"""Time to wait for another process, which may be about to release the lock."""
+_HOLDER = re.compile(r"process [0-9]+ on (\S+)")
 
 
 @contextmanager
@@ -61,90 +42,91 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run holds the lock, or the lock file cannot be written.
     """
-    path = folder / _NAME
-    own = _Holder(host=socket.gethostname(), pid=os.getpid(), began=_began(os.getpid()))
+    path, pid = folder / _NAME, os.getpid()
+    with ExitStack() as stack:
+        try:
+            is_alone = _lock_in_kernel(folder / _KERNEL_LOCK, stack)
+            _claim(path, f"process {pid} on {socket.gethostname()}", is_alone, stack)
+        except Timeout as error:
+            raise ConfigError(_held(path)) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: the directory cannot be locked: {error.strerror}"
+            ) from error
+        try:
+            yield
+        finally:
+            if os.getpid() != pid:  # a forked child leaves the lock to its parent
+                stack.pop_all()
+
+
+def _lock_in_kernel(path: Path, stack: ExitStack) -> bool:
+    """Lock against other processes of this host, until the stack is closed.
+
+    Returns:
+        False if the file system has no such locks.
+
+    Raises:
+        Timeout: another process holds the lock.
+    """
+    lock = UnixFileLock(path, timeout=_SECONDS, fallback_to_soft=False)
     try:
-        _acquire(path, own)
+        lock.acquire()
     except OSError as error:
-        raise ConfigError(f"{path}: the directory cannot be locked: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        _release(path, own)
-
-
-def _acquire(path: Path, own: _Holder) -> None:
-    deadline = time.monotonic() + _SECONDS_TO_WRITE
-    while True:
-        with suppress(FileExistsError):
-            _create(path, own)
-            return
-        with suppress(FileNotFoundError):  # released meanwhile
-            holder = _holder(path.read_bytes())
-            if holder is not None and not holder.is_gone:
-                raise ConfigError(_held(path, holder))
-            if holder is not None and _take_over(path, own):
-                return
-        if time.monotonic() > deadline:
-            raise ConfigError(_held(path, None))
-        time.sleep(0.02)
-
-
-def _create(path: Path, own: _Holder) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.write(descriptor, own.model_dump_json().encode())
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _take_over(path: Path, own: _Holder) -> bool:
-    """Replace a holder that has ended; returns whether this process did so, and not another."""
-    with path.open("r+b") as file:
-        # Of several processes that found the same holder, the first replaces it; the others then
-        # find the first one here.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        holder = _holder(file.read())
-        same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        if not same or holder is None or not holder.is_gone:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP):
             return False
-        file.seek(0)
-        file.write(own.model_dump_json().encode())
-        file.truncate()
-        return True
+        raise
+    stack.callback(lock.release)
+    # Before the release: a process that waits for a file that was removed creates a new one.
+    stack.callback(_unlink, path)
+    return True
 
 
-def _release(path: Path, own: _Holder) -> None:
-    # A forked child gets here too, and the user may have removed the file.
-    with suppress(OSError):
-        if os.getpid() == own.pid and _holder(path.read_bytes()) == own:
-            path.unlink()
+def _claim(path: Path, own: str, is_alone: bool, stack: ExitStack) -> None:
+    """Write the holder's name, until the stack is closed.
 
+    Args:
+        path: the file with the name.
+        own: the name of this process.
+        is_alone: True if no other process of this host holds the lock.
 
-def _holder(content: bytes) -> _Holder | None:
+    Raises:
+        ConfigError: it names another holder, which may be alive.
+    """
     try:
-        return _Holder.model_validate_json(content)
-    except ValidationError:
-        return None
+        with path.open("x") as file:
+            stack.callback(_remove, path, own)
+            file.write(own)
+    except FileExistsError:
+        holder = _HOLDER.fullmatch(_content(path))
+        if not is_alone or holder is None or holder[1] != socket.gethostname():
+            raise ConfigError(_held(path)) from None
+        stack.callback(_remove, path, own)
+        path.write_text(own)
 
 
-def _held(path: Path, holder: _Holder | None) -> str:
-    who = f"process {holder.pid} on {holder.host}" if holder else "one that the file does not name"
+def _remove(path: Path, own: str) -> None:
+    # The user may have removed the file, and another run created it again.  A full disk leaves a
+    # part of the name.
+    if own.startswith(_content(path)):
+        _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _content(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
+
+
+def _held(path: Path) -> str:
+    content = _content(path)
+    who = content if _HOLDER.fullmatch(content) else "one that the file does not name"
     return (
         f"{path}: another run holds this directory: {who}; choose another directory, or remove "
         "the file if that run is over"
     )
-
-
-def _began(pid: int) -> str:
-    """The boot ID of this host and the start time of a process, as Linux reports them; else ""."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # The program's name is in parentheses and may contain spaces.
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-    return f"{boot} {ticks}"

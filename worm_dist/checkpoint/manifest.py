@@ -15,14 +15,15 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
-from .durable_io import FileDigest, Part, read_small, write_file
+from ..schema import Schema, first_problem
+from .durable_io import FileDigest, read_small, write_file
 
-__all__ = ["CheckpointInfo", "Manifest", "complaint", "read_manifest", "write_manifest"]
+__all__ = ["CheckpointInfo", "Manifest", "read_manifest", "write_manifest"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _NAME = "manifest.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _MAX_BYTES = 4 << 20
 """Largest manifest that is read; enough for the files of about ten thousand ranks."""
 
@@ -34,14 +35,13 @@ def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-class CheckpointInfo(Part):
+class CheckpointInfo(Schema):
     """Description of a checkpoint.
 
     Attributes:
         step: number of optimizer steps taken.
         world_size: number of ranks of the run that wrote it.
         phase: phase of the run.
-        config_digest: digest of the run's settings.
         value: quality of the model, higher is better; the checkpoint with the highest value is
             kept.  None if it was not measured; NaN and infinities are stored as None.
     """
@@ -49,7 +49,6 @@ class CheckpointInfo(Part):
     step: Annotated[int, Field(ge=0, lt=10**18)]
     world_size: Annotated[int, Field(ge=1)]
     phase: str
-    config_digest: str
     value: Annotated[float | None, AfterValidator(_finite_or_none)] = None
 
 
@@ -121,12 +120,5 @@ def _validated(model: type[_Model], path: Path, content: bytes) -> _Model:
         return model.model_validate_json(content)
     except ValidationError as error:
         raise CheckpointError(
-            f"{path}: not the manifest of a checkpoint: {complaint(error)}"
+            f"{path}: not the manifest of a checkpoint: {first_problem(error)}"
         ) from error
-
-
-def complaint(error: ValidationError) -> str:
-    """The first error of a validation in one line, whose length is limited whatever was read."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    key = ".".join(str(name) for name in first["loc"])
-    return f"{key[:100]}: {first['msg'][:200]}" if key else first["msg"][:200]

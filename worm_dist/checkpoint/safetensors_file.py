@@ -20,8 +20,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .durable_io import FileDigest, Part, write_file
-from .manifest import complaint
+from ..schema import Schema, first_problem
+from .durable_io import FileDigest, write_file
 from .tensor_meta import TensorMetadata
 
 __all__ = ["TensorFile", "write_tensors"]
@@ -31,7 +31,7 @@ _MAX_HEADER_BYTES = 64 << 20
 _Size = Annotated[int, Field(ge=0, le=2**62)]
 
 
-class _Entry(Part):
+class _Entry(Schema):
     dtype: str
     shape: list[_Size]
     data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
@@ -98,7 +98,7 @@ class TensorFile:
             self._header = _HEADER.validate_json(file.read(length))
         except ValidationError as error:
             raise CheckpointError(
-                f"{path}: not the header of a safetensors file: {complaint(error)}"
+                f"{path}: not the header of a safetensors file: {first_problem(error)}"
             ) from error
         self._check_offsets(size - self._data_offset)
 
@@ -121,7 +121,7 @@ class TensorFile:
             return TensorMetadata.as_stored(entry.dtype, entry.shape)
         except ValidationError as error:
             raise CheckpointError(
-                f"{self._path}: tensor {name[:200]!r}: {complaint(error)}"
+                f"{self._path}: tensor {name[:200]!r}: {first_problem(error)}"
             ) from error
 
     def read(self, name: str, metadata: TensorMetadata) -> Tensor:

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..schema import first_problem
 from . import tree_json
 from .durable_io import FileDigest, open_verified, write_file
-from .manifest import complaint
 from .safetensors_file import TensorFile, write_tensors
 from .tensor_meta import TensorMetadata
 
@@ -156,7 +156,9 @@ def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
             try:
                 entry = _TensorEntry.model_validate(node)
             except ValidationError as error:
-                raise CheckpointError(f"{json_path}: a tensor entry: {complaint(error)}") from error
+                raise CheckpointError(
+                    f"{json_path}: a tensor entry: {first_problem(error)}"
+                ) from error
             if entry.tensor not in decoded:
                 decoded[entry.tensor] = entry, tensors.read(entry.tensor, entry)
             first, value = decoded[entry.tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import CheckpointError
-from .durable_io import Part
+from ..schema import Schema
 
 __all__ = ["TensorMetadata"]
 
@@ -55,7 +55,7 @@ def _known(name: str) -> str:
 _Sizes = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_ELEMENTS)]], Field(max_length=64)]
 
 
-class TensorMetadata(Part):
+class TensorMetadata(Schema):
     """Dtype and memory layout of a tensor.
 
     Attributes:

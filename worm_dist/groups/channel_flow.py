@@ -7,13 +7,15 @@ of indices, and the result is the finest partition into channels that can be dro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
-from .graph import ChannelIndex, Graph
+from .graph import Graph, Ints, Places, moved
 from .opaque_modules import Port
 
 __all__ = ["Layer", "Stream", "streams"]
@@ -27,15 +29,14 @@ class Layer(NamedTuple):
 
     Attributes:
         module: the layer, or a parameter that belongs to no layer.
-        to_outputs: whether ``indices`` count the layer's outputs rather than its inputs.
-        indices: the indices along that side of the layer.
-        channels: the channel at each of these indices.
+        to_outputs: whether ``positions`` count the layer's outputs rather than its inputs.
+        positions: int64 ``[channels, k]``: the indices of each channel along that side of the
+            layer, in ascending order.
     """
 
     module: nn.Module | nn.Parameter
     to_outputs: bool
-    indices: Sequence[int]
-    channels: Sequence[int]
+    positions: Tensor
 
 
 class Stream(NamedTuple):
@@ -62,12 +63,13 @@ class _ChannelFlow:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._parents: list[int] = []
-        self._unresolved: set[int] = set()
-        # By (node, side): the channel at each index.
-        self._assigned: dict[tuple[Any, Any], dict[int, int]] = {}
         self._widths = {each: self._ask_width(*each) for each in self._sides()}
         self._widest = max((width or 0 for width in self._widths.values()), default=0)
+        # The parent of each channel in a forest of merged channels; a root is its own parent.
+        self._parents: Ints = np.arange(0)
+        self._unresolved: list[Ints] = []
+        # By (node, side): the channel at each index, -1 if there is none.
+        self._assigned: dict[tuple[Any, Any], Ints] = {}
         for node in graph.module2node.values():
             if isinstance(node.module, (Conv, nn.Linear)):
                 self._propagate(node)
@@ -75,73 +77,86 @@ class _ChannelFlow:
             self._union_parts(node, side, assigned)
 
     def streams(self) -> list[Stream]:
-        visits: dict[int, list[tuple[int, int]]] = {}
         sides = list(self._assigned)
+        visits = [np.empty((3, 0), dtype=np.int64)]
         for number, (node, side) in enumerate(sides):
             if node.type == OPTYPE.OUTPUT or _holds_channels(node.module):
-                for index, channel in sorted(self._assigned[node, side].items()):
-                    visits.setdefault(self._find(channel), []).append((number, index))
-        unresolved = {self._find(channel) for channel in self._unresolved}
-        by_route: dict[Any, list[int]] = {}
-        for channel in sorted(visits):
-            route = tuple(number for number, _ in visits[channel])
-            by_route.setdefault((route, channel in unresolved), []).append(channel)
+                indices = np.flatnonzero(self._assigned[node, side] >= 0)
+                channels = self._find(self._assigned[node, side][indices])
+                visits.append(np.stack([channels, np.full_like(indices, number), indices]))
+        # By channel, then by side, then by index.
+        by_channel = np.concatenate(visits, axis=1)
+        by_channel = by_channel[:, by_channel[0].argsort(kind="stable")]
+        channels, numbers, indices = by_channel
+        unresolved = set(self._find(np.concatenate([np.arange(0), *self._unresolved])).tolist())
+        starts = np.flatnonzero(np.diff(channels, prepend=-1))
+        by_route: dict[tuple[bytes, bool], list[int]] = {}
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(channels)]):
+            route = numbers[start:end].tobytes()
+            by_route.setdefault((route, int(channels[start]) in unresolved), []).append(start)
         found = []
-        for (route, is_unresolved), channels in by_route.items():
-            pairs: dict[int, list[tuple[int, int]]] = {number: [] for number in route}
-            for position, channel in enumerate(channels):
-                for number, index in visits[channel]:
-                    pairs[number].append((index, position))
+        for (route, is_unresolved), first_visits in by_route.items():
+            through = np.frombuffer(route, dtype=np.int64)
+            table = indices[np.array(first_visits)[:, None] + np.arange(len(through))]
+            passed = dict.fromkeys(through.tolist())
             layers = tuple(
-                self._layer(*sides[number], here)
-                for number, here in pairs.items()
-                if sides[number][0].type != OPTYPE.OUTPUT
+                self._layer(node, side, table[:, through == number])
+                for number in passed
+                for node, side in [sides[number]]
+                if node.type != OPTYPE.OUTPUT
             )
-            found.append(Stream(layers, len(layers) < len(pairs), is_unresolved))
+            found.append(Stream(layers, len(layers) < len(passed), is_unresolved))
         return found
 
-    def _layer(self, node: Any, side: Any, pairs: Sequence[tuple[int, int]]) -> Layer:
+    def _layer(self, node: Any, side: Any, positions: Ints) -> Layer:
         module = node.module.stands_for if isinstance(node.module, Port) else node.module
-        indices, channels = zip(*pairs)
-        return Layer(module, self._graph.is_out_channel_pruning_fn(side), indices, channels)
+        to_outputs = self._graph.is_out_channel_pruning_fn(side)
+        return Layer(module, to_outputs, torch.tensor(positions))
 
     def _propagate(self, node: Any) -> None:
         """Propagate the outputs of a layer to all indices that have no channel yet."""
         side = self._graph.get_pruner_of_module(node.module).prune_out_channels
-        width = self._widths[node, side] or 0
-        known = self._assigned.get((node, side), {})
-        new = []
-        for index in range(width):
-            if index not in known:
-                new.append(ChannelIndex(index, len(self._parents)))
-                self._parents.append(len(self._parents))
-        pending: list[tuple[Any, Any, Sequence[Any]]] = [(node, side, new)]
+        free = np.flatnonzero(self._room(node, side, self._widths[node, side] or 0) < 0)
+        new = len(self._parents) + np.arange(len(free))
+        self._parents = np.concatenate([self._parents, new])
+        pending = [(node, side, Places(free, new))]
         while pending:
-            node, side, entries = pending.pop()
-            fresh = self._assign(node, side, entries)
-            for dependency in node.dependencies if fresh else ():
+            node, side, places = pending.pop()
+            fresh = self._assign(node, side, places)
+            for dependency in node.dependencies if len(fresh.indices) else ():
                 if dependency.is_triggered_by(side):
-                    moved = fresh
-                    for mapping in dependency.index_mapping:
-                        moved = moved if mapping is None else mapping(moved)
-                    pending.append((dependency.target, dependency.handler, moved))
+                    there = fresh
+                    for index_map in dependency.index_mapping:
+                        there = moved(there, index_map)
+                    pending.append((dependency.target, dependency.handler, there))
 
-    def _assign(self, node: Any, side: Any, entries: Iterable[Any]) -> Sequence[Any]:
+    def _room(self, node: Any, side: Any, size: int) -> Ints:
+        """Return the channels that are assigned on one side, with room for so many indices."""
+        assigned = self._assigned.setdefault((node, side), np.arange(0))
+        if len(assigned) < size:
+            width = max(size, self._widths[node, side] or 0)
+            assigned = np.concatenate([assigned, np.full(width - len(assigned), -1)])
+            self._assigned[node, side] = assigned
+        return assigned
+
+    def _assign(self, node: Any, side: Any, places: Places) -> Places:
         """Assign channels to indices; returns those whose index had no channel before."""
-        assigned = self._assigned.setdefault((node, side), {})
         width = self._widths[node, side] or self._widest
-        fresh = []
-        for entry in entries:
-            if not 0 <= entry.idx < width:
-                self._unresolved.add(entry.root_idx)
-            elif entry.idx in assigned:
-                self._union(assigned[entry.idx], entry.root_idx)
-            else:
-                assigned[entry.idx] = entry.root_idx
-                fresh.append(entry)
-        return fresh
+        within = (places.indices >= 0) & (places.indices < width)
+        if not within.all():
+            self._unresolved.append(places.channels[~within])
+            places = Places(places.indices[within], places.channels[within])
+        indices, channels = places
+        assigned = self._room(node, side, int(indices.max(initial=-1)) + 1)
+        if not len(indices):
+            return places
+        is_fresh = assigned[indices] < 0
+        fresh, first = np.unique(indices[is_fresh], return_index=True)
+        assigned[fresh] = channels[is_fresh][first]
+        self._union(assigned[indices], channels)
+        return Places(fresh, assigned[fresh])
 
-    def _union_parts(self, node: Any, side: Any, assigned: dict[int, int]) -> None:
+    def _union_parts(self, node: Any, side: Any, assigned: Ints) -> None:
         """Merge channels at the same index of equal parts, which must lose the same channels.
 
         The parts are those of a split or shuffle, or the groups of a grouped convolution.
@@ -150,11 +165,12 @@ class _ChannelFlow:
         module = node.module
         if isinstance(module, Conv) and module.groups > 1 and node.type != OPTYPE.DEPTHWISE_CONV:
             width = (self._widths[node, side] or 0) // module.groups
-            part_index = lambda index: index % width  # noqa: E731
+            part_index = lambda indices: indices % width  # noqa: E731
         if part_index is not None:
-            first: dict[int, int] = {}
-            for index, channel in assigned.items():
-                self._union(first.setdefault(part_index(index), channel), channel)
+            indices = np.flatnonzero(assigned >= 0)
+            channels = assigned[indices]
+            _, first, part = np.unique(part_index(indices), return_index=True, return_inverse=True)
+            self._union(channels[first][part], channels)
 
     def _sides(self) -> Iterable[tuple[Any, Any]]:
         for node in self._graph.module2node.values():
@@ -171,15 +187,20 @@ class _ChannelFlow:
         num_channels: int | None = width(node)
         return num_channels
 
-    def _union(self, one: int, other: int) -> None:
-        one, other = self._find(one), self._find(other)
-        self._parents[max(one, other)] = min(one, other)
+    def _union(self, ones: Ints, others: Ints) -> None:
+        """Merge pairs of channels; the root of merged channels is the one with the least number."""
+        while (ones != others).any():
+            ones, others = self._find(ones), self._find(others)
+            # If a root is merged with several others here, the least wins; the rest come again.
+            np.minimum.at(self._parents, np.maximum(ones, others), np.minimum(ones, others))
 
-    def _find(self, channel: int) -> int:
-        while self._parents[channel] != channel:
-            self._parents[channel] = self._parents[self._parents[channel]]
-            channel = self._parents[channel]
-        return channel
+    def _find(self, channels: Ints) -> Ints:
+        """Return the roots of channels."""
+        roots = self._parents[channels]
+        while (roots != (above := self._parents[roots])).any():
+            roots = above
+        self._parents[channels] = roots
+        return roots
 
 
 def _holds_channels(module: Any) -> bool:

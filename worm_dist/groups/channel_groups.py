@@ -12,7 +12,6 @@ the unpruned network.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..digest import digest_of
 from .mask import Mask
 
 __all__ = ["ChannelGroup", "Groups", "Member"]
@@ -151,14 +151,12 @@ class Groups(Sequence[ChannelGroup]):
     @property
     def digests(self) -> dict[str, bytes]:
         """The digest of each group's structure: equal if and only if the slices are the same."""
-        digests = {}
-        for group in self._groups:
-            structure = hashlib.blake2b(repr(group.tied).encode(), digest_size=16)
-            for member in group.members:
-                structure.update(repr((member.module, member.role, member.parameters)).encode())
-                structure.update(member.positions.numpy().tobytes())
-            digests[group.name] = structure.digest()
-        return digests
+        return {
+            group.name: digest_of(
+                [group.tied, [(m.module, m.role, m.parameters, m.positions) for m in group.members]]
+            )
+            for group in self._groups
+        }
 
     def __getitem__(self, index: Any) -> Any:
         return self._groups[index]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -37,23 +38,33 @@ def scratch_copy(network: nn.Module) -> Iterator[nn.Module]:
         yield network_copy
 
 
-def copied(network: nn.Module) -> nn.Module:
+def copied(network: nn.Module, copy_data: Callable[[Tensor], Tensor] = torch.clone) -> nn.Module:
     """Return a deep copy of the network.
 
     Only what cannot be copied, such as locks and process groups, is shared.  Hooks are copied with
     the modules; the autograd graphs of stored tensors are not.
+
+    Args:
+        network: the network to copy.
+        copy_data: a function from the data of a parameter to those of its copy; if it returns its
+            argument, the parameters are new but share their memory with those of the network.
     """
+    parameters = {
+        id(parameter): nn.Parameter(copy_data(parameter.detach()), parameter.requires_grad)
+        for parameter in network.parameters()
+        if type(parameter) is nn.Parameter  # others know how to copy themselves
+    }
     with _WithoutGraphs():
         try:
-            return copy.deepcopy(network)
+            return copy.deepcopy(network, dict(parameters))
         except Exception:  # user code may raise anything
-            shared = (
-                part
+            shared = {
+                id(part): part
                 for module in network.modules()
                 for part in _parts(vars(module))
                 if not _copies(part)
-            )
-            return copy.deepcopy(network, {id(part): part for part in shared})
+            }
+            return copy.deepcopy(network, {**shared, **parameters})
 
 
 class _WithoutGraphs(TorchFunctionMode):

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from .channel_flow import Stream, streams
 from .checkpointing import checkpointing_off
-from .forward import floats, undisturbed
+from .forward import floats, in_training, undisturbed
 from .graph import Graph
 from .nested import mapped
 from .opaque_modules import Port, PortPruner, stand_ins_for
-from .training_mode import deciding_modules, in_training
 
 __all__ = ["Coupled", "coupled_layers"]
 
@@ -42,7 +41,10 @@ class Coupled:
 
 
 def coupled_layers(
-    network: nn.Module, example_inputs: Any, opaque: Collection[nn.Module]
+    network: nn.Module,
+    example_inputs: Any,
+    opaque: Collection[nn.Module],
+    deciding: Collection[str],
 ) -> tuple[list[Coupled], dict[nn.Module, str]]:
     """Find all sets of coupled channels.
 
@@ -50,6 +52,7 @@ def coupled_layers(
         network: the unwrapped network.
         example_inputs: inputs as for ``forward.run``.
         opaque: modules whose inside is not traced.
+        deciding: names of the modules that are in training mode while the network is traced.
 
     Returns:
         The sets, and the reason for each module that could not be traced.
@@ -57,7 +60,7 @@ def coupled_layers(
     with undisturbed(network), checkpointing_off(), torch.enable_grad():
         # The graph follows autograd, which ignores parameters that do not require gradients.
         network.requires_grad_(True)
-        tracer = _Tracer(network, example_inputs, opaque)
+        tracer = _Tracer(network, opaque, deciding)
         return tracer.trace(network, _Call.of(example_inputs)), tracer.untraced
 
 
@@ -78,10 +81,10 @@ class _Tracer:
     """Builds graphs of a network and of its parts."""
 
     def __init__(
-        self, network: nn.Module, example_inputs: Any, opaque: Collection[nn.Module]
+        self, network: nn.Module, opaque: Collection[nn.Module], deciding: Collection[str]
     ) -> None:
         self._network = network
-        self._deciding = deciding_modules(network, example_inputs)
+        self._deciding = deciding
         self._opaque = set(opaque)
         self._queries = iter(range(_MAX_WIDTH_QUERIES))
         self.untraced: dict[nn.Module, str] = {}

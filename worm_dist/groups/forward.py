@@ -1,10 +1,17 @@
-"""Forward passes on example inputs that leave the network's state unchanged."""
+"""Forward passes on example inputs, in eval or training mode, that leave the network unchanged.
+
+Some parts of a network run only in training mode, such as auxiliary heads, and channels that only
+these parts read belong to groups too.  So, where it makes a difference, the network is traced with
+its composite modules in training mode and its layers in eval mode, without dropout and batch
+statistics.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy
@@ -13,7 +20,19 @@ from torch import Tensor, nn
 
 from .nested import mapped, tensors_in
 
-__all__ = ["buffers_kept", "floats", "run", "undisturbed"]
+__all__ = [
+    "buffers_kept",
+    "called_modules",
+    "deciding_modules",
+    "floats",
+    "in_eval",
+    "in_training",
+    "norms_in_training",
+    "run",
+    "undisturbed",
+]
+
+_Norm = nn.modules.batchnorm._BatchNorm
 
 
 def run(network: nn.Module, example_inputs: Any) -> Any:
@@ -37,6 +56,33 @@ def floats(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
+def in_eval(network: nn.Module) -> Iterator[None]:
+    """Put the network in eval mode within the context; afterwards every module has its own mode."""
+    with _modes_kept(network):
+        network.eval()
+        yield
+
+
+@contextmanager
+def in_training(network: nn.Module, modules: Collection[str]) -> Iterator[None]:
+    """Put these modules, without their children, in training mode within the context."""
+    with _modes_kept(network):
+        for module in map(network.get_submodule, modules):
+            module.training = True
+        yield
+
+
+@contextmanager
+def _modes_kept(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
     """Put the network in eval mode; afterwards restore its modes, ``requires_grad`` flags and the
     random states of torch, Python and numpy, also after an error.
@@ -46,21 +92,17 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     path, which a network with removed heads takes.
     """
     python_rng, numpy_rng = random.getstate(), numpy.random.get_state()
-    modes = {module: module.training for module in network.modules()}
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
-    network.eval()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=devices):
+        with in_eval(network), torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python_rng)
         numpy.random.set_state(numpy_rng)
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
         for parameter, trained in trains.items():
             parameter.requires_grad_(trained)
 
@@ -85,3 +127,70 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
             if not buffer.is_inference():  # inference tensors cannot be written to
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+@contextmanager
+def norms_in_training(norms: Sequence[_Norm]) -> Iterator[None]:
+    """Put these norms in training mode with momentum one within the context, so that their running
+    statistics are those of this rank's newest batch.
+
+    Modes and momenta are restored afterwards, statistics are not.  SyncBatchNorm normalises without
+    collectives within, since ranks may run different numbers of batches and a forward pass may fail
+    on one of them.
+    """
+    modes = {norm: (norm.training, norm.momentum) for norm in norms}
+    synced = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
+    forwards = {norm: vars(norm).get("forward") for norm in synced}
+    try:
+        for norm in norms:
+            norm.training, norm.momentum = True, 1.0
+        for norm in synced:
+            vars(norm)["forward"] = partial(_Norm.forward, norm)
+        yield
+    finally:
+        for norm, (training, momentum) in modes.items():
+            norm.training, norm.momentum = training, momentum
+        for norm, forward in forwards.items():
+            del vars(norm)["forward"]
+            if forward is not None:
+                vars(norm)["forward"] = forward
+
+
+def deciding_modules(
+    network: nn.Module, example_inputs: Any, may_lack: bool = False
+) -> tuple[str, ...]:
+    """Return the names of the modules whose training mode makes more of the network run.
+
+    Empty if the training mode makes no difference, or fails on these inputs.
+
+    Args:
+        network: the unwrapped network, in eval mode.
+        example_inputs: inputs as for ``forward.run``.
+        may_lack: whether to accept that other parts run in eval mode only.
+    """
+    composed = tuple(
+        name for name, module in network.named_modules() if any(True for _ in module.children())
+    )
+    in_eval = called_modules(network, example_inputs)
+    try:
+        with in_training(network, composed):
+            in_both = called_modules(network, example_inputs)
+    except Exception:  # such as a forward that needs targets in training mode
+        return ()
+    return composed if in_both > in_eval or (may_lack and in_both - in_eval) else ()
+
+
+def called_modules(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
+    """Return the modules that a forward pass calls, in their current modes."""
+    called: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: called.add(module))
+        for module in network.modules()
+    ]
+    try:
+        with torch.no_grad():
+            run(network, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..config import SearchConfig
 from ..errors import ConfigError
 from .attention import find_attentions, weight_of
 from .feed_forward import find_feed_forwards
 from .parameter_storage import replace_data
 
-__all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gates_of", "remove_gates"]
+__all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gated", "gates_of", "remove_gates"]
 
 
 class Gate(nn.Module):
@@ -87,6 +88,24 @@ def add_gates(network: nn.Module) -> nn.Module:
         gate = Gate(gated[reader], layers[reader].get_parameter("weight"))
         parametrize.register_parametrization(layers[reader], "weight", gate)
     return network
+
+
+def gated(network: nn.Module, search: SearchConfig) -> nn.Module:
+    """Add gates to the heads and neurons of a network if ``search.importance`` uses gates.
+
+    A network without heads and neurons stays unchanged.  Gates are added even if the search is
+    disabled, so that the dense control run trains the same network as the others.
+
+    Args:
+        network: the network, changed in place.
+        search: the search settings.
+
+    Raises:
+        ConfigError: ``add_gates`` does not support the network.
+    """
+    can_be_gated = bool(find_attentions(network)[0] or find_feed_forwards(network))
+    wants_gates = search.importance in ("auto", "gate")
+    return add_gates(network) if can_be_gated and wants_gates else network
 
 
 def gates_of(network: nn.Module) -> list[tuple[str, Gate]]:

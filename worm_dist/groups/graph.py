@@ -7,16 +7,18 @@ neighbouring layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch_pruning
+from numpy.typing import NDArray
 from torch import nn
 from torch_pruning.ops import OPTYPE
 
 from .reshapes import Rearrangement, normalized_dim, only_rearranges, op_name, shape_of
 
-__all__ = ["ChannelIndex", "Graph"]
+__all__ = ["Graph", "Ints", "Places", "moved"]
 
 _CHANNELS_SECOND = (
     nn.modules.conv._ConvNd,
@@ -36,20 +38,51 @@ _OPERATIONS = (
     OPTYPE.SLICE,
 )
 
-_IndexMap = Callable[[int], Iterable[int]]
-"""Map from an index to the indices of the same channel on the other side of an operation."""
+Ints = NDArray[np.int64]
 
 
-class ChannelIndex(NamedTuple):
-    """An index and the channel at it, with the field names of torch-pruning.
+class Places(NamedTuple):
+    """Indices along a tensor, and the channel at each of them.
 
     Attributes:
-        idx: the index in the current tensor.
-        root_idx: the number of the channel.
+        indices: int64 ``[n]``.
+        channels: int64 ``[n]``, the numbers of the channels.
     """
+
+    indices: Ints
+    channels: Ints
+
+
+class _IndexMap(NamedTuple):
+    """An index map from one side of an operation to the other, in the place of torch-pruning's.
+
+    Attributes:
+        move: a function from the places of channels on one side to those on the other.
+    """
+
+    move: Callable[[Places], Places]
+
+
+class _Place(NamedTuple):
+    """One index and its channel, with the field names of torch-pruning."""
 
     idx: int
     root_idx: int
+
+
+def moved(places: Places, index_map: Any) -> Places:
+    """Return the places of the same channels on the other side of an operation.
+
+    Args:
+        places: the places on this side.
+        index_map: a map of a dependency, ours or torch-pruning's; None if indices stay the same.
+    """
+    if index_map is None:
+        return places
+    if isinstance(index_map, _IndexMap):
+        return index_map.move(places)
+    there = index_map([_Place(*pair) for pair in zip(*(each.tolist() for each in places))])
+    return Places(_ints([place.idx for place in there]), _ints([place.root_idx for place in there]))
 
 
 class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
@@ -60,14 +93,14 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
             exhausted, building fails: torch-pruning repeats queries in networks with many paths.
 
     Attributes:
-        part_index: for each operation that treats channels in equal parts, a function from an index
-            to the index within its part.  Channels with the same one must be removed together.
+        part_index: for each operation that treats channels in equal parts, a function from indices
+            to those within their parts.  Channels with the same one must be removed together.
     """
 
     def __init__(self, queries: Iterator[int]) -> None:
         super().__init__()
         self._queries = queries
-        self.part_index: dict[Any, Callable[[int], int]] = {}
+        self.part_index: dict[Any, Callable[[Ints], Ints]] = {}
         self._nodes: dict[Any, Any] = {}
         self._dims: dict[Any, int | None] = {}
 
@@ -107,7 +140,8 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         if move is not None and not move.is_identity:
             _set_input_maps(node, [(_from_table(move.indices), _from_table(move.channels))])
             if move.part_size:
-                self.part_index[node] = lambda index: move.channels[index][0] % move.part_size
+                channels = _ints([channel for (channel,) in move.channels])
+                self.part_index[node] = lambda indices: channels[indices] % move.part_size
         return True
 
     def _concatenate(self, node: Any, dim: int) -> bool:
@@ -147,10 +181,10 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
                 to_whole, to_piece = shifts[number]
                 # Forward: from the whole to the piece, then through the reader's own map.
                 # Backward: the reverse.
-                forth.index_mapping[0] = _as_index_mapping(to_piece)
-                back.index_mapping[1] = _as_index_mapping(to_whole)
+                forth.index_mapping[0] = to_piece
+                back.index_mapping[1] = to_whole
         if op_name(node.grad_fn) == "Split" and len(set(sizes)) == 1:
-            self.part_index[node] = lambda index: index % sizes[0]
+            self.part_index[node] = lambda indices: indices % sizes[0]
         return True
 
     def _slice(self, node: Any, dim: int) -> bool:
@@ -159,11 +193,15 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         start, step = normalized_dim(fn._saved_start, size + 1), fn._saved_step
         if normalized_dim(fn._saved_dim, len(shape_of(fn))) == dim and sliced_size < size:
 
-            def to_slice(index: int) -> Iterable[int]:
-                there, off = divmod(index - start, step)
-                return [there] if not off and 0 <= there < sliced_size else []
+            def to_slice(places: Places) -> Places:
+                there, off = np.divmod(places.indices - start, step)
+                inside = (off == 0) & (there >= 0) & (there < sliced_size)
+                return Places(there[inside], places.channels[inside])
 
-            _set_input_maps(node, [(to_slice, lambda index: [index * step + start])])
+            def to_whole(places: Places) -> Places:
+                return Places(places.indices * step + start, places.channels)
+
+            _set_input_maps(node, [(_IndexMap(to_slice), _IndexMap(to_whole))])
         return True
 
     def _pad(self, node: Any, dim: int) -> bool:
@@ -241,15 +279,36 @@ def _dim_after(grad_fn: Any, source: Any, dim: int) -> int | None:
 def _shift(start: int, size: int) -> tuple[_IndexMap, _IndexMap]:
     """Return the index maps from a part to the whole and back."""
 
-    def to_part(index: int) -> Iterable[int]:
-        return [index - start] if start <= index < start + size else []
+    def to_whole(places: Places) -> Places:
+        return Places(places.indices + start, places.channels)
 
-    return (lambda index: [index + start]), to_part
+    def to_part(places: Places) -> Places:
+        inside = (places.indices >= start) & (places.indices < start + size)
+        return Places(places.indices[inside] - start, places.channels[inside])
+
+    return _IndexMap(to_whole), _IndexMap(to_part)
 
 
 def _from_table(table: Sequence[Sequence[int]]) -> _IndexMap:
     """Return a map that looks up indices in a table; -1, which is out of range, if missing."""
-    return lambda index: table[index] if index < len(table) else [-1]
+    rows = [*table, [-1]]
+    sizes = _ints([len(row) for row in rows])
+    ends = sizes.cumsum()
+    flat = _ints([index for row in rows for index in row])
+
+    def look_up(places: Places) -> Places:
+        here = np.minimum(places.indices, len(table))
+        repeats = sizes[here]
+        # The n-th of all found indices, counted from the first one of its row.
+        number = np.arange(repeats.sum()) - np.repeat(repeats.cumsum() - repeats, repeats)
+        first = np.repeat(ends[here] - repeats, repeats)
+        return Places(flat[first + number], np.repeat(places.channels, repeats))
+
+    return _IndexMap(look_up)
+
+
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
 
 
 def _set_input_maps(node: Any, moves: Sequence[tuple[_IndexMap, _IndexMap]]) -> None:
@@ -258,16 +317,9 @@ def _set_input_maps(node: Any, moves: Sequence[tuple[_IndexMap, _IndexMap]]) -> 
     for source, (forth, back) in zip(node.inputs, moves, strict=True):
         number = numbers.get(source, 0)
         numbers[source] = number + 1
-        _edges(source, node)[number].index_mapping[1] = _as_index_mapping(forth)
-        _edges(node, source)[number].index_mapping[0] = _as_index_mapping(back)
+        _edges(source, node)[number].index_mapping[1] = forth
+        _edges(node, source)[number].index_mapping[0] = back
 
 
 def _edges(one: Any, other: Any) -> list[Any]:
     return [dependency for dependency in one.dependencies if dependency.target is other]
-
-
-def _as_index_mapping(move: _IndexMap) -> Callable[[Iterable[Any]], list[ChannelIndex]]:
-    def mapping(entries: Iterable[Any]) -> list[ChannelIndex]:
-        return [ChannelIndex(index, each.root_idx) for each in entries for index in move(each.idx)]
-
-    return mapping

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..digest import digest_of
 from ..errors import ConfigError
 
 __all__ = ["Mask"]
@@ -59,10 +59,7 @@ class Mask(Mapping[str, Tensor]):
 
     @cached_property
     def digest(self) -> str:
-        bits = hashlib.blake2b(digest_size=16)
-        bits.update(repr(self._sizes).encode())
-        bits.update(self.keep.numpy().tobytes())
-        return bits.hexdigest()
+        return digest_of([list(self._sizes.items()), self.keep]).hex()
 
     def distance(self, other: Mask) -> float:
         """Return the normalised Hamming distance to another mask, 0 to 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,9 @@ from .channel_flow import Layer
 from .channel_groups import ChannelGroup, Groups, Member
 from .copying import scratch_copy
 from .dependency import Coupled, coupled_layers
-from .forward import run, undisturbed
+from .forward import called_modules, deciding_modules, in_training, run, undisturbed
 from .grouped_conv import interleaved
 from .reachability import reasons_of_unreached
-from .training_mode import called_modules, deciding_modules, in_training
 
 __all__ = ["find_groups"]
 
@@ -59,7 +58,9 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     _require_runs(network, example_inputs)
     attentions, dense = find_attentions(network)
     opaque = [network.get_submodule(attention.module) for attention in attentions]
-    sets, untraced = coupled_layers(network, example_inputs, opaque)
+    with undisturbed(network):
+        deciding = deciding_modules(network, example_inputs)
+    sets, untraced = coupled_layers(network, example_inputs, opaque, deciding)
     builder = _GroupBuilder(network)
     dense |= {builder.names[module]: f"not traced: {why}" for module, why in untraced.items()}
     found = [_head_group(attention, network) for attention in attentions]
@@ -73,7 +74,7 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     _report_uncalled_layers(network, sets, [*opaque, *untraced], dense)
     order = {name: number for number, (name, _) in enumerate(network.named_modules())}
     groups = Groups(sorted(found, key=lambda group: order[group.name]), dense)
-    reached = _reached(network, example_inputs)
+    reached = _reached(network, example_inputs, deciding)
     if reached == {network} and any(True for _ in network.children()):
         raise ConfigError(
             "model: run as a copy, it calls none of its own modules: its forward is bound to the "
@@ -83,11 +84,10 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     return groups.without(reasons_of_unreached(network, reached, groups))
 
 
-def _reached(network: nn.Module, example_inputs: Any) -> set[nn.Module]:
-    """Return the modules that run in eval mode or in training mode."""
+def _reached(network: nn.Module, example_inputs: Any, deciding: Collection[str]) -> set[nn.Module]:
+    """Return the modules that run in eval mode or with the deciding modules in training mode."""
     with undisturbed(network):
         reached = called_modules(network, example_inputs)
-        deciding = deciding_modules(network, example_inputs)
         if deciding:
             with in_training(network, deciding):
                 reached |= called_modules(network, example_inputs)
@@ -252,8 +252,6 @@ class _GroupBuilder:
     def _member(self, layer: Layer) -> Member:
         module: Any = layer.module
         name, role = self.names[module], _role(layer)
-        by_channel = torch.argsort(torch.tensor(layer.channels), stable=True)
-        positions = torch.tensor(layer.indices)[by_channel].view(len(set(layer.channels)), -1)
         # The first dimension of a transposed convolution is its inputs, of a depthwise one the
         # channels; PReLU has no other dimension.
         swapped = isinstance(module, Conv) and module.transposed and not _is_depthwise(module)
@@ -261,7 +259,7 @@ class _GroupBuilder:
         parameters = [(self._weights[name], int(swapped != (role == "consumer")))]
         if role != "consumer" and getattr(module, "bias", None) is not None:
             parameters.append((f"{name}.bias" if name else "bias", 0))
-        return Member(name, role, positions, tuple(parameters))
+        return Member(name, role, layer.positions, tuple(parameters))
 
 
 def _head_group(attention: Attention, network: nn.Module) -> ChannelGroup:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..groups.channel_groups import ChannelGroup, Groups, Member
 from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask
-from .flops import count_operations
+from ..training.flops import count_flops_by_module
 
 __all__ = ["Cost", "Costs", "costs_of", "truncated"]
 
@@ -78,7 +78,7 @@ def costs_of(
     parameters = dict(network.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
     bytes_each = _bytes_each(parameters, compression)
-    total_flops, flops = count_operations(network, sample)
+    flops = count_flops_by_module(network, sample)
     by_group = {}
     for group in groups:
         keep = mask[group.name]
@@ -99,7 +99,7 @@ def costs_of(
         by_group,
         Cost(
             sum(p.numel() for p in parameters.values()),
-            total_flops,
+            sum(flops.values()),
             sum(p.numel() * bytes_each[name] for name, p in parameters.items()),
         ),
     )

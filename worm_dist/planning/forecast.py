@@ -12,14 +12,13 @@ from torch import nn
 
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.freeze_plan import FreezePlan
+from ..groups.gates import gated
 from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
-from ..training.gating import gated
 from .costs import Costs, costs_of, truncated
-from .drawing import drawn
-from .hypothetical import equal_shares, mask_of_ticket
+from .hypothetical import drawn, equal_shares, mask_of_ticket
 from .step_time import FORMULA, Link, StepTime, ring_seconds
 from .target import Target
 from .timing import Measured, measure

@@ -1,4 +1,5 @@
-"""Hypothetical masks: the channels that a forecast assumes to be dropped.
+"""Hypothetical masks: the channels that a forecast assumes to be dropped, and the network that is
+left without them.
 
 Scores are meaningless before training, as every scale of a new network is one.  So either every
 group loses about the same share, or an existing ticket provides the mask.
@@ -6,18 +7,22 @@ group loses about the same share, or an existing ticket provides the mask.
 
 from __future__ import annotations
 
-import json
+import copy
+import dataclasses
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ValidationError
+from torch import nn
 
-from ..errors import CheckpointError, ConfigError
-from ..groups.channel_groups import Groups
+from ..errors import ConfigError
+from ..groups.channel_groups import ChannelGroup, Groups, Member
+from ..groups.gates import fold_gates
 from ..groups.mask import Mask
+from ..pruning.surgery import cuts_of, remove_channels, shapes_of
 from ..search.ranking import Ranking
+from ..ticket.metadata import read_metadata
 
-__all__ = ["equal_shares", "mask_of_ticket"]
+__all__ = ["drawn", "equal_shares", "mask_of_ticket"]
 
 
 def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
@@ -40,17 +45,6 @@ def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
     return mask
 
 
-class _Group(BaseModel):
-    name: str
-    num_channels: int
-    kept: list[int]
-
-
-class _Ticket(BaseModel):
-    mask_digest: str
-    groups: list[_Group]
-
-
 def mask_of_ticket(folder: Path, groups: Groups) -> Mask:
     """Read the mask that a ticket was drawn with; its weights are not read.
 
@@ -62,30 +56,47 @@ def mask_of_ticket(folder: Path, groups: Groups) -> Mask:
         CheckpointError: the ticket does not exist or is damaged.
         ConfigError: it was drawn from another network.
     """
-    path = folder / "ticket.json"
-    try:
-        ticket = _Ticket.model_validate(json.loads(path.read_bytes()))
-        mask = Mask({group.name: _flags(group) for group in ticket.groups})
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; is this the folder of a ticket?"
-        ) from error
-    except (ConfigError, IndexError, RuntimeError, UnicodeDecodeError, ValueError) as error:
-        text = str(error) if not isinstance(error, ValidationError) else error.errors()[0]["msg"]
-        raise CheckpointError(f"{path}: not a ticket: {text}") from error
-    if mask.digest != ticket.mask_digest:
-        raise CheckpointError(f"{path}: damaged: its channels do not match its mask_digest")
-    differing = sorted({name for name, _ in mask.sizes.items() ^ groups.sizes.items()})
+    saved = {group.name: group for group in read_metadata(folder).groups}
+    sizes = {name: group.num_channels for name, group in saved.items()}
+    differing = sorted({name for name, _ in sizes.items() ^ groups.sizes.items()})
     if differing:
         more = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise ConfigError(
             f"--ticket: {folder} was drawn from another network: group {differing[0]}{more} "
             "differ; give the model, the input and the settings that it was trained with"
         )
-    return Mask({group.name: mask[group.name] for group in groups})
+    return Mask({group.name: saved[group.name].keep for group in groups})
 
 
-def _flags(group: _Group) -> torch.Tensor:
-    flags = torch.zeros(group.num_channels, dtype=torch.bool)
-    flags[group.kept] = True
-    return flags
+def drawn(network: nn.Module, groups: Groups, mask: Mask) -> tuple[nn.Module, Groups]:
+    """Draw a copy of a network; gates are folded into the weights.
+
+    Args:
+        network: the dense network, not changed.
+        groups: its channel groups.
+        mask: the channels that are kept.
+
+    Returns:
+        The smaller copy, and the groups with the parameter names of the copy; their positions are
+        still those of the dense network.
+
+    Raises:
+        ConfigError: the mask keeps no channel of a group.
+    """
+    ticket = copy.deepcopy(network)
+    remove_channels(ticket, cuts_of(groups, mask, shapes_of(ticket)))
+    fold_gates(ticket)
+    return ticket, Groups([_ungated(group) for group in groups], groups.dense)
+
+
+def _ungated(group: ChannelGroup) -> ChannelGroup:
+    members = tuple(_folded(member) for member in group.members if member.role != "gate")
+    return dataclasses.replace(group, members=members)
+
+
+def _folded(member: Member) -> Member:
+    parameters = tuple(
+        (name.replace(".parametrizations.weight.original", ".weight"), dim)
+        for name, dim in member.parameters
+    )
+    return dataclasses.replace(member, parameters=parameters)

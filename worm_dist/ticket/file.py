@@ -14,21 +14,20 @@ import torch
 import torch_pruning
 from torch import nn
 
-from ..checkpoint.durable_io import sync_folder, writing
+from ..checkpoint.durable_io import sync_folder, write_json, writing
 from ..errors import CheckpointError, ConfigError
-from ..files import write_json
 from ..groups.channel_groups import Groups
 from ..groups.gates import remove_gates
 from ..groups.mask import Mask
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
 from .meta_init import build_on_meta
-from .metadata import CutRecord, GroupRecord, ModelRecord, Record
+from .metadata import METADATA, CutRecord, GroupRecord, ModelRecord, Record, read_metadata
 from .weights import open_weights, write_weights
 
 __all__ = ["load_ticket", "save_ticket"]
 
-_RECORD, _WEIGHTS = "ticket.json", "ticket.safetensors"
+_WEIGHTS = "ticket.safetensors"
 
 
 def save_ticket(
@@ -63,8 +62,8 @@ def save_ticket(
         weights=write_weights(folder / _WEIGHTS, network),
         versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
     )
-    with writing(folder / _RECORD):
-        write_json(folder / _RECORD, record.signed().model_dump())
+    with writing(folder / METADATA):
+        write_json(folder / METADATA, record.signed().model_dump())
     sync_folder(folder)
 
 
@@ -84,7 +83,7 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
         CheckpointError: a file is missing or damaged, or does not fit the network.
     """
     folder = Path(path)
-    record = Record.read(folder / _RECORD)
+    record = read_metadata(folder)
     with open_weights(folder / _WEIGHTS, record.weights) as weights:
         try:
             network = (
@@ -93,7 +92,7 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
             remove_gates(network)  # in a ticket, gates are folded into the weights
             remove_channels(network, [cut.cut(network) for cut in record.cuts])
         except ConfigError as error:
-            raise CheckpointError(f"{folder / _RECORD}: {error}") from error
+            raise CheckpointError(f"{folder / METADATA}: {error}") from error
         weights.check(network)
         if build is None:
             network.to_empty(device="cpu")

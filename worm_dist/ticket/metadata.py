@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,15 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..checkpoint.durable_io import FileDigest, Part, read_small
-from ..checkpoint.manifest import complaint
+from ..checkpoint.durable_io import FileDigest, read_small
+from ..digest import sha256_of
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import ChannelGroup
 from ..pruning.surgery import Cut
+from ..schema import Schema, first_problem
 
-__all__ = ["CutRecord", "GroupRecord", "ModelRecord", "Record"]
+__all__ = ["METADATA", "CutRecord", "GroupRecord", "ModelRecord", "Record", "read_metadata"]
 
-_FORMAT_VERSION = 3
+METADATA = "ticket.json"
+
+_FORMAT_VERSION = 4
 _MAX_BYTES = 64 << 20
 """The largest accepted file in bytes; 100 times what torchvision's largest networks need."""
 
@@ -35,7 +38,7 @@ def _ascending(indices: list[int]) -> list[int]:
 _Indices = Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)]
 
 
-class ModelRecord(Part):
+class ModelRecord(Schema):
     """The arguments of ``worm_dist.models.build_model``: a known name and plain values."""
 
     name: str
@@ -44,19 +47,29 @@ class ModelRecord(Part):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class GroupRecord(Part):
+class GroupRecord(Schema):
     """The kept channels of one group; informational only, loading uses the cuts."""
 
     name: str
     num_channels: int
     kept: _Indices
 
+    @property
+    def keep(self) -> Tensor:
+        """The mask of this group, bool ``[num_channels]``."""
+        return _flags_of(self.kept, self.num_channels)
+
+    @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        _require_below(self.kept, self.num_channels)
+        return self
+
     @classmethod
     def of(cls, group: ChannelGroup, keep: Tensor) -> Self:
         return cls(name=group.name, num_channels=group.num_channels, kept=_indices_of(keep))
 
 
-class CutRecord(Part):
+class CutRecord(Schema):
     """A ``surgery.Cut`` with its kept indices as a list."""
 
     module: str
@@ -67,8 +80,7 @@ class CutRecord(Part):
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:
-        if self.kept[-1] >= self.size:
-            raise ValueError(f"keeps index {self.kept[-1]} of {self.size}")
+        _require_below(self.kept, self.size)
         return self
 
     @classmethod
@@ -97,12 +109,10 @@ class CutRecord(Part):
                 f"its cut of {self.parameter[:100]!r} does not fit the network; does build return "
                 "the network that the ticket was drawn from?"
             )
-        kept = torch.zeros(self.size, dtype=torch.bool)
-        kept[self.kept] = True
-        return Cut(self.module, self.parameter, self.dim, kept)
+        return Cut(self.module, self.parameter, self.dim, _flags_of(self.kept, self.size))
 
 
-class Record(Part):
+class Record(Schema):
     """The content of ``ticket.json``.
 
     Attributes:
@@ -135,31 +145,7 @@ class Record(Part):
     def signed(self) -> Self:
         """Return a copy with the digest of its content."""
         content = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read and validate the file.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or of another format.
-        """
-        content = read_small(path, _MAX_BYTES)
-        try:
-            found = _Format.model_validate_json(content).format_version
-            if found != _FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path}: format {found}, but this version of worm_dist reads format "
-                    f"{_FORMAT_VERSION}"
-                )
-            record = cls.model_validate_json(content)
-        except ValidationError as error:
-            raise CheckpointError(f"{path}: not a ticket: {complaint(error)}") from error
-        if record != record.signed():
-            raise CheckpointError(
-                f"{path}: sha256 differs from the recorded one; the file was damaged or changed"
-            )
-        return record
+        return self.model_copy(update={"digest": sha256_of([content.encode()])})
 
 
 class _Format(BaseModel):
@@ -168,6 +154,48 @@ class _Format(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     format_version: int
+
+
+def read_metadata(folder: Path) -> Record:
+    """Read and validate the metadata of a ticket.
+
+    Args:
+        folder: the ticket's folder.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    path = folder / METADATA
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: there is no such file; is this the folder of a ticket?")
+    content = read_small(path, _MAX_BYTES)
+    try:
+        found = _Format.model_validate_json(content).format_version
+        if found != _FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format {found}, but this version of worm_dist reads format "
+                f"{_FORMAT_VERSION}, in which digests are computed otherwise; load it with the "
+                "version that wrote it"
+            )
+        record = Record.model_validate_json(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a ticket: {first_problem(error)}") from error
+    if record != record.signed():
+        raise CheckpointError(
+            f"{path}: sha256 differs from the recorded one; the file was damaged or changed"
+        )
+    return record
+
+
+def _require_below(indices: list[int], size: int) -> None:
+    if indices[-1] >= size:
+        raise ValueError(f"keeps index {indices[-1]} of {size}")
+
+
+def _flags_of(indices: list[int], size: int) -> Tensor:
+    flags = torch.zeros(size, dtype=torch.bool)
+    flags[indices] = True
+    return flags
 
 
 def _indices_of(flags: Tensor) -> list[int]:

@@ -13,7 +13,7 @@ from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.manifest import CheckpointInfo
 from ..errors import CheckpointError
 from .reporting.failed_writes import FailedWrites
-from .resume_config import digest_of, fixed_settings
+from .resume_config import fixed_settings
 from .run_config import RunConfig
 from .run_folder import CHECKPOINTS, SETTINGS
 
@@ -63,7 +63,6 @@ class Checkpointer:
             step=step,
             world_size=dist.get_world_size(),
             phase=phase,
-            config_digest=digest_of(self._settings),
             value=value,
         )
         parts = {RUN: state, SETTINGS: self._settings}

@@ -1,31 +1,95 @@
-"""Divergence check: all ranks must hold bit-identical weights.
-
-Averaged gradients keep the weights equal as long as nothing else changes them.  Otherwise the
-divergence goes unnoticed: the losses still fall, but the ranks train different networks, and only
-one of them is saved.
-"""
+"""Checks that all ranks are alike: settings and software, data, and later on the weights."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+import worm_dist
+
+from ..digest import digest_of
 from ..distributed.collectives import Communicator
-from ..errors import DivergenceError
+from ..errors import ConfigError, DivergenceError
+from .data import Data
+from .reporting.result import versions
+from .resume_config import fixed_settings
+from .run_config import RunConfig
 
-__all__ = ["require_same_network"]
+__all__ = ["require_same_data", "require_same_network", "require_same_start"]
 
+_MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "distributed.deepspeed")
+"""Paths and resources of a host.  DeepSpeed's file is compared by its content, not its path."""
 _MOST_NAMED = 3
+
+
+def require_same_start(config: RunConfig, ranks: Communicator) -> None:
+    """Compare settings and installed software across the ranks.  Collective.
+
+    The source code is compared too, because an editable installation keeps its version across a
+    pull.  Patch releases of Python may differ.
+
+    Args:
+        config: this rank's settings.
+        ranks: all ranks.
+
+    Raises:
+        DivergenceError: the ranks differ; raised on every rank.
+    """
+    flat = config.flat()
+    found = {key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()}
+    for key in _MAY_DIFFER_BY_HOST:
+        del found[key]
+    found |= {f"the version of {name}": number for name, number in versions().items()}
+    del found["the version of python"]
+    found["the code of worm_dist"] = _code_digest(Path(worm_dist.__file__).parent)
+    differences = ranks.compare(found)
+    if differences:
+        raise DivergenceError(
+            f"start: the ranks have not been started alike: {'; '.join(differences)}; give all of "
+            "them the same settings and the same installation"
+        )
+
+
+def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None:
+    """Compare the size and shape of the data, of which every host has a copy.  Collective.
+
+    If one rank had a batch less, the others would hang at the end of the epoch.
+
+    Args:
+        data: this rank's data set.
+        num_batches: number of training batches of this rank in an epoch.
+        ranks: the ranks that train together.
+
+    Raises:
+        ConfigError: the ranks differ; names the property and each rank's value.
+    """
+    differences = ranks.compare(
+        {
+            "the number of training samples": str(len(data.train)),
+            "the number of test samples": str(len(data.test)),
+            "the number of batches": str(num_batches),
+            "the number of classes": str(data.num_classes),
+            "the shape of a sample": str(data.sample_shape),
+        }
+    )
+    if differences:
+        raise ConfigError(
+            f"data: the ranks do not see the same data: {'; '.join(differences)}; give every "
+            "host the whole data set"
+        )
 
 
 def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> None:
     """Compare parameters and buffers across the ranks, bit by bit.  Collective.
 
-    One all-reduce of a digest; each rank reads its network once, a second for 300 million floats.
+    Averaged gradients keep the weights equal as long as nothing else changes them.  Otherwise the
+    divergence goes unnoticed: the losses still fall, but the ranks train different networks, and
+    only one of them is saved.
+
+    One all-reduce of a digest; each rank reads its network once, a second for 200 million floats.
 
     The running statistics of norms are left out: between two steps they differ from rank to rank.
     DistributedDataParallel overwrites them with rank zero's at the next step, and ``evaluate`` does
@@ -39,8 +103,9 @@ def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> 
     Raises:
         DivergenceError: the replicas differ; raised on every rank, naming tensors and ranks.
     """
-    digests = {name: _digest(tensor) for name, tensor in _replicated(network)}
-    differences = ranks.compare(digests)
+    differences = ranks.compare(
+        {name: digest_of(tensor).hex()[:16] for name, tensor in _replicated(network)}
+    )
     if differences:
         num_more = len(differences) - _MOST_NAMED
         more = f" (and {num_more} more)" if num_more > 0 else ""
@@ -52,6 +117,11 @@ def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> 
         )
 
 
+def _code_digest(folder: Path) -> str:
+    sources = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py")}
+    return digest_of(sources).hex()[:16]
+
+
 def _replicated(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     per_rank = {
         id(statistic)
@@ -60,12 +130,7 @@ def _replicated(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for statistic in (module.running_mean, module.running_var)
     }
     for name, parameter in network.named_parameters():
-        yield f"parameter {name}", parameter.detach()
+        yield f"parameter {name}", parameter
     for name, buffer in network.named_buffers():
         if id(buffer) not in per_rank:
             yield f"buffer {name}", buffer
-
-
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(raw).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy and loss over all ranks, throughput, parameter and FLOP counts."""
+"""Evaluation: accuracy and loss over all ranks, throughput, and parameter counts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..distributed.graceful_stop import StopCoordinator, Stopped
-from ..groups.forward import undisturbed
+from ..groups.forward import in_eval
 
-__all__ = ["EvalResult", "Speed", "count_flops", "count_parameters", "evaluate", "total_over_ranks"]
+__all__ = ["EvalResult", "Speed", "count_parameters", "evaluate", "total_over_ranks"]
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,21 @@ def evaluate(
     """
     for buffer in network.buffers():
         dist.broadcast(buffer, src=0)
-    training, dtype = network.training, next(network.parameters()).dtype
-    network.eval()
+    dtype = next(network.parameters()).dtype
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
-    for inputs, targets in loader:
-        if stop.requested:
-            totals[3] = 1  # the other ranks learn of it in the all-reduce below
-            break
-        targets = targets.to(device, non_blocking=True)
-        logits = network(inputs.to(device, dtype, non_blocking=True)).float()
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        correct = (logits.argmax(dim=1) == targets).sum()
-        varies = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()
-        totals[:3] += torch.stack([correct, loss, varies])
-        counts += torch.bincount(targets, minlength=num_classes)
-    network.train(training)
+    with in_eval(network):
+        for inputs, targets in loader:
+            if stop.requested:
+                totals[3] = 1  # the other ranks learn of it in the all-reduce below
+                break
+            targets = targets.to(device, non_blocking=True)
+            logits = network(inputs.to(device, dtype, non_blocking=True)).float()
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            correct = (logits.argmax(dim=1) == targets).sum()
+            varies = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()
+            totals[:3] += torch.stack([correct, loss, varies])
+            counts += torch.bincount(targets, minlength=num_classes)
     sums = total_over_ranks(torch.cat([totals, counts])).tolist()
     correct_sum, loss_sum, num_varying, num_stopped, *per_class = sums
     if num_stopped:
@@ -129,18 +126,3 @@ def total_over_ranks(values: Tensor) -> Tensor:
 
 def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-@torch.no_grad()
-def count_flops(network: nn.Module, sample: Tensor) -> int:
-    """Count the FLOPs of one forward pass; a multiply and an add count as two.
-
-    Args:
-        network: the network, run in eval mode.
-        sample: an input with a batch size of one.
-    """
-    counter = FlopCounterMode(display=False)
-    # The counter sees neither fused attention nor torch's fast path for transformers.
-    with undisturbed(network), sdpa_kernel(SDPBackend.MATH), counter:
-        network(sample)
-    return int(counter.get_total_flops())

@@ -1,9 +1,11 @@
-"""State that differs from rank to rank: random states, local losses, PowerSGD's memory."""
+"""State of the training loop: its position, and what differs from rank to rank, such as random
+states, local losses and PowerSGD's memory."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,15 +19,35 @@ from ..checkpoint.rng_state import random_state, restore_random_state
 from .data.augmentation_rng import EpochSampler, seed_from
 
 __all__ = [
+    "Position",
     "gathered_on_rank_zero",
     "newest_inputs",
+    "num_inputs",
     "rank_state",
     "restore_random",
     "seed_all",
     "state_of_this_rank",
-    "with_rank_state",
-    "without_rank_state",
+    "with_inputs",
 ]
+
+
+@dataclass
+class Position:
+    """Position between two optimizer steps.
+
+    Attributes:
+        epoch: the current epoch, counted from 0.
+        batch: the next batch, counted from 0; after the last batch the epoch's test follows.
+        draws: True while a draw, with the tests before and after it, is not finished.
+        has_learnt: True if any test so far was better than chance.
+        at_chance: True if the newest test was no better than chance.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    draws: bool = False
+    has_learnt: bool = False
+    at_chance: bool = False
 
 
 def rank_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,9 +60,17 @@ def rank_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "random": random_state(),
         "losses": losses.tolist(),
-        "reduction": engine["rank"]["reduction"],
-        "watched": engine["rank"]["losses"],
+        "engine": _without_tensors(engine["rank"]),
     }
+
+
+def _without_tensors(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's per-rank state without the tensors of the recorded inputs: they are read from the
+    data set again on resume, and large images would take more space than the network."""
+    training = engine["training"]
+    inputs = training["inputs"]
+    calls = inputs and [{**call, "arguments": [], "on_cpu": []} for call in inputs]
+    return {**engine, "training": {**training, "inputs": calls}}
 
 
 def gathered_on_rank_zero(state: Any) -> list[Any]:
@@ -64,49 +94,39 @@ def state_of_this_rank(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
     if len(states) == dist.get_world_size():
         return states[rank]
     sums = [sum(column) for column in zip(*(state["losses"] for state in states))]
+    engine = states[0]["engine"]
     return {
         "random": None,
         "losses": sums if rank == 0 else [0.0, 0.0],
-        "reduction": None,
-        "watched": states[0]["watched"],
+        "engine": {
+            **engine,
+            "number": rank,
+            "world_size": dist.get_world_size(),
+            "training": {**engine["training"], "reducer": None},
+        },
     }
 
 
-def without_rank_state(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove this rank's state from an engine's state dict.
-
-    The recorded inputs lose their tensors too: they are read from the data set again on resume, and
-    large images would take more space than the network.
-    """
-    inputs = engine["rank"]["inputs"]
-    calls = inputs and [{**call, "arguments": [], "on_cpu": []} for call in inputs]
-    return {**engine, "rank": {"inputs": calls}}
+def num_inputs(state: Mapping[str, Any]) -> int:
+    """Number of inputs that a rank's engine had recorded."""
+    return len(state["engine"]["training"]["inputs"] or ())
 
 
-def with_rank_state(
-    engine: Mapping[str, Any], state: Mapping[str, Any], inputs: Sequence[Tensor]
-) -> dict[str, Any]:
-    """Restore what ``without_rank_state`` removed from an engine's state dict.
+def with_inputs(state: Mapping[str, Any], inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """A rank's state of its engine, with the recorded inputs read again.
 
     Args:
-        engine: the engine's state dict.
         state: this rank's state.
         inputs: the recorded input batches, on the CPU, one for every recorded pass.
     """
-    calls = engine["rank"]["inputs"]
+    engine = state["engine"]
+    calls = engine["training"]["inputs"]
     if calls is not None:
         calls = [
             {**call, "arguments": [[part], {}], "on_cpu": [call["device"] == "cpu"]}
             for call, part in zip(calls, inputs, strict=True)
         ]
-    rank = {
-        "number": dist.get_rank(),
-        "world_size": dist.get_world_size(),
-        "inputs": calls,
-        "reduction": state["reduction"],
-        "losses": state["watched"],
-    }
-    return {**engine, "rank": rank}
+    return {**engine, "training": {**engine["training"], "inputs": calls}}
 
 
 def seed_all(seed: int) -> None:

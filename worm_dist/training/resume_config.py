@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from .deepspeed_config import deepspeed_settings
 from .run_config import RunConfig
 
-__all__ = ["changes", "digest_of", "fixed_settings"]
+__all__ = ["changes", "fixed_settings"]
 
 _MAY_CHANGE = (
     "name",
@@ -48,11 +46,6 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     deepspeed = deepspeed_settings(config, world_size=1)
     del deepspeed["train_micro_batch_size_per_gpu"]  # it depends on the world size
     return {**fixed, **{f"distributed.deepspeed.{key}": value for key, value in deepspeed.items()}}
-
-
-def digest_of(fixed: Mapping[str, Any]) -> str:
-    """Digest of ``fixed_settings``, for a checkpoint's manifest."""
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -17,23 +17,19 @@ from ..distributed.graceful_stop import StopCoordinator
 from ..distributed.init import RankInfo, process_group
 from ..distributed.progress import Progress
 from ..distributed.watchdog import Timeouts, watched
-from ..errors import CheckpointError, DivergenceError
+from ..errors import CheckpointError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
-from .installation import installation
+from .consistency import require_same_start
 from .preemption import exit_code_of_stopped, stop_on_signals
 from .reporting.failed_writes import FailedWrites
 from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
-from .resume_config import fixed_settings
 from .run_config import RunConfig
 from .run_folder import RESULT, open_run_folder
 from .trainer import Trainer
 
 __all__ = ["run"]
-
-_MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "distributed.deepspeed")
-"""Paths and resources of a host.  DeepSpeed's file is compared by its content, not its path."""
 
 
 def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
@@ -61,7 +57,8 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
         process_group(rank_info, transport, settings.startup_timeout_seconds) as device,
         watched(rank_info, progress, timeouts, stop) if rank_info.world_size > 1 else nullcontext(),
     ):
-        _require_same_start(config, device)
+        assert dist.group.WORLD is not None
+        require_same_start(config, ProcessGroupComm(dist.group.WORLD, device))
         with _run_folder(config, out, resume) as checkpoint:
             return _train(
                 config, out, checkpoint, rank_info, device, progress, stop, install_handlers
@@ -133,26 +130,4 @@ def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWr
         raise CheckpointError(
             f"the run has finished, but its results could not be written to {out}: "
             f"{failed_writes}; make room there, or train again with another --out"
-        )
-
-
-def _require_same_start(config: RunConfig, device: torch.device) -> None:
-    """Compare settings and installed software across the ranks.  Collective.
-
-    Raises:
-        DivergenceError: the ranks differ; raised on every rank.
-    """
-    flat = config.flat()
-    settings = {
-        key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()
-    }
-    for key in _MAY_DIFFER_BY_HOST:
-        del settings[key]
-    assert dist.group.WORLD is not None
-    ranks = ProcessGroupComm(dist.group.WORLD, device)
-    differences = ranks.compare({**settings, **installation()})
-    if differences:
-        raise DivergenceError(
-            f"start: the ranks have not been started alike: {'; '.join(differences)}; give all of "
-            "them the same settings and the same installation"
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
 from ..interval import Interval
-from .plain import plain
 
 __all__ = [
     "CheckpointConfig",
@@ -62,7 +61,7 @@ class ModelConfig(Settings):
 
     name: str = "vgg_small"
     """A model of worm_dist.models, or any classification model of torchvision."""
-    arguments: Annotated[dict[str, Any], AfterValidator(plain)] = Field(default={})
+    arguments: dict[str, JsonValue] = Field(default={})
     """Additional keyword arguments of the model's constructor."""
 
 

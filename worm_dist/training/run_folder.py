@@ -14,7 +14,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lock import run_lock
 from ..checkpoint.manager import CheckpointManager
 from ..errors import CheckpointError, ConfigError
-from .resume_config import changes, digest_of, fixed_settings
+from .resume_config import changes, fixed_settings
 from .run_config import RunConfig
 
 __all__ = ["CHECKPOINTS", "JOURNAL", "RESULT", "SETTINGS", "open_run_folder"]
@@ -87,8 +87,8 @@ def _unfinished(out: Path, config: RunConfig) -> Checkpoint | None:
     if (out / RESULT).exists():
         return None
     newest = manager.newest()
-    if newest is not None and newest.manifest.config_digest != digest_of(fixed_settings(config)):
-        found = changes(newest.read(SETTINGS), fixed_settings(config))
+    found = [] if newest is None else changes(newest.read(SETTINGS), fixed_settings(config))
+    if found:
         message = "%s holds an unfinished run with another config (%s); it is moved aside"
         logger.warning(message, out, "; ".join(found))
         return None

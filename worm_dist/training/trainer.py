@@ -10,36 +10,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import worm_dist
-
 from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..errors import CheckpointError, CollapseError, NonFiniteError
-from ..models import build_model
 from ..pruning.collapse import REMEDY
 from ..verdict import Phase
+from .build import build
 from .checkpointer import Checkpointer
 from .consistency import require_same_network
-from .data import load_data, test_loader, train_loader
 from .data.augmentation_rng import EpochSampler
-from .data.likeness import require_same_data
-from .evaluation import EvalResult, Speed, count_flops, count_parameters, evaluate, total_over_ranks
-from .gating import gated
+from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
+from .flops import count_flops
 from .nonfinite import FiniteCheck
-from .optim import build_optimizer, build_schedule
-from .parallelize import averaged_gradients, backend_name, backward, num_passes, parallelize, step
-from .position import Position
+from .parallelize import averaged_gradients, backward, num_passes, step
 from .rank_state import (
+    Position,
     gathered_on_rank_zero,
     newest_inputs,
+    num_inputs,
     rank_state,
     restore_random,
-    seed_all,
     state_of_this_rank,
-    with_rank_state,
-    without_rank_state,
+    with_inputs,
 )
 from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
@@ -48,7 +42,7 @@ from .run_config import RunConfig
 
 __all__ = ["Trainer"]
 
-FORMAT = 2
+FORMAT = 3
 
 _SHARE_OF_CHANCE = 0.95
 """Fraction of ``chance_loss`` above which the network counts as having learnt nothing."""
@@ -68,7 +62,6 @@ class Trainer:
 
     Attributes:
         engine: the engine, attached to the wrapped model.
-        model_arguments: keyword arguments of ``build_model`` that rebuild the dense network.
         result: the run's figures so far.
         stopped: True if ``run`` returned early because of a stop request.
 
@@ -95,51 +88,21 @@ class Trainer:
         self._checkpointer = checkpointer
         assert dist.group.WORLD is not None
         self._ranks: Communicator = ProcessGroupComm(dist.group.WORLD, device)
-        seed_all(config.seed)
-        self._progress.reach("the start, loading the data")
-        data = load_data(config.data)
-        shares = (config.data, rank_info.rank, rank_info.world_size)
-        self._train_loader = train_loader(data, *shares, config.seed, device)
-        self._test_loader = test_loader(data, *shares, device)
-        require_same_data(data, len(self._train_loader), self._ranks)
-        self._progress.reach("the start, building the network")
-        self.model_arguments: dict[str, Any] = {
-            "name": config.model.name,
-            "num_classes": data.num_classes,
-            "in_channels": data.sample_shape[0],
-            "arguments": config.model.arguments,
-        }
-        network = build_model(**self.model_arguments)
-        self._network = gated(network, config.search).to(device)
-        optimizer = build_optimizer(config.optimizer, self._network)
-        model = parallelize(self._network, optimizer, config, rank_info.world_size, device)
-        self._dtype = next(self._network.parameters()).dtype  # DeepSpeed may have changed it
-        self._sample = torch.zeros(1, *data.sample_shape, device=device, dtype=self._dtype)
-        steps_per_epoch = len(self._train_loader)
-        self._schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
+        self._parts = build(config, rank_info, device, self._ranks, self._progress)
+        self.engine, self.result = self._parts.engine, self._parts.result
+        self._measure_network()
+        steps_per_epoch = len(self._parts.train_loader)
         self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
         self._finite_check = FiniteCheck(device, self._ranks)
-        self.engine = worm_dist.attach(
-            model,
-            optimizer,
-            config.worm,
-            example_inputs=self._sample,
-            steps_per_epoch=steps_per_epoch,
-        )
-        self.result = Result(
-            preset=config.preset,
-            seed=config.seed,
-            world_size=rank_info.world_size,
-            backend=backend_name(model, device),
-            data=data.description,
-        )
-        self.result.parameters.dense = count_parameters(self._network)
-        self._measure_network()
-        self.result.flops.dense = self._flops
         self._position = Position()
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
         self._phase_stats = PhaseStats(self.result)
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``build_model`` that rebuild the dense network."""
+        return self._parts.model_arguments
 
     def run(self) -> Result:
         """Run all phases: search, truncate, draw, and train the ticket.  Collective.
@@ -149,7 +112,9 @@ class Trainer:
             DivergenceError: the ranks no longer hold the same network.
             CheckpointError: a checkpoint cannot be written.
         """
-        self._report.start(self.result, self._config.epochs, len(self._train_loader), self.engine)
+        self._report.start(
+            self.result, self._config.epochs, len(self._parts.train_loader), self.engine
+        )
         try:
             while self._position.epoch < self._config.epochs:
                 self._train_epoch()
@@ -172,11 +137,11 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Take the remaining steps of the epoch."""
-        position, loader = self._position, self._train_loader
+        position, loader = self._position, self._parts.train_loader
         sampler, size = loader.sampler, loader.batch_size
         assert isinstance(sampler, EpochSampler) and size is not None
         sampler.start_at(position.epoch, position.batch * size)
-        self._network.train()
+        self._parts.network.train()
         if position.draws:
             self._draw()
         self._speed = Speed()
@@ -188,7 +153,7 @@ class Trainer:
             position.batch += 1
             self._phase_stats.count(self.engine.phase, self.engine.traffic, self._flops)
             self._speed.count(self._config.data.batch_size)
-            self._report.step(self.engine, float(self._schedule.get_last_lr()[0]), loss)
+            self._report.step(self.engine, float(self._parts.schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._compare_every == 0:
                 self.require_consistent()
             if self.engine.is_due:
@@ -247,10 +212,10 @@ class Trainer:
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take one optimizer step; return this rank's data loss, a detached scalar."""
-        inputs = inputs.to(self._device, self._dtype, non_blocking=True)
+        inputs = inputs.to(self._device, self._parts.sample.dtype, non_blocking=True)
         targets = targets.to(self._device, non_blocking=True)
         self._reach("the gradients")
-        bf16 = self._config.precision == "bf16" and self._dtype == torch.float32
+        bf16 = self._config.precision == "bf16" and self._parts.sample.dtype == torch.float32
         passes = num_passes(self.engine)
         total = torch.zeros((), device=self._device)
         for part, labels in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
@@ -261,7 +226,7 @@ class Trainer:
             total += loss.detach() / passes
             self._finite_check.check(self.engine.step + 1, total, averaged_gradients(self.engine))
             step(self.engine)
-        self._schedule.step()
+        self._parts.schedule.step()
         return total
 
     def require_consistent(self) -> None:
@@ -275,7 +240,7 @@ class Trainer:
         """
         self._finite_check.wait()
         self._reach("comparing the ranks", ahead=0)
-        require_same_network(self._network, self._ranks, f"step {self.engine.step}")
+        require_same_network(self._parts.network, self._ranks, f"step {self.engine.step}")
 
     def _reach(self, what: str, ahead: int = 1) -> None:
         """Report this rank's progress.
@@ -308,7 +273,7 @@ class Trainer:
             self._progress.reach(f"a stage of the draw at step {self.engine.step}")
             self.engine.draw()
             self._measure_network()
-            self._report.stage(epoch, self.engine, count_parameters(self._network))
+            self._report.stage(epoch, self.engine, count_parameters(self._parts.network))
         if verdict.ticket:
             self._position.draws = True
             self._draw()
@@ -323,7 +288,7 @@ class Trainer:
             self.engine.draw()
             result.ticket_epoch = epoch
             self._measure_network()
-            result.parameters.ticket = count_parameters(self._network)
+            result.parameters.ticket = count_parameters(self._parts.network)
             result.flops.ticket = self._flops
         result.accuracy.after_draw = self._evaluate().accuracy
         self._report.phase(epoch, self.engine)
@@ -332,11 +297,13 @@ class Trainer:
 
     def _measure_network(self) -> None:
         """Count the FLOPs of the current network for one sample."""
-        self._flops = count_flops(self._network, self._sample)
+        self._flops = count_flops(self._parts.network, self._parts.sample)
 
     def _evaluate(self) -> EvalResult:
         num_classes = self.model_arguments["num_classes"]
-        return evaluate(self._network, self._test_loader, num_classes, self._device, self._stop)
+        return evaluate(
+            self._parts.network, self._parts.test_loader, num_classes, self._device, self._stop
+        )
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -358,14 +325,14 @@ class Trainer:
         rank_states = gathered_on_rank_zero(rank_state(self._losses, engine))
         return {
             "format": FORMAT,
-            "at": asdict(self._position),
-            "engine": without_rank_state(engine),
-            "network": self._network.state_dict(),
+            "position": asdict(self._position),
+            "engine": {key: part for key, part in engine.items() if key != "rank"},
+            "network": self._parts.network.state_dict(),
             "optimizer": optimizer,
-            "schedule": self._schedule.state_dict(),
+            "schedule": self._parts.schedule.state_dict(),
             "ranks": rank_states,
             "result": self.result.as_dict(),
-            "tally": self._phase_stats.state_dict(),
+            "phase_stats": self._phase_stats.state_dict(),
             "report": self._report.state_dict(self.engine),
         }
 
@@ -386,40 +353,44 @@ class Trainer:
                 f"--resume: expected state format {FORMAT}, found {state.get('format')}; another "
                 "version of worm_dist wrote the checkpoint"
             )
-        self._position = Position(**state["at"])
-        own_state, engine = state_of_this_rank(state["ranks"]), state["engine"]
-        inputs = self._newest_inputs(engine)
-        self.engine.load_state_dict(with_rank_state(engine, own_state, inputs))
+        self._position = Position(**state["position"])
+        own_state = state_of_this_rank(state["ranks"])
+        rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
+        self.engine.load_state_dict({**state["engine"], "rank": rank})
         self._measure_network()
-        self._network.load_state_dict(state["network"])
+        self._parts.network.load_state_dict(state["network"])
         self.engine.load_optimizer_state(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        self._parts.schedule.load_state_dict(state["schedule"])
         self._losses = torch.tensor(own_state["losses"], dtype=torch.float64, device=self._device)
         self.result.restore(state["result"])
-        self._phase_stats.load_state_dict(state["tally"])
+        self._phase_stats.load_state_dict(state["phase_stats"])
         restore_random(own_state["random"], self._config.seed, self.engine.step)
         if self.engine.step:
-            self._network.train()
+            self._parts.network.train()
             self.engine.restore_bucket_order(self._one_pass)
 
     def _one_pass(self) -> Tensor:
         position = self._position
-        (inputs,) = newest_inputs(self._train_loader, position.epoch, position.batch, 1)
-        logits: Tensor = self.engine.model(inputs.to(self._device, self._dtype))
+        (inputs,) = newest_inputs(self._parts.train_loader, position.epoch, position.batch, 1)
+        logits: Tensor = self.engine.model(inputs.to(self._device, self._parts.sample.dtype))
         return logits.float().mean() + self.engine.penalty()
 
-    def _newest_inputs(self, engine: Mapping[str, Any]) -> list[Tensor]:
-        """The inputs of the newest passes, oldest first, as many as the engine recorded."""
-        count, passes = len(engine["rank"]["inputs"] or ()), num_passes(self.engine)
+    def _newest_inputs(self, count: int) -> list[Tensor]:
+        """The inputs of the newest passes, oldest first."""
+        passes = num_passes(self.engine)
         position, num_batches = self._position, -(-count // passes)
-        batches = newest_inputs(self._train_loader, position.epoch, position.batch, num_batches)
-        parts = [part for batch in batches for part in batch.to(self._dtype).chunk(passes)]
+        batches = newest_inputs(
+            self._parts.train_loader, position.epoch, position.batch, num_batches
+        )
+        parts = [
+            part for batch in batches for part in batch.to(self._parts.sample.dtype).chunk(passes)
+        ]
         return parts[len(parts) - count :]
 
     # ---- figures ---------------------------------------------------------------------------------
 
     def _epoch(self) -> float:
-        return round(self.engine.step / len(self._train_loader), 4)
+        return round(self.engine.step / len(self._parts.train_loader), 4)
 
     def _status(self) -> str:
         self.result.mask_digest = self.engine.mask.digest if self.engine.mask else None

@@ -16,7 +16,9 @@ from torch.optim.swa_utils import update_bn
 from ... import attach
 from ...engine.engine import Engine
 from ...errors import WormError
-from ...training.evaluation import count_flops, count_parameters
+from ...groups.forward import in_eval
+from ...training.evaluation import count_parameters
+from ...training.flops import count_flops
 from .row import Key, Row
 from .rule import Rule
 from .subject import Samples, Subject
@@ -163,10 +165,6 @@ class _Run:
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
-        self._network.eval()
-        parts: list[Tensor] = [
-            self._network(images)
-            for images in self._samples.validation_images.split(_VALIDATION_BATCH)
-        ]
-        self._network.train()
-        return torch.cat(parts)
+        batches = self._samples.validation_images.split(_VALIDATION_BATCH)
+        with in_eval(self._network):
+            return torch.cat([self._network(images) for images in batches])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from .samples import Samples
+from .dataset import Samples
 
 __all__ = ["EpochSampler", "SeededSamples", "seed_from"]
 

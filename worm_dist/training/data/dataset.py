@@ -1,15 +1,23 @@
-"""Common type of all data sets."""
+"""Common types of all data sets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
-from .samples import Samples
 
-__all__ = ["Data"]
+__all__ = ["Data", "Samples", "folder"]
+
+
+class Samples(Protocol):
+    """(image, class) pairs by index, with a length, which torch's ``Dataset`` does not declare."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)

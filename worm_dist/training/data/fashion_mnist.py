@@ -3,10 +3,17 @@
 Two layouts are supported, each with plain or gzipped files: torchvision's (``FashionMNIST/raw``
 below the root) and that of Debian's package dataset-fashion-mnist (files in the root itself).
 Nothing is written there.
+
+The files are in MNIST's format IDX.  The header is big-endian: two zero bytes, the type of the
+elements, the number of dimensions, then each dimension as 32 bits.  The elements follow in
+row-major order.
 """
 
 from __future__ import annotations
 
+import gzip
+import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,10 +26,11 @@ from torchvision import transforms
 from ...errors import ConfigError
 from ..run_config import DataConfig
 from .dataset import Data, folder
-from .idx import read_idx
 
 __all__: list[str] = []
 
+_UNSIGNED_BYTE = 8
+"""The type of elements in a header."""
 NUM_CLASSES = 10
 SIDE = 28
 MEAN, STD = 0.2860, 0.3530
@@ -104,6 +112,27 @@ def _find(root: Path, name: str) -> Path:
 
 def _tensor(path: Path, num_dims: int) -> Tensor:
     try:
-        return read_idx(path, num_dims)
+        return _read_idx(path, num_dims)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"data.root: cannot read {path}: {error}; get the file again") from error
+
+
+def _read_idx(path: Path, num_dims: int) -> Tensor:
+    """Read a uint8 tensor with ``num_dims`` dimensions from an IDX file.
+
+    Raises:
+        OSError: the file cannot be read, or its archive is damaged.
+        EOFError, zlib.error: its archive is damaged.
+        ValueError: it is not an IDX file of bytes with that many dimensions.
+    """
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    start = 4 * (1 + num_dims)
+    if content[:4] != bytes([0, 0, _UNSIGNED_BYTE, num_dims]) or len(content) < start:
+        raise ValueError(f"it is not an IDX file of bytes in {num_dims} dimensions")
+    shape = struct.unpack(f">{num_dims}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise ValueError(
+            f"it has {len(content) - start} bytes after the header, which declares shape {shape}"
+        )
+    # A bytearray, because torch warns about read-only memory.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)

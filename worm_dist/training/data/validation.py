@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ...errors import ConfigError
-from .samples import Samples
+from .dataset import Samples
 
 __all__ = ["DamagedSampleError", "ValidatedSamples"]
 

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from ...engine.step_hooks import Traffic
+from ...engine.traffic import Traffic
 from ...verdict import Phase
 
 __all__ = ["Console"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ...engine.step_hooks import Traffic
+from ...engine.traffic import Traffic
 from ...verdict import Phase
 from .result import Result
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...checkpoint.durable_io import write_json
 from ...engine.engine import Engine
-from ...files import write_json
 from ...verdict import Phase, Verdict
 from ..evaluation import EvalResult
 from ..run_config import RunConfig

@@ -9,6 +9,7 @@ import torch
 
 from tests.nets import Plain
 from worm_dist import CheckpointError, ConfigError, Mask, WormConfig
+from worm_dist.digest import sha256_of
 from worm_dist.groups.channel_groups import Groups
 from worm_dist.groups.tracing import find_groups
 from worm_dist.models import build_model
@@ -83,8 +84,18 @@ def _write(folder: Path, keep: dict[str, list[bool]], **changes: Any) -> Mask:
         }
         for name, kept in keep.items()
     ]
-    content = {"groups": parts, "mask_digest": mask.digest, "cuts": [], **changes}
-    (folder / "ticket.json").write_text(json.dumps(content))
+    content = {
+        "format_version": 4,
+        "model": None,
+        "mask_digest": mask.digest,
+        "groups": parts,
+        "cuts": [],
+        "weights": {"size": 0, "sha256": "0" * 64},
+        "versions": {},
+        **changes,
+    }
+    digest = sha256_of([json.dumps(content, sort_keys=True).encode()])
+    (folder / "ticket.json").write_text(json.dumps({**content, "digest": digest}))
     return mask
 
 
@@ -102,11 +113,11 @@ def test_a_ticket_of_another_network_is_refused(tmp_path: Path, groups: Groups) 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"groups": []},
         {"groups": [{"name": "conv1", "num_channels": 2, "kept": [2]}]},
         {"groups": [{"name": "conv1", "num_channels": -2, "kept": []}]},
         {"groups": 5},
-        {"mask_digest": "00"},
+        {"groups": [{"name": "conv1", "num_channels": 2, "kept": []}]},
+        {"versions": None},
     ],
 )
 def test_a_damaged_ticket_is_refused(

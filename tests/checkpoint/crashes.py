@@ -1,4 +1,4 @@
-"""Ending: a process that is killed, or loses its power, at a given call to the file system.
+"""Crashes: a process that is killed, or loses its power, at a given call to the file system.
 
 To be killed is real: a fork of this process, which takes milliseconds, sends itself the signal.  A
 power cut is not: from the given call on no call reaches the disk, and what the disk would not have

@@ -289,7 +289,8 @@ def _save_on_every_rank(folder: str) -> dict[str, Any]:
         files = {name: seal for files in gathered for name, seal in files.items()}
         told = [str(manager.commit(staged, info(3), files))]
     dist.broadcast_object_list(told)
-    return Checkpoint(told[0]).read(f"rank-{rank}")
+    read: dict[str, Any] = Checkpoint(told[0]).read(f"rank-{rank}")
+    return read
 
 
 def test_ranks_write_parts_of_their_own(ranks: Ranks, folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""Counts the floating point operations (FLOPs) of each module of a network."""
+"""Counts the floating point operations (FLOPs) of a network and of each of its modules."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +15,27 @@ from ..groups.attention import find_attentions
 from ..groups.forward import undisturbed
 from ..pruning.attention_heads import keep_heads
 
-__all__ = ["count_operations"]
+__all__ = ["count_flops", "count_flops_by_module"]
 
 
-@torch.no_grad()
-def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str, int]]:
+def count_flops(network: nn.Module, sample: Tensor) -> int:
     """Count the FLOPs of one forward pass; a multiply and an add count as two.
 
     Args:
-        network: the network, run in eval mode and not changed.
+        network: the network, run in eval mode.
         sample: an input with a batch size of one.
+    """
+    with _counter(network) as counter:
+        network(sample)
+    return int(counter.get_total_flops())
 
-    Returns:
-        The FLOPs of the network, and those of each module by name, without its submodules' FLOPs.
+
+def count_flops_by_module(network: nn.Module, sample: Tensor) -> dict[str, int]:
+    """Count the FLOPs of each module by its name, without those of its submodules.
+
+    Args:
+        network: the network; a copy of it is run.
+        sample: an input with a batch size of one.
     """
     network = copy.deepcopy(network)
     for attention in find_attentions(network)[0]:
@@ -53,11 +63,18 @@ def count_operations(network: nn.Module, sample: Tensor) -> tuple[int, dict[str,
         attribute()
         running.pop()
 
-    # The counter supports fused attention on some devices only; matrix products work on all.
-    unfused = sdpa_kernel(SDPBackend.MATH)
-    with undisturbed(network), unfused, FlopCounterMode(display=False) as counter:
+    with _counter(network) as counter:
         for module in names:
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end)
         network(sample)
-    return int(counter.get_total_flops()), counts
+    return counts
+
+
+@contextmanager
+def _counter(network: nn.Module) -> Iterator[FlopCounterMode]:
+    # The counter sees neither torch's fast path for transformers nor, on some devices, fused
+    # attention; matrix products it sees on all.
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), undisturbed(network), sdpa_kernel(SDPBackend.MATH), counter:
+        yield counter

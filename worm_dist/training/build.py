@@ -1,0 +1,114 @@
+"""Build: the parts of a training, made from its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+import worm_dist
+
+from ..distributed.collectives import Communicator
+from ..distributed.init import RankInfo
+from ..distributed.progress import Progress
+from ..engine.engine import Engine
+from ..groups.gates import gated
+from ..models import build_model
+from .consistency import require_same_data
+from .data import load_data, test_loader, train_loader
+from .evaluation import count_parameters
+from .flops import count_flops
+from .optim import build_optimizer, build_schedule
+from .parallelize import backend_name, parallelize
+from .rank_state import seed_all
+from .reporting.result import Result
+from .run_config import RunConfig
+
+__all__ = ["TrainingParts", "build"]
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """The parts of a training.
+
+    Attributes:
+        network: the bare network, on the device; always the same object.
+        engine: the engine, attached to the wrapped network.
+        schedule: the learning rate schedule, stepped once per optimizer step.
+        train_loader, test_loader: the loaders of this rank's samples.
+        sample: zeros ``[1, *sample shape]``, of the network's dtype on its device.
+        model_arguments: keyword arguments of ``build_model`` that rebuild the dense network.
+        result: the run's figures; filled with those of the dense network.
+    """
+
+    network: nn.Module
+    engine: Engine
+    schedule: LRScheduler
+    train_loader: DataLoader[Any]
+    test_loader: DataLoader[Any]
+    sample: Tensor
+    model_arguments: dict[str, Any]
+    result: Result
+
+
+def build(
+    config: RunConfig,
+    rank_info: RankInfo,
+    device: torch.device,
+    comm: Communicator,
+    progress: Progress,
+) -> TrainingParts:
+    """Build data, network, wrapper, optimizer, schedule and engine.  Collective.
+
+    Args:
+        config: the run's settings.
+        rank_info: rank, world size and local rank of this process.
+        device: the device to train on.
+        comm: the communicator of all ranks.
+        progress: receives the progress of this rank, for the watchdog.
+
+    Raises:
+        ConfigError: data or model do not fit the settings, or the ranks do not see the same data.
+    """
+    seed_all(config.seed)
+    progress.reach("the start, loading the data")
+    data = load_data(config.data)
+    shares = (config.data, rank_info.rank, rank_info.world_size)
+    loader = train_loader(data, *shares, config.seed, device)
+    steps_per_epoch = len(loader)
+    tests = test_loader(data, *shares, device)
+    require_same_data(data, steps_per_epoch, comm)
+    progress.reach("the start, building the network")
+    model_arguments: dict[str, Any] = {
+        "name": config.model.name,
+        "num_classes": data.num_classes,
+        "in_channels": data.sample_shape[0],
+        "arguments": config.model.arguments,
+    }
+    network = gated(build_model(**model_arguments), config.search).to(device)
+    optimizer = build_optimizer(config.optimizer, network)
+    model = parallelize(network, optimizer, config, rank_info.world_size, device)
+    dtype = next(network.parameters()).dtype  # DeepSpeed may have changed it
+    sample = torch.zeros(1, *data.sample_shape, device=device, dtype=dtype)
+    schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
+    engine = worm_dist.attach(
+        model,
+        optimizer,
+        config.worm,
+        example_inputs=sample,
+        steps_per_epoch=steps_per_epoch,
+    )
+    result = Result(
+        preset=config.preset,
+        seed=config.seed,
+        world_size=rank_info.world_size,
+        backend=backend_name(model, device),
+        data=data.description,
+    )
+    result.parameters.dense = count_parameters(network)
+    result.flops.dense = count_flops(network, sample)
+    return TrainingParts(network, engine, schedule, loader, tests, sample, model_arguments, result)
