@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import WormConfig
-    from .engine.engine import Engine, attach
+    from .engine.attach import attach
+    from .engine.engine import Engine
     from .errors import (
         BackendError,
         CheckpointError,
@@ -58,7 +59,7 @@ _HOMES = {
     "Verdict": ".verdict",
     "WormConfig": ".config",
     "add_gates": ".groups.gates",
-    "attach": ".engine.engine",
+    "attach": ".engine.attach",
     "load_ticket": ".ticket.file",
 }
 """Modules of public names; all others are in ``errors``.  Names are imported lazily: importing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -303,6 +303,17 @@ class WormConfig(WormParts):
     Raises:
         ConfigError: listing every mistake at once.
     """
+
+    if TYPE_CHECKING:  # the one that type checkers derive refuses mappings
+
+        def __init__(
+            self,
+            /,
+            *,
+            search: SearchConfig | Mapping[str, Any] = ...,
+            truncation: TruncationConfig | Mapping[str, Any] = ...,
+            ticket: TicketConfig | Mapping[str, Any] = ...,
+        ) -> None: ...
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

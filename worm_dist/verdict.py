@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,15 @@ class Verdict:
     live_fraction: float = 1.0
     left_fraction: float = 0.0
     paused: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields in plain values."""
+        return {**asdict(self), "phase": str(self.phase)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Verdict:
+        """The verdict from ``as_dict``."""
+        return cls(**{**fields, "phase": Phase(fields["phase"])})
 
     SIZE: ClassVar[int] = 6
     """Number of elements of ``encode``."""

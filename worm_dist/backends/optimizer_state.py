@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from ..digest import digest_of
 from ..distributed.collectives import Communicator
-from ..distributed.digest import digest_of
 from ..errors import CheckpointError
 from .full_state import FullParamState, gather, scatter_full_state
 from .optimizer_view import OptimizerView

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Handle", "OptimizerView", "Owners", "Shard"]
+__all__ = ["Handle", "OptimizerView", "Owners", "Shard", "StepListener"]
 
 Owners: TypeAlias = Collection[Tensor] | None
 """Tensors that the optimizer has just stepped; None for all of its tensors."""
@@ -23,6 +23,20 @@ class Handle(Protocol):
     """Something registered that can be removed again."""
 
     def remove(self) -> None: ...
+
+
+class StepListener:
+    """Base of everything that acts around an optimizer step; by default it does nothing."""
+
+    def before_step(self) -> None:
+        """Called before an optimizer step."""
+
+    def hold(self, step: int, owners: Owners) -> None:
+        """Called right after the ``step``-th step has changed ``owners``, before they are used or
+        copied; possibly several times per step."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the ``step``-th step."""
 
 
 @dataclass(frozen=True, eq=False)

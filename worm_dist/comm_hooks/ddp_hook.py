@@ -48,13 +48,13 @@ class PackedReducer(Reducer):
         self._packings.clear()
 
     def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
-        averaging = self.averager.state_dict(self.plan, names)
-        return {**super().state_dict(names), "averaging": averaging}
+        averager = self.averager.state_dict(self.plan, names)
+        return {**super().state_dict(names), "averager": averager}
 
     def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
         super().load_state_dict(state, network)
         parameters = dict(network.named_parameters())
-        self.averager.load_state_dict(state["averaging"], self.plan, parameters)
+        self.averager.load_state_dict(state["averager"], self.plan, parameters)
 
     def bucket_view(self, bucket: GradBucket) -> BucketView:
         """The view of a bucket, with its live elements packed."""

@@ -122,13 +122,13 @@ class PowerSGD:
         """See ``Averager``: numbers of passes and of drawn seeds, and for every bucket, in the
         order of the last pass, its parameters, their error feedback and their Q."""
         return {
-            "passes": self._state.iter,
-            "draws": self._num_draws,
+            "num_passes": self._state.iter,
+            "num_draws": self._num_draws,
             "buckets": [
                 {
                     "parameters": [names[p] for p in bucket.parameters],
-                    "left_out": _named(bucket.error_feedback, names),
-                    "thin": _named(bucket.q, names)
+                    "error_feedback": _named(bucket.error_feedback, names),
+                    "q": _named(bucket.q, names)
                     if bucket.q is not None and bucket.fits(plan)
                     else None,
                 }
@@ -143,13 +143,13 @@ class PowerSGD:
         parameters: Mapping[str, Tensor],
     ) -> None:
         assert state is not None and not self._numbers
-        self._state.iter = state["passes"]
-        for _ in range(state["draws"]):
+        self._state.iter = state["num_passes"]
+        for _ in range(state["num_draws"]):
             self._draw_seed()
         for bucket in state["buckets"]:
             members = [parameters[name] for name in bucket["parameters"]]
-            errors = _unnamed(bucket["left_out"], parameters)
-            q = None if bucket["thin"] is None else _unnamed(bucket["thin"], parameters)
+            errors = _unnamed(bucket["error_feedback"], parameters)
+            q = None if bucket["q"] is None else _unnamed(bucket["q"], parameters)
             self._saved_buckets.append(BucketState(members, blocks_under(plan, members), errors, q))
         self._saved_layout = [bucket.parameters for bucket in self._saved_buckets]
 

@@ -14,9 +14,24 @@ import torch
 from torch import Tensor
 
 from ..groups.freeze_plan import Block, FreezePlan
+from ..schema import Count, Schema
 from .packing import Packing, with_parameter_strides
 
-__all__ = ["BucketState", "blocks_under", "pq_sizes"]
+__all__ = ["AveragerSchema", "BucketState", "blocks_under", "pq_sizes"]
+
+
+class _BucketSchema(Schema):
+    parameters: list[str]
+    error_feedback: dict[str, Tensor]
+    q: dict[str, Tensor] | None
+
+
+class AveragerSchema(Schema):
+    """Schema of ``PowerSGD.state_dict``."""
+
+    num_passes: Count
+    num_draws: Count
+    buckets: list[_BucketSchema]
 
 
 @dataclass(frozen=True, eq=False)

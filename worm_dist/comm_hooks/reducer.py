@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.freeze_plan import Block, FreezePlan
+from ..schema import Count, Schema
+from .powersgd_state import AveragerSchema
 
-__all__ = ["Reducer"]
+__all__ = ["Reducer", "ReducerSchema"]
+
+
+class ReducerSchema(Schema):
+    """Schema of ``Reducer.state_dict``."""
+
+    sent_bytes: Count
+    dense_bytes: Count
+    averager: AveragerSchema | None
 
 
 class Reducer:
@@ -87,7 +97,7 @@ class Reducer:
         Args:
             names: the parameters' names.
         """
-        return {"sent_bytes": self.sent_bytes, "dense_bytes": self.dense_bytes, "averaging": None}
+        return {"sent_bytes": self.sent_bytes, "dense_bytes": self.dense_bytes, "averager": None}
 
     def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
         """Restore a state; the plan in force must be set before."""

@@ -7,19 +7,27 @@ of them grows with the history.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import BackendError, DivergenceError
+from ..digest import digest_of
+from ..errors import BackendError, CheckpointError, ConfigError, DivergenceError
 
-__all__ = ["Communicator", "Parts", "ProcessGroupComm", "SingleProcessComm", "bits"]
+__all__ = [
+    "Communicator",
+    "Parts",
+    "ProcessGroupComm",
+    "SingleProcessComm",
+    "bits",
+    "refused_on_all_ranks",
+    "uncounted",
+]
 
 Parts = Mapping[str, Mapping[str, bytes]]
 """Bytes that must be equal on all ranks: ``{what: {channel group: bytes}}``."""
@@ -109,6 +117,33 @@ class Communicator(Protocol):
         """
 
 
+@contextmanager
+def uncounted(comm: Communicator) -> Iterator[None]:
+    """Context whose collectives do not add to ``sent_bytes``: those of saving and loading."""
+    sent_bytes = comm.sent_bytes
+    try:
+        yield
+    finally:
+        comm.sent_bytes = sent_bytes
+
+
+@contextmanager
+def refused_on_all_ranks(comm: Communicator, where: str) -> Iterator[None]:
+    """Context whose ``ConfigError`` or ``CheckpointError``, raised before the next comparison of
+    the ranks, makes the other ranks fail there instead of waiting.
+
+    Args:
+        comm: the communicator; ``assert_equal`` of a part named ``state`` must follow.
+        where: prefix of error messages.
+    """
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        with suppress(DivergenceError):  # raised on every rank; this rank's error says more
+            comm.assert_equal({"state": {"(refused)": str(error).encode()}}, where)
+        raise
+
+
 class SingleProcessComm:
     """The collectives of a single process, which has no process group."""
 
@@ -174,12 +209,11 @@ class ProcessGroupComm:
 
     def assert_equal(self, parts: Parts, when: str) -> None:
         # No backend detects that two ranks pack different channels of equal count.
-        if not self._all_equal(torch.cat([_numbers(_digest(g)) for g in parts.values()])):
+        if not self._all_equal(torch.cat([_numbers(digest_of(g)) for g in parts.values()])):
             self._raise_divergence(parts, when)
 
     def compare(self, texts: Mapping[str, str]) -> list[str]:
-        encoded = {name: text.encode() for name, text in texts.items()}
-        if self._all_equal(_numbers(_digest(encoded))):
+        if self._all_equal(_numbers(digest_of(texts))):
             return []
         gathered = self._gather(dict(texts))
         lines = []
@@ -221,7 +255,7 @@ class ProcessGroupComm:
     def _raise_divergence(self, parts: Parts, when: str) -> NoReturn:
         gathered = self._gather(
             {
-                (what, group): hashlib.blake2b(value, digest_size=8).hexdigest()
+                (what, group): digest_of(value)
                 for what, groups in parts.items()
                 for group, value in groups.items()
             }
@@ -269,14 +303,6 @@ def _format_ranks(ranks: Sequence[int]) -> str:
     if len(ranks) > _MOST_RANKS_NAMED:
         return f"{len(ranks)} ranks"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _digest(groups: Mapping[str, bytes]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(groups.items()):
-        digest.update(f"{name}:{len(value)}:".encode())
-        digest.update(value)
-    return digest.digest()
 
 
 def _numbers(digest: bytes) -> Tensor:

@@ -13,38 +13,45 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..backends.backend import Backend
+from ..backends.gradient_reduction import GradientReduction
 from ..backends.optimizer_state import OptimizerState
-from ..backends.optimizer_view import OptimizerView, Owners
+from ..backends.optimizer_view import OptimizerView, StepListener
 from ..backends.recognition import backend_of
-from ..comm_hooks.reducer import Reducer
+from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
+from ..distributed.collectives import uncounted
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
-from ..interval import Interval
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
-from ..pruning.recorded_inputs import RecordedCall, RecordedInputs
-from .step_hooks import StepHooks, Traffic
+from ..pruning.recorded_inputs import (
+    CallSchema,
+    RecordedCall,
+    RecordedInputs,
+    calls_from,
+    plain_calls,
+)
+from ..schema import Count, Schema
+from .bucket_order import BucketOrder
+from .step_hooks import StepHooks
+from .traffic import Traffic, TrafficSchema
 
-__all__ = ["TrainingContext", "WrappedNetwork", "require_countable"]
+__all__ = ["ContextRankSchema", "ContextSchema", "TrainingContext", "WrappedNetwork"]
 
 
-def require_countable(config: WormConfig) -> None:
-    """Refuse settings for which ``steps_per_epoch`` must be given: it can only be counted between
-    checks that are epochs apart.
+class ContextSchema(Schema):
+    """Schema of ``TrainingContext.state_dict``."""
 
-    Raises:
-        ConfigError: the length of an epoch is needed and cannot be counted.
-    """
-    truncation, every = config.truncation, config.search.every
-    gradual = truncation.removes and truncation.removal.schedule == "gradual"
-    duration = truncation.removal.duration
-    in_epochs = not isinstance(duration, Interval) or duration.unit == "ep"
-    if gradual and in_epochs and every.unit == "ba":
-        raise ConfigError(
-            "attach: truncation.removal.duration is in epochs, but search.every is not; give "
-            "steps_per_epoch"
-        )
+    step: Count
+    buckets_rebuilt: bool
+
+
+class ContextRankSchema(Schema):
+    """Schema of ``TrainingContext.rank_state``."""
+
+    inputs: list[CallSchema] | None
+    reducer: ReducerSchema | None
+    traffic: TrafficSchema
 
 
 class WrappedNetwork(NamedTuple):
@@ -55,15 +62,15 @@ class WrappedNetwork(NamedTuple):
     optimizer_view: OptimizerView
 
 
-class TrainingContext:
+class TrainingContext(StepListener):
     """The network in its wrapper, its optimizer, and the hooks on both.
 
     Args:
         model: the wrapped network, or a bare one on a single process.
         optimizer: the optimizer of its parameters; None for a DeepSpeed engine's own.
         example_inputs: small inputs; see ``attach``.
-        check_every: the interval between checks.
-        steps_per_epoch: optimizer steps per epoch; None if they are counted between checks.
+        config: the engine's settings.
+        may_draw: whether channels may be removed; otherwise no inputs are recorded.
 
     Attributes:
         model: the wrapped network; a new object after ``switch_to`` and ``roll_back``.
@@ -73,9 +80,8 @@ class TrainingContext:
         comm: the communicator of the data-parallel ranks.
         trained: the network's parameters that train at any time.
         optimizer_view: the optimizer's view.
-        reducer: the gradient reducer; None while the wrapper reduces by itself.
+        reduction: owner of the gradient reducer.
         recalibrates: whether inputs are recorded to estimate BatchNorm statistics from.
-        traffic: bytes sent in the last step and in total.
     """
 
     def __init__(
@@ -83,8 +89,8 @@ class TrainingContext:
         model: nn.Module,
         optimizer: Optimizer | None,
         example_inputs: Any,
-        check_every: Interval,
-        steps_per_epoch: int | None,
+        config: WormConfig,
+        may_draw: bool,
     ) -> None:
         self.model = model
         self.backend: Backend = backend_of(model)
@@ -98,64 +104,60 @@ class TrainingContext:
         self._user_optimizer = None if is_wrapped else optimizer
         self.trained = self.backend.averaged
         self.example_inputs = example_inputs
-        self.reducer: Reducer | None = None
-        self.traffic = Traffic()
-        self._check_every = check_every
-        self._steps_per_epoch = steps_per_epoch
-        self._epoch_length_given = steps_per_epoch is not None
-        self._last_check = 0
-        self._wrapped_at = 0
-        self._buckets_were_rebuilt = False
+        self._config = config
+        self._traffic = Traffic()
+        self._bucket_order = BucketOrder()
         self._step_bytes = self.backend.step_bytes
         self._dense_bytes = self._step_bytes
-        self._pass_hook: RemovableHandle | None = None
+        ticket = config.ticket
+        num_calls = ticket.recalibrate_batches if may_draw else 0
+        self._recorded = RecordedInputs(num_calls, ticket.recalibrate_memory_mb << 20)
+        self.recalibrates = self._recorded.is_on
+        self._before_pass: Callable[[], None] | None = None
+        self._pass_handle: RemovableHandle | None = None
 
-    def register_hooks(
-        self,
-        recorded: RecordedInputs,
-        before_pass: Callable[[], None],
-        before_step: Callable[[], None],
-        hold: Callable[[int, Owners], None],
-        after_step: Callable[[int], None],
-    ) -> None:
+    def register_hooks(self, before_pass: Callable[[], None]) -> None:
         """Register hooks on network, wrapper and optimizer.
 
         Args:
-            recorded: the recorder of inputs, registered as a forward pre-hook.
             before_pass: called before every forward pass of the wrapper in training mode.
-            before_step, hold, after_step: called around every optimizer step; see ``StepHooks``.
         """
-
-        def stepped(step: int) -> None:
-            after_step(step)
-            if self.reducer is None:
-                self.traffic.add_step(self._step_bytes, self._dense_bytes)
-            else:
-                sent_bytes, unfrozen_bytes = self.reducer.take_bytes()
-                # After stages the network is smaller than the dense one.
-                dense_bytes = unfrozen_bytes * self._dense_bytes // max(1, self._step_bytes)
-                self.traffic.add_step(sent_bytes, dense_bytes)
-
+        self.reduction = GradientReduction(self.backend, self._config.truncation)
+        self._step_hooks = StepHooks(self.optimizer_view)
         # On the outermost module, so that inputs are recorded outside of torch.compile's graph.
-        called = self.backend.called
-        self._step_hooks = StepHooks(
-            called, self.optimizer_view, recorded, before_step, hold, stepped
+        self._input_handle = self.backend.called.register_forward_pre_hook(
+            self._recorded, with_kwargs=True
         )
-        self.recalibrates = recorded.is_on
+        self._before_pass = before_pass
+        self._register_pass_hook()
+
+    def listen(self, listeners: Sequence[StepListener]) -> None:
+        """Call these around every optimizer step, in this order, and then count its bytes."""
+        self._step_hooks.listeners = (*listeners, self)
+
+    def after_step(self, step: int) -> None:
+        """Count the step's bytes."""
+        if self.reduction.reducer is None:
+            self._traffic.add_step(self._step_bytes, self._dense_bytes)
+        else:
+            sent_bytes, unfrozen_bytes = self.reduction.reducer.take_bytes()
+            # After stages the network is smaller than the dense one.
+            dense_bytes = unfrozen_bytes * self._dense_bytes // max(1, self._step_bytes)
+            self._traffic.add_step(sent_bytes, dense_bytes)
+
+    def _register_pass_hook(self) -> None:
+        """Register the forward pre-hook on the present wrapper, instead of the one before."""
+        before_pass = self._before_pass
+        if before_pass is None or self.backend.process_group is None:
+            return
 
         def before_forward(model: nn.Module, args: Any) -> None:
             if model.training and torch.is_grad_enabled():
                 before_pass()
 
-        self._before_pass = before_forward
-        if self.backend.process_group is not None:
-            self._pass_hook = self.model.register_forward_pre_hook(before_forward)
-
-    def _register_pass_hook(self) -> None:
-        """Move the forward pre-hook to the present wrapper."""
-        if self._pass_hook is not None:
-            self._pass_hook.remove()
-            self._pass_hook = self.model.register_forward_pre_hook(self._before_pass)
+        if self._pass_handle is not None:
+            self._pass_handle.remove()
+        self._pass_handle = self.model.register_forward_pre_hook(before_forward)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -167,107 +169,67 @@ class TrainingContext:
         """Optimizer steps since the engine was attached."""
         return self._step_hooks.step
 
-    def num_steps(self, interval: Interval) -> int:
-        """Convert an interval to optimizer steps.
-
-        Raises:
-            ConfigError: it is in epochs, whose length is not known.
-        """
-        if interval.unit == "ep" and self._steps_per_epoch is None:
-            raise ConfigError(
-                f"the number of steps in {interval} is not known; give attach(steps_per_epoch=...)"
-            )
-        return interval.steps(self._steps_per_epoch or 1)
-
     @property
-    def check_is_due(self) -> bool:
-        """Whether the next check is due.  Always true before the first step, and where checks are
-        epochs apart and ``steps_per_epoch`` was not given."""
-        if not self.step or (self._check_every.unit == "ep" and not self._epoch_length_given):
-            return True
-        return self.step - self._last_check >= self.num_steps(self._check_every)
-
-    @property
-    def check_has_just_become_due(self) -> bool:
-        """Whether the last step has made the next check due; False if an epoch's length is not
-        known."""
-        if self._check_every.unit == "ep" and self._steps_per_epoch is None:
-            return False
-        return bool(self.step) and self.since_last_check == self.num_steps(self._check_every)
-
-    @property
-    def since_last_check(self) -> int:
-        """Optimizer steps since the last check."""
-        return self.step - self._last_check
-
-    def begin_check(self) -> None:
-        """Record a check.  If ``steps_per_epoch`` was not given, it is inferred from the steps
-        between the first two checks.
-
-        Raises:
-            ConfigError: there was only one step between them.
-        """
-        since_last_check = self.since_last_check
-        in_epochs = self._check_every.unit == "ep"
-        if in_epochs and not self._epoch_length_given and since_last_check == 1:
-            raise ConfigError(
-                f"check: one step after the last one, and search.every is {self._check_every}. How "
-                "many steps an epoch has is not known: give attach(steps_per_epoch=...), and check "
-                "may be called after every step; or call it once an epoch"
-            )
-        self._last_check = self.step
-        if in_epochs and self._steps_per_epoch is None and since_last_check:
-            self._steps_per_epoch = max(1, round(since_last_check / self._check_every.count))
+    def traffic(self) -> Traffic:
+        """Bytes sent in the last step and in total."""
+        self._traffic.control_bytes = self.comm.sent_bytes
+        return self._traffic
 
     def state_dict(self) -> dict[str, Any]:
-        """Step counts and traffic in plain values."""
+        """The state in plain values, the same on all ranks."""
+        return {"step": self.step, "buckets_rebuilt": self._bucket_order.is_rebuilt(self.step)}
+
+    def rank_state(self) -> dict[str, Any]:
+        """This rank's state in plain values."""
+        reducer = self.reduction.reducer
         return {
-            "step": self.step,
-            "last_check": self._last_check,
-            "steps_per_epoch": self._steps_per_epoch,
-            "buckets_arranged": self._buckets_were_rebuilt or self.step > self._wrapped_at,
+            "inputs": plain_calls(self.calls),
+            "reducer": None if reducer is None else reducer.state_dict(self.names),
             "traffic": asdict(self.traffic),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], calls: Sequence[RecordedCall]) -> None:
-        """Restore a state, with these as the newest inputs."""
-        self._step_hooks.restore(state["step"], calls)
-        self._last_check = state["last_check"]
-        self._steps_per_epoch = state["steps_per_epoch"]
-        self.traffic = Traffic(**state["traffic"])
+    def load_state_dict(
+        self, state: Mapping[str, Any], traffic: Mapping[str, int], inputs: Sequence[dict[str, Any]]
+    ) -> None:
+        """Restore step, byte counts and recorded inputs."""
+        device = next(self.network.parameters()).device
+        self._step_hooks.step = state["step"]
+        self._recorded.replace(calls_from(inputs, device))
+        self._traffic = Traffic(**traffic)
+        self.comm.sent_bytes = self._traffic.control_bytes
 
-    def load_bucket_state(self, state: Mapping[str, Any]) -> None:
-        """Restore from a state whether DDP had rebuilt its buckets."""
-        self._wrapped_at, self._buckets_were_rebuilt = self.step, state["buckets_arranged"]
+    def load_wrapper_state(
+        self, state: Mapping[str, Any], reducer_state: Mapping[str, Any] | None
+    ) -> None:
+        """Restore the state of wrapper and reducer; channels must be removed and frozen before."""
+        self._bucket_order.load(self.step, state["buckets_rebuilt"])
+        if self.reduction.reducer is not None and reducer_state is not None:
+            self.reduction.reducer.load_state_dict(reducer_state, self.network)
 
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
-        """Run one pass whose only effect is that DDP rebuilds its buckets, if the saved run's were
-        rebuilt; see ``Engine.restore_bucket_order``."""
-        if not (self._buckets_were_rebuilt and self.backend.rebuilds_buckets):
-            return
+        """See ``Engine.restore_bucket_order``."""
+        reducer = self.reduction.reducer
         calls = list(self.calls)
-        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        device = next(self.network.parameters()).device
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            nullcontext() if self.reducer is None else self.reducer.pause(),
+        unreduced = nullcontext() if reducer is None else reducer.pause()
+        if self.backend.rebuilds_buckets and self._bucket_order.restore(
+            self.network, one_pass, unreduced
         ):
-            one_pass().backward()
-        self.network.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        self._step_hooks.restore(self.step, calls)
+            self._recorded.replace(calls)
 
-    @property
-    def optimizer_state(self) -> OptimizerState:
-        """Reader and writer of the present optimizer's state."""
-        return OptimizerState(self.optimizer_view, self.network, self.model, self.comm)
+    def read_optimizer_state(self) -> dict[str, Any] | None:
+        """See ``Engine.optimizer_state``."""
+        with uncounted(self.comm):
+            return self.optimizer_state.read()
 
     def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load an optimizer state; see ``OptimizerState.write``."""
         self.optimizer_state.write(state)
         self.register_step_hooks()  # which also links moments under DeepSpeed
+
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """Reader and writer of the present optimizer's state."""
+        return OptimizerState(self.optimizer_view, self.network, self.model, self.comm)
 
     def register_step_hooks(self) -> None:
         """Register the step hooks on the present optimizer."""
@@ -276,7 +238,7 @@ class TrainingContext:
     @property
     def calls(self) -> Sequence[RecordedCall]:
         """The newest inputs, oldest first."""
-        return self._step_hooks.calls
+        return self._recorded.calls
 
     @property
     def num_elements(self) -> int:
@@ -343,10 +305,10 @@ class TrainingContext:
         old = self.backend
         self.model, self.backend, self.optimizer_view = rewrapped
         old.retire()
-        self.reducer = None
+        self.reduction.follow(self.backend)
         self.trained &= frozenset(self.network.parameters())  # gates may have been folded
         self._step_bytes = self.backend.step_bytes
-        self._wrapped_at, self._buckets_were_rebuilt = self.step, False
+        self._bucket_order.wrapped(self.step)
         self._register_pass_hook()
 
     def roll_back(self) -> None:
@@ -355,7 +317,8 @@ class TrainingContext:
         self.model = self.backend.revive()
         self.backend = backend_of(self.model)
         self.optimizer_view = self.backend.optimizer_view(self.optimizer_view.optimizer)
-        self._wrapped_at, self._buckets_were_rebuilt = self.step, False
+        self.reduction.revive(self.backend)
+        self._bucket_order.wrapped(self.step)
         self._register_pass_hook()
 
     def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
@@ -377,13 +340,14 @@ class TrainingContext:
 
     def stop_recording(self) -> None:
         """Record no inputs from now on."""
-        self._step_hooks.stop_recording()
+        self._input_handle.remove()
+        self._recorded.replace(())
 
     def remove(self) -> None:
         """Remove all hooks, and stop truncating gradients."""
         self._step_hooks.remove()
-        if self._pass_hook is not None:
-            self._pass_hook.remove()
-        self._pass_hook = None
-        if self.reducer is not None:
-            self.reducer.remove()  # after a draw it is not truncation's reducer
+        self.stop_recording()
+        if self._pass_handle is not None:
+            self._pass_handle.remove()
+        self._before_pass = self._pass_handle = None
+        self.reduction.remove()

@@ -17,35 +17,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import WormConfig
-from ..distributed.attendance import Attendance
-from ..distributed.collectives import bits
+from ..distributed.collectives import bits, refused_on_all_ranks, uncounted
 from ..errors import ConfigError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
 from ..groups.nested import mapped
-from ..groups.remaining_channels import RemainingChannels
 from ..pruning.agreement import agreed_mask, require_live_survivors, require_reversible
 from ..pruning.exactness import agreed_groups
-from ..pruning.optimizer_transfer import kept_indices, select
-from ..pruning.recorded_inputs import RecordedInputs
 from ..pruning.surgery import cuts_of, shapes_of, ungated
 from ..search.convergence import CheckRecord, History
 from ..search.ranking import Ranking
 from ..search.removal_order import removal_order
-from ..search.unused_parameters import ParameterUsage
 from ..ticket.file import save_ticket
-from ..truncation.loss_guard import LossGuard
-from ..truncation.removal import Removal
-from ..truncation.truncation import Truncation, first_reducer, pruned_state
 from ..verdict import Phase, Verdict
-from .context import TrainingContext, require_countable
-from .draw import draw
-from .state import Resumable
-from .state_schema import plain_settings
-from .step_hooks import Traffic
+from .check_schedule import CheckSchedule
+from .collective_calls import CollectiveCalls
+from .context import TrainingContext
+from .dropped_channels import DroppedChannels
+from .penalty import Penalty
+from .state import FORMAT, agreed_settings, digests_of, rank_state_of, require_valid
+from .traffic import Traffic
 from .usage_errors import UsageErrors, require_alone
 
-__all__ = ["Engine", "attach"]
+__all__ = ["Engine", "ScoreFunction"]
 
 ScoreFunction = Callable[[nn.Module, ChannelGroup], Tensor]
 
@@ -53,54 +47,12 @@ ScoreFunction = Callable[[nn.Module, ChannelGroup], Tensor]
 _normally = torch.inference_mode(False)
 
 
-@_normally
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    config: WormConfig | None = None,
-    *,
-    example_inputs: Any,
-    steps_per_epoch: int | None = None,
-    score: ScoreFunction | None = None,
-) -> Engine:
-    """Attach an engine to a training.  Collective: every rank calls it.
-
-    Args:
-        model: a ``DistributedDataParallel``, a DeepSpeed engine (ZeRO stages 0 to 2), or a bare
-            module on a single process.
-        optimizer: the optimizer of the model's parameters.  For a DeepSpeed engine leave it out, or
-            give the one that ``deepspeed.initialize`` returned.
-        config: the settings; default ``WormConfig()``.
-        example_inputs: small inputs on the model's device to trace the network with: a tensor for
-            ``model(x)``, a tuple or list for ``model(x, y)``, a dict of keyword inputs for
-            ``model(images=x)``.  They may be nested; a single input that is itself a list or a
-            dict, as in detection networks, is put in a tuple: ``([image, image],)``.
-        steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
-            epochs: then it is counted between two checks.
-        score: a custom importance instead of ``search.importance``: called with the network and a
-            group, it returns floats ``[num_channels]``, higher for channels to keep.  It may depend
-            on this rank's data; the ranks average it.
-
-    Raises:
-        ConfigError: the network cannot be traced, or has nothing to rank channels by; or an epoch's
-            length is needed but not known.
-        BackendError: several processes but a bare module; a communication hook already registered.
-        DivergenceError: the ranks trace different networks, or have different settings.
-    """
-    config = config or WormConfig()
-    if steps_per_epoch is None:
-        require_countable(config)
-    return Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
-
-
-class Engine(Resumable):
+class Engine:
     """Searches, truncates and draws; made by ``attach``.
 
     Attributes:
         config: the settings.
         groups: the channel groups of the dense network, each with name, num_channels, members.
-        phase: the current phase.
-        mask: the newest mask over the dense network's channels; None before the first check.
     """
 
     def __init__(
@@ -113,26 +65,18 @@ class Engine(Resumable):
         score: ScoreFunction | None,
     ) -> None:
         self.config = config
-        self.mask: Mask | None = None
-        self.phase = Phase.SEARCH if config.search.enabled else Phase.DENSE
+        search, truncation = config.search, config.truncation
+        may_draw = search.enabled or truncation.mode != "off"
         # Copied, because a loop may reuse their memory before a draw is rehearsed with them.
-        inputs, every = mapped(example_inputs, lambda t: t.detach().clone()), config.search.every
-        self._training = TrainingContext(model, optimizer, inputs, every, steps_per_epoch)
+        inputs = mapped(example_inputs, lambda tensor: tensor.detach().clone())
+        self._training = TrainingContext(model, optimizer, inputs, config, may_draw)
         require_alone(self._training.backend.called)
-        self._training.backend.require_fit(config.truncation)
+        self._training.backend.require_fit(truncation)
         self._comm = self._training.comm
-        self._attendance = Attendance(self._training.backend.process_group)
-        self._num_passes = 0
-        self._draw_offered_at = -1
-        score_name = None if score is None else getattr(score, "__qualname__", type(score).__name__)
-        self._settings = {**plain_settings(config), "score": score_name}
+        self._calls = CollectiveCalls(self._training.backend.process_group)
+        self._settings = agreed_settings(self._comm, config, score, steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
-        settings = {**self._settings, "steps_per_epoch": steps_per_epoch}
-        self._comm.assert_equal(
-            {"setting": {name: repr(value).encode() for name, value in settings.items()}}, "attach"
-        )
-        network, search = self._training.network, config.search
-        may_draw = search.enabled or config.truncation.mode != "off"
+        network = self._training.network
         self.groups: Groups = agreed_groups(
             network,
             example_inputs,
@@ -144,33 +88,23 @@ class Engine(Resumable):
         self._training.require_optimized(self.groups)
         if self.groups:
             self._ranking = Ranking(config, network, self.groups, score)
-        self._history = History(config.search)
-        self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
-        self._channels = RemainingChannels(self.groups)
+        ranking = self._ranking if self.groups else None
+        tracks_usage = search.enabled and self._training.backend.finds_unused
+        l1 = search.l1 if search.enabled else 0.0
+        self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
         self._dense_shapes = shapes_of(network)
-        self._num_dense_elements = self._training.num_elements
-        self._guard = LossGuard(config.truncation.removal.pause_above)
-        self._removal = Removal(
-            config.truncation.removal, self._comm, self._guard, self._training.num_steps
+        self._schedule = CheckSchedule(search.every, steps_per_epoch)
+        self._history = History(search)
+        self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
+        self._verdict = Verdict(Phase.SEARCH if search.enabled else Phase.DENSE)
+        self._usage_errors = UsageErrors(self._training)
+        self._warned_groups: set[str] = set()
+        self._attached = True
+        self._training.register_hooks(self._before_pass)
+        self._dropped = DroppedChannels(
+            truncation, self._training, self.groups, self._schedule, self._penalty
         )
         self._follow_network()
-        self._verdict = Verdict(self.phase)
-        self._penalised = False
-        self._attached = True
-        self._has_checked = False
-        self._warned_groups: set[str] = set()
-        num_calls = config.ticket.recalibrate_batches if may_draw else 0
-        wants_penalty = (
-            search.enabled and search.l1 > 0 and bool(self.groups) and bool(self._ranking.scales)
-        )
-        self._usage_errors = UsageErrors(self._training, wants_penalty)
-        self._training.register_hooks(
-            RecordedInputs(num_calls, config.ticket.recalibrate_memory_mb << 20),
-            self._before_pass,
-            self._before_step,
-            lambda step, owners: self._truncation.hold(step, owners),
-            self._after_step,
-        )
 
     # ---- the algorithm -------------------------------------------------------------------------
 
@@ -196,31 +130,39 @@ class Engine(Resumable):
         if not self._searching:
             return self._verdict
         self._usage_errors.require_steps_seen()
-        is_due = self._training.check_is_due
+        is_due = self._schedule.is_due(self.step)
         cuts_mask = is_due and not self._removes
-        with self._attendance.at(self._call_site("check"), is_due):
+        with self._calls.at("check", is_due):
             if is_due:
-                self._require_training()
-                self._training.begin_check()
+                where, num_steps = (
+                    f"check at step {self.step}",
+                    self._schedule.since_last(self.step),
+                )
+                self._usage_errors.require_training(num_steps, where)
+                self._penalty.warn_of_misuse()
+                self._schedule.begin(self.step)
             if cuts_mask:
-                self._verdict = self._next_mask()
+                self._next_mask()
             could_draw = self._verdict.stage or self._verdict.ticket
-            self._verdict = self._with_local_state(self._verdict, new_mask=cuts_mask)
-            can_draw_now = not could_draw and (self._verdict.stage or self._verdict.ticket)
+            verdict = self._dropped.described(self._verdict)
+            self._verdict = dataclasses.replace(
+                verdict, new_mask=cuts_mask, elbow=cuts_mask and verdict.elbow
+            )
+            can_draw_now = not could_draw and (verdict.stage or verdict.ticket)
             if self._removes and (is_due or can_draw_now):
-                self._training.recalibrate_statistics(self._channels.groups, self._warned_groups)
+                groups = self._dropped.channels.groups
+                self._training.recalibrate_statistics(groups, self._warned_groups)
         if can_draw_now:
-            self._draw_offered_at = self.step
+            self._calls.offer_draw(True)
         return self._verdict
 
-    def _next_mask(self) -> Verdict:
-        scores = self._ranking.scores()
-        shared = self._comm.mean(torch.cat([scores, self._guard.levels(scores.device)]))
-        average, losses = shared[: len(scores)], shared[len(scores) :]
-        candidates, mask, floored = self._ranking.select(average, self._irreversible)
+    def _next_mask(self) -> None:
+        average, losses, scores = self._averaged_scores()
+        irreversible = self._dropped.irreversible
+        candidates, mask, floored = self._ranking.select(average, irreversible)
         checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
         order = removal_order(
-            ~mask.keep & ~self._irreversible, checks_dropped, self._ranking.importance(average)
+            ~mask.keep & ~irreversible, checks_dropped, self._ranking.importance(average)
         )
         in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
         self._comm.assert_equal(
@@ -232,16 +174,24 @@ class Engine(Resumable):
             },
             f"check at step {self.step}",
         )
-        verdict = Verdict.decode(
+        self._verdict = Verdict.decode(
             self._comm.broadcast_from_rank0(
                 lambda: self._judge(candidates, floored).encode(), Verdict.SIZE
             )
         )
         self._checks_dropped = checks_dropped
-        self.mask, self.phase = mask, verdict.phase
         if self.phase is Phase.TRUNCATE:
-            self._truncate(order, losses)
-        return verdict
+            self._dropped.freeze(mask, order, losses)
+        else:
+            self._dropped.mask = mask
+
+    def _averaged_scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and loss levels averaged over the ranks, by one all-reduce; and this rank's own
+        scores."""
+        scores = self._ranking.scores()
+        levels = self._dropped.guard.levels(scores.device)
+        average = self._comm.mean(torch.cat([scores, levels]))
+        return average[: len(scores)], average[len(scores) :], scores
 
     def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
         """Rank zero's decision: truncation starts at the elbow; without gradual removal, the ticket
@@ -283,16 +233,15 @@ class Engine(Resumable):
             raise ConfigError("truncate: truncation.mode is 'off'; choose 'hard' or 'soft'")
         where = f"truncate at step {self.step}"
         mask = agreed_mask(self._comm, self.groups, mask, where)
-        require_reversible(self.groups, mask, self._irreversible, where)
-        scores = self._ranking.scores()
-        shared = self._comm.mean(torch.cat([scores, self._guard.levels(scores.device)]))
-        importance = self._ranking.importance(shared[: len(scores)])
-        order = removal_order(~mask.keep & ~self._irreversible, self._checks_dropped, importance)
+        irreversible = self._dropped.irreversible
+        require_reversible(self.groups, mask, irreversible, where)
+        average, losses, _ = self._averaged_scores()
+        importance = self._ranking.importance(average)
+        order = removal_order(~mask.keep & ~irreversible, self._checks_dropped, importance)
         self._comm.assert_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
-        self.mask, self.phase = mask, Phase.TRUNCATE
-        self._truncate(order, shared[len(scores) :])
-        verdict = dataclasses.replace(self._verdict, phase=self.phase)
-        self._verdict = self._with_local_state(verdict)
+        self._dropped.freeze(mask, order, losses)
+        verdict = dataclasses.replace(self._verdict, phase=Phase.TRUNCATE)
+        self._verdict = self._dropped.described(verdict)
 
     @_normally
     def draw(self, mask: Mask | None = None, copies: Sequence[nn.Module] = ()) -> None:
@@ -323,24 +272,23 @@ class Engine(Resumable):
         """
         self._require_attached("draw")
         self._usage_errors.require_unchanged("draw")
-        self._verdict = self._with_local_state(self._verdict)
+        dropped, where = self._dropped, f"draw at step {self.step}"
+        self._verdict = dropped.described(self._verdict)
         is_complete = mask is not None or self._verdict.ticket
-        where = f"draw at step {self.step}"
-        mask = self._zero_channels_dropped() if mask is None else mask
-        with self._attendance.at(self._call_site("draw")):
+        mask = self._offered_mask() if mask is None else mask
+        with self._calls.at("draw"):
             mask = agreed_mask(self._comm, self.groups, mask, where, copies)
-        self._draw_offered_at = -1
-        require_reversible(self.groups, mask, self._channels.removed, where)
-        frozen = self._channels.in_dense(self._truncation.frozen)
-        require_live_survivors(self.groups, mask, frozen)
+        self._calls.offer_draw(False)
+        require_reversible(self.groups, mask, dropped.channels.removed, where)
+        require_live_survivors(self.groups, mask, dropped.frozen)
         self._training.require_alike(copies)
-        self._shrink(mask, copies, is_complete, where)
-        generation = self._verdict.generation
+        dropped.shrink(mask, copies, is_complete, where)
         self._verdict = (
-            Verdict(Phase.TICKET, generation=generation)
+            Verdict(Phase.TICKET, generation=self._verdict.generation)
             if is_complete
-            else self._with_local_state(self._verdict)
+            else dropped.described(self._verdict)
         )
+        self._follow_network()
 
     def penalty(self) -> Tensor:
         """``search.l1`` times the L1 norm of the scales, a scalar to add to the loss.
@@ -351,11 +299,7 @@ class Engine(Resumable):
         """
         if not self._searching:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        self._penalised = True
-        used = None if self._usage is None else self._usage.take()
-        penalty = self.config.search.l1 * self._ranking.penalty(used)
-        self._usage_errors.follow_penalty(penalty)
-        return penalty
+        return self._penalty.term()
 
     def watch(self, loss: Tensor) -> None:
         """Report the loss of a forward pass, on this rank's data and without the penalty.
@@ -367,7 +311,7 @@ class Engine(Resumable):
             loss: a scalar on any device.
         """
         if self._searching:
-            self._guard.watch(loss)
+            self._dropped.guard.watch(loss)
 
     # ---- properties, saving the ticket, detaching ------------------------------------------------
 
@@ -383,6 +327,16 @@ class Engine(Resumable):
         return self._training.optimizer
 
     @property
+    def phase(self) -> Phase:
+        """The current phase."""
+        return self._verdict.phase
+
+    @property
+    def mask(self) -> Mask | None:
+        """The newest mask over the dense network's channels; None before the first check."""
+        return self._dropped.mask
+
+    @property
     def step(self) -> int:
         """Optimizer steps since ``attach``."""
         return self._training.step
@@ -392,13 +346,12 @@ class Engine(Resumable):
         """Whether ``check`` would compute a mask or find that ``draw`` may be called."""
         if not self._searching:
             return False
-        verdict = self._with_local_state(self._verdict)
-        return self._training.check_is_due or verdict.stage or verdict.ticket
+        verdict = self._dropped.described(self._verdict)
+        return self._schedule.is_due(self.step) or verdict.stage or verdict.ticket
 
     @property
     def traffic(self) -> Traffic:
         """Bytes sent, and bytes that steps of the dense network would have sent."""
-        self._training.traffic.control_bytes = self._comm.sent_bytes
         return self._training.traffic
 
     @property
@@ -430,14 +383,168 @@ class Engine(Resumable):
             The model to continue with; ``model`` is the same object.
         """
         training = self._training
-        hooked = training.reducer is not None and training.backend.keeps_hooks
+        hooked = training.reduction.reducer is not None and training.backend.keeps_hooks
         training.remove()
-        self._remove_hooks()
+        self._dropped.remove()
         if hooked:
             training.backend.release()
             training.switch_to(training.rewrap())
         self._attached = False
         return self.model
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's state between two steps, without weights and the optimizer's state.
+        Collective.
+
+        Nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, so that
+        ``torch.load(..., weights_only=True)`` reads it.  ``"shared"`` is equal on all ranks;
+        ``"history"`` is None except on rank zero; ``"rank"`` is the per-rank state: the inputs from
+        which statistics are estimated at the draw, PowerSGD's error feedback, and byte counts.  So
+        let every rank save its state.  Unless ``truncation.compression`` is ``powersgd``, rank
+        zero's alone is enough; a draw right after a resume then estimates statistics from fewer
+        batches, or from none.
+
+        Raises:
+            ConfigError: the engine has been detached.
+        """
+        self._require_not_detached("state_dict")
+        with uncounted(comm := self._comm):
+            dropped = self._dropped.state_dict()
+        return {
+            "format": FORMAT,
+            "shared": {
+                "settings": dict(self._settings),
+                "groups": {name: digest.hex() for name, digest in self.groups.digests.items()},
+                "verdict": self._verdict.as_dict(),
+                "checks_dropped": self._checks_dropped.clone(),
+                "schedule": self._schedule.state_dict(),
+                "training": self._training.state_dict(),
+                "dropped": dropped,
+            },
+            "history": self._history.state_dict() if comm.rank == 0 else None,
+            "rank": {
+                "number": comm.rank,
+                "world_size": comm.size,
+                "losses": self._dropped.guard.rank_state(),
+                "training": self._training.rank_state(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], copies: Sequence[nn.Module] = ()) -> None:
+        """Restore a state of ``state_dict``, to continue bit for bit.  Collective.
+
+        The engine must be new, attached to the dense network, also if the state is from after the
+        draw: its network then becomes the drawn one, in a new wrapper.  So load the state first,
+        and then the weights and the optimizer into the resulting ``model`` and ``optimizer``,
+        before the next step::
+
+            engine = worm_dist.attach(DistributedDataParallel(dense), optimizer, config, ...)
+            engine.load_state_dict(saved["engine"])
+            engine.model.load_state_dict(saved["model"])
+            engine.optimizer.load_state_dict(saved["optimizer"])
+
+        Under DeepSpeed call ``engine.load_optimizer_state`` instead of the last line.  On more than
+        two ranks under DistributedDataParallel, ``engine.restore_bucket_order`` makes the next
+        step's sums equal to the last bit.
+
+        Args:
+            state: the result of ``state_dict`` on this rank, or on rank zero (see there).
+            copies: copies of the dense network, pruned in the same way; as for ``draw``.
+
+        Raises:
+            ConfigError: the engine is not new, or its settings differ; only
+                ``ticket.recalibrate_batches`` and ``ticket.recalibrate_memory_mb`` may have
+                changed.
+            CheckpointError: the state is malformed, of another network, or lacks this rank's part.
+                Nothing has been changed then.
+            DivergenceError: the ranks have different states.
+        """
+        comm, training, where = self._comm, self._training, "load_state_dict"
+        with refused_on_all_ranks(comm, where):
+            self._require_new(where)
+            require_valid(
+                state, self._settings, self.groups, self._steps_per_epoch, comm.rank, comm.size
+            )
+            training.require_alike(copies)
+        comm.assert_equal({"state": digests_of(state)}, where)
+        shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
+        inputs = None if own is None else own["training"]["inputs"]
+        device = next(training.network.parameters()).device
+        if comm.any(torch.tensor([float(inputs is None)], device=device)):
+            inputs = None  # statistics must be estimated from as many inputs on every rank
+        training.load_state_dict(
+            shared["training"], state["rank"]["training"]["traffic"], inputs or ()
+        )
+        with uncounted(comm):
+            self._dropped.load_state_dict(shared["dropped"], copies)
+        if own is not None:
+            self._dropped.guard.load_rank_state(own["losses"], device)
+        training.load_wrapper_state(
+            shared["training"], None if own is None else own["training"]["reducer"]
+        )
+        self._schedule.load_state_dict(shared["schedule"])
+        self._checks_dropped = shared["checks_dropped"].to("cpu", copy=True)
+        self._verdict = Verdict.from_dict(shared["verdict"])
+        if comm.rank == 0:
+            self._history.load_state_dict(state["history"])
+        self._calls.after_step(self.step)
+        self._follow_network()
+
+    def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
+        """Let DistributedDataParallel rebuild its buckets as they were in the saved run.
+        Collective; call it after ``load_state_dict``.
+
+        DDP rebuilds its buckets after its first backward pass, and on more than two ranks the order
+        in which gradients are added depends on their position in a bucket.  So one extra pass runs
+        before the first step; gradients are dropped, and buffers and random states restored.  Where
+        the buckets need no rebuilding, no pass runs.
+
+        Args:
+            one_pass: runs a forward pass of ``model`` in training mode; returns the loss.
+        """
+        self._require_not_detached("restore_bucket_order")
+        self._training.restore_bucket_order(one_pass)
+        self._penalty.forget_pass()
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """The full (unsharded) state of the optimizer in plain values, on rank zero; None on other
+        ranks.  Collective.
+
+        It holds, by parameter name, moments and those master weights that differ from the weights;
+        options of parameter groups such as learning rates; and DeepSpeed's counters.  Under ZeRO
+        stages 1 and 2 it is gathered bit for bit, on the CPU; otherwise its tensors are not
+        copied.  Learning rate schedules are not part of it.
+
+        Raises:
+            ConfigError: the engine has been detached.
+        """
+        self._require_not_detached("optimizer_state")
+        return self._training.read_optimizer_state()
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Restore a state of ``optimizer_state``: bit for bit under the same wrapper, and also in
+        another ZeRO stage or under DistributedDataParallel.  Collective.
+
+        The engine's state and the weights must be loaded before.
+
+        Args:
+            state: rank zero's result of ``optimizer_state``, the same on every rank.
+
+        Raises:
+            ConfigError: the engine has been detached.
+            CheckpointError: the state is malformed, or of other parameters or parameter groups.
+                Nothing has been changed then.
+            DivergenceError: the ranks have different states.
+        """
+        where = "load_optimizer_state"
+        self._require_not_detached(where)
+        with uncounted(self._comm):
+            with refused_on_all_ranks(self._comm, where):
+                structure = self._training.optimizer_state.structure(state)
+            self._comm.assert_equal({"state": {"optimizer": structure}}, where)
+        self._training.write_optimizer_state(state)
 
     # ---- helpers ---------------------------------------------------------------------------------
 
@@ -446,167 +553,34 @@ class Engine(Resumable):
         searching = self.config.search.enabled and self.phase is not Phase.TICKET
         return searching and self._attached
 
-    def _require_training(self) -> None:
-        """Check for usage errors since the last check."""
-        errors, num_steps = self._usage_errors, self._training.since_last_check
-        errors.require_step(num_steps, is_first=not self._has_checked)
-        errors.require_unchanged(f"check at step {self.step}")
-        errors.warn_of_no_penalty()
-        errors.warn_of_scaled_penalty(self.config.search.l1)
-        self._has_checked = True
-
     @property
     def _removes(self) -> bool:
         """Whether dropped channels are being removed."""
         return self.phase is Phase.TRUNCATE and self.config.truncation.removes
 
-    @property
-    def _irreversible(self) -> Tensor:
-        """bool ``[num_channels]``: the dense network's channels that fade or are removed."""
-        return self._channels.in_dense(self._truncation.irreversible)
-
-    def _truncate(self, order: Tensor, losses: Tensor) -> None:
-        """Freeze what the mask drops.  The ranks have agreed on it, so packed buffers match."""
-        self._freeze_dropped()
-        if self._removes:
-            self._removal.start(order, self.step, losses)
-            self._begin_due_channels()
-
-    def _freeze_dropped(self) -> None:
-        assert self.mask is not None
-        self._truncation.freeze(self._channels.of(~self.mask.keep))
-        self._training.reducer = self._truncation.reducer
-
-    def _begin_due_channels(self) -> None:
-        """Begin to fade the channels that are due; at the end the mask keeps all others."""
-        device = next(self._training.network.parameters()).device
-        begin = self._removal.begin(self.step, device)
-        if begin.numel():
-            self._truncation.begin(self._channels.numbers(begin), self.step)
-        if not self._removal.num_waiting:
-            self.mask = Mask.from_vector(self.groups.sizes, ~self._irreversible)
-            self._freeze_dropped()
-
-    def _shrink(
-        self,
-        mask: Mask,
-        copies: Sequence[nn.Module],
-        is_complete: bool,
-        where: str,
-        is_restored: bool = False,
-    ) -> None:
-        """Prune the network to the channels that a mask over the dense network's channels keeps."""
-        left = self._channels.mask_of(mask)
-        cuts = cuts_of(self._channels.groups, left, shapes_of(self._training.network))
-        truncation = None if is_complete else self._truncation.state_dict(self.step)
-        draw(
-            self._training,
-            self._channels.groups,
-            left,
-            copies,
-            where,
-            is_complete=is_complete,
-            is_restored=is_restored,
-        )
-        self._remove_hooks()
-        self._channels.remove(mask)
-        self._usage_errors.follow()
-        if truncation is None:
-            first = first_reducer(self.config.truncation, self._training.backend)
-            self._training.reducer = first
-            self.mask, self.phase = mask, Phase.TICKET
-            return
-        network = self._training.network
-        self._ranking.follow(network, self._channels.groups, self._channels.removed)
-        self._follow_network()
-        kept = kept_indices(cuts)
-        self._truncation.load_state_dict(
-            pruned_state(truncation, left.keep, lambda name, full: select(full, kept.get(name, {})))
-        )
-        self._training.reducer = self._truncation.reducer
-
     def _follow_network(self) -> None:
-        """Set up truncation and usage tracking for the network as it is now."""
-        training, search = self._training, self.config.search
-        self._share_of_dense = training.num_elements / self._num_dense_elements
-        self._truncation = Truncation(
-            self.config.truncation,
-            training.backend,
-            training.optimizer_view,
-            self._channels.groups,
-            training.trained,
-        )
-        training.reducer = self._truncation.reducer
-        tracks = search.enabled and training.backend.finds_unused
-        self._usage = ParameterUsage(training.network, self._ranking.scales) if tracks else None
-
-    def _remove_hooks(self) -> None:
-        """Remove the hooks of truncation and usage tracking."""
-        self._truncation.remove()
-        if self._usage is not None:
-            self._usage.remove()
-
-    def _with_local_state(self, verdict: Verdict, new_mask: bool = False) -> Verdict:
-        """The verdict with the fields that each rank computes itself, without communication."""
-        truncation = self._truncation
-        zero = truncation.zero(self.step)
-        num_dropped = 0 if self.mask is None else self.mask.num_channels - self.mask.num_kept
-        num_zero = int(zero.sum())
-        num_left = self._channels.num_removed + num_zero
-        is_over = self._removes and num_left == num_dropped
-        share = self.config.truncation.removal.stage
-        return dataclasses.replace(
-            verdict,
-            new_mask=new_mask,
-            elbow=new_mask and verdict.elbow,
-            ticket=is_over if self._removes else verdict.ticket,
-            stage=self._removes and not is_over and num_zero >= max(1.0, share * num_dropped),
-            generation=truncation.generation,
-            live_fraction=truncation.live_fraction * self._share_of_dense,
-            left_fraction=num_left / max(1, num_dropped) if self._removes else 0.0,
-            paused=self._removes and self._removal.is_paused,
-        )
+        """Go on with the network as it is now: dense, smaller, or the ticket."""
+        dropped, network = self._dropped, self._training.network
+        self._usage_errors.follow()
+        if self.phase is Phase.TICKET:
+            self._penalty.remove()
+        elif self.groups:
+            self._ranking.follow(network, dropped.channels.groups, dropped.channels.removed)
+            self._penalty.follow(network)
+        self._training.listen([self._calls, *dropped.step_listeners])
 
     def _before_pass(self) -> None:
-        """Mark a due call as skipped if this rank trains on, so that ranks waiting in it fail."""
-        if self._searching and self._training.check_has_just_become_due:
-            self._attendance.mark_skipped(self._call_site("check"))
-        if self._searching and self._draw_offered_at == self.step:
-            self._attendance.mark_skipped(self._call_site("draw"))
-        self._num_passes += 1
+        is_due = self._searching and self._schedule.has_just_become_due(self.step)
+        self._calls.before_pass(is_due)
 
-    def _call_site(self, call: str) -> str:
-        """A description of a call and its position in the training, the same on all ranks."""
-        passes = f", {self._num_passes} passes later" if self._num_passes else ""
-        return f"{call} at step {self.step}{passes}"
-
-    def _forget_pass(self) -> None:
-        self._penalised = False
-        if self._usage is not None:
-            self._usage.take()
-
-    def _before_step(self) -> None:
-        self._usage_errors.note_step(self._penalised)
-        self._truncation.before_step(self.config.search.l1 if self._penalised else 0.0)
-        self._penalised = False
-
-    def _after_step(self, step: int) -> None:
-        self._num_passes = 0
-        self._truncation.after_step(step)
-        self._guard.after_step()
-        if self.phase is Phase.TRUNCATE and self._removal.num_waiting:
-            self._begin_due_channels()
-
-    def _zero_channels_dropped(self) -> Mask:
+    def _offered_mask(self) -> Mask:
+        """The mask of the draw that the verdict offers."""
         if not (self._verdict.stage or self._verdict.ticket) or self.mask is None:
             raise ConfigError(
                 "draw: no check has found the ticket yet; wait for verdict.stage or "
                 "verdict.ticket, or give the mask to draw: engine.draw(mask)"
             )
-        if self._verdict.ticket:
-            return self.mask
-        zero = self._channels.in_dense(self._truncation.zero(self.step))
-        return Mask.from_vector(self.groups.sizes, ~zero)
+        return self.mask if self._verdict.ticket else self._dropped.zero_dropped
 
     def _require_not_detached(self, what: str) -> None:
         if not self._attached:
@@ -616,3 +590,11 @@ class Engine(Resumable):
         self._require_not_detached(what)
         if self.phase is Phase.TICKET:
             raise ConfigError(f"{what}: the ticket has been drawn already")
+
+    def _require_new(self, what: str) -> None:
+        self._require_attached(what)
+        if self.step or self.mask is not None:
+            raise ConfigError(
+                f"{what}: this engine has already taken steps or checks; build the dense network "
+                "anew and attach to it"
+            )

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.collectives import Communicator
-from ..groups.forward import buffers_kept, undisturbed
-from ..groups.training_mode import in_training, norms_in_training
+from ..groups.forward import buffers_kept, in_training, norms_in_training, undisturbed
 from .recorded_inputs import Norm, RecordedCall
 
 __all__ = ["Statistics", "recalibrate"]

@@ -8,6 +8,7 @@ with random ones.
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import scratch_copy
 from ..groups.forward import run
 from ..groups.mask import Mask
+from ..groups.nested import tensors_in
 from ..groups.selection import importance_of, select_groups
 from ..groups.tracing import find_groups
 from .rehearsal import Rehearsal
@@ -156,9 +158,12 @@ class _Trial:
         self._floor = floor
         self._kinds = {group.name: _kind(network, group) for group in groups}
         self._original = Rehearsal(network, example_inputs)
-        perturb_constant_weights(self._original.network)
         inputs = perturb_constant_inputs(example_inputs)
-        randomized = Rehearsal(network, inputs, _RANDOM_TOLERANCE)
+        if all(map(operator.is_, tensors_in(inputs), tensors_in(example_inputs))):
+            randomized = self._original.copy(_RANDOM_TOLERANCE)
+        else:
+            randomized = Rehearsal(network, inputs, _RANDOM_TOLERANCE)
+        perturb_constant_weights(self._original.network)
         randomize_weights(randomized.network, randomized.run)
         self._randomized = randomized if randomized.is_finite else self._original
         self._num_trials = 0

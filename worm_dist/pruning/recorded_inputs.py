@@ -16,14 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.nested import mapped, tensors_in
+from ..schema import Schema
 
-__all__ = ["Norm", "RecordedCall", "RecordedInputs", "calls_from", "plain_calls"]
+__all__ = ["CallSchema", "Norm", "RecordedCall", "RecordedInputs", "calls_from", "plain_calls"]
 
 logger = logging.getLogger(__name__)
 
 _LEAVES = (bool, int, float, str, type(None))
 
 Norm = nn.modules.batchnorm._BatchNorm
+
+
+class CallSchema(Schema):
+    """Schema of one call in ``plain_calls``."""
+
+    arguments: list[Any]
+    on_cpu: list[bool]
+    device: str
+    dtype: str
+    autocast: bool
+    training_norms: list[str]
+    copied: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ those of the whole network with the same channels set to zero.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -18,10 +19,9 @@ from torch import Tensor, nn
 
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import copied
-from ..groups.forward import buffers_kept, floats, run
+from ..groups.forward import buffers_kept, deciding_modules, floats, in_training, run
 from ..groups.mask import Mask
 from ..groups.nested import mapped
-from ..groups.training_mode import deciding_modules, in_training
 from .readers import OutputSums, Readers, same_outputs
 from .surgery import cuts_of, remove_channels, shapes_of
 
@@ -54,7 +54,7 @@ class Rehearsal:
         # By the modules in training mode: whether the outputs are deterministic in that mode.
         self._modes: dict[tuple[str, ...], bool] = {(): True}
         try:
-            self.network = copied(network).double()
+            self.network = copied(network, _double_copy).double()
             self._inputs = mapped(example_inputs, _double)
             run(self.network, self._inputs)
         except Exception:  # such as a forward with a fixed dtype
@@ -66,6 +66,12 @@ class Rehearsal:
             one, other = self._outputs(self.network), self._outputs(self.network)
             self._modes[deciding] = all(map(torch.equal, one, other))
 
+    def copy(self, tolerance: float) -> Rehearsal:
+        """Return a rehearsal with a copy of the network and with another tolerance."""
+        same = copy.copy(self)
+        same.network, same._tolerance = copied(self.network), tolerance
+        return same
+
     def difference(
         self, groups: Groups, mask: Mask, dropping: Sequence[ChannelGroup] | None = None
     ) -> str | None:
@@ -76,7 +82,8 @@ class Rehearsal:
             mask: the mask over these groups.
             dropping: the groups that lose channels; default all groups.
         """
-        zeroed = copied(self.network)
+        # Parameters are replaced, never written to, so those without dropped channels are shared.
+        zeroed = copied(self.network, lambda data: data)
         tried = groups if dropping is None else dropping
         readers = Readers(zeroed, tried, groups, mask)
         sums: list[OutputSums] = []
@@ -145,7 +152,8 @@ def difference(
     """Compare a network's outputs after channels are removed with those after they are zeroed.
 
     Args:
-        network: a copy of the network; its channels are removed.
+        network: a copy of the network; its channels are removed.  Its parameters may share memory
+            with those of another network.
         run_on: a function that returns the network's outputs for some inputs.
         groups: the network's channel groups.
         mask: the mask over these groups.
@@ -158,7 +166,9 @@ def difference(
     _zero_channels(network, groups if dropping is None else dropping, mask)
     with buffers_kept(network):  # outputs may depend on buffers that a pass changes
         expected = run_on(network)
-    remove_channels(network, cuts_of(groups, mask, shapes_of(network)))
+    # Rows first, since they are contiguous and fewer columns are left to be gathered.
+    cuts = sorted(cuts_of(groups, mask, shapes_of(network)), key=lambda cut: cut.dim)
+    remove_channels(network, cuts)
     try:
         outputs = run_on(network)
     except Exception as error:  # user code may raise anything
@@ -181,7 +191,12 @@ def _zero_channels(network: nn.Module, dropping: Sequence[ChannelGroup], mask: M
         for member in group.zeroing_members:
             indices = member.positions[~mask[group.name]].flatten()
             for name, dim in member.parameters:
-                parameters[name].index_fill_(dim, indices.to(parameters[name].device), 0)
+                parameter = parameters[name]
+                parameter.data = parameter.data.index_fill(dim, indices.to(parameter.device), 0)
+
+
+def _double_copy(data: Tensor) -> Tensor:
+    return data.to(torch.float64, copy=True) if data.is_floating_point() else data.clone()
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..groups.forward import norms_in_training
 from ..groups.nested import mapped, tensors_in
-from ..groups.training_mode import norms_in_training
 
 __all__ = [
     "crop_large_images",

@@ -7,13 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import SearchConfig
 from ..groups.mask import Mask
+from ..schema import Count, Schema
 from .elbow import elbow_reached, elbow_threshold
 from .window import Window
 
-__all__ = ["CheckRecord", "History"]
+__all__ = ["CheckRecord", "History", "HistorySchema"]
+
+
+class _RecordSchema(Schema):
+    step: Count
+    distances: tuple[float, ...]
+    threshold: float | None
+    elbow: bool
+    settled: bool
+    floored: tuple[str, ...]
+
+
+class HistorySchema(Schema):
+    """Schema of ``History.state_dict``."""
+
+    sizes: dict[str, int]
+    masks: Tensor
+    records: list[_RecordSchema]
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,13 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Return the masks as bool ``[checks, candidates]`` and the records as plain values."""
         masks = [record.mask for record in self._records]
-        plain = ("step", "distances", "threshold", "elbow", "settled", "floored")
         return {
             "sizes": masks[0].sizes if masks else {},
             "masks": torch.stack([m.keep for m in masks]) if masks else torch.empty(0, 0).bool(),
-            "findings": [{key: getattr(f, key) for key in plain} for f in self._records],
+            "records": [
+                {key: getattr(record, key) for key in _RecordSchema.model_fields}
+                for record in self._records
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -90,7 +111,7 @@ class History:
         masks = [Mask.from_vector(state["sizes"], keep) for keep in state["masks"]]
         self._records = [
             CheckRecord(mask=mask, **record)
-            for mask, record in zip(masks, state["findings"], strict=True)
+            for mask, record in zip(masks, state["records"], strict=True)
         ]
         self._window = Window(self._config.window, masks)
 

@@ -7,7 +7,7 @@ channels alone.  Only exact zero removes a channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,24 @@ from ..backends.optimizer_view import OptimizerView, Owners, Shard
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
+from ..schema import Flags, Schema
 
-__all__ = ["NEVER", "Fade"]
+__all__ = ["NEVER", "Fade", "FadeSchema"]
 
 NEVER = 2**62
 """A step number that is never reached."""
+
+
+class FadeSchema(Schema):
+    """Schema of ``Fade.state_dict``."""
+
+    over_at: Tensor
+    under_way: Flags
+    starts: dict[str, Tensor] | None
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The tensors with one element for each channel, by key."""
+        return {"over_at": self.over_at, "under_way": self.under_way}
 
 
 class Fade:
@@ -130,6 +143,18 @@ class Fade:
             for name, start in (state["starts"] or {}).items()
         }
         self._has_started = False
+
+    @staticmethod
+    def pruned_state(
+        state: Mapping[str, Any], kept: Tensor, prune: Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """A state of ``state_dict`` after channels have been removed; see ``Truncation``."""
+        starts = state["starts"]
+        return {
+            "over_at": state["over_at"][kept],
+            "under_way": state["under_way"][kept],
+            "starts": starts and {name: prune(name, start) for name, start in starts.items()},
+        }
 
     def _full_starts(
         self, under_way: Tensor, comm: Communicator, names: Mapping[Tensor, str]

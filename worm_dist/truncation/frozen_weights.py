@@ -7,13 +7,13 @@ deterministic; they need no communication.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.optimizer_view import OptimizerView, Owners, Shard
+from ..backends.optimizer_view import OptimizerView, Owners, Shard, StepListener
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
@@ -24,7 +24,7 @@ __all__ = ["Free", "FrozenWeights", "Held", "Removed"]
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 
 
-class FrozenWeights:
+class FrozenWeights(StepListener):
     """Base policy, for soft truncation: the optimizer's updates are left unchanged.
 
     Attributes:
@@ -49,13 +49,6 @@ class FrozenWeights:
             frozen: bool ``[num_channels]``.
         """
         return ()
-
-    def before_step(self, penalty: float) -> None:
-        """Called before an optimizer step; ``penalty`` is the weight of the L1 penalty on the
-        scales in its loss."""
-
-    def hold(self, step: int, owners: Owners) -> None:
-        """Called right after the ``step``-th optimizer step has changed ``owners``."""
 
     def zero_since(self) -> Tensor:
         """int64 ``[num_channels]``: the step after which a channel's output is exactly zero."""
@@ -89,7 +82,7 @@ class Held(FrozenWeights):
         # Values are copied just before the next step: until then a checkpoint may be loaded.
         self._plan, self._held = plan, None
 
-    def before_step(self, penalty: float) -> None:
+    def before_step(self) -> None:
         if self._held is None:
             assert self._plan is not None
             self._held = [
@@ -140,8 +133,8 @@ class Removed(Held):
     def fading_params(self, frozen: Tensor) -> Collection[Tensor]:
         return self._scales(frozen).blocks.keys()
 
-    def before_step(self, penalty: float) -> None:
-        super().before_step(penalty)
+    def before_step(self) -> None:
+        super().before_step()
         self._fade.before_step()
 
     def hold(self, step: int, owners: Owners) -> None:
@@ -173,10 +166,23 @@ class Free(FrozenWeights):
 
     The gradient of the penalty is truncated with the rest of the loss's gradient, so it is added
     again here, locally.
+
+    Args:
+        view: the optimizer's view.
+        network: the bare network.
+        groups: its channel groups.
+        penalty_weight: returns the weight of the penalty in the loss of the step under way.
     """
 
-    def __init__(self, view: OptimizerView, network: nn.Module, groups: Groups) -> None:
+    def __init__(
+        self,
+        view: OptimizerView,
+        network: nn.Module,
+        groups: Groups,
+        penalty_weight: Callable[[], float],
+    ) -> None:
         super().__init__(groups.num_channels)
+        self._penalty_weight = penalty_weight
         self._optimizer = view.optimizer
         parameters = dict(network.named_parameters())
         self._scales = {
@@ -190,12 +196,12 @@ class Free(FrozenWeights):
         self._frozen = {p: b.frozen[0] for p, b in plan.blocks.items() if p in self._scales}
 
     @torch.no_grad()
-    def before_step(self, penalty: float) -> None:
+    def before_step(self) -> None:
         # A fused optimizer receives gradients that are still scaled, and unscales them itself.
         loss_scale = getattr(self._optimizer, "grad_scale", None)
         for scale, frozen in self._frozen.items():
             if scale.grad is not None:
-                pull = scale.index_select(0, frozen).sign_().mul_(penalty)
+                pull = scale.index_select(0, frozen).sign_().mul_(self._penalty_weight())
                 if loss_scale is not None:
                     pull.mul_(loss_scale)
                 scale.grad.index_add_(0, frozen, pull.to(scale.grad.dtype))

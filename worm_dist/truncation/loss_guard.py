@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Decision", "LossGuard"]
+from ..backends.optimizer_view import StepListener
+from ..schema import Count, Schema
+
+__all__ = ["Decision", "LossGuard", "LossGuardSchema"]
 
 _WEIGHT_OF_NEWEST = 0.05
 """Weight of the newest step in the smoothed loss: about the last twenty steps count."""
@@ -27,7 +30,14 @@ class Decision(Enum):
     STOP = 2
 
 
-class LossGuard:
+class LossGuardSchema(Schema):
+    """Schema of ``LossGuard.state_dict``."""
+
+    limit: float
+    paused_at: Count | None
+
+
+class LossGuard(StepListener):
     """Smooths this rank's loss, and compares the average over all ranks with a limit.
 
     Losses stay on their device until ``levels`` is called.
@@ -62,8 +72,8 @@ class LossGuard:
         self._step_count += 1
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Smooth the mean loss of the passes since the last call."""
+    def after_step(self, step: int) -> None:
+        """Smooth the mean loss of the passes since the step before."""
         if self._step_sum is None:
             return
         newest = self._step_sum / self._step_count
@@ -122,12 +132,12 @@ class LossGuard:
         """Restore a state."""
         self.limit, self.paused_at = state["limit"], state["paused_at"]
 
-    def losses_of_rank(self) -> list[float]:
-        """This rank's first and smoothed loss, for ``load_losses``; empty if there is none."""
+    def rank_state(self) -> list[float]:
+        """This rank's first and smoothed loss; empty if there is none."""
         losses = (self._first, self._smoothed)
         return [float(loss) for loss in losses if loss is not None]
 
-    def load_losses(self, losses: Sequence[float], device: torch.device) -> None:
-        """Restore ``losses_of_rank``."""
+    def load_rank_state(self, losses: Sequence[float], device: torch.device) -> None:
+        """Restore a state of ``rank_state``."""
         if losses:
             self._first, self._smoothed = (torch.tensor(x, device=device) for x in losses)

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..config import RemovalConfig
 from ..distributed.collectives import Communicator
 from ..interval import Interval
-from .loss_guard import Decision, LossGuard
-from .removal_schedule import RemovalSchedule
+from ..schema import Count, Schema
+from .loss_guard import Decision, LossGuard, LossGuardSchema
+from .removal_schedule import RemovalSchedule, RemovalScheduleSchema
 
-__all__ = ["Removal"]
+__all__ = ["Removal", "RemovalSchema"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,15 @@ _SHORTEST = 100
 
 _STEPS_BETWEEN_DECISIONS = 16
 """Optimizer steps for which a decision to go on is valid; each new decision is a collective."""
+
+
+class RemovalSchema(Schema):
+    """Schema of ``Removal.state_dict``."""
+
+    schedule: RemovalScheduleSchema
+    guard: LossGuardSchema
+    patience: Count
+    allowed_at: Count | None
 
 
 class Removal:
@@ -77,6 +87,10 @@ class Removal:
         if self._guard.watches:
             self._patience = self._num_steps(self._config.patience)
         self._allowed_at = None
+
+    def stop(self) -> None:
+        """Begin no other fade."""
+        self._schedule.stop()
 
     def _duration(self) -> int:
         """The duration in optimizer steps.  ``auto`` has a minimum, because an epoch of few steps

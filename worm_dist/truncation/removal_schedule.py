@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RemovalSchedule"]
+from ..schema import Count, Schema
+
+__all__ = ["RemovalSchedule", "RemovalScheduleSchema"]
+
+
+class RemovalScheduleSchema(Schema):
+    """Schema of ``RemovalSchedule.state_dict``."""
+
+    waiting: Tensor
+    num_begun: Count
+    began_at: Count
+    duration: Count
 
 
 class RemovalSchedule:

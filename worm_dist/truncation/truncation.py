@@ -2,62 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.backend import Backend
-from ..backends.optimizer_view import OptimizerView, Owners
+from ..backends.gradient_reduction import GradientReduction
+from ..backends.optimizer_view import OptimizerView, StepListener
 from ..comm_hooks.grad_hooks import GradientHooks
-from ..comm_hooks.reducer import Reducer
 from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
+from ..schema import Count, Flags, Schema
+from .fading import Fade, FadeSchema
 from .frozen_weights import Free, FrozenWeights, Held, Removed
-from .zero_columns import ZeroColumns
+from .zero_columns import ZeroColumns, ZeroColumnsSchema
 
-__all__ = ["Truncation", "first_reducer", "pruned_state"]
+__all__ = ["Truncation", "TruncationSchema"]
 
 
-class Truncation:
+class TruncationSchema(Schema):
+    """Schema of ``Truncation.state_dict``."""
+
+    generation: Count
+    frozen: Flags
+    fade: FadeSchema | None
+    columns: ZeroColumnsSchema
+    probes: bool
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The tensors with one element for each channel, by key."""
+        fade = {} if self.fade is None else self.fade.vectors()
+        return {
+            "frozen": self.frozen,
+            **{f"fade.{key}": vector for key, vector in fade.items()},
+            **{f"columns.{key}": vector for key, vector in self.columns.vectors().items()},
+        }
+
+
+class Truncation(StepListener):
     """The frozen channels of a network, none before the first ``freeze``.
 
     Args:
         config: the settings of truncation.
-        backend: the network's backend.
+        reduction: the network's gradient reduction.
         view: the optimizer's view.
         groups: the network's channel groups.
         trained: the parameters that train at any time.
+        penalty_weight: returns the weight of the L1 penalty on the scales in the loss of the step
+            under way.
 
     Attributes:
         generation: number of freeze plans so far.
         frozen: bool ``[num_channels]``, the channels frozen now.
-        reducer: the gradient reducer; None while the wrapper reduces by itself.
+        step_listeners: what acts around an optimizer step.
     """
 
     def __init__(
         self,
         config: TruncationConfig,
-        backend: Backend,
+        reduction: GradientReduction,
         view: OptimizerView,
         groups: Groups,
         trained: Collection[Tensor],
+        penalty_weight: Callable[[], float],
     ) -> None:
         self._config = config
-        self._backend: Backend | None = backend
-        self._network = backend.network
-        self._comm = backend.comm
+        self._reduction = reduction
+        self._network = reduction.backend.network
+        self._comm = reduction.backend.comm
         self._groups = groups
         self._trained = trained
-        self._weights = _frozen_weights(config, backend.network, view, groups)
+        self._weights = _frozen_weights(config, self._network, view, groups, penalty_weight)
         self._columns = ZeroColumns(groups.num_channels)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.reducer = first_reducer(config, backend)
         self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
         self._live_fraction = 1.0
+
+    @property
+    def step_listeners(self) -> Sequence[StepListener]:
+        return (self._weights, self)
 
     @property
     def irreversible(self) -> Tensor:
@@ -104,12 +130,13 @@ class Truncation:
 
         Held values are not part of it: they are in the weights and the optimizer's state.
         """
+        reducer = self._reduction.reducer
         return {
             "generation": self.generation,
             "frozen": self.frozen.clone(),
-            "removal": self._weights.state_dict(step, self._comm),
+            "fade": self._weights.state_dict(step, self._comm),
             "columns": self._columns.state_dict(),
-            "probes": self.reducer is not None and self.reducer.nonzero_seen is not None,
+            "probes": reducer is not None and reducer.nonzero_seen is not None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,40 +146,48 @@ class Truncation:
         if self.generation == 0:
             return
         self.frozen = state["frozen"].to("cpu", copy=True)
-        self._weights.load_state_dict(state["removal"])
+        self._weights.load_state_dict(state["fade"])
         self._columns.load_state_dict(state["columns"])
         plan = self._truncate_gradients()
         self._weights.freeze(self.frozen, plan)
-        if self.reducer is not None and state["probes"]:
+        if self._reduction.reducer is not None and state["probes"]:
             self._probe(state["columns"]["probed"].to("cpu"))
 
-    def before_step(self, penalty: float) -> None:
-        """Call before an optimizer step; ``penalty`` is the weight of the L1 penalty on the scales
-        in its loss."""
-        self._weights.before_step(penalty)
+    @staticmethod
+    def pruned_state(
+        state: Mapping[str, Any], kept: Tensor, prune: Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """A state of ``state_dict`` after channels have been removed physically.
 
-    def hold(self, step: int, owners: Owners) -> None:
-        """Call right after the ``step``-th optimizer step has changed ``owners``."""
-        self._weights.hold(step, owners)
+        Args:
+            state: the state of a truncation before.
+            kept: bool ``[num_channels]``, the channels that are kept.
+            prune: called with a parameter's name and a tensor of its shape; returns the tensor
+                without the removed channels.
+        """
+        fade = state["fade"]
+        return {
+            **state,
+            "frozen": state["frozen"][kept],
+            "fade": None if fade is None else Fade.pruned_state(fade, kept, prune),
+            "columns": ZeroColumns.pruned_state(state["columns"], kept),
+        }
 
     def after_step(self, step: int) -> None:
-        """Call after the ``step``-th optimizer step: drops and probes zero columns."""
-        if self.reducer is None or not isinstance(self._weights, Removed):
+        """Drop and probe zero columns."""
+        reducer = self._reduction.reducer
+        if reducer is None or not isinstance(self._weights, Removed):
             return
-        if self._columns.after_step(self.reducer, self._comm, step):
+        if self._columns.after_step(reducer, self._comm, step):
             self.generation += 1
             self._truncate_gradients()
-        if self.reducer.nonzero_seen is None:
+        if reducer.nonzero_seen is None:
             self._columns.probe(self.zero(step), self.frozen, self._probe)
 
     def remove(self) -> None:
-        """Stop truncating gradients and holding weights."""
+        """Stop truncating gradients and holding weights; the reducer is its owner's to remove."""
         self._hooks.remove()
-        if self.reducer is not None:
-            self.reducer.remove()
-        self.reducer = None
         self._weights = FrozenWeights(self._groups.num_channels)
-        self._backend = None  # its wrapper's buckets are as large as the dense network
 
     def _truncate_gradients(self) -> FreezePlan:
         """Set the freeze plan of reducer or hooks; returns the plan of the held slices."""
@@ -162,56 +197,27 @@ class Truncation:
             plan = FreezePlan(self._network, self._groups, frozen, scope, self._columns.dropped)
         if self._config.mode == "hard":
             self._live_fraction = plan.live_fraction(self._trained)
-        assert self._backend is not None
-        if self._config.mode == "soft" or not self._backend.averages:
-            self._hooks.set_plan(plan)
-        else:
-            if self.reducer is None:
-                # Not earlier: while nothing is frozen, DDP averages by itself.
-                self.reducer = self._backend.make_reducer(self._config)
+        if self._reduction.is_ours:
             # Channels whose columns are dropped are zero already and will not change again.
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
-            self.reducer.set_plan(plan, held, fading_params)
+            self._reduction.require_reducer().set_plan(plan, held, fading_params)
+        else:
+            self._hooks.set_plan(plan)
         return held
 
     def _probe(self, zero: Tensor) -> None:
-        assert self.reducer is not None
         nothing = torch.zeros_like(zero)
         columns = FreezePlan(self._network, self._groups, nothing, self._config.scope, zero)
-        self.reducer.probe(columns, next(self._network.parameters()).device)
-
-
-def pruned_state(
-    state: Mapping[str, Any], kept: Tensor, prune: Callable[[str, Tensor], Tensor]
-) -> dict[str, Any]:
-    """The state of a truncation after channels have been removed physically.
-
-    Args:
-        state: the state of a ``Truncation`` before.
-        kept: bool ``[num_channels]``, the channels that are kept.
-        prune: called with a parameter's name and a tensor of its shape; returns the tensor without
-            the removed channels.
-    """
-    removal, columns = state["removal"], state["columns"]
-    if removal is not None:
-        starts = removal["starts"]
-        removal = {
-            "over_at": removal["over_at"][kept],
-            "under_way": removal["under_way"][kept],
-            "starts": starts and {name: prune(name, start) for name, start in starts.items()},
-        }
-    columns = {k: v[kept] if isinstance(v, Tensor) else v for k, v in columns.items()}
-    return {**state, "frozen": state["frozen"][kept], "removal": removal, "columns": columns}
-
-
-def first_reducer(config: TruncationConfig, backend: Backend) -> Reducer | None:
-    """The reducer to use while nothing is frozen; None if the wrapper reduces by itself."""
-    needed = backend.averages and config.mode == "hard" and backend.reduces_at_once(config)
-    return backend.make_reducer(config) if needed else None
+        reducer = self._reduction.require_reducer()
+        reducer.probe(columns, next(self._network.parameters()).device)
 
 
 def _frozen_weights(
-    config: TruncationConfig, network: nn.Module, view: OptimizerView, groups: Groups
+    config: TruncationConfig,
+    network: nn.Module,
+    view: OptimizerView,
+    groups: Groups,
+    penalty_weight: Callable[[], float],
 ) -> FrozenWeights:
     if config.mode != "hard":
         return FrozenWeights(groups.num_channels)
@@ -219,4 +225,4 @@ def _frozen_weights(
         return Removed(view, network, groups, config.removal.fade_steps)
     if config.frozen_weights == "hold":
         return Held(view, groups.num_channels)
-    return Free(view, network, groups)
+    return Free(view, network, groups, penalty_weight)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..comm_hooks.reducer import Reducer
 from ..distributed.collectives import Communicator
+from ..schema import Count, Flags, Schema
 
-__all__ = ["ZeroColumns"]
+__all__ = ["ZeroColumns", "ZeroColumnsSchema"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,19 @@ loss scaler skips the step."""
 
 _MOST_TIMES = 16
 """How often columns are dropped at most, since every time buckets are packed anew."""
+
+
+class ZeroColumnsSchema(Schema):
+    """Schema of ``ZeroColumns.state_dict``."""
+
+    dropped: Flags
+    probed: Flags
+    sent_for_good: Flags
+    num_probes: Count
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The tensors with one element for each channel, by key."""
+        return {key: value for key, value in self if isinstance(value, Tensor)}
 
 
 class ZeroColumns:
@@ -97,3 +111,8 @@ class ZeroColumns:
         self._probed = state["probed"].to("cpu", copy=True)
         self._sent_for_good = state["sent_for_good"].to("cpu", copy=True)
         self._num_probes = state["num_probes"]
+
+    @staticmethod
+    def pruned_state(state: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
+        """A state of ``state_dict`` after channels have been removed; see ``Truncation``."""
+        return {k: v[kept] if isinstance(v, Tensor) else v for k, v in state.items()}

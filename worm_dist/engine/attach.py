@@ -1,0 +1,55 @@
+"""Attach: put an engine on a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import WormConfig
+from .check_schedule import require_countable
+from .engine import Engine, ScoreFunction
+
+__all__ = ["attach"]
+
+
+@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    config: WormConfig | None = None,
+    *,
+    example_inputs: Any,
+    steps_per_epoch: int | None = None,
+    score: ScoreFunction | None = None,
+) -> Engine:
+    """Attach an engine to a training.  Collective: every rank calls it.
+
+    Args:
+        model: a ``DistributedDataParallel``, a DeepSpeed engine (ZeRO stages 0 to 2), or a bare
+            module on a single process.
+        optimizer: the optimizer of the model's parameters.  For a DeepSpeed engine leave it out, or
+            give the one that ``deepspeed.initialize`` returned.
+        config: the settings; default ``WormConfig()``.
+        example_inputs: small inputs on the model's device to trace the network with: a tensor for
+            ``model(x)``, a tuple or list for ``model(x, y)``, a dict of keyword inputs for
+            ``model(images=x)``.  They may be nested; a single input that is itself a list or a
+            dict, as in detection networks, is put in a tuple: ``([image, image],)``.
+        steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
+            epochs: then it is counted between two checks.
+        score: a custom importance instead of ``search.importance``: called with the network and a
+            group, it returns floats ``[num_channels]``, higher for channels to keep.  It may depend
+            on this rank's data; the ranks average it.
+
+    Raises:
+        ConfigError: the network cannot be traced, or has nothing to rank channels by; or an epoch's
+            length is needed but not known.
+        BackendError: several processes but a bare module; a communication hook already registered.
+        DivergenceError: the ranks trace different networks, or have different settings.
+    """
+    config = config or WormConfig()
+    if steps_per_epoch is None:
+        require_countable(config)
+    return Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)

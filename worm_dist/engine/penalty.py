@@ -1,0 +1,121 @@
+"""Penalty: the L1 penalty on the scales, and whether the training loop adds it to its loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..backends.optimizer_view import StepListener
+from ..search.ranking import Ranking
+from ..search.unused_parameters import ParameterUsage
+
+__all__ = ["Penalty"]
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_LOSS_SCALE = 2**8
+
+
+class Penalty(StepListener):
+    """The L1 penalty on the scales of a network, network slimming's (arXiv 1708.06519).
+
+    Args:
+        l1: the weight of the penalty.
+        ranking: knows the scales; None without channel groups, where no term is asked for.
+        tracks_usage: whether to leave out the scales of norms that a forward pass has not used.
+        warns: whether to log a warning if the loop leaves the penalty out, or scales it.
+
+    Attributes:
+        weight: the weight of the penalty in the loss of the step under way; 0 without it.
+    """
+
+    def __init__(self, l1: float, ranking: Ranking | None, tracks_usage: bool, warns: bool) -> None:
+        self.weight = 0.0
+        self._l1 = l1
+        self._ranking = ranking
+        self._tracks_usage = tracks_usage
+        self._warns = warns
+        self._usage: ParameterUsage | None = None
+        self._is_in_loss = False
+        self._num_steps = 0
+        self._is_expected = l1 > 0 and ranking is not None and bool(ranking.scales)
+        self._counts_factors = True
+        self._has_warned = False
+        self._factors: list[Tensor] = []
+
+    def follow(self, network: nn.Module) -> None:
+        """Penalise the scales of another network; ``ranking`` must know it already."""
+        self.remove()
+        if self._tracks_usage and self._ranking is not None:
+            self._usage = ParameterUsage(network, self._ranking.scales)
+
+    def term(self) -> Tensor:
+        """The penalty, a scalar to add to the loss of the forward pass before."""
+        assert self._ranking is not None
+        used = None if self._usage is None else self._usage.take()
+        penalty = self._l1 * self._ranking.penalty(used)
+        self._is_in_loss = True
+        if self._counts_factors and penalty.requires_grad:
+            penalty.register_hook(self._factors.append)
+        return penalty
+
+    def forget_pass(self) -> None:
+        """Forget a forward pass whose gradients have been dropped."""
+        self._is_in_loss = False
+        if self._usage is not None:
+            self._usage.take()
+
+    def before_step(self) -> None:
+        self.weight = self._l1 if self._is_in_loss else 0.0
+        self._is_expected &= not self._is_in_loss
+        self._is_in_loss = False
+        self._num_steps += 1
+        self._counts_factors &= not self._factors  # those of one step are enough
+
+    def warn_of_misuse(self) -> None:
+        """Warn, once, if no step so far had the penalty in its loss, so that scales do not become
+        small; or if it was multiplied before it was added to the loss."""
+        if self._is_expected and self._num_steps:
+            self._is_expected = False
+            if self._warns:
+                logger.warning(
+                    "check: search.l1 is set, but none of the %d steps so far had "
+                    "engine.penalty() in its loss: (loss + engine.penalty()).backward(); where no "
+                    "penalty is wanted, set search.l1 to 0",
+                    self._num_steps,
+                )
+        factors = [float(factor) for factor in self._factors]
+        self._factors.clear()
+        self._counts_factors = not self._has_warned
+        if self._has_warned or not factors or _is_whole(factors):
+            return
+        self._has_warned, self._counts_factors = True, False
+        if self._warns:
+            logger.warning(
+                "check: engine.penalty() enters the loss with factor %.4g, so that scales are "
+                "penalised by %.4g instead of search.l1 = %.4g; add it to the loss unscaled, and "
+                "set search.l1 to the weight you want",
+                sum(factors),
+                sum(factors) * self._l1,
+                self._l1,
+            )
+
+    def remove(self) -> None:
+        """Remove the hooks of usage tracking."""
+        if self._usage is not None:
+            self._usage.remove()
+        self._usage = None
+
+
+def _is_whole(factors: Sequence[float]) -> bool:
+    """Whether the penalty entered the loss once per pass or once per step, up to a loss scale,
+    which is a power of two."""
+
+    def once(factor: float) -> bool:
+        scaled = factor >= _SMALLEST_LOSS_SCALE and math.log2(factor).is_integer()
+        return scaled or math.isclose(factor, 1, rel_tol=0.01)
+
+    return once(sum(factors)) or all(map(once, factors))
