@@ -45,13 +45,15 @@ def _transformer() -> nn.Module:
 
 
 def _torchvision_vit() -> nn.Module:
-    return VisionTransformer(8, 4, 2, 4, 16, 24, num_classes=5)
+    network: nn.Module = VisionTransformer(8, 4, 2, 4, 16, 24, num_classes=5)
+    return network
 
 
 def _swin(**options: Any) -> nn.Module:
-    return SwinTransformer(
+    network: nn.Module = SwinTransformer(
         [2, 2], 12, [2, 2], [3, 6], [3, 2], stochastic_depth_prob=0, num_classes=5, **options
     )
+    return network
 
 
 def _swin_v2() -> nn.Module:
@@ -178,7 +180,7 @@ def without_heads(
             places[gate] = {0: keep.nonzero().flatten()}
     for name, left in places.items():
         parent, _, attribute = name.rpartition(".")
-        tensor = cut.get_parameter(name)
+        tensor: Tensor = cut.get_parameter(name)
         for dim, at in left.items():
             tensor = tensor.index_select(dim, at)
         setattr(cut.get_submodule(parent), attribute, nn.Parameter(tensor))

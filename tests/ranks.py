@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 __all__ = ["NO_GROUP", "PRELOADED", "Outcome", "RankFailure", "Ranks"]
 
@@ -130,7 +131,7 @@ def _join(processes: list[Any], wall_limit: float) -> set[int]:
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     while running and time.monotonic() < deadline:
         for sentinel in connection.wait(list(running), timeout=deadline - time.monotonic()):
-            del running[sentinel]  # type: ignore[arg-type]
+            del running[sentinel]
     hung = set(running.values())
     for rank in hung:
         os.kill(processes[rank].pid, signal.SIGUSR1)  # writes the stacks
@@ -162,7 +163,7 @@ def _run(rank: int, world_size: int, folder: str, group_timeout: float, call: by
     if world_size != NO_GROUP:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(place / "rendezvous"), world_size),
+            store=FileStore(str(place / "rendezvous"), world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),

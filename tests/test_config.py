@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from worm_dist.interval import Interval
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 
 
-def _mistakes(**values: object) -> list[str]:
+def _mistakes(**values: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         WormConfig(**values)
     return str(caught.value).split("\n")
@@ -59,7 +60,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     ],
 )
 @pytest.mark.fault(13, "unknown keys, with the nearest one")
-def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
+def test_an_unknown_key_names_the_nearest(values: dict[str, Any], line: str) -> None:
     assert _mistakes(**values) == [line]
 
 
@@ -92,7 +93,9 @@ def test_an_unknown_key_names_the_nearest(values: dict, line: str) -> None:
     ],
 )
 @pytest.mark.fault(13, "wrong types, values out of range")
-def test_values_out_of_range_or_of_another_type_are_refused(values: dict, key: str) -> None:
+def test_values_out_of_range_or_of_another_type_are_refused(
+    values: dict[str, Any], key: str
+) -> None:
     (line,) = _mistakes(**values)
     assert line.startswith(f"{key}: ")
 
@@ -101,7 +104,7 @@ def test_values_out_of_range_or_of_another_type_are_refused(values: dict, key: s
 def test_no_key_is_taken_for_an_argument() -> None:
     """It was a TypeError: __init__() got multiple values for argument 'self'."""
     with pytest.raises(ConfigError, match="self: unknown key"):
-        WormConfig(self=1)
+        WormConfig(self=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.fault(13, "more mistakes than can be read")
@@ -169,7 +172,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        WormConfig().search.window = 3  # type: ignore[misc]
+        WormConfig().search.window = 3
 
 
 def test_settings_round_trip_through_plain_values() -> None:

@@ -138,10 +138,20 @@ def test_an_encoder_computed_at_once_sees_the_gates(padded: bool) -> None:
     (tokens,) = inputs_of("encoder")
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     padding[0, 3:] = padded
-    called = []
+    called: list[nn.Module] = []
+
+    def told(layer: nn.LayerNorm) -> Any:
+        own = layer.forward
+
+        def forward(input: Tensor) -> Tensor:
+            called.append(layer)
+            return own(input)
+
+        return forward
+
     for layer in network.modules():
         if isinstance(layer, nn.LayerNorm):
-            layer.forward = lambda x, own=layer.forward: called.append(1) or own(x)
+            layer.forward = told(layer)  # type: ignore[method-assign]
     with torch.no_grad():
         at_once = network(tokens, src_key_padding_mask=padding if padded else None)
         assert not called
@@ -264,9 +274,10 @@ def test_a_network_without_anything_to_gate_says_so() -> None:
 
 
 def test_what_others_compute_with_is_not_gated() -> None:
-    network = nn.ModuleList([nn.MultiheadAttention(4, 2) for _ in range(4)])
-    network[1].out_proj.weight = network[0].out_proj.weight
-    parametrizations.weight_norm(network[2].out_proj)
+    attentions = [nn.MultiheadAttention(4, 2) for _ in range(4)]
+    attentions[1].out_proj.weight = attentions[0].out_proj.weight
+    parametrizations.weight_norm(attentions[2].out_proj)
+    network = nn.ModuleList(attentions)
     add_gates(network)
     assert [reader for reader, _ in gates_of(network)] == ["3.out_proj"]
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_the_loop_runs_and_leaves_a_small_network(tmp_path: Path) -> None:
 
 
 def test_three_lines_load_a_ticket(tmp_path: Path) -> None:
-    model = {"name": "vgg_small", "num_classes": 10, "in_channels": 1}
+    model: dict[str, Any] = {"name": "vgg_small", "num_classes": 10, "in_channels": 1}
     network = build_model(**model)
     optimizer = SGD(network.parameters(), lr=0.1)
     engine = worm_dist.attach(network, optimizer, example_inputs=torch.zeros(1, 1, 8, 8))
@@ -82,7 +83,7 @@ def test_every_command_is_one_that_exists() -> None:
 
 def _defaults() -> dict[str, str]:
     """What the tables of settings say, by key."""
-    shown = {}
+    shown: dict[str, str] = {}
     for keys, defaults in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", TEXT, flags=re.MULTILINE):
         names = re.findall(r"`([^`]+)`", keys)
         if set(names) <= RunConfig().flat().keys():

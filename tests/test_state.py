@@ -70,29 +70,53 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_without("format"), "format: wanted 2, found None"),
-        (_with(1, "format"), "format: wanted 2, found 1"),
-        (_without("checks_dropped"), "checks_dropped: Field required"),
-        (_without("truncation", "columns"), "truncation.columns: Field required"),
-        (_with(torch.ones(3) > 0, "removed"), r"removed: wanted \[14\], found \[3\]"),
+        (_without("format"), "format: wanted 3, found None"),
+        (_with(2, "format"), "format: wanted 3, found 2"),
+        (_without("shared", "checks_dropped"), "shared.checks_dropped: Field required"),
         (
-            _with(torch.ones(14) > 0, "removed"),
-            r"truncation.frozen: wanted \[0\], found \[14\]",
+            _without("shared", "dropped", "truncation", "columns"),
+            "shared.dropped.truncation.columns: Field required",
         ),
         (
-            _with(torch.tensor([14]), "removal", "schedule", "waiting"),
-            "removal.schedule.waiting: not one-dimensional channel indices",
+            _with(torch.ones(3) > 0, "shared", "dropped", "removed"),
+            r"shared.dropped.removed: wanted \[14\], found \[3\]",
+        ),
+        (
+            _with(torch.ones(14) > 0, "shared", "dropped", "removed"),
+            r"shared.dropped.truncation.frozen: wanted \[0\], found \[14\]",
+        ),
+        (
+            _with(torch.tensor([14]), "shared", "dropped", "removal", "schedule", "waiting"),
+            "shared.dropped.removal.schedule.waiting: not one-dimensional channel indices",
         ),
         (_with(1, "more"), "more: Extra inputs are not permitted"),
-        (_with("now", "training", "step"), "training.step: Input should be a valid integer"),
-        (_with("later", "phase"), "phase: Input should be 'dense'"),
-        (_with(torch.ones(3), "mask"), "mask: Value error, must be a one-dimensional bool"),
-        (_with(torch.ones(3) > 0, "mask"), r"mask: wanted \[14\], found \[3\]"),
-        (_with(torch.ones(3) > 0, "truncation", "frozen"), r"truncation.frozen: wanted \[14\]"),
-        (_with("ticket", "phase"), "truncation: contradicts phase ticket"),
+        (
+            _with("now", "shared", "training", "step"),
+            "shared.training.step: Input should be a valid integer",
+        ),
+        (
+            _with("later", "shared", "verdict", "phase"),
+            "shared.verdict.phase: Input should be 'dense'",
+        ),
+        (
+            _with(torch.ones(3), "shared", "dropped", "mask"),
+            "shared.dropped.mask: Value error, must be a one-dimensional bool",
+        ),
+        (
+            _with(torch.ones(3) > 0, "shared", "dropped", "mask"),
+            r"shared.dropped.mask: wanted \[14\], found \[3\]",
+        ),
+        (
+            _with(torch.ones(3) > 0, "shared", "dropped", "truncation", "frozen"),
+            r"shared.dropped.truncation.frozen: wanted \[14\]",
+        ),
+        (
+            _with("ticket", "shared", "verdict", "phase"),
+            "shared.dropped.truncation: contradicts phase ticket",
+        ),
         (_with(None, "history"), "history: missing; rank 0 must load"),
-        (_with("00", "groups", "conv1"), "groups: conv1: these are not the groups"),
-        (_without("groups", "conv1"), "groups: conv1: these are not the groups"),
+        (_with("00", "shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
+        (_without("shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
     ],
 )
 def test_a_state_that_is_not_whole_is_refused(
@@ -108,7 +132,7 @@ def test_a_state_that_is_not_whole_is_refused(
 
 @pytest.mark.parametrize("state", [None, 3, {}, []])
 def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
-    with pytest.raises(CheckpointError, match="format: wanted 2, found None"):
+    with pytest.raises(CheckpointError, match="format: wanted 3, found None"):
         _engine().load_state_dict(state)
 
 
@@ -153,7 +177,7 @@ def test_an_engine_that_has_trained_takes_no_state() -> None:
 
 def test_an_epoch_of_another_length_is_refused() -> None:
     state = _state()
-    state["training"]["steps_per_epoch"] = 10
+    state["shared"]["schedule"]["steps_per_epoch"] = 10
     network = Residual()
     engine = worm_dist.attach(
         network,
@@ -184,7 +208,7 @@ def test_inputs_that_are_not_plain_are_left_out_with_a_warning(
     engine.model(random_images(2), size=torch.Size([2]))
     with caplog.at_level(logging.WARNING, logger="worm_dist"):
         state = through_a_file(engine.state_dict())
-    assert state["rank"]["inputs"] is None
+    assert state["rank"]["training"]["inputs"] is None
     assert "inputs that contain a Size are not saved in the engine's state" in caplog.text
     _engine(_Sized()).load_state_dict(state)
 
@@ -197,12 +221,12 @@ def test_nested_inputs_come_back_as_they_were() -> None:
     state = through_a_file(engine.state_dict())
     again = _engine(_Sized(), ticket={"recalibrate_batches": 2})
     again.load_state_dict(state)
-    calls = [
+    before, after = (
         [(c.positional, c.keywords, c.autocast, sorted(c.training_norms)) for c in remembered]
         for remembered in (engine._training.calls, again._training.calls)
-    ]
-    assert [len(positional[0]) for positional, *_ in calls[1]] == [2, 3]
-    assert not list(differences(*calls, "calls"))
+    )
+    assert [len(positional[0]) for positional, *_ in after] == [2, 3]
+    assert not list(differences(before, after, "calls"))
 
 
 def _state_on(truncation: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
@@ -228,11 +252,12 @@ def _differing() -> list[str]:
     rank = torch.distributed.get_rank()
     _, state = _state_on({})
     said = []
-    for change in (
-        lambda s: s["checks_dropped"].add_(1),
-        lambda s: s["truncation"].update(generation=9),
-        lambda s: s.pop("checks_dropped"),
-    ):
+    changes: list[Callable[[Any], object]] = [
+        lambda s: s["shared"]["checks_dropped"].add_(1),
+        lambda s: s["shared"]["dropped"]["truncation"].update(generation=9),
+        lambda s: s["shared"].pop("checks_dropped"),
+    ]
+    for change in changes:
         mine = copy.deepcopy(state)
         if rank == 1:
             change(mine)
@@ -248,9 +273,11 @@ def test_ranks_that_bring_different_states_all_stop(ranks: Ranks) -> None:
     for said in (*other, *mine[:2]):
         assert said.startswith("DivergenceError: ") and "load_state_dict" in said
     assert "state of group checks_dropped: rank 1 differs" in other[0]
-    assert "state of group truncation: rank 1 differs" in other[1]
+    assert "state of group dropped.truncation: rank 1 differs" in other[1]
     assert "rank 1 differs" in other[2]
-    assert mine[2].startswith("CheckpointError: load_state_dict: checks_dropped: Field required")
+    assert mine[2].startswith(
+        "CheckpointError: load_state_dict: shared.checks_dropped: Field required"
+    )
 
 
 def _of_rank_zero(truncation: dict[str, Any]) -> Any:
@@ -287,7 +314,7 @@ def test_what_powersgd_left_out_is_each_ranks_own(ranks: Ranks) -> None:
 
 def _on_two() -> dict[str, Any]:
     engine, state = _state_on({})
-    model = dict(engine.model.module.state_dict())
+    model = dict(engine.model.get_submodule("module").state_dict())
     return {"engine": state, "model": model, "optimizer": engine.optimizer.state_dict()}
 
 
@@ -307,7 +334,7 @@ def test_one_process_goes_on_from_two(ranks: Ranks) -> None:
     _train(engine, 2)
     assert engine.step == 8 and engine.mask == mask_dropping(engine.groups, 0, 3)
     for name in ("bn0", "bn2"):
-        scale = network.get_submodule(name).weight
+        scale = network.get_parameter(f"{name}.weight")
         assert scale[[0, 3]].tolist() == [0, 0] and bool(scale[[1, 2]].all())
     engine.draw(engine.mask)
     assert network.stem.out_channels == 6
@@ -347,5 +374,5 @@ def test_what_follows_a_draw_is_there_again(tmp_path: Path) -> None:
     for one, other in ((engine.model, again.model), (average, average_again)):
         assert not list(differences(one.state_dict(), other.state_dict(), "trained on"))
     for name in ("ticket.json", "ticket.safetensors"):
-        one, other = (tmp_path / folder / name for folder in ("one", "other"))
-        assert one.read_bytes() == other.read_bytes(), name
+        written, again_written = (tmp_path / folder / name for folder in ("one", "other"))
+        assert written.read_bytes() == again_written.read_bytes(), name

@@ -68,7 +68,7 @@ def _digits_with_noise() -> tuple[list[float], float]:
         steps_per_epoch=781,
     )
     random = torch.Generator().manual_seed(1)
-    losses = []
+    losses: list[float] = []
     while engine.phase != "ticket" or len(losses) % 100 or engine.step < 1900:
         batch = torch.randint(1437, (64,), generator=random)
         noise = 0.5 * torch.randn(64, 1, 8, 8, generator=random)

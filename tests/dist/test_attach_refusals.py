@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.optim.lookahead import Lookahead
 from torch import Tensor, nn
-from torch.distributed._composable import replicate
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
@@ -42,7 +42,7 @@ class Sam(Optimizer):
                 parameter.copy_(self.state[parameter]["old"])
         self.base.step()
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         raise NotImplementedError
 
 
@@ -71,8 +71,8 @@ class AcceleratedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Any = None) -> None:
-        self.optimizer.step(closure)
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
 
 
 class _Stepper:
@@ -156,7 +156,7 @@ def _replicated() -> nn.Module:
 
 _WRAPPERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "FSDP2": (_fully_sharded, "fully_shard"),
-    "FSDP": (lambda: FullyShardedDataParallel(Plain(), device_id="cpu"), "FSDP"),
+    "FSDP": (lambda: FullyShardedDataParallel(Plain(), device_id=torch.device("cpu")), "FSDP"),
     "replicate": (_replicated, "replicate"),
     "DataParallel": (lambda: nn.DataParallel(Plain()), "nn.DataParallel"),
 }

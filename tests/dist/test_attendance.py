@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -70,7 +71,7 @@ def _check_on(only: int, first: int) -> str:
     return "nothing"
 
 
-def _tell_when_present(engine: Engine, meeting: dist.Store) -> None:
+def _tell_when_present(engine: Engine, meeting: Store) -> None:
     """When the marks of a check have been left, not before."""
     scores = engine._ranking.scores
 

@@ -117,10 +117,9 @@ def _trained(how: str, arguments: dict[str, Any]) -> list[str]:
     engine.draw(mask)
     small = _made("plain")
     assert isinstance(small, _Checkpointed) and isinstance(network, _Checkpointed)
-    small.a, small.b, small.c = (
-        _block(block[0].in_channels, block[0].out_channels)
-        for block in (network.a, network.b, network.c)
-    )
+    for name in "abc":
+        outputs, inputs = network.get_parameter(f"{name}.0.weight").shape[:2]
+        small.add_module(name, _block(inputs, outputs))
     small.head = nn.Linear(network.head.in_features, 1)
     small.double().load_state_dict(network.state_dict())
     expected = _gradients(_wrapped(small), small, 7)

@@ -64,7 +64,7 @@ def test_no_generation_compiles_anew_and_none_is_ignored(ranks: Ranks, world_siz
 
 
 def _compiled_wrapper() -> None:
-    model = torch.compile(DistributedDataParallel(Residual()), backend="eager")
+    model: Any = torch.compile(DistributedDataParallel(Residual()), backend="eager")
     optimizer = SGD(model.parameters(), lr=0.1)
     worm_dist.attach(model, optimizer, example_inputs=random_images(1))
 

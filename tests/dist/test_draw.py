@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Sized
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 import worm_dist
+from tests.gradients import gradient
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
@@ -71,7 +73,7 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: range) -> list[dict[st
     for step in steps:
         optimizer.zero_grad()
         model(random_images(8, seed=step * size + rank)).square().mean().backward()
-        gradients.append({n: p.grad.clone() for n, p in _bare(model).named_parameters()})
+        gradients.append({n: gradient(p).clone() for n, p in _bare(model).named_parameters()})
         optimizer.step()
     return gradients
 
@@ -226,20 +228,20 @@ def test_a_refused_draw_changes_nothing_on_any_rank(
 
 def _num_hooks(model: nn.Module, optimizer: Optimizer) -> int:
     network = _bare(model)
-    of_modules = [
-        hooks
+    hooks: list[Sized] = [
+        table
         for module in network.modules()
-        for hooks in (
+        for table in (
             module._forward_hooks,
             module._forward_pre_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
         )
     ]
-    of_parameters = [p._backward_hooks or () for p in network.parameters()]
-    of_optimizer = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-    of_wrapper = [getattr(model, "_comm_hooks", ())]
-    return sum(map(len, (*of_modules, *of_parameters, *of_optimizer, *of_wrapper)))
+    hooks += [p._backward_hooks or () for p in network.parameters()]
+    hooks += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    hooks += [getattr(model, "_comm_hooks", ())]
+    return sum(map(len, hooks))
 
 
 def _detach(arguments: dict[str, Any], when: str) -> None:
@@ -340,8 +342,8 @@ def test_a_mask_is_read_by_the_names_of_its_groups_not_by_their_order(call: str)
     getattr(engine, call)(Mask(dict(reversed(list(mask.items())))))
     assert engine.mask == mask
     if call == "draw":
-        network = engine.model
-        assert (network.stem.out_channels, network.conv1.out_channels) == (7, 5)
+        stem, inner = (engine.model.get_parameter(f"{name}.weight") for name in ("stem", "conv1"))
+        assert (stem.shape[0], inner.shape[0]) == (7, 5)
 
 
 def _old_wrapper_is_collected() -> bool:
@@ -391,7 +393,8 @@ def test_settings_that_differ_between_ranks_are_named_at_attach(ranks: Ranks) ->
 
 def _copies_on_rank_zero_alone() -> None:
     engine = _attached({})
-    copies = [copy.deepcopy(engine.model.module)] if dist.get_rank() == 0 else []
+    network = engine.model.get_submodule("module")
+    copies = [copy.deepcopy(network)] if dist.get_rank() == 0 else []
     engine.draw(mask_dropping(engine.groups, 0), copies=copies)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
@@ -86,7 +86,7 @@ class _Training:
         return everything(self.engine, self.network, self.optimizer) | {"averages": averages}
 
     @property
-    def outcome(self) -> dict[str, Tensor]:
+    def outcome(self) -> dict[str, Any]:
         state = self.network.state_dict() | {"average": self.average.module.state_dict()}
         traffic = self.engine.traffic
         return {"state": state, "sent": traffic.total_sent_bytes, "bytes": traffic.sent_bytes}

@@ -207,8 +207,8 @@ def _with_last_batch(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         values = copy.deepcopy(network.conv1).double()(torch.cat(everyone).double())
     return (
-        network.bn1.running_mean,
-        network.bn1.running_var,
+        network.get_buffer("bn1.running_mean"),
+        network.get_buffer("bn1.running_var"),
         values.mean((0, 2, 3)).float(),
         values.var((0, 2, 3)).float(),
     )
@@ -234,6 +234,10 @@ def test_a_small_last_batch_counts_for_as_much_as_it_holds(
 
 class _Writing(Residual):
     """A queue and its pointer, a running average that is assigned, and a random path."""
+
+    queue: Tensor
+    pointer: Tensor
+    average: Tensor
 
     def __init__(self) -> None:
         super().__init__()

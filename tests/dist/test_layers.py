@@ -80,7 +80,8 @@ def _run(name: str, preset: str, changes: dict[str, Any]) -> Seen:
         example_inputs=random_images(1),
         steps_per_epoch=2,
     )
-    checks, number = [], 0
+    checks: list[Check] = []
+    number = 0
 
     def step() -> None:
         nonlocal number

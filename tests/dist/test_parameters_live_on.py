@@ -165,8 +165,9 @@ def test_a_graph_that_is_kept_over_the_draw_does_no_harm() -> None:
 
 
 def test_modules_keep_their_hooks_and_attributes() -> None:
-    network, seen = Residual(), []
-    network.stem.note = "mine"
+    network = Residual()
+    seen: list[int] = []
+    vars(network.stem)["note"] = "mine"
     network.stem.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     engine = _attached(network, "off")
     stem = network.stem

@@ -62,6 +62,7 @@ def _train_skipping() -> tuple[list[bool], bool, list[Tensor]]:
     assert network.bn0.weight.grad is not None
     expected = network.bn0.weight.grad.mul_(1 / dist.get_world_size())
     dist.all_reduce(expected)
+    assert engine.mask is not None
     frozen = engine.groups.split(~engine.mask.keep)["stem"]
     expected[frozen] = 0
     weights = [p.detach().clone() for p in network.parameters()]

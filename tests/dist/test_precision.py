@@ -150,7 +150,7 @@ def _averaged() -> tuple[Any, ...]:
         engine.draw(mask, copies=[Plain()])
     engine.draw(mask, copies=[ema.module])
     kept = mask["stem"]
-    carried = torch.equal(ema.module.stem.weight, before["stem.weight"][kept])
+    carried = torch.equal(ema.module.get_parameter("stem.weight"), before["stem.weight"][kept])
     ema.module.eval()
     finite = bool(ema.module(random_images(2)).isfinite().all())
     train(2)

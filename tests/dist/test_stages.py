@@ -181,7 +181,7 @@ def _misused() -> list[str]:
         training.step()
     told(lambda: engine.draw(copies=[Residual(width=5).double()]))
     engine.draw(copies=[training.average.module])
-    removed = int(engine._channels.removed.nonzero()[0])
+    removed = int(engine._dropped.channels.removed.nonzero()[0])
     keeping = mask_dropping(engine.groups, *(c for c in DROPPED if c != removed))
     told(lambda: engine.draw(keeping))
     told(lambda: engine.truncate(keeping))

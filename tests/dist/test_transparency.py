@@ -70,7 +70,7 @@ def _train_both(preset: str, l1: float, build: type[nn.Module], optimizer_name: 
 
     reference = _model(build)
     plain = _optimizer(reference, optimizer_name)
-    scales = [
+    scales: list[Tensor] = [
         m.weight for m in reference.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
     torch.manual_seed(5)

@@ -214,8 +214,11 @@ def _unfrozen_while_channels_leave(all_rests: bool) -> tuple[dict[str, Tensor], 
     for number in range(3, 7):
         _step(engine.model, optimizer, number)
     dropped = list(_DROPPED["a"])
-    is_held = torch.equal(network.a[0].weight[dropped], before["a.0.weight"][dropped])
-    is_zero = not network.a[1].weight[dropped].any() and not network.a[1].bias[dropped].any()
+    weight, scale, shift = (
+        network.get_parameter(f"a.{name}") for name in ("0.weight", "1.weight", "1.bias")
+    )
+    is_held = torch.equal(weight[dropped], before["a.0.weight"][dropped])
+    is_zero = not scale[dropped].any() and not shift[dropped].any()
     engine.check()
     engine.draw(mask)
     _step(engine.model, optimizer, 8)
@@ -251,7 +254,8 @@ def _never_trained() -> tuple[dict[str, Tensor], bool]:
     engine.draw(Mask(keep))
     _step(engine.model, optimizer, 3)
     rests = not any(parameter.requires_grad for parameter in network.a.parameters())
-    return _state(network), rests and torch.equal(network.a[0].weight, before["a.0.weight"])
+    weight = network.get_parameter("a.0.weight")
+    return _state(network), rests and torch.equal(weight, before["a.0.weight"])
 
 
 @pytest.mark.parametrize("world", [NO_GROUP, 2])
@@ -363,7 +367,7 @@ def _adversarial(truncation: dict[str, Any], call: str) -> tuple[Any, ...]:
         for number in range(3, 7):
             gan.iterate(number)
         dropped = list(_DROPPED["a"])
-        assert torch.equal(gan.network.a[0].weight[dropped], first[dropped])
+        assert torch.equal(gan.network.get_parameter("a.0.weight")[dropped], first[dropped])
         if dist.is_initialized():
             assert 0 < gan.engine.traffic.sent_bytes < gan.engine.traffic.dense_bytes
         gan.engine.draw(mask)

@@ -116,7 +116,7 @@ def _replaced(network: Plain) -> None:
 
 
 def _adapted(network: Plain) -> None:
-    network.head = nn.Sequential(network.head, nn.Linear(10, 10))
+    network.add_module("head", nn.Sequential(network.head, nn.Linear(10, 10)))
 
 
 def _tied(network: Plain) -> None:
@@ -199,6 +199,7 @@ def test_no_penalty_is_missed_where_none_is_wanted(caplog: pytest.LogCaptureFixt
 def _hook_registered_late(what: str) -> str:
     loop = _Loop()
     loop.train(2)
+    assert isinstance(loop.engine.model, DistributedDataParallel)
     loop.engine.model.register_comm_hook(None, fp16_compress_hook)
     loop.train(2)
     try:

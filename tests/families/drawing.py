@@ -144,10 +144,11 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     """What the layers compute with: gates multiplied in."""
     weights = {}
     for name, parameter in network.named_parameters():
+        weight: Any = parameter
         if name.endswith(_GATED):
-            parameter = network.get_submodule(name.removesuffix(_GATED)).weight
+            weight = network.get_submodule(name.removesuffix(_GATED)).weight
         if not name.endswith(_SCALE):
-            weights[_plain(name)] = parameter.detach().clone()
+            weights[_plain(name)] = weight.detach().clone()
     return weights
 
 
@@ -191,6 +192,7 @@ def _look_trained(network: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight.uniform_(0.4, 1.6, generator=generator)
             module.bias.uniform_(-0.5, 0.5, generator=generator)
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.uniform_(-0.5, 0.5, generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
     for _, gate in gates_of(network):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
+def _conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **options),
         nn.BatchNorm2d(outputs),

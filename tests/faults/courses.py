@@ -55,7 +55,7 @@ def last_state(run: Path) -> Any:
     newest = CheckpointManager(run / "checkpoints").newest()
     assert newest is not None
     state = newest.read("run")
-    del state["tally"]["run_seconds"], state["tally"]["phase_seconds"]
+    del state["phase_stats"]["run_seconds"], state["phase_stats"]["phase_seconds"]
     del state["result"]["seconds"]
     return state
 

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ class Driver:
             running = {p.sentinel: r for r, p in enumerate(processes) if r not in ends}
             for sentinel in connection.wait(list(running), timeout=0.5):
                 ends[running[sentinel]] = time.time()  # type: ignore[index]
-            if all(rank in ends or _is_stopped(p.pid) for rank, p in enumerate(processes)):
+            if all(rank in ends or _is_stopped(p) for rank, p in enumerate(processes)):
                 break
         for process in processes:
             process.kill()  # the stopped ones, too
@@ -314,10 +315,10 @@ class Driver:
         return float(struck.read_text()) if struck.exists() else began
 
 
-def _is_stopped(pid: int) -> bool:
+def _is_stopped(process: BaseProcess) -> bool:
     """As by SIGSTOP; such a process ends only when it is killed."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # before the read, or in it
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
 
 
@@ -338,10 +339,10 @@ def _obey(order: bytes) -> None:
 def _train(run: Run, rank: int, folder: Path, out: Path) -> None:
     from worm_dist.__main__ import main
     from worm_dist.distributed.error_report import hard_exit
-    from worm_dist.training import trainer
+    from worm_dist.training import build
 
     if run.data is not None:
-        trainer.load_data = functools.partial(_ignore, run.data, rank)
+        vars(build)["load_data"] = functools.partial(_ignore, run.data, rank)
     for fault in run.faults:
         fault.plant(rank, folder)
     hard_exit(main(run.words(rank, out)))

@@ -29,7 +29,7 @@ from worm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow("trains runs and goes on with them")
 
-DENSE = {"preset": "dense", "epochs": 2}
+DENSE: dict[str, Any] = {"preset": "dense", "epochs": 2}
 NEWEST, OLDER = 7, 6
 """Steps of the run that was broken off; saved after each."""
 
@@ -150,12 +150,13 @@ def test_a_planted_pickle_is_not_run(ranks: Ranks, out: Path, tmp_path: Path, fi
 
 @pytest.mark.fault(12, "settings that are settled, by name and by folder")
 def test_other_settings_do_not_go_on(ranks: Ranks, out: Path) -> None:
-    refused = _refusal(ranks, out, str(_newest(out)), **{"optimizer.lr": 0.2})
+    other: dict[str, Any] = {"optimizer.lr": 0.2}
+    refused = _refusal(ranks, out, str(_newest(out)), **other)
     assert refused.error == "ConfigError"
     assert (
         "the config differs from the checkpoint (optimizer.lr: 0.1 -> 0.2); use the" in refused.text
     )
-    step, (told,) = _gone_on(ranks, out, **{"optimizer.lr": 0.2})
+    step, (told,) = _gone_on(ranks, out, **other)
     assert step == 0
     assert "unfinished run with another config (optimizer.lr: 0.1 -> 0.2); it is moved" in told
     assert len(list(out.parent.glob("run.*"))) == 1, "it is put aside, and not lost"
@@ -163,7 +164,7 @@ def test_other_settings_do_not_go_on(ranks: Ranks, out: Path) -> None:
 
 @pytest.mark.fault(12, "settings that may change")
 def test_what_a_host_decides_and_how_long_to_train_may_change(ranks: Ranks, out: Path) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "epochs": 3,
         "data.num_workers": 1,
         "distributed.backend": "gloo",
@@ -216,9 +217,9 @@ def test_what_may_change_and_what_may_not() -> None:
 @pytest.mark.fault(12, "a format of the future")
 def test_a_format_of_the_future_is_refused(ranks: Ranks, out: Path) -> None:
     path = _newest(out) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
     refused = _refusal(ranks, out, str(_newest(out)))
-    assert refused.error == "CheckpointError" and "found format 2" in refused.text
+    assert refused.error == "CheckpointError" and "found format 3" in refused.text
 
 
 def test_what_resume_means(ranks: Ranks, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def _spoiled(part: str, index: int, image: float | None, target: int | None) -> 
         images[index, 0, 3, 3] = image
     if target is not None:
         classes[index] = target
-    return dataclasses.replace(data, **{part: TensorDataset(images, classes)})
+    changed: dict[str, Any] = {part: TensorDataset(images, classes)}
+    return dataclasses.replace(data, **changed)
 
 
 def _refused(samples: Data, num_workers: int) -> str:

@@ -32,7 +32,7 @@ def _push(trainer: Trainer) -> None:
 def _push_all(trainer: Trainer) -> None:
     with torch.no_grad():
         for parameter in _network(trainer).parameters():
-            parameter += 1e-3
+            parameter.add_(1e-3)
 
 
 def _push_by_one_bit(trainer: Trainer) -> None:
@@ -123,7 +123,8 @@ def _train_with_batches_for_three() -> str:
 def _train_well() -> tuple[int, list[Tensor]]:
     """Steps, and the running means right after one."""
     trainer = small_trainer(divergence={"check_every": "1ba"})
-    real, means = trainer.require_consistent, []
+    real = trainer.require_consistent
+    means: list[Tensor] = []
 
     def require_consistent() -> None:
         real()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
@@ -61,18 +61,24 @@ def _stopped(spoil: Callable[[Trainer, int], None], **settings: Any) -> tuple[st
 
 def _nan_inputs(trainer: Trainer, step: int) -> None:
     if step == STEP and dist.get_rank() == 1:
-        spoil = trainer.engine.model.register_forward_pre_hook(
-            lambda model, inputs: (spoil.remove(), torch.full_like(inputs[0], torch.nan))[1:]
-        )
+
+        def spoil(model: nn.Module, inputs: Any) -> Any:
+            handle.remove()
+            return (torch.full_like(inputs[0], torch.nan),)
+
+        handle = trainer.engine.model.register_forward_pre_hook(spoil)
 
 
 def _infinite_gradient(trainer: Trainer, step: int) -> None:
     """In one element, on rank zero; the losses are as ever."""
     if step == STEP and dist.get_rank() == 0:
         bias = list(trainer.engine.model.parameters())[-1]
-        spoil = bias.register_hook(
-            lambda gradient: (spoil.remove(), gradient.index_fill(0, torch.tensor(3), torch.inf))[1]
-        )
+
+        def spoil(gradient: Tensor) -> Tensor:
+            handle.remove()
+            return gradient.index_fill(0, torch.tensor(3), torch.inf)
+
+        handle = bias.register_hook(spoil)
 
 
 @pytest.mark.fault(14, "NaN in the inputs of rank one")
@@ -127,17 +133,17 @@ def _num_collectives_of_steps() -> tuple[int, int]:
     """Of five steps with and without a look."""
 
     def of_five_steps(trainer: Trainer) -> int:
-        batches = [batch for _, batch in zip(range(6), trainer._train_loader)]
+        batches = [batch for _, batch in zip(range(6), trainer._parts.train_loader)]
         trainer._train_step(*batches[0])  # DDP arranges its buckets in the first one
         assert dist.group.WORLD is not None
-        before = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        before: int = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
         for batch in batches[1:]:
             trainer._train_step(*batch)
         after: int = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
         return after - before
 
     looked = of_five_steps(small_trainer())
-    FiniteCheck.check = lambda *_: None  # type: ignore[method-assign,assignment]
+    FiniteCheck.check = lambda *_: None  # type: ignore[method-assign]
     return looked, of_five_steps(small_trainer())
 
 

@@ -13,8 +13,8 @@ from tests.faults.driver import Act, Driver, Fault, Run, busy
 
 pytestmark = pytest.mark.slow("waits for ranks that do not come")
 
-VERSIONS = "worm_dist.training.installation:versions"
-CODE = "worm_dist.training.installation:_digest"
+VERSIONS = "worm_dist.training.consistency:versions"
+CODE = "worm_dist.training.consistency:_code_digest"
 
 
 def _older_torch(real: Act) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.faults.driver import small_data
 from worm_dist.distributed.init import RankInfo
-from worm_dist.training import trainer
+from worm_dist.training import build
 from worm_dist.training.data import Data
 from worm_dist.training.reporting.reporter import Report
 from worm_dist.training.run_config import RunConfig
@@ -25,7 +25,7 @@ def small_trainer(samples: Data | None = None, **settings: Any) -> Trainer:
     warnings.simplefilter("ignore")  # of DeepSpeed's, at its import
     # The fork server has handed its own way on; loader processes would import torch for seconds.
     multiprocessing.set_start_method("fork", force=True)
-    trainer.load_data = lambda _: samples or small_data(dist.get_rank())
+    vars(build)["load_data"] = lambda _: samples or small_data(dist.get_rank())
     config = RunConfig(
         **{
             "preset": "dense",

@@ -16,7 +16,7 @@ from tests.faults.driver import CONFIG, SMALL, small_data
 from worm_dist.distributed.graceful_stop import StopCoordinator
 from worm_dist.distributed.init import RankInfo
 from worm_dist.distributed.progress import Progress
-from worm_dist.training import run, trainer
+from worm_dist.training import build, run
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
@@ -42,8 +42,8 @@ def train(
         settings: dotted keys, beside those that make it small.
     """
     multiprocessing.set_start_method("fork", force=True)  # else each loader imports torch again
-    trainer.load_data = lambda _: small_data(dist.get_rank())
-    TensorBoardLog.figures = lambda *_: None  # type: ignore[method-assign,assignment]
+    vars(build)["load_data"] = lambda _: small_data(dist.get_rank())
+    TensorBoardLog.figures = lambda *_: None  # type: ignore[method-assign]
     pairs = {**SMALL, **settings}
     config = read_run_config(CONFIG, [(key, str(value)) for key, value in pairs.items()])
     place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)

@@ -41,6 +41,7 @@ def _gates_apart(network: nn.Module) -> Optimizer:
     """Gates are not decayed.  After a draw there are none, and their group is empty."""
     gates = [p for name, p in network.named_parameters() if name.endswith(".0.scale")]
     others = [p for name, p in network.named_parameters() if not name.endswith(".0.scale")]
+    groups: list[dict[str, Any]]
     groups = [{"params": gates, "weight_decay": 0.0, "lr": 0.02}, {"params": others}]
     return AdamW(groups, lr=0.01, weight_decay=0.1)
 

@@ -94,9 +94,9 @@ def _take_statistics(masked: nn.Module, drawn: nn.Module, kept: dict[str, Tensor
     """The draw has estimated them anew; they are not what is compared here."""
     for name, norm in drawn.named_modules():
         if isinstance(norm, Norm):
-            whole, places = masked.get_submodule(name), kept[f"{name}.weight"]
-            whole.running_mean[places] = norm.running_mean
-            whole.running_var[places] = norm.running_var
+            for what in ("running_mean", "running_var"):
+                whole = masked.get_buffer(f"{name}.{what}")
+                whole[kept[f"{name}.weight"]] = drawn.get_buffer(f"{name}.{what}")
 
 
 @torch.no_grad()

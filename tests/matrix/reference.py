@@ -1,10 +1,11 @@
 """Reference: plain DDP, and by hand, element by element, what truncation should do to it."""
 
-from __future__ import annotations
+# No postponed annotations here: torch reads a hook's, and wants classes, not strings.
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.matrix.combination import Combination
@@ -111,8 +112,7 @@ class Reference(Trainee):
         return self._l1 * torch.cat(used).abs().sum() if used else torch.zeros(())
 
 
-# Without annotations: torch wants classes there, and postponed ones are strings.
-def _rounded_allreduce(state, bucket):
+def _rounded_allreduce(state: torch.dtype, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     whole = bucket.buffer()
     rounded = (whole / dist.get_world_size()).to(state)
     work = dist.all_reduce(rounded, async_op=True)

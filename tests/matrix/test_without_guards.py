@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 import worm_dist
+from tests.gradients import gradient
 from tests.nets import Residual, random_images, randomise
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
@@ -162,10 +163,10 @@ def _train_by_different_masks() -> tuple[Tensor, Tensor, Tensor]:
     images = random_images(4, seed=dist.get_rank())
     with model.no_sync():
         model(images).square().mean().backward()
-    own = network.stem.weight.grad.clone()
+    own = gradient(network.stem.weight).clone()
     optimizer.zero_grad()
     model(images).square().mean().backward()
-    averaged = network.stem.weight.grad.clone()
+    averaged = gradient(network.stem.weight).clone()
     optimizer.step()
     return own, averaged, network.stem.weight.detach().clone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Trainee:
             classes = torch.arange(8) % 10
             arguments = {"detour": detour} if recipe.detours else {}
             last = number == recipe.passes - 1
-            with nullcontext() if last else self.model.no_sync():
+            with nullcontext() if last else self._no_sync():
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
                     logits = self.model(images, **arguments)
                 if logits.dtype == torch.bfloat16:
@@ -75,6 +75,10 @@ class Trainee:
                 if step == recipe.overflow_at and rank == 1:
                     loss = loss * torch.inf
                 self.scaler.scale(loss).backward()
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        assert isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync()
 
     def finish(self) -> None:
         """Clip, step, and whatever follows a step."""
@@ -147,7 +151,7 @@ class Schedule:
 
     @property
     def rates(self) -> list[float]:
-        return list(self.scheduler.get_last_lr())
+        return [float(rate) for rate in self.scheduler.get_last_lr()]
 
 
 def images_like(network: nn.Module, batch: int, seed: int = 0) -> Tensor:

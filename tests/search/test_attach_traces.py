@@ -72,6 +72,10 @@ class _Queueing(Residual):
     """A queue with a pointer, as in MoCo, a running average that is assigned, and counters that are
     no tensors."""
 
+    queue: Tensor
+    pointer: Tensor
+    average: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("queue", torch.zeros(10, 12))
@@ -151,7 +155,7 @@ class _Replacing(Plain):
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.head, nn.Linear):
-            self.head = nn.Sequential(self.head, nn.Identity())
+            self.add_module("head", nn.Sequential(self.head, nn.Identity()))
         return super().forward(images)
 
 
@@ -183,7 +187,7 @@ class _Twice:
 
 def _spectral() -> nn.Module:
     network = Plain()
-    network.head = nn.utils.parametrizations.spectral_norm(network.head)
+    nn.utils.parametrizations.spectral_norm(network.head)
     return network
 
 
@@ -230,7 +234,7 @@ def _traces(network: nn.Module) -> dict[str, Any]:
             if "_hooks" in key and isinstance(table, dict)
         },
         "random": (random.getstate(), torch.get_rng_state()),
-        "numpy": numpy.random.get_state()[1].tolist(),  # type: ignore[union-attr]
+        "numpy": numpy.random.get_state(legacy=False)["state"]["key"].tolist(),
         "gradients are on": torch.is_grad_enabled(),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
     }

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from worm_dist.config import SearchConfig
+from worm_dist.config import ElbowConfig, SearchConfig
 from worm_dist.search.elbow import elbow_reached, elbow_threshold
 
 FALLING = [0.5 * 0.6**number for number in range(12)]  # 0.5, 0.3, 0.18, 0.108, 0.065, ...
 
 
-def _first_check(means: list[float], **elbow: object) -> int | None:
+def _first_check(means: list[float], **elbow: Any) -> int | None:
     """Number of masks when the rule fires first."""
-    config = SearchConfig(settled=0.1, elbow=elbow)
+    config = SearchConfig(settled=0.1, elbow=ElbowConfig(**elbow))
     return next(
         (n + 1 for n in range(1, len(means) + 1) if elbow_reached(config, means[:n])),
         None,
@@ -18,7 +20,7 @@ def _first_check(means: list[float], **elbow: object) -> int | None:
 
 
 def test_margin_fires_below_settled_plus_margin() -> None:
-    config = SearchConfig(settled=0.1, elbow={"rule": "margin", "margin": 0.05})
+    config = SearchConfig(settled=0.1, elbow=ElbowConfig(rule="margin", margin=0.05))
     assert elbow_threshold(config, FALLING) == pytest.approx(0.15)
     assert _first_check(FALLING, rule="margin", margin=0.05) == 5  # at 0.108
     assert _first_check([0.151] * 3, rule="margin", margin=0.05) is None
@@ -29,7 +31,7 @@ def test_margin_looks_at_the_newest_distance_only() -> None:
 
 
 def test_relative_fires_below_a_fraction_of_the_largest() -> None:
-    config = SearchConfig(elbow={"rule": "relative", "fraction": 0.5})
+    config = SearchConfig(elbow=ElbowConfig(rule="relative", fraction=0.5))
     assert elbow_threshold(config, [0.2, 0.6, 0.4]) == pytest.approx(0.3)
     assert elbow_threshold(config, []) is None
     # Rises first, as when a learning rate warms up.
@@ -65,4 +67,5 @@ def test_no_rule_fires_before_min_masks(rule: str) -> None:
     fallen = [0.5, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01]
     fired = _first_check(fallen, rule=rule, min_masks=7)
     assert fired == 7
-    assert _first_check(fallen, rule=rule, min_masks=2) < 7
+    early = _first_check(fallen, rule=rule, min_masks=2)
+    assert early is not None and early < 7

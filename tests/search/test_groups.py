@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from tests.nets import (
 )
 from worm_dist import ConfigError
 from worm_dist.config import SearchConfig
-from worm_dist.groups.channel_groups import ChannelGroup, Groups
+from worm_dist.groups.channel_groups import ChannelGroup, Groups, Member
 from worm_dist.models import build_model
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
@@ -28,7 +30,7 @@ def _roles(group: ChannelGroup) -> list[tuple[str, str]]:
     return [(member.module, member.role) for member in group.members]
 
 
-def _member(group: ChannelGroup, module: str):
+def _member(group: ChannelGroup, module: str) -> Member:
     return next(member for member in group.members if member.module == module)
 
 
@@ -133,7 +135,8 @@ class _LeftDense(nn.Module):
         images = self.other(self.bn1(self.conv1(images)))
         images = self.grouped(torch.relu(self.bn2(self.conv2(images))))
         images = torch.relu(self.bn3(self.conv3(images)))
-        return self.head(torch.relu(self.bn4(self.conv4(images))).mean(dim=(2, 3)))
+        logits: Tensor = self.head(torch.relu(self.bn4(self.conv4(images))).mean(dim=(2, 3)))
+        return logits
 
 
 def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
@@ -150,7 +153,9 @@ def test_what_is_not_understood_is_left_dense_with_a_reason() -> None:
 
 def test_a_network_without_scales_is_refused_where_only_they_count() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
-    for importance, what in (("norm_scale", "BatchNorm"), ("gate", "gate")):
+    kinds: list[tuple[Literal["norm_scale", "gate"], str]]
+    kinds = [("norm_scale", "BatchNorm"), ("gate", "gate")]
+    for importance, what in kinds:
         search = SearchConfig(importance=importance)
         with pytest.raises(ConfigError, match=rf"^model: it has no channel group with a {what}"):
             find_groups(network, random_images(1), search)

@@ -25,11 +25,11 @@ def test_resnet50_is_traced_in_a_second_or_two() -> None:
     assert len(groups) == 37
 
 
-class _WindowMixer(ShiftedWindowAttention):
+class _WindowMixer(ShiftedWindowAttention):  # type: ignore[misc]  # torchvision has no types
     """Swin's attention, by a name that nobody knows; it calls none of its layers."""
 
 
-class _ShiftAttention(ShiftedWindowAttention):
+class _ShiftAttention(ShiftedWindowAttention):  # type: ignore[misc]
     """By a name that sounds like an attention; how it wants to be cut is not known."""
 
 

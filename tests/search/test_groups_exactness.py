@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 class _Net(nn.Module):
     """A sound group ``conv1``, and behind it whatever the test is about."""
 
-    def __init__(self, forward: Callable[[_Net, Tensor], Tensor], **layers: nn.Module) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(6)
@@ -102,7 +103,8 @@ class _AddedToTheInput(nn.Module):
         self.head = nn.Conv2d(3, 10, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(images + self.bn(self.conv(images)))
+        logits: Tensor = self.head(images + self.bn(self.conv(images)))
+        return logits
 
 
 def test_channels_added_to_the_networks_input_are_refused() -> None:

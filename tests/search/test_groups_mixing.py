@@ -63,7 +63,8 @@ class _ByKeyword(Plain):
     def forward(self, images: Tensor) -> Tensor:
         inner = torch.relu(self.bn1(self.conv1(input=images)))
         outer = torch.relu(self.bn2(input=self.conv2(input=inner)))
-        return self.head(input=outer.mean(dim=(2, 3)))
+        logits: Tensor = self.head(input=outer.mean(dim=(2, 3)))
+        return logits
 
 
 def test_layers_may_be_called_by_keyword() -> None:

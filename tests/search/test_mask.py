@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_masks_over_different_groups_have_no_distance() -> None:
         {"a": [True, False]},
     ],
 )
-def test_only_bool_vectors_make_a_mask(keep: dict) -> None:
+def test_only_bool_vectors_make_a_mask(keep: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^mask: "):
         Mask(keep)
 

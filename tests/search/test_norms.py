@@ -23,7 +23,7 @@ DROPPED = (0, 3, 7, 12)  # two of the first group's six channels, two of the sec
 FADE_STEPS = 2
 
 
-def _network(convolution: Any, norm: Any, pool: Any) -> nn.Module:
+def _network(convolution: Any, norm: Any, pool: Any) -> nn.Sequential:
     return nn.Sequential(
         convolution(3, 6, 3, padding=1),
         norm(6),
@@ -99,7 +99,8 @@ def test_batch_norms_of_every_dimension_are_found_truncated_and_drawn(dimension:
 
     whole = copy.deepcopy(network).eval()
     engine.draw(mask)
-    assert (network[0].weight.shape[0], network[3].weight.shape[:2]) == (4, (6, 4))
+    first, second = network.get_parameter("0.weight"), network.get_parameter("3.weight")
+    assert (first.shape[0], second.shape[:2]) == (4, (6, 4))
     network.eval()
     torch.testing.assert_close(network(inputs), whole(inputs), rtol=1e-5, atol=1e-6)
     network.train()
@@ -137,7 +138,6 @@ def test_the_refusal_names_the_norms_that_were_found_instead(norm: str) -> None:
 def _mixed(norm: Callable[[int], nn.Module]) -> nn.Module:
     """BatchNorm, another norm, BatchNorm."""
     network = _network(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
-    assert isinstance(network, nn.Sequential)
     other = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), norm(6), nn.ReLU())
     return nn.Sequential(*network[:3], other, *network[3:])
 
@@ -154,7 +154,7 @@ def test_in_a_mixed_network_other_norms_stay_dense_and_the_rest_is_drawn(norm: s
     engine.draw(mask)
     network.eval()
     torch.testing.assert_close(network(images), whole(images), rtol=1e-5, atol=1e-6)
-    assert network[3][1].weight.shape[0] == 6
+    assert network.get_parameter("3.1.weight").shape[0] == 6
 
 
 @pytest.mark.parametrize("norm", OTHERS)
@@ -197,8 +197,8 @@ def _without_affine() -> nn.Module:
 
 def _with_frozen_scales() -> nn.Module:
     network = _network(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
-    for norm in (network[1], network[4]):
-        norm.weight.requires_grad_(False)
+    for name in ("1.weight", "4.weight"):
+        network.get_parameter(name).requires_grad_(False)
     return network
 
 
@@ -213,15 +213,16 @@ def test_scales_that_are_not_there_or_do_not_train_rank_nothing(
 
 def test_a_frozen_scale_leaves_its_group_dense_and_unchanged_by_the_draw() -> None:
     network, images = _network(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d), _images(8, 8)
-    network[1].weight.requires_grad_(False)
+    frozen = network.get_parameter("1.weight").requires_grad_(False)
     engine = _attached(network, images[:1])
     assert engine.groups.dense == {"1": "1 has no scale that trains"}
-    scale = network[1].weight.detach().clone()
+    scale = frozen.detach().clone()
     engine.truncate(mask_dropping(engine.groups, 0, 5))
     _train(engine, images, FADE_STEPS + 1)
     engine.draw(engine.mask)
-    assert torch.equal(network[1].weight, scale) and not network[1].weight.requires_grad
-    assert network[3].weight.shape[:2] == (6, 6)
+    frozen = network.get_parameter("1.weight")
+    assert torch.equal(frozen, scale) and not frozen.requires_grad
+    assert network.get_parameter("3.weight").shape[:2] == (6, 6)
 
 
 def test_norms_without_running_statistics_are_norms() -> None:

@@ -7,6 +7,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,8 @@ class _Keeping(Plain):
     Args:
         where: in what.
     """
+
+    average: Tensor | None
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -63,6 +66,7 @@ class _Keeping(Plain):
         elif self.where == "object":
             self.kept.features = features
         elif self.where == "buffer":
+            assert self.average is not None
             self.average = 0.9 * self.average + 0.1 * logits.mean(0)
         elif self.where == "loss":
             self.kept = logits.square().mean()
@@ -114,7 +118,7 @@ def _with_inference_buffer() -> nn.Module:
 _BOTH, _FIRST, _SECOND = {"conv1", "conv2"}, {"conv1"}, {"conv2"}
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     **{
-        f"keeps a {where}": (lambda where=where: _Keeping(where), _BOTH)  # type: ignore[misc]
+        f"keeps a {where}": (partial(_Keeping, where), _BOTH)
         for where in ("tensor", "dict", "list", "nested", "object", "buffer", "loss", "lock")
     },
     "keeps by a hook": (_with_hook, _BOTH),
@@ -210,11 +214,11 @@ def test_what_is_kept_is_left_alone(name: str) -> None:
     """It has its graph after attach as before, and its own values."""
     network = _NETWORKS[name][0]()
     network(random_images(2, seed=5))
-    hooks = [h for m in network.modules() for h in m._forward_hooks.values()]
-    kept = hooks[0].heard if hooks else getattr(network, "kept", None)  # type: ignore[attr-defined]
+    hooks: list[Any] = [h for m in network.modules() for h in m._forward_hooks.values()]
+    kept: Any = hooks[0].heard if hooks else getattr(network, "kept", None)
     values = copy.copy(kept)
     _attached(network)
-    assert (hooks[0].heard if hooks else network.kept) is kept  # type: ignore[attr-defined]
+    assert (hooks[0].heard if hooks else network.kept) is kept
     if isinstance(kept, Tensor):
         assert kept.grad_fn is not None
     elif isinstance(kept, list):
@@ -264,7 +268,7 @@ class _Act(nn.Module):
         return torch.relu(x)
 
 
-def _network(act: nn.Module) -> nn.Module:
+def _network(act: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -282,7 +286,8 @@ def _scripted(name: str) -> nn.Module:
         if name == "whole":
             return torch.jit.script(_network(nn.ReLU()))
         if name == "traced whole":
-            return torch.jit.trace(_network(nn.ReLU()), random_images(2))
+            traced: nn.Module = torch.jit.trace(_network(nn.ReLU()), random_images(2))
+            return traced
         network = _network(_Act())
         if name == "part":
             network[2] = torch.jit.script(network[2])

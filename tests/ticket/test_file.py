@@ -22,7 +22,14 @@ from worm_dist.models import build_model
 from worm_dist.search.importance import ChannelScales
 from worm_dist.search.select import select_channels
 
-NAMED = {"name": "vgg_small", "num_classes": 10, "in_channels": 3, "arguments": {"widths": [8, 12]}}
+NAMED: dict[str, Any] = {
+    "name": "vgg_small",
+    "num_classes": 10,
+    "in_channels": 3,
+    "arguments": {"widths": [8, 12]},
+}
+
+_Change = Callable[[dict[str, Any]], object]
 
 
 def _drawn(network: nn.Module) -> Engine:
@@ -51,7 +58,8 @@ def _in_a_fresh_process(folder: Path, build: str) -> Tensor:
         f"torch.save(network(images).detach(), {str(folder / 'outputs.pt')!r})\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    return torch.load(folder / "outputs.pt")
+    outputs: Tensor = torch.load(folder / "outputs.pt")
+    return outputs
 
 
 def test_a_named_model_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
@@ -94,13 +102,13 @@ def ticket(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _change(ticket: Path, change: Callable[[dict], object]) -> None:
+def _change(ticket: Path, change: _Change) -> None:
     content = json.loads((ticket / "ticket.json").read_text())
     change(content)
     _sign(ticket, content)
 
 
-def _sign(ticket: Path, content: dict) -> None:
+def _sign(ticket: Path, content: dict[str, Any]) -> None:
     """As somebody would who wants it to be loaded."""
     unsigned = {key: value for key, value in content.items() if key != "digest"}
     digest = hashlib.sha256(json.dumps(unsigned, sort_keys=True).encode()).hexdigest()
@@ -143,7 +151,7 @@ def test_a_file_cut_short_is_refused(ticket: Path, name: str, keep: int) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"null", b'{"format_version": 3}', b"\xff\xfe", b"\x80\x04pickle"]
+    "content", [b"[]", b"null", b'{"format_version": 4}', b"\xff\xfe", b"\x80\x04pickle"]
 )
 def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
     (ticket / "ticket.json").write_bytes(content)
@@ -152,8 +160,8 @@ def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
 
 
 def test_a_later_format_is_refused(ticket: Path) -> None:
-    _change(ticket, lambda content: content.update(format_version=4))
-    with pytest.raises(CheckpointError, match="format 4"):
+    _change(ticket, lambda content: content.update(format_version=5))
+    with pytest.raises(CheckpointError, match="format 5"):
         load_ticket(ticket, Residual)
 
 
@@ -168,7 +176,7 @@ def test_a_later_format_is_refused(ticket: Path) -> None:
         lambda content: content["cuts"].pop(),
     ],
 )
-def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: Callable[[dict], object]) -> None:
+def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: _Change) -> None:
     _change(ticket, change)
     with pytest.raises(CheckpointError, match="fit the network"):
         load_ticket(ticket, Residual)
@@ -184,7 +192,7 @@ def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: Callable[[dict],
         lambda content: content["cuts"].append(content["cuts"][0]),
     ],
 )
-def test_cuts_that_are_none_are_refused(ticket: Path, change: Callable[[dict], object]) -> None:
+def test_cuts_that_are_none_are_refused(ticket: Path, change: _Change) -> None:
     _change(ticket, change)
     with pytest.raises(CheckpointError, match="not a ticket"):
         load_ticket(ticket, Residual)
@@ -236,7 +244,7 @@ def test_another_network_is_refused(ticket: Path, build: Callable[[], nn.Module]
 
 
 def test_arguments_of_a_named_model_may_be_left_out(tmp_path: Path) -> None:
-    model = {"name": "vgg_small", "num_classes": 10, "in_channels": 3}
+    model: dict[str, Any] = {"name": "vgg_small", "num_classes": 10, "in_channels": 3}
     engine = _drawn(build_model(**model))
     engine.save_ticket(tmp_path, model=model)
     load_ticket(tmp_path)

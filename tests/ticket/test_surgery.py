@@ -102,6 +102,7 @@ def test_every_group_shrinks_to_what_the_mask_keeps(name: str) -> None:
             left[norm.module] -= norm.positions[~mask[group.name]].numel()
     for name_of_norm, num_features in left.items():
         module = network.get_submodule(name_of_norm)
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         assert module.num_features == module.weight.numel() == num_features
     touched = {name for group in groups for m in group.members for name, _ in m.parameters}
     for key, parameter in network.named_parameters():

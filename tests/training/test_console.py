@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worm_dist.engine.step_hooks import Traffic
+from worm_dist.engine.traffic import Traffic
 from worm_dist.training.reporting.console import Console
 from worm_dist.verdict import Phase
 

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import pickle
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision import datasets
 
 from worm_dist.errors import ConfigError
 from worm_dist.training import data
 from worm_dist.training.data import Data
+from worm_dist.training.data.dataset import Samples
 from worm_dist.training.run_config import DataConfig
 
 CPU = torch.device("cpu")
@@ -28,11 +27,11 @@ def _load(name: Any, root: Path, **settings: Any) -> Data:
 
 
 def _sizes(loaded: Data) -> tuple[int, int]:
-    return len(loaded.train), len(loaded.test)  # type: ignore[arg-type]
+    return len(loaded.train), len(loaded.test)
 
 
-def _targets(samples: Dataset[Any]) -> list[int]:
-    return [samples[index][1] for index in range(len(samples))]  # type: ignore[arg-type]
+def _targets(samples: Samples) -> list[int]:
+    return [samples[index][1] for index in range(len(samples))]
 
 
 def _image(loaded: Data) -> torch.Tensor:
@@ -303,7 +302,7 @@ def test_root_that_cannot_be_looked_into_is_a_mistake_of_the_user(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "image-folder"])
-def test_root_of_a_user_who_is_not_there_is_told(name: str) -> None:
+def test_root_of_a_user_who_is_not_there_is_told(name: Any) -> None:
     with pytest.raises(ConfigError, match="there is no such user"):
         data.load_data(DataConfig(name=name, root="~nobody.of.that.name/x"))
 
@@ -319,7 +318,7 @@ def test_relative_root_is_reported_as_absolute(
 @pytest.fixture(params=["fashion-mnist", "cifar10", "image-folder"])
 def written(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     """The settings of a data set with augmentation."""
     if request.param == "fashion-mnist":
         _write_fashion_mnist(tmp_path, zipped=True)

@@ -48,7 +48,7 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
         trainer = Trainer(config, place, torch.device("cpu"), digests)
         result = trainer.run().as_dict()
         weights = hashlib.sha256()
-        for parameter in trainer.engine.model.module.parameters():
+        for parameter in trainer.engine.model.get_submodule("module").parameters():
             weights.update(parameter.detach().float().numpy().tobytes())
         ends[name] = digests.masks, weights.hexdigest(), result
     return ends

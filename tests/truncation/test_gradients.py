@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import worm_dist
+from tests.gradients import gradient
 from tests.nets import Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from worm_dist import Engine, WormConfig
@@ -24,7 +25,7 @@ def _gradients(engine: Engine, passes: int = 1) -> dict[str, Tensor]:
     engine.optimizer.zero_grad()
     for number in range(passes):
         (engine.model(random_images(8, seed=number)).square().sum() + engine.penalty()).backward()
-    return {name: p.grad.clone() for name, p in engine.model.named_parameters()}
+    return {name: gradient(p).clone() for name, p in engine.model.named_parameters()}
 
 
 def test_soft_truncation_scales_the_norms_of_dropped_channels_and_nothing_else() -> None:
@@ -33,14 +34,14 @@ def test_soft_truncation_scales_the_norms_of_dropped_channels_and_nothing_else()
     before = _gradients(engine)
     engine.truncate(mask_dropping(engine.groups, 1, 9))
     after = _gradients(engine)
-    for name, gradient in after.items():
-        factor = torch.ones(gradient.shape[0])
+    for name, scaled in after.items():
+        factor = torch.ones(scaled.shape[0])
         if name.startswith(("bn0", "bn2")):
             factor[1] = 0.003
         if name.startswith("bn1"):
             factor[1] = 0.003
-        view = factor.view(-1, *[1] * (gradient.dim() - 1))
-        assert torch.equal(gradient, before[name] * view), name
+        view = factor.view(-1, *[1] * (scaled.dim() - 1))
+        assert torch.equal(scaled, before[name] * view), name
     assert engine.check().live_fraction == 1
 
 
@@ -57,11 +58,11 @@ def test_accumulated_passes_are_truncated_once_each() -> None:
 def test_hard_truncation_writes_zeros_even_over_infinities() -> None:
     engine = _attached(mode="hard", frozen_weights="hold")
     engine.truncate(mask_dropping(engine.groups, 1))
-    network = engine.model
-    network.bn0.weight.grad = None
-    network.bn0.weight.backward(torch.full((8,), float("inf")))
-    assert network.bn0.weight.grad[1] == 0
-    assert network.bn0.weight.grad[0] == float("inf")
+    scale = engine.model.get_parameter("bn0.weight")
+    scale.grad = None
+    scale.backward(torch.full((8,), float("inf")))
+    assert gradient(scale)[1] == 0
+    assert gradient(scale)[0] == float("inf")
 
 
 def test_the_next_generation_replaces_the_last() -> None:

@@ -62,14 +62,14 @@ def test_losses_of_several_passes_are_one_steps() -> None:
     assert guard.levels(torch.device("cpu")).tolist() == [0, 0, 0]
     guard.watch(torch.tensor(1.0))
     guard.watch(torch.tensor(3.0))
-    guard.after_step()
-    guard.after_step()  # a step without a loss changes nothing
+    guard.after_step(1)
+    guard.after_step(2)  # a step without a loss changes nothing
     assert guard.levels(torch.device("cpu")).tolist() == [2, 2, 1]
     guard.watch(torch.tensor(4.0))
-    guard.after_step()
+    guard.after_step(3)
     first, smoothed, watched = guard.levels(torch.device("cpu")).tolist()
     assert (first, watched) == (2, 1)
     assert smoothed == pytest.approx(0.95 * 2 + 0.05 * 4)
     again = LossGuard(pause_above=2)
-    again.load_losses(guard.losses_of_rank(), torch.device("cpu"))
+    again.load_rank_state(guard.rank_state(), torch.device("cpu"))
     assert again.levels(torch.device("cpu")).equal(guard.levels(torch.device("cpu")))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from tests.gradients import gradient
 from tests.nets import Flattening, Residual, Separable, Upsampling, random_images
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
@@ -166,7 +167,7 @@ def _in_channels_last(view: bool) -> tuple[list[str], int, int]:
     networks = [Residual(), Residual()]
     networks[1].load_state_dict(networks[0].state_dict())
     for network in networks:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     images = random_images(4).to(memory_format=torch.channels_last)
     model = DistributedDataParallel(networks[0], gradient_as_bucket_view=view)
     optimizer = SGD(model.parameters(), lr=0.05)
@@ -180,7 +181,7 @@ def _in_channels_last(view: bool) -> tuple[list[str], int, int]:
     differ = [
         name
         for name, p in networks[0].named_parameters()
-        if not torch.equal(p.grad, networks[1].get_parameter(name).grad)
+        if not torch.equal(gradient(p), gradient(networks[1].get_parameter(name)))
     ]
 
     config = WormConfig(truncation={**at_once(1)})

@@ -293,9 +293,9 @@ class _Course:
         """The draw has estimated them anew; they are not what is compared here."""
         for name, norm in drawn.named_modules():
             if isinstance(norm, _Norm):
-                whole, places = masked.get_submodule(name), self._kept[f"{name}.weight"]
-                whole.running_mean[places] = norm.running_mean
-                whole.running_var[places] = norm.running_var
+                for what in ("running_mean", "running_var"):
+                    whole = masked.get_buffer(f"{name}.{what}")
+                    whole[self._kept[f"{name}.weight"]] = drawn.get_buffer(f"{name}.{what}")
 
     @property
     def _where(self) -> str:

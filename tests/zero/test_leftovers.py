@@ -153,7 +153,7 @@ def _what_is_left(stage: int, reduce_scatter: bool) -> Left:
     optimizer = AdamW(network.parameters())
     model = engine_around(network, optimizer, settings_of(stage, zero_optimization=zero))
     shared, own = _functions(), _own(model)
-    found = {}
+    found: Left = {}
 
     engine = _attach(model, images)
     _step(model, images)
@@ -214,15 +214,16 @@ def _two_engines(stage: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
         _step(alone, images)
     beside = second()
     engine = _attach(_around(Plain(), stage, "fp32"), images)
+    model: Any = engine.model
     handed_over = []
     for number in range(4):
         if number == 1:
             engine.truncate(mask_dropping(engine.groups, 0, 3, 9))
-        engine.model.backward(engine.model(images).square().mean())
+        model.backward(model(images).square().mean())
         overheard.take()
         beside.backward(beside(images).square().mean())
         reduced = overheard.take()
-        engine.model.step()
+        model.step()
         overheard.take()
         beside.step()
         handed_over.append(reduced + overheard.take())

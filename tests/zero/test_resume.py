@@ -170,7 +170,7 @@ def _elsewhere() -> list[str]:
 
 
 def _from_to(stage: int | None, other: int | None) -> list[str]:
-    found = []
+    found: list[str] = []
     whole = Sharded(stage, "fp32", "adamw", _config("remove"))
     states, end = {}, 14
     for number in range(end):

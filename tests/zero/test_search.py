@@ -72,7 +72,7 @@ class _Loop:
 
     def run(self) -> list[tuple[str, ...]]:
         """For every step digests of weights and mask, the phase and the penalty."""
-        seen = []
+        seen: list[tuple[str, ...]] = []
         engine = self.engine
         for number in range(_STEPS):
             images = random_images(4, seed=10 * number + dist.get_rank())
@@ -84,8 +84,9 @@ class _Loop:
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
             else:
-                engine.model.backward(loss)
-                engine.model.step()
+                model: Any = engine.model
+                model.backward(loss)
+                model.step()
             if number % 2:
                 verdict = engine.check()
                 if verdict.ticket:

@@ -108,12 +108,11 @@ def test_parameter_groups_keep_their_settings_and_their_members() -> None:
     network = Residual()
     norms = [p for key, p in network.named_parameters() if key.startswith("bn")]
     others = [p for key, p in network.named_parameters() if not key.startswith("bn")]
-    optimizer = SGD(
-        [{"params": norms, "weight_decay": 0.0, "lr": 0.5}, {"params": others}],
-        lr=0.05,
-        momentum=0.9,
-        weight_decay=0.1,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": norms, "weight_decay": 0.0, "lr": 0.5},
+        {"params": others},
+    ]
+    optimizer = SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.1)
     engine = _attach(network, optimizer)
     _train(network, optimizer, 2)
     engine.draw(mask_dropping(engine.groups, *DROPPED))

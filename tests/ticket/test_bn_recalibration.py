@@ -27,6 +27,7 @@ def _call(*positional: Tensor, norms: Sequence[str] = ("0",), **keywords: Tensor
 def _ranks() -> SingleProcessComm | ProcessGroupComm:
     if not dist.is_initialized():
         return SingleProcessComm()
+    assert dist.group.WORLD is not None
     return ProcessGroupComm(dist.group.WORLD, torch.device("cpu"))
 
 
@@ -40,7 +41,7 @@ def _norm_of_the_input(num_batches: int) -> tuple[Tensor, Tensor]:
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
     recalibrate(network, [_call(_batch(n)) for n in range(rank, num_batches, size)], _ranks())
-    return network[0].running_mean, network[0].running_var
+    return network.get_buffer("0.running_mean"), network.get_buffer("0.running_var")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def _synchronised() -> tuple[Tensor, Tensor, bool]:
     network = nn.Sequential(nn.SyncBatchNorm(3), nn.Conv2d(3, 2, 1))
     batches = [0] if dist.get_rank() == 0 else [1, 2, 3]
     recalibrate(network, [_call(_batch(number)) for number in batches], _ranks())
-    return network[0].running_mean, network[0].running_var, "forward" in vars(network[0])
+    mean, variance = network.get_buffer("0.running_mean"), network.get_buffer("0.running_var")
+    return mean, variance, "forward" in vars(network[0])
 
 
 def test_ranks_with_other_numbers_of_batches_do_not_wait_in_a_synchronised_norm(
@@ -96,13 +98,13 @@ def _draw_with_dropout() -> tuple[bool, bool, list[Tensor], bool]:
     network.dropout.register_forward_hook(lambda m, *_: seen_in_training.append(m.training))
     network.conv.eval()
     random = torch.get_rng_state()
-    before = network.bn.running_var.clone()
+    before = network.get_buffer("bn.running_var").clone()
     engine.draw(mask_dropping(engine.groups, 0))
     # Two batches remembered; a copy that the draw is rehearsed on has the hook too.
     assert len(seen_in_training) >= 2
     statistics = [value for key, value in network.named_buffers() if "running" in key]
     assert network.bn.momentum == 0.1
-    assert not torch.equal(network.bn.running_var, before[1:])
+    assert not torch.equal(network.get_buffer("bn.running_var"), before[1:])
     modes = network.training and network.bn.training and not network.conv.training
     return any(seen_in_training), modes, statistics, torch.equal(torch.get_rng_state(), random)
 

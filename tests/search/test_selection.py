@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class _Mixed(nn.Module):
         return logits
 
 
-def _groups(**search: object) -> Groups:
+def _groups(**search: Any) -> Groups:
     network = add_gates(_Mixed())
     return find_drawable_groups(network, random_images(1), SearchConfig(**search))
 

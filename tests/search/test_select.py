@@ -3,7 +3,7 @@ from __future__ import annotations
 from fractions import Fraction
 from math import ceil
 from math import floor as floor_of
-from typing import Any
+from random import Random
 
 import pytest
 import torch
@@ -20,9 +20,12 @@ SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5).map(
 )
 RATIOS = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9])
 
+_Case = tuple[dict[str, int], Tensor, float, float]
+_PooledCase = tuple[dict[str, int], Tensor, list[Pool], float]
+
 
 @st.composite
-def _cases(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, float, float]:
+def _cases(draw: st.DrawFn) -> _Case:
     """Sizes, scores with heavy ties, a ratio and a floor."""
     sizes = draw(SIZES)
     num_channels = sum(sizes.values())
@@ -31,7 +34,7 @@ def _cases(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, float, float]:
 
 
 @st.composite
-def _pooled(draw: st.DrawFn) -> tuple[dict[str, int], Tensor, list[Pool], float]:
+def _pooled(draw: st.DrawFn) -> _PooledCase:
     """The same, the groups dealt out to pools of their own ratios."""
     sizes, scores, _, floor = draw(_cases())
     dealt: dict[int, list[str]] = {}
@@ -55,8 +58,9 @@ def _slowly(
     first, and skip what the floor protects."""
     names = list(sizes)
     channels = [(group, c) for group, size in enumerate(sizes.values()) for c in range(size)]
-    ranked = sorted((not gone, *entry) for gone, *entry in zip(irreversible, scores, channels))
-    dropped, spared = set(), set()
+    ranked = sorted((not gone, score, c) for gone, score, c in zip(irreversible, scores, channels))
+    dropped: set[tuple[int, int]] = set()
+    spared: set[tuple[int, int]] = set()
     for pool in pools:
         here = [(alive, c) for alive, _, c in ranked if names[c[0]] in pool.groups]
         protected = set()
@@ -90,7 +94,7 @@ def _feasible(sizes: dict[str, int], ratio: float, floor: float) -> bool:
 
 @settings(max_examples=50)
 @given(_cases())
-def test_order_is_total_by_score_then_group_then_channel(case: tuple) -> None:
+def test_order_is_total_by_score_then_group_then_channel(case: _Case) -> None:
     """A number in the place of pools is the ratio of one pool of all groups."""
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
@@ -122,7 +126,7 @@ def test_is_the_published_rule_where_scores_differ_and_no_floor_binds(
 
 @settings(max_examples=50)
 @given(_cases(), st.data())
-def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.DataObject) -> None:
+def test_lost_channels_are_dropped_whatever_their_score(case: _Case, data: st.DataObject) -> None:
     sizes, scores, ratio, floor = case
     flags = data.draw(
         st.lists(st.booleans(), min_size=scores.numel(), max_size=scores.numel()),
@@ -139,7 +143,7 @@ def test_lost_channels_are_dropped_whatever_their_score(case: tuple, data: st.Da
 
 
 @given(_pooled(), st.data())
-def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject) -> None:
+def test_pools_are_cut_apart_as_in_plain_python(case: _PooledCase, data: st.DataObject) -> None:
     """Ratios, floors, ties and irreversible channels at once; what cannot be done is refused."""
     sizes, scores, pools, floor = case
     irreversible = data.draw(st.composite(_flags)(scores.numel()), label="irreversible")
@@ -154,7 +158,9 @@ def test_pools_are_cut_apart_as_in_plain_python(case: tuple, data: st.DataObject
 
 
 @given(_pooled())
-def test_each_pool_loses_its_own_count_exactly_and_each_group_keeps_its_floor(case: tuple) -> None:
+def test_each_pool_loses_its_own_count_exactly_and_each_group_keeps_its_floor(
+    case: _PooledCase,
+) -> None:
     sizes, scores, pools, floor = case
     for pool in pools:
         assume(_feasible({name: sizes[name] for name in pool.groups}, pool.ratio, floor))
@@ -169,7 +175,9 @@ def test_each_pool_loses_its_own_count_exactly_and_each_group_keeps_its_floor(ca
 
 @settings(max_examples=50)
 @given(_pooled(), st.randoms(use_true_random=False))
-def test_the_order_of_pools_and_of_groups_in_them_means_nothing(case: tuple, random: Any) -> None:
+def test_the_order_of_pools_and_of_groups_in_them_means_nothing(
+    case: _PooledCase, random: Random
+) -> None:
     sizes, scores, pools, floor = case
     shuffled = [Pool(p.ratio, tuple(random.sample(p.groups, len(p.groups)))) for p in pools]
     random.shuffle(shuffled)
@@ -185,7 +193,7 @@ def test_the_order_of_pools_and_of_groups_in_them_means_nothing(case: tuple, ran
 @settings(max_examples=50)
 @given(SIZES, st.randoms(use_true_random=False), RATIOS)
 def test_where_scores_differ_the_order_of_groups_and_channels_means_nothing(
-    sizes: dict[str, int], random: Any, ratio: float
+    sizes: dict[str, int], random: Random, ratio: float
 ) -> None:
     assume(_feasible(sizes, ratio, 0.1))
     names = random.sample(list(sizes), len(sizes))
@@ -207,7 +215,7 @@ def test_where_scores_differ_the_order_of_groups_and_channels_means_nothing(
 
 @settings(max_examples=30)
 @given(_cases())
-def test_scores_of_any_scale_give_the_same_mask(case: tuple) -> None:
+def test_scores_of_any_scale_give_the_same_mask(case: _Case) -> None:
     sizes, scores, ratio, floor = case
     assume(_feasible(sizes, ratio, floor))
     assert select_channels(scores, sizes, ratio, floor) == select_channels(

@@ -84,7 +84,7 @@ class TorchsOwn:
                 state.p_memory_dict.pop(index, None)
                 state.q_memory_dict.pop(index, None)
         if buffer.numel() > 0:
-            powerSGD_hook(state, live).wait()  # type: ignore[arg-type]
+            powerSGD_hook(state, live).wait()
         else:
             state.maybe_increase_iter(live)
         if index in state.error_dict:
@@ -154,7 +154,7 @@ def _count_bytes(counted: list[int]) -> None:
 
 def _side_by_side(
     stages: list[tuple[int, ...]], scope: str, rank: int, arguments: dict[str, Any]
-) -> tuple[list[str], list[tuple[int, ...]]]:
+) -> tuple[list[str], list[tuple[int, int, int]]]:
     """What differs; for every step the bytes that the engine counts, that are handed over, and that
     should be.  Every stage is a few steps with these channels frozen, or after a draw."""
     engine = _engine(rank, scope=scope, wrapper=arguments)
@@ -169,7 +169,7 @@ def _side_by_side(
         plain.register_comm_hook(torchs, _torchs_own)
         return plain, torchs
 
-    network = engine.model.module
+    network = engine.model.get_submodule("module")
     plain, torchs = other()
     flags = {n: torch.ones_like(p, dtype=torch.bool) for n, p in network.named_parameters()}
     num_passes = 0
@@ -304,7 +304,7 @@ def _one_overflow() -> list[dict[str, Tensor]]:
     """Gradients of every pass; one of rank 1's is infinite in the fourth."""
     engine = _engine()
     engine.truncate(mask_dropping(engine.groups, *GENERATIONS[1]))
-    network = engine.model.module
+    network = engine.model.get_submodule("module")
     assert isinstance(network, Residual)
     found = []
     for number in range(8):

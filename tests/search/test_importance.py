@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.gradients import gradient
 from tests.nets import Concatenating, Plain, Residual, random_images, randomise
 from worm_dist.config import SearchConfig
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
@@ -52,7 +53,7 @@ def test_penalty_is_the_l1_norm_of_every_scale() -> None:
     assert penalty.item() == pytest.approx(sum(n.weight.abs().sum().item() for n in norms))
     penalty.backward()
     for norm in norms:
-        assert torch.equal(norm.weight.grad, norm.weight.sign())
+        assert torch.equal(gradient(norm.weight), norm.weight.sign())
 
 
 def test_half_precision_scales_are_scored_in_single_precision() -> None:
@@ -84,7 +85,8 @@ class _Dense(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         first = self.conv1(images)
         second = self.conv2(torch.relu(self.bn1(first)))
-        return self.head(torch.relu(self.bn2(torch.cat([first, second], dim=1))))
+        logits: Tensor = self.head(torch.relu(self.bn2(torch.cat([first, second], dim=1))))
+        return logits
 
 
 def test_a_norm_of_several_groups_is_penalised_once() -> None:
@@ -136,8 +138,8 @@ def test_without_norms_the_weights_that_make_a_channel_rank_it() -> None:
     )
     search = SearchConfig(importance="weight_norm")
     groups = find_groups(network, random_images(1), search)
-    first = network[0].weight.detach().flatten(1).norm(dim=1)
-    second = network[2].weight.detach().transpose(0, 1).flatten(1).norm(dim=1)
+    first = network.get_parameter("0.weight").detach().flatten(1).norm(dim=1)
+    second = network.get_parameter("2.weight").detach().transpose(0, 1).flatten(1).norm(dim=1)
     expected = torch.cat([first / first.mean(), second / second.mean()])
     score = WeightNorm(network, groups)
     torch.testing.assert_close(score(), expected, rtol=1e-6, atol=0)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from worm_dist import Mask
-from worm_dist.config import SearchConfig
+from worm_dist.config import ElbowConfig, SearchConfig
 from worm_dist.search.convergence import History
 
 
@@ -39,9 +41,11 @@ def test_elbow_comes_before_settled() -> None:
 
 
 @pytest.mark.parametrize("rule", ["relative", "kneedle"])
-def test_a_settled_mask_is_past_its_elbow_whatever_the_rule_says(rule: str) -> None:
+def test_a_settled_mask_is_past_its_elbow_whatever_the_rule_says(
+    rule: Literal["relative", "kneedle"],
+) -> None:
     """Masks that never moved have a flat curve, in which no rule finds an elbow."""
-    history = History(SearchConfig(window=3, settled=0.1, elbow={"rule": rule}))
+    history = History(SearchConfig(window=3, settled=0.1, elbow=ElbowConfig(rule=rule)))
     _record(history, 5, 5, 5)
     assert [f.elbow for f in history.records] == [False, False, True]
     assert history.records[-1].settled

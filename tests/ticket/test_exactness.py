@@ -18,6 +18,7 @@ from worm_dist import ConfigError
 from worm_dist.config import SearchConfig
 from worm_dist.pruning import exactness
 from worm_dist.pruning.exactness import find_drawable_groups
+from worm_dist.pruning.rehearsal import Rehearsal
 
 _Branch = Callable[[Tensor], Tensor]
 
@@ -107,6 +108,7 @@ class _OnRequest(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
         self.second, self.norm2 = nn.Conv2d(16, 12, 3, padding=1), nn.BatchNorm2d(12)
         self.head = nn.Linear(12, 5)
+        self.other: nn.Module
         if kind == "norm":
             self.other = nn.BatchNorm2d(16)
         elif kind == "norm without scale":
@@ -149,7 +151,8 @@ def test_with_an_example_that_reaches_all_nothing_stays_dense() -> None:
             self.network = _OnRequest("norm")
 
         def forward(self, images: Tensor) -> Tensor:
-            return self.network(images) + self.network(images, other=True)
+            logits: Tensor = self.network(images) + self.network(images, other=True)
+            return logits
 
     assert find_drawable_groups(Both(), random_images(2)).num_channels == 16 + 12
 
@@ -220,14 +223,14 @@ class _Many(nn.Module):
 def test_one_kind_is_not_tried_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of many blocks took minutes."""
     passes = 0
-    whole = exactness.Rehearsal.difference
+    whole = Rehearsal.difference
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
         nonlocal passes
         passes += 1
         return whole(*arguments, **keywords)
 
-    monkeypatch.setattr(exactness.Rehearsal, "difference", counted)
+    monkeypatch.setattr(Rehearsal, "difference", counted)
     groups = find_drawable_groups(_Many(24), random_images(1))
     assert set(groups.sizes) == {f"blocks.{number}.second" for number in range(24)}
     assert passes < 16

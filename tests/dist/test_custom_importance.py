@@ -26,7 +26,7 @@ _RATIO = 0.5
 
 def _activity(network: nn.Module, group: ChannelGroup) -> Tensor:
     """How strongly each channel answers to this rank's images: one sees red, the other green."""
-    answers = []
+    answers: list[Tensor] = []
     layer = network.get_submodule(group.name)
     handle = layer.register_forward_hook(lambda module, inputs, output: answers.append(output))
     images = torch.zeros(16, 3, 5, 5)
@@ -70,7 +70,7 @@ def _step(engine: worm_dist.Engine, number: int) -> None:
 def _by_activity() -> tuple[Tensor, Tensor, float, str, str, Tensor]:
     """This rank's own scores, the mask, the penalty, then the phase and digests after a draw."""
     engine = _engine(_activity)
-    network = engine.model.module
+    network = engine.model.get_submodule("module")
     with torch.no_grad():
         scores = torch.cat([_activity(network, group) for group in engine.groups])
     engine.check()

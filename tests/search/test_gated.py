@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from worm_dist.config import SearchConfig
-from worm_dist.groups.gates import gates_of
+from worm_dist.groups.gates import gated, gates_of
 from worm_dist.models import build_model
-from worm_dist.training.gating import gated
 
 TINY: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 6}
 
