@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
+from ..schema import Count, Schema, first_problem
 from .full_state import FullParamState, gather, scatter_full_state
 from .optimizer_view import OptimizerView
 
@@ -25,26 +26,24 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """DeepSpeed's counters, which schedules and gradient accumulation depend on."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True
-    )
+_FORMAT = 2
 
 
-class _Parameter(_Part):
+class _ParameterSchema(Schema):
     value: Tensor | None
     moments: dict[str, Tensor]
-    loose: dict[str, Any]
+    per_param: dict[str, Any]
 
 
-class _Group(_Part):
+class _GroupSchema(Schema):
     parameters: list[str]
     options: dict[str, Any]
 
 
-class _State(_Part):
-    parameters: dict[str, _Parameter]
-    groups: list[_Group]
+class _StateSchema(Schema):
+    format: Count
+    parameters: dict[str, _ParameterSchema]
+    groups: list[_GroupSchema]
     counters: dict[str, int]
 
 
@@ -96,11 +95,12 @@ class OptimizerState:
             return None
         options = self._view.optimizer.param_groups
         return {
+            "format": _FORMAT,
             "parameters": {
                 name: {
                     "value": None if _same_bits(found[p].value, p) else found[p].value,
                     "moments": dict(found[p].moments),
-                    "loose": dict(found[p].per_param),
+                    "per_param": dict(found[p].per_param),
                 }
                 for name, p in self._parameters.items()
             },
@@ -122,18 +122,22 @@ class OptimizerState:
         Raises:
             CheckpointError: it is not an optimizer state, or has other parameters.
         """
+        found = state.get("format") if isinstance(state, Mapping) else None
+        if found != _FORMAT:
+            raise CheckpointError(
+                f"load_optimizer_state: format: wanted {_FORMAT}, found {found}; is it what "
+                "engine.optimizer_state() gave, in this version of worm_dist?"
+            )
         try:
-            valid = _State.model_validate(state)
+            valid = _StateSchema.model_validate(state)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"load_optimizer_state: {key}: {first['msg'][:200]}") from error
+            raise CheckpointError(f"load_optimizer_state: {first_problem(error)}") from error
         for complaint in self._complaints(valid):
             raise CheckpointError(f"load_optimizer_state: {complaint}")
         options = [group.options for group in valid.groups]
         return digest_of([self._groups, options, valid.counters])
 
-    def _complaints(self, state: _State) -> Iterator[str]:
+    def _complaints(self, state: _StateSchema) -> Iterator[str]:
         groups = [group.parameters for group in state.groups]
         odd = sorted(state.parameters.keys() ^ self._parameters.keys())
         if odd:
@@ -165,7 +169,7 @@ class OptimizerState:
             parameter = self._parameters[name]
             self._drop_other_keys(parameter, saved)
             value = parameter.detach() if saved["value"] is None else saved["value"]
-            full_states[parameter] = FullParamState(value, saved["moments"], saved["loose"])
+            full_states[parameter] = FullParamState(value, saved["moments"], saved["per_param"])
         scatter_full_state(self._view, full_states)
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
@@ -174,7 +178,7 @@ class OptimizerState:
     def _drop_other_keys(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
         """Delete keys that the saved state lacks: a new optimizer may already have some state."""
         state = self._view.optimizer.state.get(self._view.owner(parameter), {})
-        for key in state.keys() - saved["moments"].keys() - saved["loose"].keys():
+        for key in state.keys() - saved["moments"].keys() - saved["per_param"].keys():
             del state[key]
 
 
