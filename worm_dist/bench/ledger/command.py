@@ -27,16 +27,21 @@ def add_parsers(benchmarks: Any) -> None:
         help="accuracy, operations and bytes of whole runs under every rule",
         allow_abbrev=False,
     )
-    ledger.add_argument("--subject", action="append", help="repeat it; default: all")
     ledger.add_argument("--rule", action="append", help="repeat it; default: all")
-    ledger.add_argument("--ratio", action="append", type=float, help=f"default: {_RATIO}")
     ledger.add_argument("--seed", action="append", type=int, help="default: 1, 2 and 3")
     grid = benchmarks.add_parser(
         "grid",
         help="outcome of removals that start early or late, slow or extremely fast",
         allow_abbrev=False,
     )
-    for parser in (ledger, grid):
+    grid.add_argument(
+        "--trigger", action="append", type=float, help="epoch of the elbow; default: 1, 3 and 6"
+    )
+    for parser, ratios in ((ledger, f"{_RATIO}"), (grid, "0.3, 0.5, 0.7 and 0.9")):
+        parser.add_argument("--subject", action="append", help="repeat it; default: all")
+        parser.add_argument(
+            "--ratio", action="append", type=float, help=f"repeat it; default: {ratios}"
+        )
         parser.add_argument("--quick", action="store_true", help="the digits and one seed, minutes")
         parser.add_argument("--workers", type=int, help="processes; default: one for each core")
         parser.add_argument(
@@ -53,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a subject or rule does not exist.
     """
-    from .grid import grid_specs, summary
+    from .grid import RATIOS, TRIGGERS, grid_specs, summary
     from .rule import RULES
     from .run import RunSpec
     from .run import run as train_rows
@@ -63,12 +68,14 @@ def run(options: argparse.Namespace) -> None:
     name = f"{options.benchmark}-quick" if options.quick else options.benchmark
     folder = options.out or Path("runs") / name
     num_workers = options.workers or os.cpu_count() or 1
-    if options.benchmark == "grid":
-        print(summary(train_rows(grid_specs(options.quick), folder, num_workers)))
-        return
     subjects = _known(options.subject, SUBJECTS, "subject")
     if options.quick:
         subjects = [subject for subject in subjects if "digits" in subject]
+    if options.benchmark == "grid":
+        triggers, ratios = ((3,), (0.5, 0.9)) if options.quick else (TRIGGERS, RATIOS)
+        grid = grid_specs(subjects, options.trigger or triggers, options.ratio or ratios)
+        print(summary(train_rows(grid, folder, num_workers)))
+        return
     specs = [
         RunSpec(subject, RULES[rule], ratio, seed)
         for subject in subjects

@@ -11,9 +11,8 @@ from ...config import merge
 from .row import Row
 from .rule import Rule, triggered_at
 from .run import RunSpec
-from .subject import SUBJECTS
 
-__all__ = ["PACES", "grid_specs", "outcome", "summary"]
+__all__ = ["PACES", "RATIOS", "TRIGGERS", "grid_specs", "outcome", "summary"]
 
 PACES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -21,17 +20,17 @@ PACES: Mapping[str, Mapping[str, Any]] = {
     "one long fade": {"duration": "8ba", "fade_steps": 8},
     "four epochs": {"duration": "4ep"},
 }
-_TRIGGERS = (1, 3, 6)
-_RATIOS = (0.3, 0.5, 0.7, 0.9)
+TRIGGERS = (1, 3, 6)
+RATIOS = (0.3, 0.5, 0.7, 0.9)
 _EPOCHS = 12
 _CHANCE = 0.15
 """Accuracy that counts as chance: 0.1, plus a margin for random variation."""
 
 
-def grid_specs(quick: bool) -> list[RunSpec]:
-    """All combinations of subject, trigger, pace and ratio."""
-    subjects = [name for name in SUBJECTS if "digits" in name or not quick]
-    triggers, ratios = ((3,), (0.5, 0.9)) if quick else (_TRIGGERS, _RATIOS)
+def grid_specs(
+    subjects: Sequence[str], triggers: Sequence[float], ratios: Sequence[float]
+) -> list[RunSpec]:
+    """All combinations of subject, epoch of the elbow, pace and ratio."""
     return [
         RunSpec(subject, _rule(trigger, pace), ratio, seed=1, epochs=_EPOCHS)
         for subject, trigger, pace, ratio in product(subjects, triggers, PACES, ratios)
