@@ -104,7 +104,7 @@ def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str
     assert [len(line["distances"]) for line in checks] == [0, 1, 2]
     assert checks[-1]["elbow"] and checks[-1]["mask_digest"] == result["mask_digest"]
     assert [line["elbow"] for line in checks].count(True) == 1
-    left = [line["left_fraction"] for line in lines if line["event"] == "removal"]
+    left = [line["removed_fraction"] for line in lines if line["event"] == "removal"]
     assert left == sorted(left) and left[-1] == 1
     assert not any(line["paused"] for line in lines if line["event"] == "removal")
     sizes = [line["parameters"] for line in lines if line["event"] == "stage"]

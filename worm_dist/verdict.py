@@ -46,7 +46,7 @@ class Verdict:
         generation: number of freeze plans so far.
         live_fraction: share of the dense network's trained elements whose gradients are still
             averaged, 0 to 1.
-        left_fraction: share of the mask's dropped channels that are zero or removed, 0 to 1.
+        removed_fraction: share of the mask's dropped channels that are zero or removed, 0 to 1.
         paused: whether the removal of further channels pauses, because the loss has risen.
     """
 
@@ -60,7 +60,7 @@ class Verdict:
     distance_max: float | None = None
     generation: int = 0
     live_fraction: float = 1.0
-    left_fraction: float = 0.0
+    removed_fraction: float = 0.0
     paused: bool = False
 
     def as_dict(self) -> dict[str, Any]:

@@ -152,11 +152,11 @@ def test_what_is_there_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_outcomes_are_told_apart() -> None:
     cells = {
-        "trains on": _row("default, from epoch 3", 1, 0.9, ticket_epoch=3.0, left_fraction=1.0),
+        "trains on": _row("default, from epoch 3", 1, 0.9, ticket_epoch=3.0, removed_fraction=1.0),
         "paused, trains on": _row(
-            "default, from epoch 3", 2, 0.8, ticket_epoch=3.0, left_fraction=1.0, paused_steps=9
+            "default, from epoch 3", 2, 0.8, ticket_epoch=3.0, removed_fraction=1.0, paused_steps=9
         ),
-        "still leaving": _row("default, from epoch 3", 3, 0.9, left_fraction=0.5),
+        "still leaving": _row("default, from epoch 3", 3, 0.9, removed_fraction=0.5),
         "at chance, in silence": _row("default, from epoch 3", 4, 0.1, ticket_epoch=3.0),
         "CollapseError": _row("default, from epoch 3", 5, error="CollapseError: dead"),
     }

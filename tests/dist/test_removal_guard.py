@@ -45,7 +45,7 @@ def _step(engine: Engine, loss: float | None) -> float:
     if loss is not None:
         engine.watch(torch.tensor(loss))
     engine.optimizer.step()
-    return engine.check().left_fraction
+    return engine.check().removed_fraction
 
 
 def _truncated(loss: float | None = 1.0, patience: int = 200) -> Engine:

@@ -286,7 +286,7 @@ def test_a_full_disk_stops_the_run_or_not(driver: Driver, on_error: str, exitcod
     if on_error == "continue":
         assert "; training goes on" in ends[0].said
         result = json.loads((driver.out / "result.json").read_text())
-        assert "checkpoints" in result["unwritten"]
+        assert "checkpoints" in result["failed_writes"]
 
 
 def _kill_by_and_by(real: Any, *args: Any) -> Any:

@@ -41,7 +41,7 @@ def test_a_folder_that_is_lost_costs_curves_and_lines_only(driver: Driver) -> No
     assert ends[0].said.count("journal.jsonl cannot be written (No such file") == 1
     assert ends[0].said.count("TensorBoard's file") == 1
     result = json.loads((driver.out / "result.json").read_text())
-    assert sorted(result["unwritten"]) == ["TensorBoard", "journal.jsonl"]
+    assert sorted(result["failed_writes"]) == ["TensorBoard", "journal.jsonl"]
     assert (result["status"], result["checks"]) == ("not_found", 4)
 
 
@@ -63,7 +63,7 @@ def test_a_log_that_is_full_does_not_end_the_run(driver: Driver) -> None:
     ends = driver(2, run)
     assert [end.exitcode for end in ends] == [0, 0]
     assert ends[0].said.count("console cannot be written (No space left on device)") == 1
-    assert json.loads((driver.out / "result.json").read_text())["unwritten"] == ["console"]
+    assert json.loads((driver.out / "result.json").read_text())["failed_writes"] == ["console"]
 
 
 @pytest.mark.fault(24, "a folder that cannot be made")

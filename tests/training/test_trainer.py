@@ -124,7 +124,7 @@ def test_a_run_that_ends_while_channels_leave_says_how_many(ranks: Ranks) -> Non
     """A schedule longer than the training ended with a network half removed, and no word."""
     _, result, *_ = _run(ranks, 2, ("epochs", "4"), ("truncation.removal.duration", "3ep"))
     assert (result["status"], result["elbow_epoch"]) == ("not_found", 3)
-    assert 0 < result["left_fraction"] < 1
+    assert 0 < result["removed_fraction"] < 1
     assert "elbow came at epoch 3" in result["reason"]
     assert "% of the dropped channels had been removed" in result["reason"]
 

@@ -152,11 +152,17 @@ class DroppedChannels(StepListener):
             DrawError: on every rank; everything has been rolled back.
         """
         training, groups = self._training, self.channels.groups
-        left = self.channels.mask_of(mask)
-        kept = kept_indices(cuts_of(groups, left, shapes_of(training.network)))
+        remaining = self.channels.mask_of(mask)
+        kept = kept_indices(cuts_of(groups, remaining, shapes_of(training.network)))
         state = {} if is_complete else self._truncation.state_dict(training.step)
         draw(
-            training, groups, left, copies, where, is_complete=is_complete, is_restored=is_restored
+            training,
+            groups,
+            remaining,
+            copies,
+            where,
+            is_complete=is_complete,
+            is_restored=is_restored,
         )
         self._truncation.remove()
         self.channels.remove(mask)
@@ -166,7 +172,7 @@ class DroppedChannels(StepListener):
         self._follow_network()
         self._truncation.load_state_dict(
             Truncation.pruned_state(
-                state, left.keep, lambda name, full: select(full, kept.get(name, {}))
+                state, remaining.keep, lambda name, full: select(full, kept.get(name, {}))
             )
         )
 
@@ -188,8 +194,8 @@ class DroppedChannels(StepListener):
         removes = verdict.phase is Phase.TRUNCATE and self._config.removes
         num_dropped = 0 if self.mask is None else self.mask.num_channels - self.mask.num_kept
         num_zero = int(self._truncation.zero(self._training.step).sum())
-        num_left = self.channels.num_removed + num_zero
-        is_over = removes and num_left == num_dropped
+        num_gone = self.channels.num_removed + num_zero
+        is_over = removes and num_gone == num_dropped
         smallest_stage = max(1.0, self._config.removal.stage * num_dropped)
         return dataclasses.replace(
             verdict,
@@ -197,7 +203,7 @@ class DroppedChannels(StepListener):
             stage=removes and not is_over and num_zero >= smallest_stage,
             generation=self._truncation.generation,
             live_fraction=self._truncation.live_fraction * self._share_of_dense,
-            left_fraction=num_left / max(1, num_dropped) if removes else 0.0,
+            removed_fraction=num_gone / max(1, num_dropped) if removes else 0.0,
             paused=removes and self._removal.is_paused,
         )
 
@@ -218,8 +224,8 @@ class DroppedChannels(StepListener):
         """Restore a state: prune the network as it was, and freeze what was frozen.  Collective."""
         keep, removed, truncation = state["mask"], state["removed"].to("cpu"), state["truncation"]
         if truncation is None or bool(removed.any()):
-            left = Mask.from_vector(self._sizes, ~removed)
-            self.shrink(left, copies, truncation is None, "load_state_dict", is_restored=True)
+            remaining = Mask.from_vector(self._sizes, ~removed)
+            self.shrink(remaining, copies, truncation is None, "load_state_dict", is_restored=True)
         if truncation is not None:
             self._truncation.load_state_dict(truncation)
         self._removal.load_state_dict(state["removal"])

@@ -44,7 +44,7 @@ class _VerdictSchema(Schema):
     distance_max: float | None
     generation: Count
     live_fraction: float
-    left_fraction: float
+    removed_fraction: float
     paused: bool
 
 

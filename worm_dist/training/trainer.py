@@ -267,7 +267,7 @@ class Trainer:
         if verdict.phase is Phase.TRUNCATE:
             self.result.live_fraction = verdict.live_fraction
             if self._config.truncation.removes:
-                self.result.left_fraction = verdict.left_fraction
+                self.result.removed_fraction = verdict.removed_fraction
             self._report.removal(epoch, self.engine, verdict)
         if verdict.stage:
             self._progress.reach(f"a stage of the draw at step {self.engine.step}")

@@ -52,7 +52,7 @@ def outcome(row: Row) -> str:
         return row.error.partition(":")[0]
     if row.final <= _CHANCE:
         return "at chance, in silence"
-    if row.left_fraction < 1 and row.ticket_epoch is None:
+    if row.removed_fraction < 1 and row.ticket_epoch is None:
         return "still leaving"
     return "paused, trains on" if row.paused_steps else "trains on"
 

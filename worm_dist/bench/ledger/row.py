@@ -38,7 +38,7 @@ class Row:
         parameters, flops: parameters and FLOPs of the final network, as fractions of the dense
             network's.
         run_flops, run_bytes: FLOPs and bytes of all steps, as fractions of a dense run's.
-        left_fraction: removed channels, as a fraction of the dropped ones.
+        removed_fraction: removed channels, as a fraction of the dropped ones.
         paused_steps: number of steps in which removal was paused because of the loss.
         error: the error that ended the run; empty if there was none.
         seconds: wall-clock time.
@@ -57,7 +57,7 @@ class Row:
     flops: float = 1.0
     run_flops: float = 1.0
     run_bytes: float = 1.0
-    left_fraction: float = 0.0
+    removed_fraction: float = 0.0
     paused_steps: int = 0
     error: str = ""
     seconds: float = 0.0

@@ -113,7 +113,7 @@ class _Run:
         before = engine.phase
         verdict = engine.check()
         row.paused_steps += verdict.paused
-        row.left_fraction = max(row.left_fraction, verdict.left_fraction)
+        row.removed_fraction = max(row.removed_fraction, verdict.removed_fraction)
         if verdict.phase != before:
             row.elbow_epoch = engine.step / self._steps
         if engine.phase != "ticket" and (verdict.stage or verdict.ticket):

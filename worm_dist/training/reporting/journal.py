@@ -65,7 +65,7 @@ class Journal:
             step=step,
             generation=verdict.generation,
             live_fraction=verdict.live_fraction,
-            left_fraction=verdict.left_fraction,
+            removed_fraction=verdict.removed_fraction,
             paused=verdict.paused,
         )
 

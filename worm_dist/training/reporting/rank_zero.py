@@ -139,7 +139,7 @@ class RankZeroReport(Report):
         self._failed_writes.best_effort(JOURNAL, self._journal.removal, *args)
         values = {
             "search/live_fraction": verdict.live_fraction,
-            "removal/left_fraction": verdict.left_fraction,
+            "removal/removed_fraction": verdict.removed_fraction,
             "removal/paused": float(verdict.paused),
         }
         self._tensorboard.scalars(engine.step, values)
@@ -188,7 +188,7 @@ class RankZeroReport(Report):
         self._tensorboard.close()
         if self._tensorboard.write_error:
             self._failed_writes.record("TensorBoard", self._tensorboard.write_error)
-        result.unwritten = self._failed_writes.names
+        result.failed_writes = self._failed_writes.names
         if result.at_chance:
             text = "the network is no better than a constant answer; this run has no usable result"
             self._print(self._console.event, text)

@@ -70,10 +70,10 @@ class Result:
         data: description of the data set and its split.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
         live_fraction: live elements during truncation, as a fraction of all trained elements.
-        left_fraction: removed channels at the newest check, as a fraction of the dropped ones; None
-            without gradual removal.
+        removed_fraction: removed channels at the newest check, as a fraction of the dropped ones;
+            None without gradual removal.
         flops: floating point operations; a multiply and an add count as two.
-        unwritten: names of output files that are missing or truncated because of write errors.
+        failed_writes: names of output files that are missing or truncated because of write errors.
     """
 
     preset: str
@@ -88,7 +88,7 @@ class Result:
     elbow_epoch: float | None = None
     ticket_epoch: float | None = None
     live_fraction: float | None = None
-    left_fraction: float | None = None
+    removed_fraction: float | None = None
     accuracy: Accuracy = field(default_factory=Accuracy)
     parameters: Count = field(default_factory=Count)
     flops: Flops = field(default_factory=Flops)
@@ -96,7 +96,7 @@ class Result:
     seconds: Seconds = field(default_factory=Seconds)
     mask_digest: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
-    unwritten: list[str] = field(default_factory=list)
+    failed_writes: list[str] = field(default_factory=list)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restore the figures of a saved run.
@@ -109,8 +109,8 @@ class Result:
             "elbow_epoch",
             "ticket_epoch",
             "live_fraction",
-            "left_fraction",
-            "unwritten",
+            "removed_fraction",
+            "failed_writes",
         ):
             setattr(self, name, saved[name])
         self.accuracy = Accuracy(**saved["accuracy"])
@@ -127,8 +127,8 @@ class Result:
                 "search.elbow.margin higher"
             )
         progress = "the mask had not settled"
-        if self.left_fraction is not None:
-            progress = f"{self.left_fraction:.0%} of the dropped channels had been removed"
+        if self.removed_fraction is not None:
+            progress = f"{self.removed_fraction:.0%} of the dropped channels had been removed"
         return (
             f"no ticket: the elbow came at epoch {self.elbow_epoch:g}, and {progress} when "
             "training ended; raise epochs and --resume from the newest checkpoint"
