@@ -1,7 +1,7 @@
 """What cannot be exact under DeepSpeed is refused by name when an engine is attached.
 
 The engines are real ones, built on the CPU, save three that this machine cannot have: fp16, for
-which the accelerator is told that it could; tensor parallelism, for which there is a stand-in of
+which the accelerator is told that it could; tensor parallelism, for which there is a placeholder of
 one rank; and 1-bit Adam, which DeepSpeed 0.19.6 no longer has: there a class in a module of that
 name.
 """

@@ -84,11 +84,11 @@ class OptimizerState:
         """
         is_zero = self._comm.rank == 0
 
-        def take(parameter: Tensor, whole: Tensor) -> Tensor:
+        def take(parameter: Tensor, full: Tensor) -> Tensor:
             if not self._view.shared:
-                return whole
+                return full
             # The training device may have no memory for the full state.
-            return whole.cpu() if is_zero else whole.new_empty(0)
+            return full.cpu() if is_zero else full.new_empty(0)
 
         found = gather(self._view, self._comm, take)
         if not is_zero:

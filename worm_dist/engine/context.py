@@ -131,7 +131,7 @@ class TrainingContext(StepListener):
         self._before_pass = before_pass
         self._register_pass_hook()
 
-    def listen(self, listeners: Sequence[StepListener]) -> None:
+    def set_step_listeners(self, listeners: Sequence[StepListener]) -> None:
         """Call these around every optimizer step, in this order, and then count its bytes."""
         self._step_hooks.listeners = (*listeners, self)
 

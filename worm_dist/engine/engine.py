@@ -567,7 +567,7 @@ class Engine:
         elif self.groups:
             self._ranking.follow(network, dropped.channels.groups, dropped.channels.removed)
             self._penalty.follow(network)
-        self._training.listen([self._calls, *dropped.step_listeners])
+        self._training.set_step_listeners([self._calls, *dropped.step_listeners])
 
     def _before_pass(self) -> None:
         is_due = self._searching and self._schedule.has_just_become_due(self.step)

@@ -109,7 +109,7 @@ class _ChannelFlow:
         return found
 
     def _layer(self, node: Any, side: Any, positions: Ints) -> Layer:
-        module = node.module.stands_for if isinstance(node.module, Port) else node.module
+        module = node.module.replaces if isinstance(node.module, Port) else node.module
         to_outputs = self._graph.is_out_channel_pruning_fn(side)
         return Layer(module, to_outputs, torch.tensor(positions))
 

@@ -1,7 +1,7 @@
 """Dependencies: the layers that share channels, and the indices of these channels.
 
 Read from the dependency graph of the unpruned network.  If that cannot be built, the submodules are
-traced separately, and the network is traced again with stand-ins for the untraceable ones.
+traced separately, and the network is traced again with placeholders for the untraceable ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .checkpointing import checkpointing_off
 from .forward import floats, in_training, undisturbed
 from .graph import Graph
 from .nested import mapped
-from .opaque_modules import Port, PortPruner, stand_ins_for
+from .opaque_modules import Port, PortPruner, placeholders_for
 
 __all__ = ["Coupled", "coupled_layers"]
 
@@ -105,7 +105,7 @@ class _Tracer:
         opaque_parts = [child for child in inside if child in self._opaque]
         if opaque_parts:
             try:
-                # Again, with stand-ins for the untraceable submodules.
+                # Again, with placeholders for the untraceable submodules.
                 around = self._coupled(module, call)
                 return around + [found for child in opaque_parts for found in inside[child]]
             except Exception as error:
@@ -117,7 +117,7 @@ class _Tracer:
     def _coupled(self, module: nn.Module, call: _Call) -> list[Coupled]:
         graph = Graph(self._queries)
         opaque_parts = [part for part in module.modules() if part in self._opaque]
-        with stand_ins_for(module, opaque_parts, lambda: self._run(module, call)):
+        with placeholders_for(module, opaque_parts, lambda: self._run(module, call)):
             graph.build_dependency(
                 module,
                 example_inputs=call,

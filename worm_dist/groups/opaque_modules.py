@@ -1,4 +1,4 @@
-"""Opaque modules: stand-ins for modules whose inside is not traced."""
+"""Opaque modules: placeholders for modules whose inside is not traced."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from .forward import floats
 
-__all__ = ["Port", "PortPruner", "stand_ins_for"]
+__all__ = ["Port", "PortPruner", "placeholders_for"]
 
 
-class _StandIn(nn.Module):
+class _Placeholder(nn.Module):
     """A replacement for an opaque module that returns the recorded outputs of that module.
 
     Args:
@@ -27,7 +27,7 @@ class _StandIn(nn.Module):
     def __init__(self, module: nn.Module, outputs: Sequence[Any]) -> None:
         super().__init__()
         self.ports = nn.ModuleList(Port(module) for _ in floats(outputs[0]))
-        self.__dict__["_stands_for"] = module
+        self.__dict__["_replaces"] = module
         self.__dict__["_outputs"] = outputs
         self.__dict__["_num_calls"] = 0
 
@@ -44,17 +44,17 @@ class _StandIn(nn.Module):
         """Return the opaque module's attribute; torch's transformer layers read some of a child."""
         if name in self._modules:
             return self._modules[name]
-        return getattr(self.__dict__["_stands_for"], name)
+        return getattr(self.__dict__["_replaces"], name)
 
 
 class Port(nn.Module):
     """One output tensor of an opaque module, as a node of the graph."""
 
-    stands_for: nn.Module
+    replaces: nn.Module
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.__dict__["stands_for"] = module
+        self.__dict__["replaces"] = module
 
     def forward(self, output: Tensor, read: Sequence[Tensor]) -> Any:
         return _Opaque.apply(output, *read)
@@ -105,10 +105,10 @@ class _Opaque(torch.autograd.Function):
 
 
 @contextmanager
-def stand_ins_for(
+def placeholders_for(
     module: nn.Module, opaque: Sequence[nn.Module], call: Callable[[], Any]
 ) -> Iterator[None]:
-    """Replace the opaque parts of a module by stand-ins within the context.
+    """Replace the opaque parts of a module by placeholders within the context.
 
     Args:
         module: the module that contains them.
@@ -129,12 +129,12 @@ def stand_ins_for(
     finally:
         for handle in handles:
             handle.remove()
-    stand_ins = {part: _StandIn(part, seen) for part, seen in outputs.items() if seen}
+    placeholders = {part: _Placeholder(part, seen) for part, seen in outputs.items() if seen}
     replaced = []
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
-            if child in stand_ins:
-                parent._modules[name] = stand_ins[child]
+            if child in placeholders:
+                parent._modules[name] = placeholders[child]
                 replaced.append((parent, name, child))
     try:
         yield

@@ -22,7 +22,7 @@ __all__ = ["build_model"]
 
 TORCHVISION = "torchvision/"
 
-OWN: Mapping[str, Callable[..., nn.Module]] = {
+BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "vgg_small": vgg_small,
     "vgg11_bn": vgg11_bn,
     "resnet18": resnet18,
@@ -49,8 +49,10 @@ def build_model(
         ConfigError: there is no such network, it does not take these arguments or this number of
             channels, or it returns more than logits.
     """
-    if name in OWN:
-        return _call(OWN[name], name, arguments, num_classes=num_classes, in_channels=in_channels)
+    if name in BUILDERS:
+        return _call(
+            BUILDERS[name], name, arguments, num_classes=num_classes, in_channels=in_channels
+        )
     return _torchvision_model(name, num_classes, in_channels, arguments)
 
 
@@ -62,11 +64,13 @@ def _torchvision_model(
     known = torchvision.models.list_models(module=torchvision.models)
     plain = name.removeprefix(TORCHVISION)
     if plain not in known:
-        raise ConfigError(_unknown(name, [*OWN, *known, *(TORCHVISION + other for other in known)]))
+        raise ConfigError(
+            _unknown(name, [*BUILDERS, *known, *(TORCHVISION + other for other in known)])
+        )
     if in_channels != 3:
         raise ConfigError(
             f"model.name: {plain!r} of torchvision takes images of 3 channels, the data has "
-            f"{in_channels}; use one of {', '.join(OWN)}"
+            f"{in_channels}; use one of {', '.join(BUILDERS)}"
         )
     build = torchvision.models.get_model_builder(plain)
     model = _call(build, name, arguments, weights=None, num_classes=num_classes)
@@ -100,5 +104,9 @@ def _call(
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(OWN)}, or torchvision's"
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"take one of {', '.join(BUILDERS)}, or torchvision's"
+    )
     return f"model.name: there is no {name[:100]!r}; {hint}"

@@ -40,8 +40,8 @@ def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
         1 - (torch.arange(size, dtype=torch.float64) + 0.5) / size
         for size in ranking.sizes.values()
     ]
-    none_lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-    _, mask, _ = ranking.select(torch.cat(quantiles), none_lost)
+    none_removed = torch.zeros(groups.num_channels, dtype=torch.bool)
+    _, mask, _ = ranking.select(torch.cat(quantiles), none_removed)
     return mask
 
 

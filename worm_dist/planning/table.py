@@ -13,7 +13,7 @@ from ..config import WormConfig
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
 from ..groups.selection import importance_of
-from ..models import OWN, TORCHVISION
+from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
@@ -86,7 +86,7 @@ def _table() -> Table:
 def _head(forecast: Forecast) -> list[str]:
     target, mask = forecast.target, forecast.mask
     name, shape = target.model, "x".join(str(size) for size in target.sample_shape)
-    if name in OWN and name.startswith(("resnet1", "vgg11")):
+    if name in BUILDERS and name.startswith(("resnet1", "vgg11")):
         name += f", in the form for small images; torchvision's is {TORCHVISION}{name}"
     share = f"{mask.num_channels - mask.num_kept:,} of {mask.num_channels:,} channels"
     if forecast.ticket is not None:

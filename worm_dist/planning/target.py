@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import WormConfig
 from ..errors import ConfigError
-from ..models import OWN, build_model
+from ..models import BUILDERS, build_model
 from ..training.config_file import read_run_config
 from ..training.run_config import DataConfig
 
@@ -98,7 +98,7 @@ def target_of(
         ConfigError: the ratio is invalid.
     """
     small = _FIXED_SIZE.get(model, _SMALL_IMAGES)
-    shape, classes = small if model in OWN else _LARGE_IMAGES
+    shape, classes = small if model in BUILDERS else _LARGE_IMAGES
     changes = {} if prune_ratio is None else {"search": {"prune_ratio": prune_ratio}}
     worm = WormConfig.preset("worm", **changes)
     return Target(model, sample_shape or shape, num_classes or classes, worm)

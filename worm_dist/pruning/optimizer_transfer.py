@@ -69,7 +69,7 @@ def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     if not isinstance(value, Tensor) or value.numel() == 1:
         return
     factors = value.dim() == parameter.dim() and all(
-        size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)
+        size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
     )
     if not factors:
         yield f"is {list(value.shape)}, and the parameter {list(parameter.shape)}"

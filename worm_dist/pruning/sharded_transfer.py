@@ -45,9 +45,7 @@ class ShardedTransfer:
     ) -> None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in before.items()}
         kept = kept_indices(cuts)
-        found = gather(
-            optimizer_view, ranks, lambda p, whole: select(whole, kept.get(names[p], {}))
-        )
+        found = gather(optimizer_view, ranks, lambda p, full: select(full, kept.get(names[p], {})))
         self._optimizer = optimizer_view.optimizer
         self._groups = [[names[p] for p in group] for group in optimizer_view.groups]
         self._full_states = {names[p]: full_state for p, full_state in found.items()}

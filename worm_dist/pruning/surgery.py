@@ -101,9 +101,9 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
         owner_name, _, attribute = cut.parameter.rpartition(".")
         owner = network.get_submodule(owner_name)
         indices = cut.kept.nonzero().flatten()
-        whole = owner.get_parameter(attribute)
-        left = whole.index_select(cut.dim, indices.to(whole.device))
-        replace_data(whole, match_memory_format(left, whole))
+        full = owner.get_parameter(attribute)
+        left = full.index_select(cut.dim, indices.to(full.device))
+        replace_data(full, match_memory_format(left, full))
         if isinstance(owner, _Norm) and attribute == "weight":
             _cut_statistics(owner, indices)
     for cut in cuts:
@@ -113,12 +113,12 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
         keep_heads(network, module, num_heads)
 
 
-def match_memory_format(tensor: Tensor, whole: Tensor) -> Tensor:
-    """Return ``tensor`` in the memory format of ``whole``, such as channels_last."""
-    if whole.is_contiguous():
+def match_memory_format(tensor: Tensor, full: Tensor) -> Tensor:
+    """Return ``tensor`` in the memory format of ``full``, such as channels_last."""
+    if full.is_contiguous():
         return tensor
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if whole.dim() == dims and whole.is_contiguous(memory_format=memory_format):
+        if full.dim() == dims and full.is_contiguous(memory_format=memory_format):
             return tensor.contiguous(memory_format=memory_format)
     return tensor
 

@@ -198,8 +198,8 @@ class Trainer:
         """
         position, drawn = self._position, self.result.ticket_epoch
         has_just_drawn = drawn is not None and position.epoch + 1 - drawn < 2
-        is_lost = evaluation.is_chance and loss > _SHARE_OF_CHANCE * evaluation.chance_loss
-        has_collapsed = is_lost and position.has_learnt and not has_just_drawn
+        looks_collapsed = evaluation.is_chance and loss > _SHARE_OF_CHANCE * evaluation.chance_loss
+        has_collapsed = looks_collapsed and position.has_learnt and not has_just_drawn
         if not evaluation.output_varies or has_collapsed:
             raise CollapseError(
                 f"epoch {position.epoch + 1}, step {self.engine.step}: the network is no better "
