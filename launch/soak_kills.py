@@ -1,4 +1,4 @@
-"""Soak: random kills and restarts of one run, which must end like a run that was left alone."""
+"""Soak: random kills and restarts of one run, which must end like an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from worm_dist.checkpoint.manager import CheckpointManager
 
 CONFIG = "configs/digits.yaml"
 SETTINGS = ("--checkpoint.every", "7ba")
-"""Off the epochs' ends, so that most runs go on in the middle of one."""
+"""Not a divisor of an epoch, so that most runs resume in the middle of one."""
 WAYS = ("SIGKILL a rank", "SIGTERM a rank", "SIGTERM all", "SIGKILL the launcher", "SIGTERM it")
 LIMIT_SECONDS = 300
-"""For a run that is left alone, and for one that was told to end."""
+"""Limit on an uninterrupted run, and on the end of a run after a signal."""
 
 
 def main() -> int:
@@ -68,12 +68,12 @@ def _start(out: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
         *("-m", "worm_dist", "train", CONFIG, "--out", str(out), *SETTINGS, *options.settings),
     ]
     log = (options.out / "log.txt").open("ab")
-    # A session of its own, so that nothing of it can be left over.
+    # In a session of its own, so that all of its processes can be killed.
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def _to_the_end(out: Path, options: argparse.Namespace) -> float:
-    """Leave a run alone; the seconds that it took."""
+    """Run to the end without a kill; return the seconds that it took."""
     began = time.monotonic()
     code = _start(out, options).wait(LIMIT_SECONDS)
     assert code == 0, f"the run failed; see {options.out / 'log.txt'}"
@@ -83,9 +83,9 @@ def _to_the_end(out: Path, options: argparse.Namespace) -> float:
 def _killed(
     out: Path, options: argparse.Namespace, way: str, draws: random.Random, seconds: float
 ) -> bool:
-    """Start a run, or let it go on, and kill it; whether it was still there to be killed."""
+    """Start or resume a run and kill it; return whether it was still running."""
     launcher, before = _start(out, options), _checkpoints(out)
-    # A few in the start; else when something new has been saved.
+    # A fifth of the kills come during the start, the others after a new checkpoint.
     patience = 0.3 * seconds * draws.random() if draws.random() < 0.2 else LIMIT_SECONDS
     _wait(launcher, patience, lambda: _checkpoints(out) - before)
     _wait(launcher, draws.uniform(0, 0.2 * seconds), set)
@@ -96,7 +96,7 @@ def _killed(
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if "SIGKILL" in way else signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        # Ranks whose launcher is gone train on to the end, unless they are ended too.
+        # Ranks whose launcher was killed would train to the end, so they are killed below.
         launcher.wait(0 if "launcher" in way else LIMIT_SECONDS if there else 0)
     for pid in ranks:
         with suppress(ProcessLookupError):
@@ -108,7 +108,7 @@ def _killed(
 
 
 def _wait(launcher: subprocess.Popen[bytes], seconds: float, seen: Callable[[], set[str]]) -> None:
-    """For so long, or until something is seen, or the run has ended."""
+    """Wait for at most these seconds, until ``seen`` is not empty or the run has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and launcher.poll() is None and not seen():
         time.sleep(0.02)
@@ -134,7 +134,7 @@ def _children(pid: int) -> list[int]:
 
 
 def end_of(run: Path) -> dict[str, Any]:
-    """Everything that two ends are compared by, less what clocks have measured."""
+    """Everything by which two ends are compared, without measured times."""
     newest = CheckpointManager(run / "checkpoints").newest()
     assert newest is not None
     state = newest.read("run")
@@ -156,7 +156,7 @@ def _equal(run: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _difference(one: Any, other: Any) -> str:
-    """Where two nested values differ first; "" if nowhere."""
+    """The first place at which two nested values differ; "" if they are equal."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
         return "" if same else "a tensor"
