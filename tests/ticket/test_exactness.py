@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from tests.families.nets import Normless
 from tests.nets import Plain, random_images
-from worm_dist import ConfigError
+from tests.search.test_groups_training import _Assisted
+from worm_dist import ConfigError, Mask
 from worm_dist.config import SearchConfig
+from worm_dist.groups.tracing import find_groups
 from worm_dist.pruning import exactness
 from worm_dist.pruning.exactness import find_drawable_groups
 from worm_dist.pruning.rehearsal import Rehearsal
@@ -264,14 +267,50 @@ def test_large_images_are_tried_by_a_corner() -> None:
 
     network = _Branching(seen)
     assert len(find_drawable_groups(network, random_images(1, side=160))) == 2
-    assert set(sizes) == {96}
-    sizes.clear()
+    in_each_mode, tried = sizes[:2], sizes[2:]
+    assert set(in_each_mode) == {160} and set(tried) == {96}
     fixed = nn.Sequential(
         nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 40 * 40, 5)
     )
     assert find_drawable_groups(fixed, random_images(1, side=160)).sizes == {"0": 8}
     with pytest.raises(ConfigError, match="does not run on the example inputs"):
         find_drawable_groups(copy.deepcopy(fixed), random_images(1, side=170))
+
+
+def _on_large_features(network: _Assisted, features: Tensor) -> Tensor:
+    if features.shape[-1] < 100:
+        raise ValueError("there is nothing left behind the pooling")
+    return network.auxiliary(features)
+
+
+def test_a_corner_that_reaches_less_than_the_whole_image_is_not_enough() -> None:
+    """Inception's auxiliary head does not fit on a corner, so what it reads stayed dense."""
+    groups = find_drawable_groups(_Assisted(_on_large_features), random_images(1, side=160))
+    assert groups.sizes == {"conv1": 8, "conv2": 6, "aux": 4}
+
+
+def _in_single_precision(network: _Assisted, features: Tensor) -> Tensor:
+    return network.auxiliary(features.float())
+
+
+def test_a_training_mode_that_fails_in_double_precision_is_left_out() -> None:
+    groups = find_drawable_groups(_Assisted(_in_single_precision), random_images(2))
+    assert groups.sizes == {"conv1": 8, "conv2": 6, "aux": 4}
+
+
+@pytest.mark.parametrize("build", [Plain, Normless])
+def test_a_trial_leaves_the_weights_that_it_shares_alone(build: type[nn.Module]) -> None:
+    network = build().eval()
+    groups = find_groups(network, random_images(2))
+    rehearsal = Rehearsal(network, random_images(2))
+    before = copy.deepcopy((network.state_dict(), rehearsal.network.state_dict()))
+    mask = Mask({name: torch.arange(size) < 2 for name, size in groups.sizes.items()})
+    with torch.no_grad():
+        assert rehearsal.difference(groups, mask) is None
+    after = (network.state_dict(), rehearsal.network.state_dict())
+    for tensors, same in zip(after, before, strict=True):
+        assert tensors.keys() == same.keys()
+        assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.slow("a network of a hundred layers, ten seconds")

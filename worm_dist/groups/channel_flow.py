@@ -7,7 +7,7 @@ of indices, and the result is the finest partition into channels that can be dro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,16 +78,7 @@ class _ChannelFlow:
 
     def streams(self) -> list[Stream]:
         sides = list(self._assigned)
-        visits = [np.empty((3, 0), dtype=np.int64)]
-        for number, (node, side) in enumerate(sides):
-            if node.type == OPTYPE.OUTPUT or _holds_channels(node.module):
-                indices = np.flatnonzero(self._assigned[node, side] >= 0)
-                channels = self._find(self._assigned[node, side][indices])
-                visits.append(np.stack([channels, np.full_like(indices, number), indices]))
-        # By channel, then by side, then by index.
-        by_channel = np.concatenate(visits, axis=1)
-        by_channel = by_channel[:, by_channel[0].argsort(kind="stable")]
-        channels, numbers, indices = by_channel
+        channels, numbers, indices = self._visits(sides)
         unresolved = set(self._find(np.concatenate([np.arange(0), *self._unresolved])).tolist())
         starts = np.flatnonzero(np.diff(channels, prepend=-1))
         by_route: dict[tuple[bytes, bool], list[int]] = {}
@@ -107,6 +98,25 @@ class _ChannelFlow:
             )
             found.append(Stream(layers, len(layers) < len(passed), is_unresolved))
         return found
+
+    def _visits(self, sides: Sequence[tuple[Any, Any]]) -> Ints:
+        """Return the indices at which channels pass through layers and outputs.
+
+        Args:
+            sides: the sides of all nodes.
+
+        Returns:
+            int64 ``[3, visits]``: the root of the channel, the number of the side and the index on
+            it; ordered by the first, then by the second, then by the third.
+        """
+        visits = [np.empty((3, 0), dtype=np.int64)]
+        for number, (node, side) in enumerate(sides):
+            if node.type == OPTYPE.OUTPUT or _holds_channels(node.module):
+                indices = np.flatnonzero(self._assigned[node, side] >= 0)
+                channels = self._find(self._assigned[node, side][indices])
+                visits.append(np.stack([channels, np.full_like(indices, number), indices]))
+        together = np.concatenate(visits, axis=1)
+        return together[:, together[0].argsort(kind="stable")]
 
     def _layer(self, node: Any, side: Any, positions: Ints) -> Layer:
         module = node.module.replaces if isinstance(node.module, Port) else node.module

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -49,22 +50,33 @@ def copied(network: nn.Module, copy_data: Callable[[Tensor], Tensor] = torch.clo
         copy_data: a function from the data of a parameter to those of its copy; if it returns its
             argument, the parameters are new but share their memory with those of the network.
     """
+    with suppress(Exception):  # user code may raise anything
+        return copy.deepcopy(network, _memo(network, copy_data))
+    with _WithoutGraphs():
+        shared = {
+            id(part): part
+            for module in network.modules()
+            for part in _parts(vars(module))
+            if not _copies(part)
+        }
+        return copy.deepcopy(network, _memo(network, copy_data) | shared)
+
+
+def _memo(network: nn.Module, copy_data: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+    """Return a memo for ``deepcopy``: copies of parts of the network, by the ids of the parts."""
     parameters = {
         id(parameter): nn.Parameter(copy_data(parameter.detach()), parameter.requires_grad)
         for parameter in network.parameters()
         if type(parameter) is nn.Parameter  # others know how to copy themselves
     }
-    with _WithoutGraphs():
-        try:
-            return copy.deepcopy(network, dict(parameters))
-        except Exception:  # user code may raise anything
-            shared = {
-                id(part): part
-                for module in network.modules()
-                for part in _parts(vars(module))
-                if not _copies(part)
-            }
-            return copy.deepcopy(network, {**shared, **parameters})
+    # A module has a dozen empty containers, mostly of hooks, for which deepcopy takes longest.
+    containers = {
+        id(part): type(part)()
+        for module in network.modules()
+        for part in vars(module).values()
+        if type(part) in (dict, OrderedDict, set) and not part
+    }
+    return {**parameters, **containers}
 
 
 class _WithoutGraphs(TorchFunctionMode):

@@ -68,7 +68,10 @@ class Rearrangement(NamedTuple):
         after = next((d for d in range(numbers.dim()) if _varies(numbers, d)), dim)
         after = min(after, numbers.dim() - 1)
         rows = numbers.movedim(after, 0).flatten(1)
-        channels = [row.unique().tolist() for row in rows]
+        if rows.numel() and bool((rows == rows[:, :1]).all()):
+            channels = rows[:, :1].tolist()
+        else:
+            channels = [row.unique().tolist() for row in rows]
         indices: list[list[int]] = [[] for _ in range(shape[dim])]
         for index, here in enumerate(channels):
             for channel in here:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,16 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from .attention import Attention, find_attentions, weight_of
+from .calls import Calls
 from .channel_flow import Layer
 from .channel_groups import ChannelGroup, Groups, Member
 from .copying import scratch_copy
 from .dependency import Coupled, coupled_layers
-from .forward import called_modules, deciding_modules, in_training, run, undisturbed
+from .forward import undisturbed
 from .grouped_conv import interleaved
 from .reachability import reasons_of_unreached
 
-__all__ = ["find_groups"]
+__all__ = ["Trace", "find_groups", "trace"]
 
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
@@ -30,6 +31,20 @@ _LATE_PARAMETER = (
     "once, then wrap it, make the optimizer and attach"
 )
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class Trace(NamedTuple):
+    """What tracing a network has found.
+
+    Attributes:
+        groups: the channel groups; there may be none.
+        example_inputs: the inputs that the network was traced with.
+        calls: the modules that run on them.
+    """
+
+    groups: Groups
+    example_inputs: Any
+    calls: Calls
 
 
 def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
@@ -47,20 +62,34 @@ def find_groups(network: nn.Module, example_inputs: Any) -> Groups:
         ConfigError: the network cannot be copied or run with these inputs; parts of it are
             TorchScript, were created in inference mode, or are created by the first forward pass.
     """
+    return trace(network, example_inputs).groups
+
+
+def trace(network: nn.Module, example_inputs: Any, smaller: Any = None) -> Trace:
+    """Find the channel groups of a network, and what runs of it.
+
+    Args:
+        network: the unwrapped network.
+        example_inputs: inputs as for ``find_groups``.
+        smaller: inputs to trace the network with instead, if the same modules run on them.
+
+    Raises:
+        ConfigError: as in ``find_groups``.
+    """
     _require_modules(network)
     with scratch_copy(network) as network_copy:
-        groups = _groups(network_copy, example_inputs)
+        calls = _calls(network_copy, example_inputs)
+        if smaller is not None and _run_alike(network, smaller, calls):
+            example_inputs = smaller
+        groups = _groups(network_copy, example_inputs, calls)
         _require_parameters_of(network_copy, network)
-    return groups
+    return Trace(groups, example_inputs, calls)
 
 
-def _groups(network: nn.Module, example_inputs: Any) -> Groups:
-    _require_runs(network, example_inputs)
+def _groups(network: nn.Module, example_inputs: Any, calls: Calls) -> Groups:
     attentions, dense = find_attentions(network)
     opaque = [network.get_submodule(attention.module) for attention in attentions]
-    with undisturbed(network):
-        deciding = deciding_modules(network, example_inputs)
-    sets, untraced = coupled_layers(network, example_inputs, opaque, deciding)
+    sets, untraced = coupled_layers(network, example_inputs, opaque, calls.deciding())
     builder = _GroupBuilder(network)
     dense |= {builder.names[module]: f"not traced: {why}" for module, why in untraced.items()}
     found = [_head_group(attention, network) for attention in attentions]
@@ -74,7 +103,7 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
     _report_uncalled_layers(network, sets, [*opaque, *untraced], dense)
     order = {name: number for number, (name, _) in enumerate(network.named_modules())}
     groups = Groups(sorted(found, key=lambda group: order[group.name]), dense)
-    reached = _reached(network, example_inputs, deciding)
+    reached = {network.get_submodule(name) for name in calls.reached}
     if reached == {network} and any(True for _ in network.children()):
         raise ConfigError(
             "model: run as a copy, it calls none of its own modules: its forward is bound to the "
@@ -82,16 +111,6 @@ def _groups(network: nn.Module, example_inputs: Any) -> Groups:
         )
     reached |= {module for outer in opaque for module in outer.modules()}
     return groups.without(reasons_of_unreached(network, reached, groups))
-
-
-def _reached(network: nn.Module, example_inputs: Any, deciding: Collection[str]) -> set[nn.Module]:
-    """Return the modules that run in eval mode or with the deciding modules in training mode."""
-    with undisturbed(network):
-        reached = called_modules(network, example_inputs)
-        if deciding:
-            with in_training(network, deciding):
-                reached |= called_modules(network, example_inputs)
-    return reached
 
 
 def _require_modules(network: nn.Module) -> None:
@@ -120,10 +139,24 @@ def _require_parameters_of(network_copy: nn.Module, network: nn.Module) -> None:
         raise ConfigError(_LATE_PARAMETER.format(name=min(late)))
 
 
-def _require_runs(network: nn.Module, example_inputs: Any) -> None:
+def _run_alike(network: nn.Module, inputs: Any, calls: Calls) -> bool:
+    """Whether a copy of the network runs on these inputs, and with these calls."""
+    with scratch_copy(network) as network_copy:
+        try:
+            return Calls.of(network_copy, inputs) == calls
+        except Exception:  # such as a layer that needs inputs of another size
+            return False
+
+
+def _calls(network: nn.Module, example_inputs: Any) -> Calls:
+    """Run the network.
+
+    Raises:
+        ConfigError: it does not run on these inputs.
+    """
     try:
-        with undisturbed(network), torch.no_grad():
-            run(network, example_inputs)
+        with undisturbed(network):
+            return Calls.of(network, example_inputs)
     except Exception as error:  # user code may raise anything
         raise ConfigError(
             f"model: it does not run on the example inputs: {type(error).__name__}: {error}"

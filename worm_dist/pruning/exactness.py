@@ -22,11 +22,10 @@ from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import scratch_copy
-from ..groups.forward import run
 from ..groups.mask import Mask
 from ..groups.nested import tensors_in
 from ..groups.selection import importance_of, select_groups
-from ..groups.tracing import find_groups
+from ..groups.tracing import Trace, trace
 from .rehearsal import Rehearsal
 from .trial_values import (
     crop_large_images,
@@ -111,11 +110,13 @@ def find_drawable_groups(
         ConfigError: the network cannot be run with these inputs, or has no such group.
     """
     search = search or SearchConfig()
-    inputs = _cropped_inputs(network, example_inputs)
-    groups = select_groups(find_groups(network, inputs), search, any_group)
-    with scratch_copy(network) as network_copy, torch.no_grad():
-        trial = _Trial(network_copy, groups, inputs, search.min_keep_ratio)
-        groups = groups.without(trial.inexact())
+    crops = crop_large_images(example_inputs)
+    traced = trace(network, example_inputs, None if crops is example_inputs else crops)
+    groups = select_groups(traced.groups, search, any_group)
+    if groups:
+        with scratch_copy(network) as network_copy, torch.no_grad():
+            trial = _Trial(network_copy, groups, traced, search.min_keep_ratio)
+            groups = groups.without(trial.inexact())
     if not groups and not optional:
         because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
         lacks = {
@@ -128,38 +129,23 @@ def find_drawable_groups(
     return groups
 
 
-def _cropped_inputs(network: nn.Module, example_inputs: Any) -> Any:
-    """Return crops of large images, if the network runs on them; channels do not depend on size."""
-    inputs = crop_large_images(example_inputs)
-    if inputs is example_inputs:
-        return inputs
-    with scratch_copy(network) as network_copy, torch.no_grad():
-        try:
-            run(network_copy, inputs)
-        except Exception:  # user code may raise anything
-            return example_inputs
-    return inputs
-
-
 class _Trial:
     """Trial draws of parts of groups from copies of a network.
 
     Args:
         network: a copy of the network, in eval mode.
-        groups: the network's channel groups.
-        example_inputs: inputs as for ``forward.run``.
+        groups: the groups to try.
+        traced: the trace of the network.
         floor: the share of its channels that every group keeps at least.
     """
 
-    def __init__(
-        self, network: nn.Module, groups: Groups, example_inputs: Any, floor: float
-    ) -> None:
+    def __init__(self, network: nn.Module, groups: Groups, traced: Trace, floor: float) -> None:
         self._groups = groups
         self._floor = floor
         self._kinds = {group.name: _kind(network, group) for group in groups}
-        self._original = Rehearsal(network, example_inputs)
-        inputs = perturb_constant_inputs(example_inputs)
-        if all(map(operator.is_, tensors_in(inputs), tensors_in(example_inputs))):
+        self._original = Rehearsal(network, traced.example_inputs, calls=traced.calls)
+        inputs = perturb_constant_inputs(traced.example_inputs)
+        if all(map(operator.is_, tensors_in(inputs), tensors_in(traced.example_inputs))):
             randomized = self._original.copy(_RANDOM_TOLERANCE)
         else:
             randomized = Rehearsal(network, inputs, _RANDOM_TOLERANCE)

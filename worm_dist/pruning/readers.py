@@ -67,10 +67,10 @@ class Readers:
             elif isinstance(reader, _Conv):
                 self._kept[member.module] = torch.ones(reader.out_channels, dtype=torch.bool)
         for group in groups:
+            dropped = ~mask[group.name]
             for member in group.members:
                 if member.role == "producer" and member.module in self._kept:
-                    indices = member.positions[~mask[group.name]].flatten()
-                    self._kept[member.module][indices] = False
+                    self._kept[member.module][member.positions[dropped].flatten()] = False
 
     @contextmanager
     def recording(self, sums: OutputSums, network: nn.Module) -> Iterator[None]:

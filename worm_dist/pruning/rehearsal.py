@@ -9,17 +9,18 @@ those of the whole network with the same channels set to zero.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..groups.calls import Calls
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.copying import copied
-from ..groups.forward import buffers_kept, deciding_modules, floats, in_training, run
+from ..groups.forward import buffers_kept, floats, in_training, run
 from ..groups.mask import Mask
 from ..groups.nested import mapped
 from .readers import OutputSums, Readers, same_outputs
@@ -42,13 +43,18 @@ class Rehearsal:
         network: the unwrapped network, in eval mode.
         example_inputs: inputs as for ``forward.run``.
         tolerance: the relative difference of outputs that rounding explains in double precision.
+        calls: what runs of the network on these inputs; found out by default.
 
     Attributes:
         network: the copy, from which no channels are removed.
     """
 
     def __init__(
-        self, network: nn.Module, example_inputs: Any, tolerance: float = _TOLERANCE
+        self,
+        network: nn.Module,
+        example_inputs: Any,
+        tolerance: float = _TOLERANCE,
+        calls: Calls | None = None,
     ) -> None:
         self._tolerance = tolerance
         # By the modules in training mode: whether the outputs are deterministic in that mode.
@@ -60,11 +66,13 @@ class Rehearsal:
         except Exception:  # such as a forward with a fixed dtype
             self.network = copied(network)
             self._inputs = example_inputs
-        deciding = deciding_modules(self.network, self._inputs, may_lack=True)
+        if calls is None:
+            calls = Calls.of(self.network, self._inputs)
+        deciding = calls.deciding(may_lack=True)
         if deciding:
-            self._modes[deciding] = True
-            one, other = self._outputs(self.network), self._outputs(self.network)
-            self._modes[deciding] = all(map(torch.equal, one, other))
+            with suppress(Exception):  # training mode may fail in double precision
+                one, other = (self._outputs_in(deciding, self.network) for _ in range(2))
+                self._modes[deciding] = all(map(torch.equal, one, other))
 
     def copy(self, tolerance: float) -> Rehearsal:
         """Return a rehearsal with a copy of the network and with another tolerance."""
@@ -82,17 +90,16 @@ class Rehearsal:
             mask: the mask over these groups.
             dropping: the groups that lose channels; default all groups.
         """
-        # Parameters are replaced, never written to, so those without dropped channels are shared.
-        zeroed = copied(self.network, lambda data: data)
+        trial = copied(self.network, lambda data: data)  # shares the memory of the parameters
         tried = groups if dropping is None else dropping
-        readers = Readers(zeroed, tried, groups, mask)
+        readers = Readers(trial, tried, groups, mask)
         sums: list[OutputSums] = []
 
         def run_on(network: nn.Module) -> list[Tensor]:
             sums.append([])
             return self._outputs(network, partial(readers.recording, sums[-1]))
 
-        reason = difference(zeroed, run_on, groups, mask, dropping, self._tolerance)
+        reason = difference(trial, run_on, groups, mask, dropping, self._tolerance)
         if reason is None and not same_outputs(*sums, tolerance=self._tolerance):
             return f"{_OUTPUTS_DIFFER} in a layer that reads them"
         return reason
@@ -113,17 +120,23 @@ class Rehearsal:
         """Return the outputs in eval mode, and in training mode if that runs more of the network.
 
         Random outputs are replaced by zeros of their shape, and ``recording`` is active in
-        deterministic modes only.  If the network has no outputs, such as a detector without
-        detections, those of its immediate children are returned.
+        deterministic modes only.
         """
         outputs: list[Tensor] = []
         for deciding, exact in self._modes.items():
-            context = recording(network) if recording is not None and exact else nullcontext()
-            with in_training(network, deciding), _child_outputs(network) as child_outputs, context:
-                given = list(floats(run(network, self._inputs)))
-                given = given or child_outputs
-                outputs += given if exact else map(torch.zeros_like, given)
+            with recording(network) if recording is not None and exact else nullcontext():
+                given = self._outputs_in(deciding, network)
+            outputs += given if exact else map(torch.zeros_like, given)
         return outputs
+
+    def _outputs_in(self, deciding: Collection[str], network: nn.Module) -> list[Tensor]:
+        """Return the outputs with these modules in training mode.
+
+        If the network has no outputs, such as a detector without detections, those of its immediate
+        children are returned.
+        """
+        with in_training(network, deciding), _child_outputs(network) as child_outputs:
+            return list(floats(run(network, self._inputs))) or child_outputs
 
 
 @contextmanager
@@ -153,7 +166,7 @@ def difference(
 
     Args:
         network: a copy of the network; its channels are removed.  Its parameters may share memory
-            with those of another network.
+            with those of another network, which stays unchanged.
         run_on: a function that returns the network's outputs for some inputs.
         groups: the network's channel groups.
         mask: the mask over these groups.
@@ -186,13 +199,15 @@ def difference(
 
 
 def _zero_channels(network: nn.Module, dropping: Sequence[ChannelGroup], mask: Mask) -> None:
+    """Set the dropped channels of these groups to zero, without writing to shared memory."""
     parameters = dict(network.named_parameters())
     for group in dropping:
+        dropped = ~mask[group.name]
         for member in group.zeroing_members:
-            indices = member.positions[~mask[group.name]].flatten()
             for name, dim in member.parameters:
-                parameter = parameters[name]
-                parameter.data = parameter.data.index_fill(dim, indices.to(parameter.device), 0)
+                data = parameters[name].detach()
+                indices = member.positions[dropped].flatten().to(data.device)
+                parameters[name].data = data.index_fill(dim, indices, 0)
 
 
 def _double_copy(data: Tensor) -> Tensor:

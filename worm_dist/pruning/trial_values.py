@@ -52,8 +52,7 @@ def randomize_weights(network: nn.Module, run: Callable[[], Any]) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def normal(parameter: Tensor, spread: float) -> None:
-        value = spread * torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(value.to(parameter.device, parameter.dtype))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(spread))
 
     norms = [module for module in network.modules() if isinstance(module, _Norm)]
     for module in network.modules():
@@ -66,7 +65,8 @@ def randomize_weights(network: nn.Module, run: Callable[[], Any]) -> None:
             sizes = 0.5 + torch.rand(module.weight.shape, generator=generator)
             module.weight.copy_((signs * sizes).to(module.weight.device, module.weight.dtype))
             normal(module.bias, 0.3)
-    _estimate_statistics(norms, run)
+    if norms:
+        _estimate_statistics(norms, run)
 
 
 def _estimate_statistics(norms: list[Any], run: Callable[[], Any]) -> None:
