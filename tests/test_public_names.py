@@ -1,9 +1,8 @@
-"""The public names from a plain script outside the package, under torchrun on two ranks."""
+"""The public names from a plain script outside the package, on two ranks."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import worm_dist
+from tests.programs import call, variables_of_ranks
 
 # Everything below is what a user would write; it imports nothing but worm_dist itself.
 SCRIPT = """
@@ -92,22 +92,14 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow("trains a whole run under torchrun")
+@pytest.mark.slow("trains a whole run")
 @pytest.mark.timeout(90)
 def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"
     script.write_text(SCRIPT)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    done = subprocess.run(
-        [torchrun, "--standalone", "--nproc-per-node", "2", script, tmp_path / "ticket"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONWARNINGS": "error::UserWarning:worm_dist"},
-        capture_output=True,
-        text=True,
-        timeout=80,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.strip().splitlines()[-1])
+    first, second = call([script, tmp_path / "ticket"], tmp_path, variables_of_ranks(2))
+    assert (first.exitcode, second.exitcode) == (0, 0), first.err + second.err
+    said = json.loads(first.out.strip().splitlines()[-1])
     assert said["groups"] == [["0", 8], ["3", 12]]
     assert said["phase"] == "truncate"
     # Weights, bias, scale and shift of 8 and 12 filters, and the head; 4 and 6 filters are left.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.optim import SGD
 
 import worm_dist
 from tests.oracles import mask_dropping
+from tests.programs import call, variables_of_ranks
 from worm_dist.__main__ import _parse
 from worm_dist.config import PRESETS
 from worm_dist.models import build_model
@@ -24,35 +23,22 @@ from worm_dist.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def _run(command: tuple[str, ...], folder: Path) -> str:
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow("trains a whole run under torchrun")
+@pytest.mark.slow("trains a whole run")
 @pytest.mark.timeout(110)
 def test_the_loop_runs_and_leaves_a_small_network(tmp_path: Path) -> None:
     loop = next(block for block in _blocks("python") if "engine.draw()" in block)
     (tmp_path / "train.py").write_text(loop)
-    printed = _run((*TORCHRUN, "train.py"), tmp_path)
-    assert "epoch 10 ticket" in printed
-    left = int(re.search(r"([\d,]+) parameters are left", printed)[1].replace(",", ""))  # type: ignore[index]
-    assert left < 0.45 * 94_000
+    first, second = call(["train.py"], tmp_path, variables_of_ranks(2))
+    assert (first.exitcode, second.exitcode) == (0, 0), first.err + second.err
+    assert "epoch 10 ticket" in first.out
+    left = re.search(r"([\d,]+) parameters are left", first.out)
+    assert left is not None and int(left[1].replace(",", "")) < 0.45 * 94_000
     assert (tmp_path / "ticket" / "ticket.safetensors").exists()
 
 
@@ -67,7 +53,8 @@ def test_three_lines_load_a_ticket(tmp_path: Path) -> None:
         block for block in _blocks("python") if "load_ticket" in block and "def" not in block
     )
     (tmp_path / "load.py").write_text(lines)
-    _run((sys.executable, "-W", "error", "load.py"), tmp_path)
+    (ended,) = call(["load.py"], tmp_path)
+    assert ended.exitcode == 0, ended.err
 
 
 def test_every_command_is_one_that_exists() -> None:

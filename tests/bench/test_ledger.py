@@ -58,19 +58,19 @@ def _digits_with_noise() -> tuple[list[float], float]:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     classes = torch.tensor(digits.target)
     torch.manual_seed(1)
-    network = Vgg(10, 1, [16, 16, "M", 32, 32, "M", 64, 64])
+    network = Vgg(10, 1, [16, 16, "M", 32, 32])
     engine = worm_dist.attach(
         network,
         SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
         worm_dist.WormConfig(**triggered_at(1)),
         example_inputs=images[:1],
-        steps_per_epoch=781,
+        steps_per_epoch=400,
     )
     random = torch.Generator().manual_seed(1)
     losses: list[float] = []
-    while engine.phase != "ticket" or len(losses) % 100 or engine.step < 1900:
-        batch = torch.randint(1437, (64,), generator=random)
-        noise = 0.5 * torch.randn(64, 1, 8, 8, generator=random)
+    while engine.phase != "ticket" or len(losses) % 100 or engine.step < 900:
+        batch = torch.randint(1437, (32,), generator=random)
+        noise = 0.5 * torch.randn(32, 1, 8, 8, generator=random)
         loss = nn.functional.cross_entropy(engine.model(images[batch] + noise), classes[batch])
         engine.watch(loss)
         (loss + engine.penalty()).backward()
@@ -88,15 +88,15 @@ def _digits_with_noise() -> tuple[list[float], float]:
 
 @pytest.mark.slow("trains a run of a long epoch")
 @pytest.mark.timeout(150)
-def test_an_epoch_of_781_steps_ends_with_a_network_that_has_learnt(ranks: Ranks) -> None:
+def test_an_epoch_of_400_steps_ends_with_a_network_that_has_learnt(ranks: Ranks) -> None:
     """All dropped channels faded together over an epoch, and the network lived on them until they
-    were zero: after 781 steps the loss was 2.3, and stayed there."""
+    were zero: at the end of a long epoch the loss rose to that of guessing."""
     (outcome_of_rank,) = ranks.outcomes(NO_GROUP, _digits_with_noise, wall_limit=140)
     assert outcome_of_rank.exitcode == 0, str(outcome_of_rank)
     losses, accuracy = outcome_of_rank.value
-    elbow = 8
+    elbow = 4
     assert max(losses[elbow:]) < 1.6 * losses[elbow - 1]
-    assert accuracy > 0.9
+    assert accuracy > 0.75
 
 
 def _row(rule: str, seed: int, *accuracies: float, **figures: Any) -> Row:
@@ -143,11 +143,13 @@ def test_what_is_there_is_not_trained_again(tmp_path: Path) -> None:
     specs = [
         RunSpec("vgg, digits", RULES[rule], 0.5, seed=1, epochs=4) for rule in ("dense", "one shot")
     ]
-    first = run(specs[:1], tmp_path, num_workers=1)
+    there = _row("dense", 1, 0.5, 0.6)
+    append(tmp_path / "ledger.jsonl", there)
     both = run(specs, tmp_path, num_workers=1)
-    assert both[0] == first[0] and [row.key.rule for row in both] == ["dense", "one shot"]
+    assert both[0] == there and [row.key.rule for row in both] == ["dense", "one shot"]
     assert both[1].ticket_epoch == 3 and both[1].run_flops < 1 > both[1].run_bytes
     assert "| one shot | 1 |" in (tmp_path / "ledger.md").read_text()
+    assert run(specs, tmp_path, num_workers=1) == both
 
 
 def test_outcomes_are_told_apart() -> None:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
+from tests.programs import variables_of_ranks
 from tests.ranks import PRELOADED
 from worm_dist.training.data import Data
 from worm_dist.training.run_config import DataConfig
@@ -89,14 +89,14 @@ class Fault:
         rank: on which; None for all.
         call: instead of which call, from 1 on; None for every one.
         target: ``module:name``, where the callable is.
-        first_attempt: only before torchrun starts the ranks anew.
+        attempt: in which of torchrun's attempts, from 0 on; None for all.
     """
 
     act: Act
     rank: int | None
     call: int | None
     target: str = STEP
-    first_attempt: bool = False
+    attempt: int | None = None
 
     @classmethod
     def kill(cls, rank: int, step: int) -> Fault:
@@ -127,15 +127,15 @@ class Fault:
         """Instead of a call of something else than a step."""
         return dataclasses.replace(self, target=target)
 
-    def only_first_attempt(self) -> Fault:
-        """Not again when torchrun has started all ranks anew."""
-        return dataclasses.replace(self, first_attempt=True)
+    def in_attempt(self, attempt: int) -> Fault:
+        """Only then: 0 is before torchrun starts all ranks anew."""
+        return dataclasses.replace(self, attempt=attempt)
 
     def plant(self, rank: int, folder: Path) -> None:
         """Wrap the target, if the fault is meant for this process; when it strikes, that is noted
         in the folder."""
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if self.rank not in (None, rank) or (self.first_attempt and attempt > 0):
+        if self.rank not in (None, rank) or self.attempt not in (None, attempt):
             return
         module, _, path = self.target.partition(":")
         *owners, name = path.split(".")
@@ -248,22 +248,16 @@ class Driver:
             run: what they run.
             limit: seconds after which they are killed.
         """
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
         began = time.time()
         processes = []
-        for rank in range(world_size):
-            variables = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                **run.environment.get(rank, {}),
-            }
-            order = (run, rank, variables, self._folder, self.out)
+        for rank, variables in enumerate(variables_of_ranks(world_size)):
+            order = (
+                run,
+                rank,
+                {**variables, **run.environment.get(rank, {})},
+                self._folder,
+                self.out,
+            )
             process = self._context.Process(target=_obey, args=(pickle.dumps(order),))
             process.start()
             processes.append(process)

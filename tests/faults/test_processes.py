@@ -10,7 +10,7 @@ import pytest
 from tests.faults.driver import Act, Driver, Ended, Fault, Run, busy
 from worm_dist.errors import CheckpointError
 
-pytestmark = pytest.mark.slow("waits until ranks give up; starts torchrun")
+pytestmark = pytest.mark.slow("waits until ranks give up")
 
 BATCH = "worm_dist.training.data.augmentation_rng:SeededSamples.__getitem__"
 TEST = "worm_dist.training.trainer:evaluate"
@@ -64,44 +64,44 @@ def test_loader_processes_do_not_hide_that_their_rank_is_dead(driver: Driver) ->
 def test_a_stopped_rank_is_named_in_bounded_time(
     driver: Driver, world_size: int, rank: int
 ) -> None:
-    """3 s until somebody asks, 2 s for an answer, 1 s for rank zero's verdict, 1 s to come out."""
-    settings = {"distributed.timeout_seconds": 3, **BATCH_FOR[world_size]}
+    """1 s until somebody asks, 2 s for an answer, 1 s for rank zero's verdict, 1 s to come out."""
+    settings = {"distributed.timeout_seconds": 1, **BATCH_FOR[world_size]}
     ends = driver(world_size, Run((Fault.stop(rank, step=3),), settings))
     victim = ends.pop(rank)
     assert victim.exitcode is None, "it was there until the driver killed it"
     _assert_all_end(
-        ends, 6, 6, 3, "step 3, the gradients", f"rank {rank} is alive but unresponsive"
+        ends, 6, 4, 3, "step 3, the gradients", f"rank {rank} is alive but unresponsive"
     )
 
 
 @pytest.mark.fault(3, "a training thread that hangs")
 def test_a_hanging_rank_ends_by_itself_and_says_where_it_hung(driver: Driver) -> None:
-    ends = driver(2, Run((Fault.hang(1, step=3),), {"distributed.timeout_seconds": 3}))
+    ends = driver(2, Run((Fault.hang(1, step=3),), {"distributed.timeout_seconds": 1}))
     _assert_all_end(
-        ends, 6, 6, 3, "rank 1 is stuck at step 3, the next batch", "driver.py:", "_hang"
+        ends, 6, 4, 3, "rank 1 is stuck at step 3, the next batch", "driver.py:", "_hang"
     )
 
 
 @pytest.mark.fault(3, "a hang at the start, where ranks wait for longer")
 def test_the_start_has_a_timeout_of_its_own(driver: Driver) -> None:
-    settings = {"distributed.timeout_seconds": 1, "distributed.startup_timeout_seconds": 6}
+    settings = {"distributed.timeout_seconds": 1, "distributed.startup_timeout_seconds": 4}
     ends = driver(2, Run((Fault.hang(1, step=1),), settings))
-    _assert_all_end(ends, 6, 9, 3, "rank 1 is stuck at step 1", "for 6")
-    assert min(end.seconds for end in ends) > 5.5
+    _assert_all_end(ends, 6, 7, 3, "rank 1 is stuck at step 1", "for 4")
+    assert min(end.seconds for end in ends) > 3.5
 
 
 def _slowly(real: Act, *args: Any) -> Any:
     """Alike on all ranks."""
-    time.sleep(4)
+    time.sleep(2)
     return real(*args)
 
 
 @pytest.mark.fault(3, "all ranks take longer than the timeout: nothing is wrong")
 def test_ranks_that_are_slow_together_go_on(driver: Driver) -> None:
     fault = Fault.do(_slowly, rank=None, step=2).at(TEST)
-    ends = driver(2, Run((fault,), {"distributed.timeout_seconds": 2}))
+    ends = driver(2, Run((fault,), {"distributed.timeout_seconds": 1}))
     assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
-    assert min(end.seconds for end in ends) > 4
+    assert min(end.seconds for end in ends) > 2
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -151,31 +151,3 @@ def test_an_exception_ends_a_rank_that_computes(driver: Driver) -> None:
     computes = Fault.do(_compute, rank=0, step=1).at(TEST)
     ends = driver(2, Run((computes, Fault.raise_(1, step=1).at(TEST))))
     _assert_all_end(ends[:1], 1, 0, 6, "rank 1 failed at the test after epoch 1: ValueError: a bug")
-
-
-# --- under torchrun ---------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.fault(1, "without restarts, torchrun ends soon")
-def test_torchrun_without_restarts_ends_soon(driver: Driver) -> None:
-    """The rank that is left ends by itself; torchrun would wait for 30 seconds."""
-    end = driver.under_torchrun(2, Run((Fault.kill(1, step=3),)))
-    assert end.exitcode == 1 and "exitcode: -9" in end.said
-    assert "rank 1 is gone" in end.said
-    assert end.seconds < busy(6), end
-    assert not (driver.out / "result.json").exists()
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.fault(2, "torchrun shows the traceback of the rank that raised")
-@pytest.mark.fault(3, "torchrun starts all ranks anew after a SIGKILL")
-def test_torchrun_starts_anew_and_is_told_the_root_cause(driver: Driver) -> None:
-    """A kill in the first attempt, and a bug in the second one."""
-    faults = (Fault.kill(1, step=3).only_first_attempt(), Fault.raise_(1, step=5))
-    end = driver.under_torchrun(2, Run(faults), max_restarts=1)
-    assert end.exitcode == 1
-    assert "exitcode: -9" in end.said
-    root = end.said[end.said.index("Root Cause") :]
-    assert "rank      : 1" in root and "exitcode  : 1" in root
-    assert "step 5" in end.said and "ValueError: a bug" in root

@@ -68,13 +68,13 @@ def test_each_host_has_its_own_place_for_the_data(driver: Driver) -> None:
 def test_a_rank_that_does_not_come_is_named(driver: Driver) -> None:
     """torch says how many have come, not who has not."""
     run = Run(
-        settings={"distributed.startup_timeout_seconds": 5},
+        settings={"distributed.startup_timeout_seconds": 3},
         environment={rank: {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"} for rank in range(2)},
     )
     for end in driver(2, run):
         assert end.exitcode == 6 and end.seconds < 10 + busy(10)
         (line,) = end.errors
-        assert "rank 2 is not there after 5 seconds" in line
+        assert "rank 2 is not there after 3 seconds" in line
 
 
 @pytest.mark.fault(21, "a port that another program has")

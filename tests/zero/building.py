@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -27,12 +26,7 @@ def import_deepspeed() -> Any:
         MASTER_ADDR="localhost",
         MASTER_PORT="0",
     )
-    if "deepspeed" not in sys.modules:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed.runtime.zero.muon.muon_optimizer  # wanted by the first engine
-        gc.freeze()  # or every draw would look through all that has been imported
-    import deepspeed
+    import deepspeed  # the ranks' fork server has imported it
 
     # Shared memory for inference: half a minute of compiling for nothing.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
