@@ -48,6 +48,42 @@ FAULTS = {
     23: Fault("two runs in one folder", "the second is refused"),
     24: Fault("logs cannot be written", "it trains on, warns once and says so at the end"),
     25: Fault("no ticket, or an empty layer", "said so; every layer keeps a channel"),
+    26: Fault("a reader of stdout ends, stdout is closed", "the run goes on; said at the end"),
+    27: Fault("stdout cannot encode a name", "it is escaped"),
+    28: Fault(
+        "the ticket cannot be written at the end",
+        "the same command writes it from the last checkpoint",
+    ),
+    29: Fault("--out is a folder that is no run", "refused; what is put aside is always said"),
+    30: Fault("--out is empty, a mount point or a link", "used in place"),
+    31: Fault("a run inside another run's folder", "refused"),
+    32: Fault("two containers with the same host name", "the second is refused"),
+    33: Fault("two starts at one moment", "one of them is refused"),
+    34: Fault(
+        "a hard kill, then a restart on another host",
+        "taken over by the same job, or when the lease ran out",
+    ),
+    35: Fault("a stranger talks to the monitor", "cut off; training is untouched"),
+    36: Fault("few file descriptors on rank zero", "the limit is raised, or refused at the start"),
+    37: Fault("the network collapses", "said, with its own exit code; why there is no ticket"),
+    38: Fault("YAML 1.1: off, 010, 1:30", "as written"),
+    39: Fault("dotted keys, patterns with dots, dicts to replace", "they work as documented"),
+    40: Fault("settings that can never act", "a warning at the start, and by --check"),
+    41: Fault(
+        "--resume names a run's folder or a manifest", "understood, or the right path is named"
+    ),
+    42: Fault("launch/* called from another folder", "relative paths are those of the caller"),
+    43: Fault("/dev/shm is too small for loaders", "named, with the remedy"),
+    44: Fault("SIGINT or SIGHUP to one rank, Ctrl-C on torchrun", "like SIGTERM"),
+    45: Fault("the only checkpoint is damaged", "refused unless --resume never"),
+    46: Fault(
+        "a resealed state lacks a key, has another type or NaN",
+        "refused; the key or tensor is named",
+    ),
+    47: Fault("a ticket with other values, dtypes or channels", "refused"),
+    48: Fault("the disk is full at the end", "nothing partial stays"),
+    49: Fault("misuse of attach and draw", "one clear line"),
+    50: Fault("one rank alone in a check or a step", "bounded and named"),
 }
 
 _MARKS = {"passed": "ok", "failed": "F", "error": "F", "xfailed": "x", "xpassed": "F"}

@@ -16,7 +16,7 @@ def test_every_fault_has_a_row_and_every_trial_its_outcome(tmp_path: Path) -> No
     table.write(tmp_path / "report" / "faults.md")
     head, _, *rows = (tmp_path / "report" / "faults.md").read_text().splitlines()
     assert head.startswith("|  | fault | what must happen |")
-    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 26))
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 51))
     assert rows[2].endswith("| killed: ok 2, F 1<br>hung: x 1 |")
     assert rows[24].endswith("| not tried |")
     assert "killed" in table.text() and FAULTS[25].what not in table.text()
