@@ -12,11 +12,11 @@ from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import WormConfig, attach
+from worm_dist.comm_hooks import packing as packing_module
 from worm_dist.comm_hooks.packing import Packing
 from worm_dist.groups.freeze_plan import Block, FreezePlan
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 
-CPU = torch.device("cpu")
 SHAPES = [(4, 3, 3, 3), (6,), (5, 7), (1,), (1, 4), (4, 1), (1, 1, 1, 1), (8, 2, 3)]
 
 
@@ -39,8 +39,29 @@ def _live_flags(shape: tuple[int, ...], live: dict[int, list[bool]]) -> Tensor:
     return flags
 
 
-def _packing(blocks: list[Block | None], parameters: list[nn.Parameter]) -> Packing:
-    return Packing(blocks, [p.shape for p in parameters], torch.float32, torch.device("cpu"))
+def _bucket(gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A bucket with copies of these gradients, and its views, which keep their strides."""
+    bucket = torch.empty(sum(gradient.numel() for gradient in gradients))
+    views, offset = [], 0
+    for tensor in gradients:
+        views.append(bucket.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor))
+        offset += tensor.numel()
+    return bucket, views
+
+
+def _packing(blocks: list[Block | None], shapes: list[tuple[int, ...]]) -> Packing:
+    bucket, gradients = _bucket([torch.empty(shape) for shape in shapes])
+    return Packing(blocks, gradients, bucket)
+
+
+# Of a CPU's own choice; all by one index, as on accelerators; all by rows and columns.
+WAYS = {"chosen": {}, "index": {"_SHORT_ROW": 2**62}, "rows": {"_LARGE": 0}}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(packing_module, name, value)
 
 
 def _patterns(size: int) -> list[list[bool]]:
@@ -66,57 +87,93 @@ CASES = [
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "between whole ones"])
-def test_live_elements_survive_the_round_trip_and_frozen_ones_become_zero(together: bool) -> None:
+def test_live_elements_survive_the_round_trip_and_frozen_ones_become_zero(
+    together: bool, way: None
+) -> None:
     for shape, live in CASES:
-        parameter = nn.Parameter(torch.empty(shape))
-        others = [nn.Parameter(torch.empty(3, 2)), nn.Parameter(torch.empty(5))]
-        parameters = [others[0], parameter, others[1]] if together else [parameter]
-        block = _block(shape, live)
-        packing = _packing([block if p is parameter else None for p in parameters], parameters)
+        shapes = [(3, 2), shape, (5,)] if together else [shape]
+        own = 1 if together else 0
+        packing = _packing(
+            [_block(shape, live) if n == own else None for n in range(len(shapes))], shapes
+        )
         flags = _live_flags(shape, live)
-        whole = sum(other.numel() for other in others) if together else 0
+        whole = 11 if together else 0
         assert packing.buffer.shape == (int(flags.sum()) + whole,), (shape, live)
 
-        gradients = [torch.randn(p.shape) for p in parameters]
+        bucket, gradients = _bucket([torch.randn(shape) for shape in shapes])
         # What a frozen channel's gradient holds must not matter.
-        own = gradients[1 if together else 0]
-        own[~flags] = float("nan")
+        gradients[own][~flags] = float("nan")
         expected = [gradient.clone() for gradient in gradients]
-        expected[1 if together else 0][~flags] = 0
+        expected[own][~flags] = 0
 
-        packing.pack(gradients)
+        packing.pack(bucket)
         live_elements = torch.cat(
-            [g[flags] if g is own else g.flatten() for g in gradients]
+            [g[flags] if n == own else g.flatten() for n, g in enumerate(gradients)]
         )  # row by row, as a boolean mask takes them
         assert torch.equal(packing.buffer, live_elements), (shape, live)
 
         packing.buffer.mul_(2)
-        packing.unpack(gradients)
+        packing.unpack(bucket)
         for got, want in zip(gradients, expected, strict=True):
             assert torch.equal(got, 2 * want), (shape, live)
 
 
+def test_live_elements_keep_the_order_of_the_bucket(way: None) -> None:
+    """Vectors, whole gradients, rows and blocks are copied in different ways; still a ring of ranks
+    must add them as it would without truncation."""
+    torch.manual_seed(1)
+    shapes = [(6,), (8, 2, 9), (5, 7), (3, 70), (7,), (4, 6, 3, 3)]
+    blocks: list[Block | None] = [
+        _block(shapes[0], {0: [True, False] * 3}),
+        _block(shapes[1], {0: [False, True] * 4}),
+        None,
+        _block(shapes[3], {0: [True, False, True]}),
+        None,
+        _block(shapes[5], {0: [True, False, False, True], 1: [True, True, False] * 2}),
+    ]
+    bucket, gradients = _bucket([torch.randn(shape) for shape in shapes])
+    packing = Packing(blocks, gradients, bucket)
+    packing.pack(bucket)
+    live = torch.cat(
+        [
+            gradient.flatten() if block is None else gradient[_live_flags(shape, _flags(block))]
+            for gradient, block, shape in zip(gradients, blocks, shapes, strict=True)
+        ]
+    )
+    assert torch.equal(packing.buffer, live)
+    before = bucket.clone()
+    packing.unpack(bucket)
+    assert torch.equal(bucket[bucket != 0], before[bucket != 0])
+    assert int((bucket != 0).sum()) == packing.num_live
+
+
+def _flags(block: Block) -> dict[int, list[bool]]:
+    return {
+        dim: torch.zeros(block.shape[dim], dtype=torch.bool).index_fill_(0, live, True).tolist()
+        for dim, live in block.live.items()
+    }
+
+
 def test_a_buffer_is_made_once_and_used_again() -> None:
-    parameter = nn.Parameter(torch.empty(4, 3))
-    packing = _packing([_block((4, 3), {0: [True, False, True, True]})], [parameter])
+    packing = _packing([_block((4, 3), {0: [True, False, True, True]})], [(4, 3)])
     place = packing.buffer.data_ptr()
     for _ in range(3):
-        packing.pack([torch.randn(4, 3)])
+        packing.pack(torch.randn(12))
     assert packing.buffer.data_ptr() == place
 
 
-def test_strided_gradients_are_packed_by_their_indices() -> None:
+def test_strided_gradients_are_packed_by_their_indices(way: None) -> None:
     """Networks in channels_last have gradients whose memory is not in the order of their rows."""
     shape = (4, 6, 3, 3)
-    parameter = nn.Parameter(torch.empty(shape))
     live = {0: [True, False, True, True], 1: [True, True, False, True, False, True]}
-    packing = _packing([_block(shape, live)], [parameter])
-    gradient = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    strided = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    bucket, (whole, gradient) = _bucket([torch.randn(2, 3), strided])
+    packing = Packing([None, _block(shape, live)], [whole, gradient], bucket)
     flags = _live_flags(shape, live)
     expected = gradient.masked_fill(~flags, 0)
-    packing.pack([gradient])
-    assert torch.equal(packing.buffer, gradient[flags])
-    packing.unpack([gradient])
+    packing.pack(bucket)
+    assert torch.equal(packing.parts[1].flatten(), gradient[flags])
+    packing.unpack(bucket)
     assert torch.equal(gradient, expected)
 
 
@@ -124,14 +181,16 @@ def test_another_buffer_lies_as_the_own_one_does() -> None:
     """What is remembered of live elements is packed and unpacked as they are."""
     shape = torch.Size([4, 3])
     live = {0: [True, False, True, True], 1: [False, True, True]}
-    packing = Packing([None, _block(shape, live)], [torch.Size([2]), shape], torch.float32, CPU)
-    gradients = [torch.randn(2), torch.randn(shape)]
+    bucket, gradients = _bucket([torch.randn(2), torch.randn(shape)])
+    packing = Packing([None, _block(shape, live)], gradients, bucket)
     own, other = packing.buffer.zero_(), torch.empty_like(packing.buffer)
-    packing.pack(gradients, packing.parts_of(other))
-    assert torch.equal(other, torch.cat([gradients[0], gradients[1][_live_flags(shape, live)]]))
+    packing.pack(bucket, other)
+    whole, part = packing.parts_of(other)
+    assert torch.equal(whole, gradients[0])
+    assert torch.equal(part.flatten(), gradients[1][_live_flags(shape, live)])
     assert not own.any()
-    packing.unpack(gradients, packing.parts_of(own))
-    assert not any(gradient.any() for gradient in gradients)
+    packing.unpack(bucket, own)
+    assert not bucket.any()
 
 
 @pytest.mark.parametrize("scope", ["norm", "producer", "coupled"])

@@ -62,34 +62,38 @@ class PackedReducer(Reducer):
         # DDP rebuilds its buckets after the first pass, so neither a bucket's index nor its number
         # of parameters identifies it; its parameters do.
         key = tuple(map(id, parameters))
-        packing = self._packing(key, parameters, full)
+        gradients = [
+            with_parameter_strides(p, part) for p, part in zip(parameters, parts, strict=True)
+        ]
+        packing = self._packing(key, parameters, gradients, full)
         view = BucketView(
             bucket=key,
             is_last=bucket.is_last(),
             plan=self.plan,
             parameters=parameters,
             full=full,
-            gradients=[
-                with_parameter_strides(p, part) for p, part in zip(parameters, parts, strict=True)
-            ],
+            gradients=gradients,
             packing=packing,
             elements=full if packing is None else packing.buffer,
             parts=parts if packing is None else packing.parts,
         )
         if packing is not None:
-            packing.pack(view.gradients)
+            packing.pack(full)
         return view
 
     def _packing(
-        self, key: tuple[int, ...], parameters: Sequence[Tensor], full: Tensor
+        self,
+        key: tuple[int, ...],
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        full: Tensor,
     ) -> Packing | None:
         """The packing of a bucket, cached; None if all of it is live."""
         if key not in self._packings:
             self._packings[key] = None
             if self.plan is not None and not self.plan.blocks.keys().isdisjoint(parameters):
                 blocks = [self.plan.blocks.get(parameter) for parameter in parameters]
-                shapes = [parameter.shape for parameter in parameters]
-                self._packings[key] = Packing(blocks, shapes, full.dtype, full.device)
+                self._packings[key] = Packing(blocks, gradients, full)
         return self._packings[key]
 
 
@@ -119,7 +123,7 @@ def packed_allreduce(state: PackedReducer, bucket: GradBucket) -> torch.futures.
     def unpacked(averaged: torch.futures.Future[None]) -> Tensor:
         averaged.value()  # raises the error of a failed collective
         if view.packing is not None:
-            view.packing.unpack(view.gradients)
+            view.packing.unpack(view.full)
         return view.full
 
     return averaged.then(unpacked)

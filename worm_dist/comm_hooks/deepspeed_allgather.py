@@ -93,7 +93,7 @@ class _Group:
         self._process_group: dist.ProcessGroup = wrapper.real_dp_process_group[number]
         self._rank = dist.get_rank(self._process_group)
         partitions: Sequence[Tensor] = wrapper.parallel_partitioned_bit16_groups[number]
-        self._values: list[list[Tensor]] = []
+        self._partitions = partitions
         self._packings: list[Packing] = []
         for rank, partition in enumerate(partitions):
             shards = shards_of(wrapper, number, rank, partition)
@@ -104,9 +104,7 @@ class _Group:
                 else None
                 for p, shard in shards.items()
             ]
-            shapes = [value.shape for value in values]
-            self._packings.append(Packing(blocks, shapes, partition.dtype, partition.device))
-            self._values.append(values)
+            self._packings.append(Packing(blocks, values, partition))
         # Averaged over the ranks, comparable to the size of a partition.
         num_bytes = sum(p.num_live for p in self._packings) * partitions[0].element_size()
         self.sent_bytes = num_bytes // len(partitions) if len(partitions) > 1 else 0
@@ -121,7 +119,7 @@ class _Group:
         """
         if len(self._packings) == 1:
             return
-        self._packings[self._rank].pack(self._values[self._rank])
+        self._packings[self._rank].pack(self._partitions[self._rank])
         works = [
             dist.broadcast(packing.buffer, group=self._process_group, group_src=rank, async_op=True)
             for rank, packing in enumerate(self._packings)
@@ -132,4 +130,4 @@ class _Group:
             work.wait()  # on a GPU the current stream waits, not the host
         for rank, packing in enumerate(self._packings):
             if rank != self._rank:
-                packing.update(self._values[rank], packing.parts)
+                packing.update(self._partitions[rank])

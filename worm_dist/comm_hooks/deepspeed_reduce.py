@@ -7,7 +7,7 @@ the stream that DeepSpeed has chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,10 @@ class DeepSpeedReducer(Reducer):
             original([elements], *arguments)
 
         self.probe_bucket(zip((span.parameter for span in spans), gradients))
-        if not self._reduced(spans, gradients, element_size, reduce):
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) if gradients else None
+        if flat is not None and self._reduced(spans, flat, element_size, reduce):
+            torch._foreach_copy_(gradients, _pieces(flat, spans))
+        else:
             original(small_bucket, *arguments)
 
     # ---- stages 1 and 2 --------------------------------------------------------------------------
@@ -148,8 +151,7 @@ class DeepSpeedReducer(Reducer):
         def reduce(elements: Tensor) -> None:
             _write(original(elements, communication_data_type), elements)
 
-        pieces = _pieces(rounded, spans)
-        if not self._reduced(spans, pieces, rounded.element_size(), reduce):
+        if not self._reduced(spans, rounded, rounded.element_size(), reduce):
             return original(tensor, communication_data_type)
         if rounded is not tensor:
             tensor.copy_(rounded)
@@ -178,8 +180,7 @@ class DeepSpeedReducer(Reducer):
         def reduce(elements: Tensor) -> None:
             _write(original([elements], communication_data_type, **keywords), elements)
 
-        pieces = _pieces(rounded, spans)
-        if not self._reduced(spans, pieces, rounded.element_size(), reduce):
+        if not self._reduced(spans, rounded, rounded.element_size(), reduce):
             return original(bucket, communication_data_type, **keywords)
         return rounded
 
@@ -198,30 +199,31 @@ class DeepSpeedReducer(Reducer):
     def _reduced(
         self,
         spans: Spans,
-        gradients: Sequence[Tensor],
+        flat: Tensor,
         element_size: int,
         reduce: Callable[[Tensor], None],
     ) -> bool:
-        """Reduce the live elements and write them back, with zeros for frozen slices.
+        """Reduce the live elements of the spans' gradients, which are concatenated in ``flat``, and
+        write them back, with zeros for frozen slices.
 
         Returns:
             False if all elements are live: then nothing was done.
         """
         self.dense_bytes += element_size * sum(span.num_elements for span in spans)
-        packing = self._packing(spans, gradients)
+        packing = self._packing(spans, flat)
         if packing is None:
             self.sent_bytes += element_size * sum(span.num_elements for span in spans)
             return False
         if packing.buffer.numel():  # else no live element on any rank: the plan is the same
-            packing.pack(gradients)
+            packing.pack(flat)
             reduce(packing.buffer)
             self.sent_bytes += element_size * packing.buffer.numel()
-        packing.unpack(gradients)
+        packing.unpack(flat)
         return True
 
-    def _packing(self, spans: Spans, gradients: Sequence[Tensor]) -> Packing | None:
+    def _packing(self, spans: Spans, flat: Tensor) -> Packing | None:
         """The packing of these spans, cached; None if all of them are live."""
-        key = (gradients[0].dtype, *(span.key for span in spans)) if gradients else ()
+        key = (flat.dtype, *(span.key for span in spans))
         if key not in self._packings:
             blocks = [self.plan.blocks.get(span.parameter) if self.plan else None for span in spans]
             self._packings[key] = None
@@ -230,9 +232,7 @@ class DeepSpeedReducer(Reducer):
                     block.part(span.begin, span.num_elements) if block is not None else None
                     for span, block in zip(spans, blocks, strict=True)
                 ]
-                shapes = [span.shape for span in spans]
-                first = gradients[0]
-                self._packings[key] = Packing(parts, shapes, first.dtype, first.device)
+                self._packings[key] = Packing(parts, _pieces(flat, spans), flat)
         return self._packings[key]
 
 

@@ -1,13 +1,20 @@
 """Packing: copy the live elements of a bucket's gradients to one contiguous buffer, and back.
 
-One copy each way, row by row; no loop over channels and no host-device synchronisation.  The buffer
-is allocated once per generation: allocating it in every step costs several times the copy.
+No loop over channels, and no host-device synchronisation.  Most gradients of a network are small:
+neighbours among them are gathered by one index over the bucket, and scattered by one.  Large ones
+are copied by rows and columns instead, because an index of eight bytes for each of their elements
+would take more memory than they do.  The order of the elements stays that of the bucket, so a ring
+of ranks adds them as it would without truncation.
+
+The buffer is allocated once per generation: allocating it in every step costs several times the
+copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,6 +23,11 @@ from ..groups.freeze_plan import Block
 
 __all__ = ["Packing", "with_parameter_strides"]
 
+_LARGE = 2**20
+"""Elements of a gradient that is copied alone."""
+_SHORT_ROW = 64
+"""Elements of a row that a CPU copies no faster than as many single elements."""
+
 
 class Packing:
     """The layout of one bucket's live elements in one generation.
@@ -23,8 +35,8 @@ class Packing:
     Args:
         blocks: the live and frozen slices of each gradient, in the bucket's order; None if all of
             a gradient is live.
-        shapes: the gradients' shapes.
-        dtype, device: the gradients' dtype and device.
+        gradients: views of the bucket, one for each block.
+        bucket: the bucket, one-dimensional and contiguous.
 
     Attributes:
         blocks: the argument.
@@ -32,20 +44,29 @@ class Packing:
     """
 
     def __init__(
-        self,
-        blocks: Sequence[Block | None],
-        shapes: Sequence[torch.Size],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, blocks: Sequence[Block | None], gradients: Sequence[Tensor], bucket: Tensor
     ) -> None:
+        assert bucket.dim() == 1 and bucket.is_contiguous()
         self.blocks = blocks
-        self._shapes = [
-            torch.Size(block.live_shape) if block is not None else shape
-            for block, shape in zip(blocks, shapes, strict=True)
+        self._layouts = [
+            (g.shape, g.stride(), g.storage_offset() - bucket.storage_offset()) for g in gradients
         ]
-        self.num_live = sum(shape.numel() for shape in self._shapes)
-        self._dtype = dtype
-        self._device = device
+        self._live_shapes = [
+            torch.Size(block.live_shape) if block is not None else gradient.shape
+            for block, gradient in zip(blocks, gradients, strict=True)
+        ]
+        self._sizes = [shape.numel() for shape in self._live_shapes]
+        self.num_live = sum(self._sizes)
+        self._dtype, self._device = bucket.dtype, bucket.device
+        self._runs: list[list[int]] = []
+        self._alone: list[int] = []
+        for number, (gradient, block) in enumerate(zip(gradients, blocks, strict=True)):
+            if not _gathers_by_index(gradient, block):
+                self._alone.append(number)
+            elif self._runs and self._runs[-1][-1] == number - 1:
+                self._runs[-1].append(number)
+            else:
+                self._runs.append([number])
 
     @cached_property
     def buffer(self) -> Tensor:
@@ -59,39 +80,91 @@ class Packing:
 
     def parts_of(self, buffer: Tensor) -> list[Tensor]:
         """The same views of another buffer ``[live elements]``."""
-        sizes = [shape.numel() for shape in self._shapes]
-        parts = zip(buffer.split(sizes), self._shapes, strict=True)
+        parts = zip(buffer.split(self._sizes), self._live_shapes, strict=True)
         return [part.view(shape) for part, shape in parts]
 
-    def pack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
-        """Copy the live part of every gradient into the buffer, or into ``parts`` of another."""
-        parts = self.parts if parts is None else parts
-        for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
+    def gradients_of(self, bucket: Tensor) -> list[Tensor]:
+        """The gradients as views of a tensor of the bucket's size."""
+        begin = bucket.storage_offset()
+        return [
+            bucket.as_strided(shape, stride, begin + offset)
+            for shape, stride, offset in self._layouts
+        ]
+
+    def pack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
+        """Copy the live elements of a bucket into the buffer, or into another one."""
+        buffer = self.buffer if buffer is None else buffer
+        for index, begin in self._indices:
+            torch.index_select(bucket, 0, index, out=buffer[begin : begin + index.numel()])
+        for gradient, block, part in self._written_alone(bucket, buffer):
             if block is None:
                 part.copy_(gradient)
             else:
                 _take(gradient, block, part)
 
-    def unpack(self, gradients: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
-        """Write the buffer, or ``parts`` of another, to the live parts of the gradients, and exact
-        zeros to their frozen parts."""
-        parts = self.parts if parts is None else parts
-        for gradient, block, part in zip(gradients, self.blocks, parts, strict=True):
+    def unpack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
+        """Write the buffer, or another one, to the live elements of a bucket, and exact zeros to
+        its frozen ones."""
+        # One pass over contiguous memory is faster than a fill of every frozen slice.
+        bucket.zero_()
+        self.update(bucket, buffer)
+
+    def update(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
+        """Write the buffer, or another one, to the live elements of a bucket; frozen ones stay
+        unchanged."""
+        buffer = self.buffer if buffer is None else buffer
+        for index, begin in self._indices:
+            bucket.index_copy_(0, index, buffer[begin : begin + index.numel()])
+        for gradient, block, part in self._written_alone(bucket, buffer):
             if block is None:
                 gradient.copy_(part)
             else:
                 _put(gradient, block, part)
-                for dim, frozen in block.frozen.items():
-                    gradient.index_fill_(dim, frozen, 0)
 
-    def update(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Write ``parts`` of a buffer to the live parts of the values; frozen parts stay
-        unchanged."""
-        for value, block, part in zip(values, self.blocks, parts, strict=True):
+    @cached_property
+    def _indices(self) -> list[tuple[Tensor, int]]:
+        """For each run of neighbours that are gathered by one index: int64, where in the bucket
+        their live elements are, and where in the buffer they begin."""
+        begins = [0, *accumulate(self._sizes)]
+        return [(self._index(run), begins[run[0]]) for run in self._runs]
+
+    def _index(self, run: Sequence[int]) -> Tensor:
+        indices = []
+        for number in run:
+            block, (shape, stride, offset) = self.blocks[number], self._layouts[number]
             if block is None:
-                value.copy_(part)
+                size = shape.numel()
+                elements = torch.arange(size, device=self._device).as_strided(shape, stride)
             else:
-                _put(value, block, part)
+                elements = block.live_elements(stride)
+            indices.append(elements.flatten() + offset)
+        return torch.cat(indices)
+
+    def _written_alone(
+        self, bucket: Tensor, buffer: Tensor
+    ) -> Iterator[tuple[Tensor, Block | None, Tensor]]:
+        if not self._alone:
+            return
+        parts = self.parts if buffer is self.buffer else self.parts_of(buffer)
+        begin = bucket.storage_offset()
+        for number in self._alone:
+            shape, stride, offset = self._layouts[number]
+            gradient = bucket.as_strided(shape, stride, begin + offset)
+            yield gradient, self.blocks[number], parts[number]
+
+
+def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
+    """Whether a gradient is copied element by element, by an index that its neighbours share,
+    rather than alone, by rows and columns.
+
+    On an accelerator the number of operations counts.  A CPU copies a long row at once several
+    times faster than its elements; blocks of rows and columns take the same time in both ways.
+    """
+    if gradient.numel() >= _LARGE:
+        return False
+    has_long_rows = gradient.shape[1:].numel() >= _SHORT_ROW
+    is_of_rows = block is None or block.live.keys() == {0}
+    return gradient.device.type != "cpu" or not (is_of_rows and has_long_rows)
 
 
 def with_parameter_strides(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -216,14 +216,14 @@ class PowerSGD:
         if view.elements.numel() == 0:
             return
         if any(error is not None for error in errors):
-            packed = torch.zeros_like(view.elements)
-            zeros = (torch.zeros_like(g) for g in view.gradients)
-            full = [zero if error is None else error for error, zero in zip(errors, zeros)]
-            if view.packing is not None:
-                view.packing.pack(full, view.packing.parts_of(packed))
-            else:
-                for part, error in zip(_like_gradients(packed, view), full, strict=True):
+            full = torch.zeros_like(view.full)
+            for part, error in zip(_like_gradients(full, view), errors, strict=True):
+                if error is not None:
                     part.copy_(error)
+            packed = full
+            if view.packing is not None:
+                packed = torch.empty_like(view.elements)
+                view.packing.pack(full, packed)
             state.error_dict[number] = packed
         if any(q is not None for q in qs):
             state.q_memory_dict[number] = torch.cat([q for q in qs if q is not None]).to(
@@ -276,15 +276,14 @@ class _LiveBucket:
 def _repacked(elements: Tensor, before: Packing | None, view: BucketView) -> Tensor:
     """Convert elements from the packing ``before`` to the view's; new elements are zero."""
     full = torch.empty_like(view.full)
-    gradients = _like_gradients(full, view)
     if before is None:
         full.copy_(elements)
     else:
-        before.unpack(gradients, before.parts_of(elements))
+        before.unpack(full, elements)
     if view.packing is None:
         return full
     repacked = torch.empty_like(view.elements)
-    view.packing.pack(gradients, view.packing.parts_of(repacked))
+    view.packing.pack(full, repacked)
     return repacked
 
 

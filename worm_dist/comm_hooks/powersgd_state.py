@@ -154,7 +154,9 @@ def _unpacked(
     """A bucket's live elements as tensors of the parameters' shapes, zero in frozen slices."""
     full = [elements.new_empty(p.shape) for p in parameters]
     if packing is not None:
-        packing.unpack(full, packing.parts_of(elements))
+        bucket = elements.new_empty(sum(p.numel() for p in parameters))
+        packing.unpack(bucket, elements)
+        torch._foreach_copy_(full, packing.gradients_of(bucket))
     else:
         rows = elements.split([p.numel() for p in parameters])
         for p, row, out in zip(parameters, rows, full, strict=True):

@@ -7,7 +7,7 @@ a subset of columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -54,6 +54,30 @@ class Block:
     def num_live(self) -> int:
         """The number of elements of the live part."""
         return prod(self.live_shape)
+
+    def live_elements(self, stride: Sequence[int]) -> Tensor:
+        """int64 ``[live elements]``: where they are in the memory of a tensor of this shape, row by
+        row.
+
+        Args:
+            stride: the tensor's stride; it is dense, in whatever order of dimensions.
+        """
+        elements = self._elements(stride)
+        for dim, live in self.live.items():
+            elements = elements.index_select(dim, live)
+        return elements.reshape(-1)
+
+    def frozen_elements(self, stride: Sequence[int]) -> Tensor:
+        """int64 ``[frozen elements]``: where they are; see ``live_elements``."""
+        found, rest = [], self._elements(stride)
+        for dim, frozen in self.frozen.items():
+            found.append(rest.index_select(dim, frozen).reshape(-1))
+            rest = rest.index_select(dim, self.live[dim])
+        return torch.cat(found)
+
+    def _elements(self, stride: Sequence[int]) -> Tensor:
+        device = next(iter(self.live.values())).device
+        return torch.arange(self.shape.numel(), device=device).as_strided(self.shape, stride)
 
     def part(self, begin: int, num_elements: int) -> Block:
         """Return the block of a slice of the flattened parameter, such as a ZeRO shard.
@@ -114,10 +138,7 @@ class FreezePlan:
                         along = frozen_along.setdefault(name, {})
                         flags = along.setdefault(dim, torch.zeros(shape[dim], dtype=torch.bool))
                         flags[indices] = True
-        self.blocks: dict[Tensor, Block] = {
-            parameters[name]: _block(parameters[name], along)
-            for name, along in frozen_along.items()
-        }
+        self.blocks = _blocks({parameters[name]: along for name, along in frozen_along.items()})
 
     def num_live(self, parameters: Iterable[Tensor]) -> int:
         """Return the number of live elements of these parameters."""
@@ -136,12 +157,27 @@ def _freezes(group: ChannelGroup, member: Member, scope: Scope) -> bool:
     return scope == "producer" and (member.role == "producer" or bool(group.gates))
 
 
-def _block(parameter: nn.Parameter, along: Mapping[int, Tensor]) -> Block:
-    def indices(flags: Tensor) -> Tensor:
-        return flags.nonzero().flatten().to(parameter.device)
+def _blocks(frozen_along: Mapping[Tensor, Mapping[int, Tensor]]) -> dict[Tensor, Block]:
+    """The block of each parameter, given flags of its frozen indices by dimension, on the CPU.
 
-    return Block(
-        parameter.shape,
-        live={dim: indices(~flags) for dim, flags in along.items()},
-        frozen={dim: indices(flags) for dim, flags in along.items()},
-    )
+    All indices go to a device in one copy: one for each slice would stall it hundreds of times.
+    """
+    on_cpu = {
+        (parameter, dim, is_frozen): (flags == is_frozen).nonzero().flatten()
+        for parameter, along in frozen_along.items()
+        for dim, flags in along.items()
+        for is_frozen in (False, True)
+    }
+    indices: dict[tuple[Tensor, int, bool], Tensor] = {}
+    for device in {parameter.device for parameter in frozen_along}:
+        here = {key: value for key, value in on_cpu.items() if key[0].device == device}
+        sizes = [value.numel() for value in here.values()]
+        indices |= dict(zip(here, torch.cat(list(here.values())).to(device).split(sizes)))
+    return {
+        parameter: Block(
+            parameter.shape,
+            live={dim: indices[parameter, dim, False] for dim in along},
+            frozen={dim: indices[parameter, dim, True] for dim in along},
+        )
+        for parameter, along in frozen_along.items()
+    }

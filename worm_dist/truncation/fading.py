@@ -19,6 +19,7 @@ from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
 from ..schema import Flags, Schema
+from .slices import Slices, group_slices
 
 __all__ = ["NEVER", "Fade", "FadeSchema"]
 
@@ -60,6 +61,7 @@ class Fade:
         self._remaining = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         self._over_at = self.over_at
         self._slices: dict[Tensor, list[_Slices]] = {}
+        self._written: list[_WrittenTogether] = []
         self._has_started = True
         # Start values of fades under way, which the current weights no longer show.
         self._known = torch.zeros(num_channels, dtype=torch.bool)
@@ -87,6 +89,7 @@ class Fade:
             p: [_Slices(shard, block, channel_at[names[p]]) for shard in self._view.shards(p)]
             for p, block in scales.blocks.items()
         }
+        self._written = []
         device = next(iter(parameters.values())).device
         self._remaining, self._over_at = self._remaining.to(device), self.over_at.to(device)
 
@@ -110,14 +113,19 @@ class Fade:
             for slices, start in zip(all_slices, starts):
                 slices.start(start, self._known)
         self._starts = {}
+        by_shard = {s.shard: s for _, all_slices in self._items for s in all_slices}
+        groups = group_slices((s.shard, s.block) for s in by_shard.values())
+        self._written = [
+            _WrittenTogether([by_shard[shard] for shard in shards], slices)
+            for shards, slices in groups
+        ]
 
     def write(self, step: int, owners: Owners) -> None:
         """Overwrite the scales in ``owners`` after the ``step``-th step."""
         remaining = self._remaining[(self._over_at - step).clamp(0, self._num_steps)]
-        for _, all_slices in self._items:
-            for slices in all_slices:
-                if owners is None or slices.shard.owner in owners:
-                    slices.write(remaining)
+        for written in self._written:
+            if owners is None or written.owner in owners:
+                written.write(remaining)
 
     def state_dict(
         self, step: int, comm: Communicator, names: Mapping[Tensor, str]
@@ -192,7 +200,7 @@ class _Slices:
     """
 
     def __init__(self, shard: Shard, block: Block, channel_at: Tensor) -> None:
-        self.shard = shard
+        self.shard, self.block = shard, block
         (dim,) = block.frozen
         part = block.part(shard.begin, shard.value.numel())
         ((self._dim, self._indices),) = part.frozen.items()
@@ -220,16 +228,10 @@ class _Slices:
             current = torch.where(is_known, self._selected(start.to(current.device)), current)
         self._start = current
 
-    @torch.no_grad()
-    def write(self, remaining: Tensor) -> None:
-        """Overwrite the scales.
-
-        Args:
-            remaining: float64 ``[num_channels]``, the remaining share of each start value, 0 to 1.
-        """
-        share = remaining[self._channels].to(self._start.dtype).view(self._broadcast_shape)
-        faded = (self._start * share).to(self.shard.value.dtype)
-        self.shard.value.index_copy_(self._dim, self._indices, faded)
+    @property
+    def starts_and_channels(self) -> tuple[Tensor, Tensor]:
+        """Of every element: its start value, and int64 its channel; both of the same shape."""
+        return self._start, self._channels.view(self._broadcast_shape).expand_as(self._start)
 
     @torch.no_grad()
     def put_start(self, out: Tensor, channels: Tensor, start: Tensor | None = None) -> None:
@@ -253,6 +255,35 @@ class _Slices:
     def _selected(self, values: Tensor) -> Tensor:
         selected = values.detach().index_select(self._dim, self._indices)
         return selected.to(_compute_dtype(self.shard.value))
+
+
+class _WrittenTogether:
+    """The scales of frozen channels in shards that are written together.
+
+    Args:
+        members: the scales of each shard, with their start values.
+        slices: the slices of the same shards.
+    """
+
+    def __init__(self, members: Sequence[_Slices], slices: Slices) -> None:
+        self.owner = members[0].shard.owner
+        self._values = [member.shard.value for member in members]
+        self._slices = slices
+        pairs = [member.starts_and_channels for member in members]
+        self._starts = torch.cat([starts.flatten() for starts, _ in pairs])
+        self._channels = torch.cat([channels.flatten() for _, channels in pairs])
+        self._shape = pairs[0][0].shape if len(pairs) == 1 else self._starts.shape
+
+    @torch.no_grad()
+    def write(self, remaining: Tensor) -> None:
+        """Overwrite the scales.
+
+        Args:
+            remaining: float64 ``[num_channels]``, the remaining share of each start value, 0 to 1.
+        """
+        share = remaining[self._channels].to(self._starts.dtype)
+        faded = (self._starts * share).to(self._values[0].dtype)
+        self._slices.write(self._values, (faded.view(self._shape),))
 
 
 def _channels_of_scales(

@@ -7,7 +7,7 @@ deterministic; they need no communication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..backends.optimizer_view import OptimizerView, Owners, Shard, StepListener
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
-from ..groups.freeze_plan import Block, FreezePlan
+from ..groups.freeze_plan import FreezePlan
 from .fading import NEVER, Fade
+from .slices import Slices, group_slices
 
 __all__ = ["Free", "FrozenWeights", "Held", "Removed"]
 
@@ -85,16 +86,17 @@ class Held(FrozenWeights):
     def before_step(self) -> None:
         if self._held is None:
             assert self._plan is not None
-            self._held = [
-                _HeldSlices(shard, block, self._view.moments(shard))
+            items = [
+                (shard, block)
                 for parameter, block in self._plan.blocks.items()
                 for shard in self._view.shards(parameter)
             ]
+            self._held = [_HeldSlices(*group, self._view) for group in group_slices(items)]
 
     def hold(self, step: int, owners: Owners) -> None:
-        for slices in self._held or ():
-            if owners is None or slices.shard.owner in owners:
-                slices.restore(self._view.moments(slices.shard))
+        for held in self._held or ():
+            if owners is None or held.shards[0].owner in owners:
+                held.restore()
 
 
 class Removed(Held):
@@ -208,30 +210,34 @@ class Free(FrozenWeights):
 
 
 class _HeldSlices:
-    """Copies of the frozen slices of one shard and of its optimizer state, to restore."""
+    """Copies of the frozen slices of shards and of their optimizer state, to restore.
+
+    Args:
+        shards: shards that the optimizer steps together.
+        slices: their frozen slices.
+        view: the optimizer's view.
+    """
 
     @torch.no_grad()
-    def __init__(self, shard: Shard, block: Block, moments: Mapping[str, Tensor]) -> None:
-        self.shard = shard
-        self._indices = block.part(shard.begin, shard.value.numel()).frozen
-        self._values = self._copy(shard.value)
+    def __init__(self, shards: Sequence[Shard], slices: Slices, view: OptimizerView) -> None:
+        self.shards = shards
+        self._slices = slices
+        self._view = view
+        self._values = slices.take([shard.value for shard in shards])
         self._moments = {
-            key: self._copy(moment) for key, moment in moments.items() if key not in _FIRST_MOMENTS
+            key: slices.take(tensors)
+            for key, tensors in self._current_moments().items()
+            if key not in _FIRST_MOMENTS
         }
 
     @torch.no_grad()
-    def restore(self, moments: Mapping[str, Tensor]) -> None:
-        self._write(self.shard.value, self._values)
-        for key, moment in moments.items():
-            self._write(moment, self._moments.get(key, {}))
+    def restore(self) -> None:
+        self._slices.write([shard.value for shard in self.shards], self._values)
+        for key, tensors in self._current_moments().items():
+            self._slices.write(tensors, self._moments.get(key))
 
-    def _copy(self, tensor: Tensor) -> dict[int, Tensor]:
-        return {dim: tensor.index_select(dim, indices) for dim, indices in self._indices.items()}
-
-    def _write(self, tensor: Tensor, values: Mapping[int, Tensor]) -> None:
-        """Write slices back; zeros along dimensions without values."""
-        for dim, indices in self._indices.items():
-            if dim in values:
-                tensor.index_copy_(dim, indices, values[dim])
-            else:
-                tensor.index_fill_(dim, indices, 0)
+    def _current_moments(self) -> dict[str, list[Tensor | None]]:
+        """The per-element optimizer state by key, in the order of the shards."""
+        moments = [self._view.moments(shard) for shard in self.shards]
+        keys = {key: None for of_shard in moments for key in of_shard}
+        return {key: [of_shard.get(key) for of_shard in moments] for key in keys}

@@ -1,0 +1,169 @@
+"""Slices: the frozen slices of many tensors, copied and written back in few operations.
+
+A network has far more small tensors than large ones, and three operations do for all of them:
+concatenate, write the slices by one index, copy back.  Large tensors are written by rows and
+columns, each alone: to copy them whole would take longer than the additional operations, and an
+index of eight bytes for each of their elements would take more memory than they do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..backends.optimizer_view import Shard
+from ..groups.freeze_plan import Block
+
+__all__ = ["ManySlices", "SliceCopies", "Slices", "group_slices"]
+
+_MERGED_ON_CPU, _MERGED = 2**12, 2**20
+"""Elements from which on a tensor is written alone.  Operations cost more on accelerators."""
+_MOST_AT_ONCE = 2**23
+"""Elements that are concatenated at once: the size of a temporary tensor."""
+
+SliceCopies: TypeAlias = Sequence[Tensor]
+"""Copies of frozen slices, as ``Slices.take`` returns them."""
+
+
+class Slices(Protocol):
+    """The frozen slices of tensors of certain shapes: of shards, or of their optimizer state, which
+    may be missing (None)."""
+
+    def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
+        """Copies of the slices, of zeros for missing tensors; None if all are missing."""
+
+    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
+        """Write copies to the slices; zeros if there are none."""
+
+
+class ManySlices:
+    """The frozen slices of many small tensors of one dtype.
+
+    Args:
+        blocks: the live and frozen slices of each.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = blocks
+        self._sizes = [block.shape.numel() for block in blocks]
+        self._num_frozen = [size - block.num_live for size, block in zip(self._sizes, blocks)]
+        self._indices: dict[tuple[object, ...], Tensor] = {}
+
+    def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
+        like = next((tensor for tensor in tensors if tensor is not None), None)
+        if like is None:
+            return None
+        filled = [
+            like.new_zeros(block.shape) if tensor is None else tensor
+            for tensor, block in zip(tensors, self._blocks, strict=True)
+        ]
+        flat = torch.cat([_in_memory_order(tensor) for tensor in filled])
+        return (flat.index_select(0, self._index(range(len(filled)), filled)),)
+
+    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
+        there = [number for number, tensor in enumerate(tensors) if tensor is not None]
+        if not there:
+            return
+        present = [tensor for tensor in tensors if tensor is not None]
+        flat = torch.cat([_in_memory_order(tensor) for tensor in present])
+        if copies is None:
+            flat.index_fill_(0, self._index(there, present), 0)
+        else:
+            flat.index_copy_(0, self._index(there, present), self._chosen(copies, there))
+        parts = flat.split([self._sizes[number] for number in there])
+        torch._foreach_copy_([_in_memory_order(tensor) for tensor in present], parts)
+
+    def _chosen(self, copies: SliceCopies, there: Sequence[int]) -> Tensor:
+        (taken,) = copies
+        if len(there) == len(self._blocks):
+            return taken.reshape(-1)
+        parts = taken.split(self._num_frozen)
+        return torch.cat([parts[number] for number in there])
+
+    def _index(self, there: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+        """int64: where the slices are in the concatenation of these tensors, in memory order."""
+        # A loaded momentum may have other strides than its parameter, whose format it loses.
+        key = (*there, *(tensor.stride() for tensor in tensors))
+        if key not in self._indices:
+            offset, indices = 0, []
+            for number, tensor in zip(there, tensors, strict=True):
+                indices.append(self._blocks[number].frozen_elements(tensor.stride()) + offset)
+                offset += tensor.numel()
+            self._indices[key] = torch.cat(indices)
+        return self._indices[key]
+
+
+class RowSlices:
+    """The frozen rows and columns of one tensor.
+
+    Args:
+        block: its live and frozen slices.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._frozen = block.frozen
+
+    def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
+        (tensor,) = tensors
+        if tensor is None:
+            return None
+        return [tensor.index_select(dim, indices) for dim, indices in self._frozen.items()]
+
+    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
+        (tensor,) = tensors
+        if tensor is None:
+            return
+        for number, (dim, indices) in enumerate(self._frozen.items()):
+            if copies is None:
+                tensor.index_fill_(dim, indices, 0)
+            else:
+                tensor.index_copy_(dim, indices, copies[number])
+
+
+def group_slices(
+    items: Iterable[tuple[Shard, Block]],
+) -> list[tuple[list[Shard], Slices]]:
+    """Group shards whose frozen slices are written together.
+
+    Args:
+        items: shards, each with the live and frozen slices of its parameter.
+    """
+    alone: list[tuple[list[Shard], Slices]] = []
+    together: dict[object, list[tuple[Shard, Block]]] = defaultdict(list)
+    for shard, block in items:
+        value = shard.value
+        part = block.part(shard.begin, value.numel())
+        is_dense = bool(torch.ops.aten.is_non_overlapping_and_dense(value))
+        limit = _MERGED_ON_CPU if value.device.type == "cpu" else _MERGED
+        if value.numel() >= limit or not is_dense:
+            alone.append(([shard], RowSlices(part)))
+        else:
+            # An optimizer may step and use one flat copy of a parameter group before another.
+            owner = None if value is shard.owner else id(shard.owner)
+            together[value.dtype, value.device, owner].append((shard, part))
+    return alone + [
+        ([shard for shard, _ in chunk], ManySlices([block for _, block in chunk]))
+        for same in together.values()
+        for chunk in _chunks(same)
+    ]
+
+
+def _chunks(items: Sequence[tuple[Shard, Block]]) -> list[list[tuple[Shard, Block]]]:
+    chunks: list[list[tuple[Shard, Block]]] = [[]]
+    size = 0
+    for shard, block in items:
+        if size and size + shard.value.numel() > _MOST_AT_ONCE:
+            chunks.append([])
+            size = 0
+        chunks[-1].append((shard, block))
+        size += shard.value.numel()
+    return chunks
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory, as a view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
