@@ -291,9 +291,10 @@ class ProcessGroupComm:
         dist.broadcast(decision, group=self._group, group_src=0)
         if failure is not None:
             raise failure
+        decision = decision.cpu()
         if bool(decision.isnan().all()):
             raise BackendError("rank 0 could not decide; see rank 0's own error")
-        return decision.cpu()
+        return decision
 
     def _count(self, tensor: Tensor) -> None:
         self.sent_bytes += tensor.numel() * tensor.element_size()

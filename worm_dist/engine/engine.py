@@ -187,11 +187,13 @@ class Engine:
 
     def _averaged_scores(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and loss levels averaged over the ranks, by one all-reduce; and this rank's own
-        scores."""
+        scores.  All on the CPU, by one copy."""
         scores = self._ranking.scores()
         levels = self._dropped.guard.levels(scores.device)
         average = self._comm.mean(torch.cat([scores, levels]))
-        return average[: len(scores)], average[len(scores) :], scores
+        sizes = [len(scores), len(levels), len(scores)]
+        averaged, losses, own = torch.cat([average, scores.to(average.dtype)]).cpu().split(sizes)
+        return averaged, losses, own
 
     def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
         """Rank zero's decision: truncation starts at the elbow; without gradual removal, the ticket

@@ -121,7 +121,7 @@ class Removal:
             allowed_at is not None and step - allowed_at < _STEPS_BETWEEN_DECISIONS
         ):
             return Decision.GO_ON
-        losses = self._comm.mean(guard.levels(device))
+        losses = self._comm.mean(guard.levels(device)).cpu()
 
         def decide() -> Tensor:
             decision = guard.decide(losses, step, self._patience)
