@@ -134,11 +134,8 @@ class Engine:
         cuts_mask = is_due and not self._removes
         with self._calls.at("check", is_due):
             if is_due:
-                where, num_steps = (
-                    f"check at step {self.step}",
-                    self._schedule.since_last(self.step),
-                )
-                self._usage_errors.require_training(num_steps, where)
+                num_steps = self._schedule.since_last(self.step)
+                self._usage_errors.require_training(num_steps, f"check at step {self.step}")
                 self._penalty.warn_of_misuse()
                 self._schedule.begin(self.step)
             if cuts_mask:
