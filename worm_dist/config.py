@@ -228,6 +228,10 @@ class TruncationConfig(Settings):
     compression hooks cannot be combined with the packing."""
     compression_rank: Count = Field(default=1, ge=1)
     """PowerSGD: rank of the approximation, the number of columns of P and Q."""
+    checksums: bool = True
+    """Compare the sum of each truncated bucket with the sum of what the ranks have put in, under
+    DistributedDataParallel without PowerSGD: a difference beyond rounding ends the run before the
+    weights are changed, on a GPU at the step after.  Eight bytes a bucket."""
 
     @property
     def removes(self) -> bool:

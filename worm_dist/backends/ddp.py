@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..comm_hooks.allreduce import AllReduce, Averager
+from ..comm_hooks.checksums import Checksums
 from ..comm_hooks.ddp_hook import PackedReducer, packed_allreduce
 from ..comm_hooks.powersgd import PowerSGD
 from ..comm_hooks.reducer import Reducer
@@ -62,11 +63,15 @@ class DdpBackend:
     def make_reducer(self, truncation: TruncationConfig) -> Reducer:
         """Register the communication hook; see ``Backend``."""
         averager: Averager
+        checksums: Checksums | None = None
         if truncation.compression == "powersgd":
             averager = PowerSGD(self.process_group, truncation.compression_rank)
         else:
-            averager = AllReduce(self.process_group, _WIRE_DTYPES.get(truncation.compression))
-        reducer = PackedReducer(averager, self.process_group)
+            if truncation.checksums and self.comm.size > 1:
+                checksums = Checksums(self.comm)
+            dtype = _WIRE_DTYPES.get(truncation.compression)
+            averager = AllReduce(self.process_group, dtype, checksums)
+        reducer = PackedReducer(averager, self.process_group, checksums)
         self.model.register_comm_hook(reducer, packed_allreduce)
         return reducer
 

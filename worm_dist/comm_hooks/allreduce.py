@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import FreezePlan
+from .checksums import NUM_CHECKSUMS, Checksums
 from .packing import Packing
 
 __all__ = ["AllReduce", "Averager", "BucketView", "completed"]
@@ -73,6 +74,9 @@ class Averager(Protocol):
     ) -> None:
         """Restore a state of ``state_dict``, before the first pass."""
 
+    def release(self) -> None:
+        """Let go of all buffers."""
+
 
 class AllReduce:
     """Averages by one all-reduce of the elements, optionally in a lower precision.
@@ -80,12 +84,20 @@ class AllReduce:
     Args:
         process_group: the wrapper's process group.
         dtype: dtype of the sent elements; None sends them in their own.
+        checksums: what compares the sums of packed buckets, if anything.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        dtype: torch.dtype | None,
+        checksums: Checksums | None = None,
+    ) -> None:
         self._process_group = process_group
         self._dtype = dtype
+        self._checksums = checksums
         self._wires: dict[tuple[int, ...], Tensor] = {}
+        self._wires_of_this_pass: dict[tuple[int, ...], Tensor] = {}
 
     def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
         elements = view.elements
@@ -94,18 +106,24 @@ class AllReduce:
             return completed(elements), 0
         # Scaled before the sum, by multiplication, as DDP itself does without a hook.
         elements.mul_(1 / dist.get_world_size(self._process_group))
+        checksums = self._checksums if view.packing is not None else None
         if elements.is_complex():  # a cast to a real dtype would drop the imaginary part
-            elements = torch.view_as_real(elements)
-        wire = self._wire(view, elements)
+            elements, checksums = torch.view_as_real(elements).view(-1), None
+        wire = self._wire(view, elements, 0 if checksums is None else NUM_CHECKSUMS)
+        sent, sums = wire[: elements.numel()], wire[elements.numel() :]
+        if checksums is not None:
+            checksums.put(sent, sums)
         work = dist.all_reduce(wire, group=self._process_group, async_op=True)
         reduced: torch.futures.Future[list[Tensor]] = work.get_future()
 
         def widened(reduced: torch.futures.Future[list[Tensor]]) -> None:
             reduced.value()  # raises the error of a failed collective
-            if wire is not elements:
-                elements.copy_(wire)
+            if checksums is not None:
+                checksums.take(view.parameters, sent, sums)
+            if sent.dtype != elements.dtype:
+                elements.copy_(sent)
 
-        return reduced.then(widened), wire.numel() * wire.element_size()
+        return reduced.then(widened), sent.numel() * sent.element_size()
 
     def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
         return None
@@ -118,14 +136,22 @@ class AllReduce:
     ) -> None:
         pass
 
-    def _wire(self, view: BucketView, elements: Tensor) -> Tensor:
-        """The tensor to send: the elements themselves, or a persistent buffer of ``dtype``."""
+    def release(self) -> None:
+        self._wires.clear()
+
+    def _wire(self, view: BucketView, elements: Tensor, num_more: int) -> Tensor:
+        """The tensor to send: the elements with room for more behind them, in place or in a
+        persistent buffer of ``dtype``."""
         if self._dtype is None or self._dtype == elements.dtype:
-            return elements
-        wire = self._wires.get(view.bucket)
-        if wire is None or wire.numel() != elements.numel():
-            wire = self._wires[view.bucket] = torch.empty_like(elements, dtype=self._dtype)
-        return wire.copy_(elements)
+            return view.packing.wire if view.packing is not None and num_more else elements
+        wire = self._wires.pop(view.bucket, None)
+        if wire is None or wire.numel() != elements.numel() + num_more:
+            wire = elements.new_empty(elements.numel() + num_more, dtype=self._dtype)
+        self._wires_of_this_pass[view.bucket] = wire
+        if view.is_last:  # what is left belongs to buckets that DDP has rebuilt since
+            self._wires, self._wires_of_this_pass = self._wires_of_this_pass, {}
+        wire[: elements.numel()].copy_(elements)
+        return wire
 
 
 def completed(elements: Tensor) -> torch.futures.Future[None]:

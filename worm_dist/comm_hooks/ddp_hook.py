@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import GradBucket
 
 from ..groups.freeze_plan import FreezePlan
 from .allreduce import Averager, BucketView, completed
+from .checksums import Checksums
 from .packing import Packing, with_parameter_strides
 from .reducer import Reducer
 
@@ -26,10 +27,17 @@ class PackedReducer(Reducer):
     Args:
         averager: averages the live elements over the ranks.
         process_group: the wrapper's process group.
+        checksums: what compares the sums of packed buckets, if the averager sends them.
     """
 
-    def __init__(self, averager: Averager, process_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        averager: Averager,
+        process_group: dist.ProcessGroup,
+        checksums: Checksums | None = None,
+    ) -> None:
         super().__init__()
+        self.checksums = checksums
         self.averager = averager
         self.process_group = process_group
         self._packings: dict[tuple[int, ...], Packing | None] = {}
@@ -46,6 +54,7 @@ class PackedReducer(Reducer):
     def remove(self) -> None:
         super().remove()
         self._packings.clear()
+        self.averager.release()  # a variable of the user's may keep the wrapper, and so this hook
 
     def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
         averager = self.averager.state_dict(self.plan, names)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..groups.freeze_plan import Block
+from .checksums import NUM_CHECKSUMS
 
 __all__ = ["Packing", "with_parameter_strides"]
 
@@ -69,9 +70,15 @@ class Packing:
                 self._runs.append([number])
 
     @cached_property
+    def wire(self) -> Tensor:
+        """The buffer with room for checksums behind it, allocated at first use."""
+        size = self.num_live + NUM_CHECKSUMS
+        return torch.empty(size, dtype=self._dtype, device=self._device)
+
+    @cached_property
     def buffer(self) -> Tensor:
-        """The buffer to send, ``[live elements]``, allocated at first use."""
-        return torch.empty(self.num_live, dtype=self._dtype, device=self._device)
+        """The buffer of the live elements, ``[live elements]``."""
+        return self.wire[: self.num_live]
 
     @cached_property
     def parts(self) -> list[Tensor]:

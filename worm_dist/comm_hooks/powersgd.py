@@ -153,6 +153,13 @@ class PowerSGD:
             self._saved_buckets.append(BucketState(members, blocks_under(plan, members), errors, q))
         self._saved_layout = [bucket.parameters for bucket in self._saved_buckets]
 
+    def release(self) -> None:
+        """See ``Averager``."""
+        self._saved_buckets, self._saved_layout = [], []
+        self._packings.clear()
+        self._by_parameter.clear()
+        self._clear_torchs_state()
+
     @property
     def _bucket_states(self) -> list[BucketState]:
         """The states of all buckets; after a resume those of the saved buckets, until DDP has
@@ -199,6 +206,10 @@ class PowerSGD:
             for p in bucket.parameters:
                 self._by_parameter[p] = bucket.error_feedback.get(p), None if q is None else q[p]
         self._saved_buckets = []
+        self._clear_torchs_state()
+
+    def _clear_torchs_state(self) -> None:
+        state = self._state
         for by_number in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
             by_number.clear()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..groups.freeze_plan import Block, FreezePlan
 from ..schema import Count, Schema
+from .checksums import Checksums
 from .powersgd_state import AveragerSchema
 
 __all__ = ["Reducer", "ReducerSchema"]
@@ -35,7 +36,10 @@ class Reducer:
         sent_bytes, dense_bytes: bytes handed to collectives since ``take_bytes``, and bytes that
             would have been without freezing and compression.
         paused: whether gradients are left unreduced and uncounted for now.
+        checksums: what compares the sums of packed buckets; None if nothing does.
     """
+
+    checksums: Checksums | None = None
 
     def __init__(self) -> None:
         self.plan: FreezePlan | None = None

@@ -20,7 +20,7 @@ from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
 from ..distributed.collectives import uncounted
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import Groups
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
@@ -135,6 +135,25 @@ class TrainingContext(StepListener):
         """Call these around every optimizer step, in this order, and then count its bytes."""
         self._step_hooks.listeners = (*listeners, self)
 
+    def before_step(self) -> None:
+        """Refuse to step with gradients that were averaged wrongly; see ``Checksums``.
+
+        Raises:
+            DivergenceError: on the ranks on which something else has arrived than was sent.
+        """
+        reducer = self.reduction.reducer
+        if reducer is None or reducer.checksums is None:
+            return
+        wrong = reducer.checksums.wrong()
+        if wrong is not None:
+            names = [self.names[parameter] for parameter in wrong]
+            raise DivergenceError(
+                f"step {self.step + 1}: rank {self.comm.rank} received an average of the gradients "
+                f"of {' to '.join(dict.fromkeys((names[0], names[-1])))} that is not the average "
+                "of what the ranks have sent; memory, a network card or a link is faulty: resume "
+                "from the last checkpoint, without this host"
+            )
+
     def after_step(self, step: int) -> None:
         """Count the step's bytes."""
         if self.reduction.reducer is None:
@@ -177,6 +196,7 @@ class TrainingContext(StepListener):
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain values, the same on all ranks."""
+        self.before_step()  # on a GPU the newest gradients have not been looked at yet
         return {"step": self.step, "buckets_rebuilt": self._bucket_order.is_rebuilt(self.step)}
 
     def rank_state(self) -> dict[str, Any]:

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ..distributed.collectives import Communicator
 from ..errors import NonFiniteError
+from ..host_copy import HostCopy
 
 __all__ = ["FiniteCheck"]
 
 
 @dataclass
 class _PendingCheck:
-    """A result whose copy from the GPU is in flight."""
+    """A result on its way to the host."""
 
     step: int
-    is_finite: Tensor
+    is_finite: HostCopy
     loss: Tensor
-    copied: torch.cuda.Event
 
 
 class FiniteCheck:
@@ -38,12 +37,10 @@ class FiniteCheck:
     evaluated.
 
     Args:
-        device: the device that holds the gradients.
         ranks: the ranks that train together.
     """
 
-    def __init__(self, device: torch.device, ranks: Communicator) -> None:
-        self._device = device
+    def __init__(self, ranks: Communicator) -> None:
         self._ranks = ranks
         self._pending: _PendingCheck | None = None
 
@@ -60,16 +57,11 @@ class FiniteCheck:
                 counts as infinite.
         """
         number = get_total_norm(gradients) if gradients else self._ranks.mean(loss)
-        is_finite = number.isfinite()
-        if self._device.type == "cpu":
-            self._require_finite(bool(is_finite), step, loss)
-            return
-        host_copy = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host_copy.copy_(is_finite, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
+        newest = _PendingCheck(step, HostCopy(number.isfinite()), loss)
         self.wait()
-        self._pending = _PendingCheck(step, host_copy, loss, copied)
+        self._pending = newest
+        if not newest.is_finite.is_late:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the result of the newest step's check.
@@ -79,8 +71,7 @@ class FiniteCheck:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.copied.synchronize()
-            self._require_finite(bool(pending.is_finite), pending.step, pending.loss)
+            self._require_finite(bool(pending.is_finite.read()), pending.step, pending.loss)
 
     def _require_finite(self, is_finite: bool, step: int, loss: Tensor) -> None:
         if is_finite:

@@ -94,7 +94,7 @@ class Trainer:
         steps_per_epoch = len(self._parts.train_loader)
         self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
-        self._finite_check = FiniteCheck(device, self._ranks)
+        self._finite_check = FiniteCheck(self._ranks)
         self._position = Position()
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
         self._phase_stats = PhaseStats(self.result)
