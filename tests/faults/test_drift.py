@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.faults.driver import Act, Driver, Fault, Run
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
-from worm_dist import DivergenceError
+from worm_dist import DivergenceError, Mask
 from worm_dist.training.trainer import Trainer
 
 
@@ -141,3 +141,39 @@ def test_running_statistics_may_differ_between_two_steps(ranks: Ranks) -> None:
     (steps, first), (_, second) = ranks(2, _train_well)
     assert steps == 16
     assert first and not any(map(torch.equal, first, second))
+
+
+def _with_a_removed_channel_written_to() -> tuple[str, int]:
+    trainer = small_trainer(
+        preset="worm",
+        truncation={"removal": {"duration": "2ba", "fade_steps": 1}},
+        divergence={"check_every": "1ba"},
+    )
+    engine = trainer.engine
+    group = engine.groups[0]
+    dropped = {g.name: torch.arange(g.num_channels) != 1 for g in engine.groups}
+    real = trainer._train_step
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = real(inputs, targets)
+        if engine.step == 1:
+            engine.truncate(Mask(dropped))
+        if engine.step == 8:
+            assert engine.num_nonzero_removed == 0
+            with torch.no_grad():
+                _network(trainer).get_parameter(group.norms[0].parameters[0][0])[1] = 1e-6
+        return loss
+
+    trainer._train_step = step  # type: ignore[method-assign]
+    trainer._check = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(DivergenceError) as caught:
+        trainer.run()
+    return str(caught.value), engine.step
+
+
+@pytest.mark.fault(17, "a removed channel is no longer zero, on all ranks")
+def test_a_removed_channel_that_comes_back_is_found(ranks: Ranks) -> None:
+    """Equal on all ranks, so that no comparison of them finds it; its columns are not averaged any
+    more, and would drift apart."""
+    for message, step in ranks(2, _with_a_removed_channel_written_to):
+        assert step == 8 and message.startswith("step 8: 1 scales and shifts of removed channels")

@@ -98,6 +98,11 @@ class DroppedChannels(StepListener):
         zero = self.channels.in_dense(self._truncation.zero(self._training.step))
         return Mask.from_vector(self._sizes, ~zero)
 
+    @property
+    def num_nonzero_removed(self) -> int:
+        """Scales and shifts of removed channels that are not exactly zero on this rank."""
+        return int(self._truncation.num_nonzero(self._training.step))
+
     def freeze(self, mask: Mask, order: Tensor, losses: Tensor) -> None:
         """Freeze what a mask drops, and begin to remove it if the settings say so.  The ranks have
         agreed on mask and order, so that packed buffers match.

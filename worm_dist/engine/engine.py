@@ -77,13 +77,9 @@ class Engine:
         self._settings = agreed_settings(self._comm, config, score, steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         network = self._training.network
+        any_group, optional = score is not None, not may_draw
         self.groups: Groups = agreed_groups(
-            network,
-            example_inputs,
-            self._comm,
-            search,
-            any_group=score is not None,
-            optional=not may_draw,
+            network, example_inputs, self._comm, search, any_group=any_group, optional=optional
         )
         self._training.require_optimized(self.groups)
         if self.groups:
@@ -101,9 +97,8 @@ class Engine:
         self._warned_groups: set[str] = set()
         self._attached = True
         self._training.register_hooks(self._before_pass)
-        self._dropped = DroppedChannels(
-            truncation, self._training, self.groups, self._schedule, self._penalty
-        )
+        parts = self._training, self.groups, self._schedule, self._penalty
+        self._dropped = DroppedChannels(truncation, *parts)
         self._follow_network()
 
     # ---- the algorithm -------------------------------------------------------------------------
@@ -341,6 +336,12 @@ class Engine:
         return self._training.step
 
     @property
+    def num_nonzero_removed(self) -> int:
+        """Scales and shifts of removed channels that are not exactly zero on this rank; 0 unless
+        something else writes to the weights.  Synchronises with the device."""
+        return self._dropped.num_nonzero_removed
+
+    @property
     def is_due(self) -> bool:
         """Whether ``check`` would compute a mask or find that ``draw`` may be called."""
         if not self._searching:
@@ -495,10 +496,9 @@ class Engine:
         """Let DistributedDataParallel rebuild its buckets as they were in the saved run.
         Collective; call it after ``load_state_dict``.
 
-        DDP rebuilds its buckets after its first backward pass, and on more than two ranks the order
-        in which gradients are added depends on their position in a bucket.  So one extra pass runs
-        before the first step; gradients are dropped, and buffers and random states restored.  Where
-        the buckets need no rebuilding, no pass runs.
+        If they were rebuilt by then, one pass runs before the first step: on more than two ranks
+        the order in which gradients are added depends on their position in a bucket.  Its gradients
+        are dropped; buffers and random states are restored.
 
         Args:
             one_pass: runs a forward pass of ``model`` in training mode; returns the loss.

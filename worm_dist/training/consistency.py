@@ -83,7 +83,9 @@ def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None
         )
 
 
-def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> None:
+def require_same_network(
+    network: nn.Module, ranks: Communicator, when: str, num_nonzero_removed: int = 0
+) -> None:
     """Compare parameters and buffers across the ranks, bit by bit.  Collective.
 
     Averaged gradients keep the weights equal as long as nothing else changes them.  Otherwise the
@@ -101,13 +103,17 @@ def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> 
         network: the network without its wrapper.
         ranks: the ranks that hold a replica.
         when: the moment of the check, for the message.
+        num_nonzero_removed: see ``Engine``.
 
     Raises:
-        DivergenceError: the replicas differ; raised on every rank, naming tensors and ranks.
+        DivergenceError: the replicas differ, or removed channels are not zero; raised on every
+            rank, naming tensors and ranks.
     """
     tensors = dict(_replicated(network))
     found = zip(tensors, fingerprints(list(tensors.values())), strict=True)
-    differences = ranks.compare({name: f"{number & _64_BITS:016x}" for name, number in found})
+    texts = {name: f"{number & _64_BITS:016x}" for name, number in found}
+    texts["the number of removed scales that are not zero"] = str(num_nonzero_removed)
+    differences = ranks.compare(texts)
     if differences:
         num_more = len(differences) - _MOST_NAMED
         more = f" (and {num_more} more)" if num_more > 0 else ""
@@ -116,6 +122,11 @@ def require_same_network(network: nn.Module, ranks: Communicator, when: str) -> 
             f"{'; '.join(differences[:_MOST_NAMED])}{more}. Resume from the last checkpoint; look "
             "for rank-dependent code, data or seeds that reach the weights outside of the averaged "
             "gradients"
+        )
+    if num_nonzero_removed:
+        raise DivergenceError(
+            f"{when}: {num_nonzero_removed} scales and shifts of removed channels are not zero; "
+            "look for code that writes to the weights between optimizer steps"
         )
 
 

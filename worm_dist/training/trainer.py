@@ -240,7 +240,12 @@ class Trainer:
         """
         self._finite_check.wait()
         self._reach("comparing the ranks", ahead=0)
-        require_same_network(self._parts.network, self._ranks, f"step {self.engine.step}")
+        require_same_network(
+            self._parts.network,
+            self._ranks,
+            f"step {self.engine.step}",
+            self.engine.num_nonzero_removed,
+        )
 
     def _reach(self, what: str, ahead: int = 1) -> None:
         """Report this rank's progress.

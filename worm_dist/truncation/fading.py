@@ -127,6 +127,14 @@ class Fade:
             if owners is None or written.owner in owners:
                 written.write(remaining)
 
+    def num_nonzero(self, step: int) -> Tensor:
+        """int64 scalar: the number of scales that are not zero although their fade is over."""
+        is_over = self._over_at <= step
+        total = torch.zeros((), dtype=torch.int64, device=is_over.device)
+        for written in self._written:
+            total += written.num_nonzero(is_over)
+        return total
+
     def state_dict(
         self, step: int, comm: Communicator, names: Mapping[Tensor, str]
     ) -> dict[str, Any]:
@@ -284,6 +292,17 @@ class _WrittenTogether:
         share = remaining[self._channels].to(self._starts.dtype)
         faded = (self._starts * share).to(self._values[0].dtype)
         self._slices.write(self._values, (faded.view(self._shape),))
+
+    @torch.no_grad()
+    def num_nonzero(self, is_over: Tensor) -> Tensor:
+        """int64 scalar: the number of scales of these channels that are not zero now.
+
+        Args:
+            is_over: bool ``[num_channels]``.
+        """
+        copies = self._slices.take(self._values)
+        assert copies is not None
+        return ((copies[0].reshape(-1) != 0) & is_over[self._channels]).sum()
 
 
 def _channels_of_scales(

@@ -55,6 +55,10 @@ class FrozenWeights(StepListener):
         """int64 ``[num_channels]``: the step after which a channel's output is exactly zero."""
         return torch.full(self.irreversible.shape, NEVER)
 
+    def num_nonzero(self, step: int) -> Tensor | int:
+        """Number of scales and shifts of such channels that are not zero after this step."""
+        return 0
+
     def state_dict(self, step: int, comm: Communicator) -> dict[str, Any] | None:
         """State that does not follow from frozen channels and weights, in plain values, the same on
         all ranks.  Collective if the optimizer is sharded."""
@@ -145,6 +149,9 @@ class Removed(Held):
 
     def zero_since(self) -> Tensor:
         return self._fade.over_at
+
+    def num_nonzero(self, step: int) -> Tensor | int:
+        return self._fade.num_nonzero(step)
 
     def state_dict(self, step: int, comm: Communicator) -> dict[str, Any]:
         return self._fade.state_dict(step, comm, self._names)

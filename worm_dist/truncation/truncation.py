@@ -99,6 +99,11 @@ class Truncation(StepListener):
         """bool ``[num_channels]``: channels whose output is exactly zero after this step."""
         return self._weights.zero_since() <= step
 
+    def num_nonzero(self, step: int) -> Tensor | int:
+        """Number of scales and shifts that are not zero although their channel is, after this step:
+        those that this rank steps."""
+        return self._weights.num_nonzero(step)
+
     def freeze(self, frozen: Tensor) -> None:
         """Freeze these channels and the irreversible ones; others thaw.
 
