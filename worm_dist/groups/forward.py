@@ -23,7 +23,6 @@ from .nested import mapped, tensors_in
 __all__ = [
     "buffers_kept",
     "called_modules",
-    "deciding_modules",
     "floats",
     "in_eval",
     "in_training",
@@ -154,30 +153,6 @@ def norms_in_training(norms: Sequence[_Norm]) -> Iterator[None]:
             del vars(norm)["forward"]
             if forward is not None:
                 vars(norm)["forward"] = forward
-
-
-def deciding_modules(
-    network: nn.Module, example_inputs: Any, may_lack: bool = False
-) -> tuple[str, ...]:
-    """Return the names of the modules whose training mode makes more of the network run.
-
-    Empty if the training mode makes no difference, or fails on these inputs.
-
-    Args:
-        network: the unwrapped network, in eval mode.
-        example_inputs: inputs as for ``forward.run``.
-        may_lack: whether to accept that other parts run in eval mode only.
-    """
-    composed = tuple(
-        name for name, module in network.named_modules() if any(True for _ in module.children())
-    )
-    in_eval = called_modules(network, example_inputs)
-    try:
-        with in_training(network, composed):
-            in_both = called_modules(network, example_inputs)
-    except Exception:  # such as a forward that needs targets in training mode
-        return ()
-    return composed if in_both > in_eval or (may_lack and in_both - in_eval) else ()
 
 
 def called_modules(network: nn.Module, example_inputs: Any) -> set[nn.Module]:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import SearchConfig
@@ -244,7 +245,8 @@ class _Trial:
     ) -> str | None:
         """Return what is wrong after these groups have lost channels; None if nothing."""
         self._num_trials += 1
-        if not self._has_warned and time.monotonic() - self._started_at > _SECONDS_BEFORE_WARNING:
+        took = time.monotonic() - self._started_at
+        if not self._has_warned and took > _SECONDS_BEFORE_WARNING and _is_rank_zero():
             self._has_warned = True
             logger.warning(
                 "attach: channels are dropped from a copy of the network to find out which of its "
@@ -259,6 +261,10 @@ class _Trial:
             }
         )
         return rehearsal.difference(self._groups, mask, tried)
+
+
+def _is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _kind(network: nn.Module, group: ChannelGroup) -> str:
