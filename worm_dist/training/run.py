@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
 from .run_config import RunConfig
 from .run_folder import RESULT, open_run_folder
+from .share_state import share_state
 from .trainer import Trainer
 
 __all__ = ["run"]
@@ -84,7 +84,8 @@ def _train(
     stop: StopCoordinator,
     install_handlers: Callable[[StopCoordinator], None],
 ) -> int:
-    state = _broadcast_state(checkpoint)
+    progress.reach("the state of the checkpoint")
+    state = share_state(None if checkpoint is None else checkpoint.read(RUN), device)
     failed_writes = FailedWrites()
     report = Report()
     if rank_info.rank == 0:
@@ -102,22 +103,6 @@ def _train(
     progress.reach("writing the results")
     _finish(trainer, out, report, failed_writes)
     return 0
-
-
-def _broadcast_state(checkpoint: Checkpoint | None) -> Any:
-    """Broadcast the path of rank zero's checkpoint; return the state in it.  Collective.
-
-    Args:
-        checkpoint: the checkpoint to resume from on rank zero; None for a new run and on other
-            ranks.
-
-    Returns:
-        The trainer's state dict; None for a new run.
-    """
-    paths = [None if checkpoint is None else str(checkpoint.path.resolve())]
-    dist.broadcast_object_list(paths, src=0)
-    (path,) = paths
-    return None if path is None else Checkpoint(path).read(RUN)
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:
