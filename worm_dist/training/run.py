@@ -118,5 +118,6 @@ def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWr
     if TICKET in failed_writes or RESULT in failed_writes:
         raise CheckpointError(
             f"the run has finished, but its results could not be written to {out}: "
-            f"{failed_writes}; make room there, or train again with another --out"
+            f"{failed_writes}; make room there, and start it again: it goes on from its last "
+            "checkpoint and writes them"
         )

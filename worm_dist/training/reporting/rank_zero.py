@@ -13,7 +13,7 @@ from ...checkpoint.lease import Lease
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
 from ..evaluation import EvalResult
-from ..put_aside import JOURNAL, RESULT
+from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
 from .console import Console
 from .failed_writes import FailedWrites
@@ -200,7 +200,8 @@ class RankZeroReport(Report):
         if result.reason is not None:
             self._print(self._console.event, result.reason)
         content = result.as_dict()
-        self._failed_writes.best_effort(RESULT, self._write, content)
+        if TICKET not in self._failed_writes:  # with a result the run would count as finished
+            self._failed_writes.best_effort(RESULT, self._write, content)
         self._print(self._console.summary, content, self._folder)
 
     def _write(self, content: Mapping[str, Any]) -> None:
