@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.courses import ALL_PHASES, differences_of_runs
-from tests.faults.driver import Act, Driver, Fault, Run
+from tests.faults.driver import ROOT, Act, Driver, Fault, Run
 
 pytestmark = pytest.mark.slow("trains a run, and goes on with it twice")
 
@@ -72,4 +73,6 @@ def test_what_could_not_be_written_is_written_by_the_same_command(
     assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
     assert f"* goes on from step {LAST_STEP}" in ends[0].printed
     assert list(differences_of_runs(whole.out, driver.out)) == []
+    soak = runpy.run_path(str(ROOT / "launch" / "soak_kills.py"))
+    assert soak["_equal"](driver.out, soak["end_of"](whole.out)), "so launch/soak finds, too"
     assert [path.name for path in tmp_path.glob("run*")] == ["run"], "nothing is put aside"
