@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,14 @@ CONFIG = "configs/digits.yaml"
 SETTINGS = ("--checkpoint.every", "7ba")
 """Not a divisor of an epoch, so that most runs resume in the middle of one."""
 WAYS = ("SIGKILL a rank", "SIGTERM a rank", "SIGTERM all", "SIGKILL the launcher", "SIGTERM it")
+ON_HOST = """
+    hostname "$1"
+    mount --bind "$2" /proc/sys/kernel/random/boot_id
+    shift 2
+    exec "$@"
+"""
+"""Starts a command, in namespaces of its own, on what looks like another host."""
+STARTS = itertools.count(1)
 LIMIT_SECONDS = 300
 """Limit on an uninterrupted run, and on the end of a run after a signal."""
 
@@ -34,6 +44,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", action="store_true", help="start on another host each time")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("settings", nargs="*", help="after --, for the run")
     options = parser.parse_args()
@@ -43,8 +54,10 @@ def main() -> int:
     unbroken = options.out / "unbroken"
     seconds = _to_the_end(unbroken, options)
     wanted, done, broken, ended = end_of(unbroken), Counter[str](), options.out / "broken", 0
+    num_locks = 0
     while done.total() < options.kills and time.monotonic() - began < options.seconds:
         way = draws.choice(WAYS)
+        num_locks += (broken / "run.lock").exists()
         if _killed(broken, options, way, draws, seconds):
             done[way] += 1
         if (broken / "result.json").exists():
@@ -58,18 +71,45 @@ def main() -> int:
         if not _equal(broken, wanted):
             return 1
     ways = ", ".join(f"{way} {count}" for way, count in sorted(done.items()))
-    print(f"soak: {done.total()} kills ({ways}) of {ended} runs: all ended like the unbroken one")
+    print(
+        f"soak: {done.total()} kills ({ways}) of {ended} runs, {num_locks} locks taken over: all "
+        "ended like the unbroken one"
+    )
     return 0
 
 
 def _start(out: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        # Host names of --hosts cannot be resolved.
+        *("--local-addr", "127.0.0.1"),
         *("-m", "worm_dist", "train", CONFIG, "--out", str(out), *SETTINGS, *options.settings),
     ]
+    environment = dict(os.environ)
+    if options.hosts:
+        number = next(STARTS)
+        command = _on_another_host(command, options.out / "boot_id", f"host-{number}")
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": f"{number}"}
     log = (options.out / "log.txt").open("ab")
     # In a session of its own, so that all of its processes can be killed.
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+
+
+def _on_another_host(command: list[str], boot_id: Path, name: str) -> list[str]:
+    """The command in namespaces of its own, where host name and boot id are those of a new host.
+
+    Args:
+        command: the command.
+        boot_id: a file for the boot id.
+        name: the host name.
+    """
+    boot_id.unlink(missing_ok=True)  # a process that is still ending has it mounted
+    boot_id.write_text(f"{uuid.uuid4()}\n")
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    unshare = ("unshare", "--uts", "--mount", *as_root)
+    return [*unshare, "sh", "-e", "-c", ON_HOST, "sh", name, str(boot_id), *command]
 
 
 def _to_the_end(out: Path, options: argparse.Namespace) -> float:
@@ -139,7 +179,8 @@ def end_of(run: Path) -> dict[str, Any]:
     assert newest is not None
     state = newest.read("run")
     result = json.loads((run / "result.json").read_text())
-    del state["seconds"], state["result"]["seconds"], result["seconds"]
+    del state["phase_stats"]["run_seconds"], state["phase_stats"]["phase_seconds"]
+    del state["result"]["seconds"], result["seconds"]
     return {
         "checkpoint": state,
         "result.json": result,

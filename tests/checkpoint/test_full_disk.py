@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +12,14 @@ import pytest
 import torch
 
 from tests.checkpoint.crashes import in_a_fork
+from tests.checkpoint.mounts import on_a_small_disk
 from tests.checkpoint.states import difference, info, save, small_state
 from worm_dist import CheckpointError
+from worm_dist.checkpoint.durable_io import write_json
 from worm_dist.checkpoint.manager import CheckpointManager
 
-_NEW_NAMES = 0x00020000
-"""unshare(2): mounts of one's own."""
-_NEW_USERS = 0x10000000
-_READ_ONLY, _REMOUNT, _RECURSIVE, _PRIVATE = 1, 32, 1 << 14, 1 << 18
-_NOT_PERMITTED = 77
+_READ_ONLY = 1
+"""mount(2)."""
 
 
 def _refused(manager: CheckpointManager, text: str) -> None:
@@ -53,29 +52,6 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     _is_as_before(tmp_path)
 
 
-def _on_a_small_disk(folder: Path, test: Callable[[Callable[[int], None]], None]) -> None:
-    """Run a test where the folder is a file system of 1 MB; it may mount it anew with flags."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def mount(kind: str, flags: int, options: str = "") -> None:
-        target = "/" if kind == "none" else str(folder)
-        words = [word.encode() for word in (kind, target, kind, options)]
-        if libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]):
-            os._exit(_NOT_PERMITTED)
-
-    def inside() -> None:
-        if libc.unshare(_NEW_NAMES | (0 if os.geteuid() == 0 else _NEW_USERS)):
-            os._exit(_NOT_PERMITTED)
-        mount("none", _RECURSIVE | _PRIVATE)
-        mount("tmpfs", 0, "size=1m")
-        test(lambda flags: mount("tmpfs", flags | _REMOUNT, "size=1m"))
-
-    exitcode = in_a_fork(inside)
-    if exitcode == _NOT_PERMITTED:
-        pytest.skip("mounts are not permitted here")
-    assert exitcode == 0
-
-
 @pytest.mark.fault(9, "a disk that is full")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     def full(remount: Callable[[int], None]) -> None:
@@ -85,7 +61,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         _is_as_before(tmp_path)
         manager.save(info(3), {"run": {"weights": torch.zeros(50_000)}})
 
-    _on_a_small_disk(tmp_path, full)
+    on_a_small_disk(tmp_path, full)
 
 
 @pytest.mark.fault(9, "several ranks on a disk that is full")
@@ -101,7 +77,7 @@ def test_several_ranks_on_a_disk_that_is_full(tmp_path: Path) -> None:
         staged.abandon()
         _is_as_before(tmp_path)
 
-    _on_a_small_disk(tmp_path, full)
+    on_a_small_disk(tmp_path, full)
 
 
 @pytest.mark.fault(9, "a disk that can only be read")
@@ -117,7 +93,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
         manager.sweep()
         _is_as_before(tmp_path)
 
-    _on_a_small_disk(tmp_path, read_only)
+    on_a_small_disk(tmp_path, read_only)
 
 
 def test_the_disk_is_full_when_it_is_told_to_keep_what_it_has(
@@ -133,3 +109,20 @@ def test_the_disk_is_full_when_it_is_told_to_keep_what_it_has(
         patch.setattr(os, "fsync", full)
         _refused(CheckpointManager(tmp_path), "disk full")
     _is_as_before(tmp_path)
+
+
+@pytest.mark.fault(48, "a limit on the size of files, in an atomic write")
+def test_nothing_stays_of_a_json_file_that_does_not_fit(tmp_path: Path) -> None:
+    """An empty ``.result.json.PID`` stayed."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(OSError, match="File too large"):
+            write_json(tmp_path / "result.json", {"text": "x" * 200})
+
+    write_json(tmp_path / "result.json", {})
+    assert in_a_fork(limited) == 0
+    assert os.listdir(tmp_path) == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == "{}\n"

@@ -216,7 +216,8 @@ def test_what_deepspeeds_file_says_counts_and_not_where_it_is(tmp_path: Path) ->
         open_run_folder(out, "auto", config("a.json", 8), 4),
     ):
         pass
-    with open_run_folder(out, "auto", config("moved.json", 8), 1) as chosen:
+    with open_run_folder(out, "auto", config("moved.json", 8), 1) as folder:
+        chosen = folder.checkpoint
         assert chosen is not None and chosen.step == 3
     edited = "distributed.deepspeed.gradient_accumulation_steps: 8 -> 4"
     with (

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -109,6 +109,8 @@ def _written(descriptor: int, chunks: Iterable[bytes | memoryview]) -> Iterator[
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: a reader sees the old file or the new one, never a part.
 
+    If it cannot be written, nothing of it stays on disk.
+
     Args:
         path: the file to write or replace.
         content: the JSON value.
@@ -119,11 +121,16 @@ def write_json(path: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
 
 
 def sync_folder(folder: Path) -> None:

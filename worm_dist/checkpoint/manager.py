@@ -115,6 +115,11 @@ class CheckpointManager:
                 logger.warning("checkpoint %s is skipped: %s", path.name, error)
         return None
 
+    @property
+    def damaged(self) -> list[str]:
+        """Names of the checkpoints that ``newest`` has found damaged, by step."""
+        return [path.name for _, path in self._found() if path in self._damaged]
+
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
         """Open a checkpoint and verify all of its files.

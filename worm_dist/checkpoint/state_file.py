@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from .durable_io import FileDigest, open_verified, write_file
 from .safetensors_file import TensorFile, write_tensors
 from .tensor_meta import TensorMetadata
 
-__all__ = ["Packed", "pack", "read_part", "write_part"]
+__all__ = ["Packed", "allocate", "pack", "read_part", "write_part"]
 
 _MAX_STRUCTURE_BYTES = 64 << 20
 _NAME = re.compile(r"(?!manifest$)[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
@@ -94,6 +95,29 @@ def pack(state: Any) -> Packed:
     return Packed(structure, tensors)
 
 
+def allocate(structure: bytes) -> tuple[Any, list[Tensor]]:
+    """Allocate the tensors of a state that another process has packed.
+
+    Args:
+        structure: ``Packed.structure``.
+
+    Returns:
+        The state with tensors of any content on the CPU; and the memory of each, uint8[num_bytes],
+        in the order of ``Packed.tensors``.
+
+    Raises:
+        CheckpointError: it is not the structure of a state.
+    """
+    memory: dict[str, Tensor] = {}
+
+    def allocated(entry: _TensorEntry) -> Tensor:
+        memory[entry.tensor] = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        return entry.tensor_of(memory[entry.tensor])
+
+    state = _decode(structure, allocated, Path("state"))
+    return state, list(memory.values())
+
+
 def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]:
     """Write the two files of a part and sync them; neither is left if one cannot be written.
 
@@ -150,32 +174,50 @@ def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
         open_verified(tensor_path, files[tensor_path.name]) as tensor_file,
     ):
         tensors = TensorFile(tensor_file, files[tensor_path.name].size, tensor_path)
-        decoded: dict[str, tuple[_TensorEntry, Tensor]] = {}
+        decoded: set[str] = set()
 
-        def decode_tensor(node: dict[str, Any]) -> Tensor:
-            try:
-                entry = _TensorEntry.model_validate(node)
-            except ValidationError as error:
-                raise CheckpointError(
-                    f"{json_path}: a tensor entry: {first_problem(error)}"
-                ) from error
-            if entry.tensor not in decoded:
-                decoded[entry.tensor] = entry, tensors.read(entry.tensor, entry)
-            first, value = decoded[entry.tensor]
-            if first != entry:
-                raise CheckpointError(
-                    f"{json_path}: wanted equal entries of tensor {entry.tensor[:200]!r}, found "
-                    "two that differ"
-                )
-            return value
+        def read(entry: _TensorEntry) -> Tensor:
+            decoded.add(entry.tensor)
+            return tensors.read(entry.tensor, entry)
 
-        state = tree_json.decode(json_file.read(), decode_tensor, json_path)
-    if unused := tensors.names - decoded.keys():
+        state = _decode(json_file.read(), read, json_path)
+    if unused := tensors.names - decoded:
         raise CheckpointError(
             f"{tensor_path}: wanted the tensors of {json_path.name}, found "
             f"{min(unused)[:200]!r} as well"
         )
     return state
+
+
+def _decode(structure: bytes, tensor_of: Callable[[_TensorEntry], Tensor], path: Path) -> Any:
+    """Decode a state.
+
+    Args:
+        structure: the state as JSON.
+        tensor_of: function that returns a tensor; called once for each, in the order of ``pack``.
+        path: path of the file, for messages.
+
+    Raises:
+        CheckpointError: the structure is not valid, or ``tensor_of`` raises it.
+    """
+    decoded: dict[str, tuple[_TensorEntry, Tensor]] = {}
+
+    def decode_tensor(node: dict[str, Any]) -> Tensor:
+        try:
+            entry = _TensorEntry.model_validate(node)
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: a tensor entry: {first_problem(error)}") from error
+        if entry.tensor not in decoded:
+            decoded[entry.tensor] = entry, tensor_of(entry)
+        first, value = decoded[entry.tensor]
+        if first != entry:
+            raise CheckpointError(
+                f"{path}: wanted equal entries of tensor {entry.tensor[:200]!r}, found two that "
+                "differ"
+            )
+        return value
+
+    return tree_json.decode(structure, decode_tensor, path)
 
 
 def _paths(folder: Path, part: str) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpoint.async_save import AsyncSaver
+from ..checkpoint.lease import Lease
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.manifest import CheckpointInfo
 from ..errors import CheckpointError
@@ -35,14 +36,22 @@ class Checkpointer:
         folder: the run's folder; only rank zero's value is used.
         config: the run's settings.
         failed_writes: records failed saves if ``checkpoint.on_error`` is ``continue``.
+        lease: the folder's lock on rank zero, which must be held to write there; else None.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, failed_writes: FailedWrites) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        failed_writes: FailedWrites,
+        lease: Lease | None,
+    ) -> None:
         self._settings = fixed_settings(config)
         self._continue_on_error = config.checkpoint.on_error == "continue"
         self._manager = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
         self._background = AsyncSaver()
         self._failed_writes = failed_writes
+        self._lease = lease
 
     def save(self, state: Any, step: int, phase: str, value: float | None) -> None:
         """Copy a state and start writing it in the background.  Collective.
@@ -55,10 +64,12 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the previous save failed; raised on all ranks.
+            ConfigError: another run has taken the folder over; raised on rank zero.
         """
         self.finish()
-        if dist.get_rank() != 0:
+        if self._lease is None:
             return
+        self._lease.require()
         info = CheckpointInfo(
             step=step,
             world_size=dist.get_world_size(),

@@ -26,7 +26,7 @@ __all__ = [
     "rank_state",
     "restore_random",
     "seed_all",
-    "state_of_this_rank",
+    "states_of_ranks",
     "with_inputs",
 ]
 
@@ -81,30 +81,35 @@ def gathered_on_rank_zero(state: Any) -> list[Any]:
     return states
 
 
-def state_of_this_rank(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Select the state that this rank resumes from.
+def states_of_ranks(
+    states: Sequence[Mapping[str, Any]], world_size: int
+) -> list[Mapping[str, Any]]:
+    """The states that the ranks resume from, by rank.
 
     If the world size has changed, rank zero takes over the sum of all losses, and the random states
     are seeded anew.
 
     Args:
         states: the saved states of all ranks, by rank.
+        world_size: number of ranks that resume.
     """
-    rank = dist.get_rank()
-    if len(states) == dist.get_world_size():
-        return states[rank]
+    if len(states) == world_size:
+        return list(states)
     sums = [sum(column) for column in zip(*(state["losses"] for state in states))]
     engine = states[0]["engine"]
-    return {
-        "random": None,
-        "losses": sums if rank == 0 else [0.0, 0.0],
-        "engine": {
-            **engine,
-            "number": rank,
-            "world_size": dist.get_world_size(),
-            "training": {**engine["training"], "reducer": None},
-        },
-    }
+    return [
+        {
+            "random": None,
+            "losses": [0.0, 0.0] if rank else sums,
+            "engine": {
+                **engine,
+                "number": rank,
+                "world_size": world_size,
+                "training": {**engine["training"], "reducer": None},
+            },
+        }
+        for rank in range(world_size)
+    ]
 
 
 def num_inputs(state: Mapping[str, Any]) -> int:

@@ -5,27 +5,41 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lease import Lease
 from ..checkpoint.lock import run_lock
 from ..checkpoint.manager import CheckpointManager
 from ..errors import CheckpointError, ConfigError
+from .put_aside import CHECKPOINTS, JOURNAL, RESULT, entries, put_aside, require_usable
 from .resume_config import changes, fixed_settings
 from .run_config import RunConfig
 
-__all__ = ["CHECKPOINTS", "JOURNAL", "RESULT", "SETTINGS", "open_run_folder"]
+__all__ = ["CHECKPOINTS", "JOURNAL", "RESULT", "SETTINGS", "RunFolder", "open_run_folder"]
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, JOURNAL, RESULT = "checkpoints", "journal.jsonl", "result.json"
 SETTINGS = "settings"
 """Name of the checkpoint part that holds the run's ``fixed_settings``."""
 
 _RESTART_COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The locked folder of a run, on rank zero.
+
+    Attributes:
+        checkpoint: the checkpoint to resume from; None for a new run.
+        lease: the folder's lock; its ``require`` raises if another run has taken it over.
+    """
+
+    checkpoint: Checkpoint | None
+    lease: Lease
 
 
 @contextmanager
@@ -35,44 +49,68 @@ def open_run_folder(
     config: RunConfig,
     world_size: int,
     environment: Mapping[str, str] = os.environ,
-) -> Iterator[Checkpoint | None]:
-    """Lock the run's folder; yield the checkpoint to resume from, if any.  Rank zero only.
+) -> Iterator[RunFolder]:
+    """Lock the run's folder and choose the checkpoint to resume from.  Rank zero only.
 
     Args:
-        out: the run's folder.  An earlier run in it is moved aside under another name, unless it
-            is resumed there.
+        out: the run's folder; created if it is missing.  The content of an earlier run in it is
+            moved to another folder, unless it is resumed there.
         resume: ``auto`` resumes an unfinished run of the same settings in the folder, ``never``
             starts a new run, and anything else is the path of a checkpoint.  After a restart by
             the launcher, a checkpoint in the folder takes precedence over all of these.
         config: the run's settings.
         world_size: number of ranks.
-        environment: environment variables, which hold the launcher's restart counter.
+        environment: environment variables, which hold the launcher's restart counter and the job.
 
     Raises:
-        ConfigError: another run uses the folder, the folder cannot be created, or the config
-            differs from the checkpoint.
-        CheckpointError: the named checkpoint is damaged, or this number of ranks cannot resume
-            from it; names the numbers that can.
+        ConfigError: another run uses the folder or one above it, it holds something else than a
+            run, it cannot be created, or the config differs from the checkpoint.
+        CheckpointError: the named checkpoint or all checkpoints of the folder are damaged, or this
+            number of ranks cannot resume from it; names the numbers that can.
     """
-    with ExitStack() as lock:
+    with ExitStack() as stack:
         try:
-            if out.exists():
-                lock.enter_context(run_lock(out))  # fails if another run is still writing
-            auto = _unfinished(out, config) if _may_resume_here(resume, environment) else None
-            chosen = auto or _named(resume, config)
-            if chosen is not None:
-                _require_world_size(config, world_size, chosen)
-            if chosen is None or not _is_in(out, chosen):
-                lock.close()
-                _create(out, chosen)
-                lock.enter_context(run_lock(out))
-            elif auto is None:
-                _rewind(out, chosen.step)
+            require_usable(out)
+            if not out.exists():
+                stack.callback(_remove_if_empty, out)
+            out.mkdir(parents=True, exist_ok=True)
+            # Locked from here to the end: a second start would else put aside what is begun here.
+            lease = stack.enter_context(run_lock(out, environment))
+            checkpoint = _prepare(out, resume, config, world_size, environment)
         except OSError as error:
             raise ConfigError(
                 f"--out: cannot create {out}: {error.strerror}; name another folder"
             ) from error
-        yield chosen
+        yield RunFolder(checkpoint, lease)
+
+
+def _remove_if_empty(out: Path) -> None:
+    with suppress(OSError):
+        out.rmdir()
+
+
+def _prepare(
+    out: Path,
+    resume: str,
+    config: RunConfig,
+    world_size: int,
+    environment: Mapping[str, str],
+) -> Checkpoint | None:
+    """Choose the checkpoint, and leave nothing in the folder but the run that it belongs to."""
+    auto, why = None, f"--resume {resume}"
+    if _may_resume_here(resume, environment):
+        auto, why = _unfinished(out, config, resume)
+    chosen = auto or _named(resume, config)
+    if chosen is not None:
+        _require_world_size(config, world_size, chosen)
+    if chosen is None or not _is_in(out, chosen):
+        if entries(out):
+            moved = put_aside(out)
+            logger.warning("%s: the earlier run there (%s) is moved to %s", out, why, moved)
+        _begin(out, chosen)
+    elif auto is None:
+        _rewind(out, chosen.step)
+    return chosen
 
 
 def _may_resume_here(resume: str, environment: Mapping[str, str]) -> bool:
@@ -80,19 +118,26 @@ def _may_resume_here(resume: str, environment: Mapping[str, str]) -> bool:
     return resume == "auto" or is_restart
 
 
-def _unfinished(out: Path, config: RunConfig) -> Checkpoint | None:
-    """The newest checkpoint of an unfinished run with these settings."""
+def _unfinished(out: Path, config: RunConfig, resume: str) -> tuple[Checkpoint | None, str]:
+    """The newest checkpoint of an unfinished run with these settings, or why there is none.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, and ``resume`` is not ``never``.
+    """
     manager = CheckpointManager(out / CHECKPOINTS)
     manager.sweep()
     if (out / RESULT).exists():
-        return None
+        return None, "it has finished"
     newest = manager.newest()
-    found = [] if newest is None else changes(newest.read(SETTINGS), fixed_settings(config))
-    if found:
-        message = "%s holds an unfinished run with another config (%s); it is moved aside"
-        logger.warning(message, out, "; ".join(found))
-        return None
-    return newest
+    if newest is None:
+        if manager.damaged and resume != "never":
+            raise CheckpointError(
+                f"{out / CHECKPOINTS}: all checkpoints are damaged: {', '.join(manager.damaged)}; "
+                "restore one of them, or start anew with --resume never"
+            )
+        return None, "damaged checkpoints" if manager.damaged else "it has no checkpoint"
+    found = changes(newest.read(SETTINGS), fixed_settings(config))
+    return (None, f"another config: {'; '.join(found)}") if found else (newest, "")
 
 
 def _named(resume: str, config: RunConfig) -> Checkpoint | None:
@@ -141,25 +186,14 @@ def _rewind(out: Path, step: int) -> None:
         (out / RESULT).unlink()
 
 
-def _create(out: Path, chosen: Checkpoint | None) -> None:
-    """Create an empty folder; move an existing one aside.
+def _begin(out: Path, chosen: Checkpoint | None) -> None:
+    """Put the journal into an empty folder, which marks it as that of a run.
 
     Args:
         out: the run's folder.
         chosen: the checkpoint to resume from, whose journal is copied; None for a new run.
     """
-    if out.exists():
-        changed = time.strftime("%Y%m%d-%H%M%S", time.localtime(out.stat().st_mtime))
-        out.rename(_unused(out.with_name(f"{out.name}.{changed}")))
-    out.mkdir(parents=True)
     if chosen is not None:
         with suppress(FileNotFoundError):
             shutil.copy(chosen.path.parent.parent / JOURNAL, out)
-
-
-def _unused(path: Path) -> Path:
-    number = 1
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{path.name.split('+')[0]}+{number}")
-    return path
+    (out / JOURNAL).touch()

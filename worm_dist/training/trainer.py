@@ -32,7 +32,6 @@ from .rank_state import (
     num_inputs,
     rank_state,
     restore_random,
-    state_of_this_rank,
     with_inputs,
 )
 from .reporting.phase_stats import PhaseStats
@@ -348,7 +347,8 @@ class Trainer:
         has the same samples, but sums of floats have another order.
 
         Args:
-            state: rank zero's state dict.
+            state: rank zero's state dict, as ``share_state`` returns it: in place of ``ranks`` it
+                has this rank's own state, ``rank``.
 
         Raises:
             CheckpointError, ConfigError: the state belongs to another run.
@@ -359,7 +359,7 @@ class Trainer:
                 "version of worm_dist wrote the checkpoint"
             )
         self._position = Position(**state["position"])
-        own_state = state_of_this_rank(state["ranks"])
+        own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         self.engine.load_state_dict({**state["engine"], "rank": rank})
         self._measure_network()

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoint.durable_io import write_json
+from ...checkpoint.lease import Lease
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
 from ..evaluation import EvalResult
+from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
-from ..run_folder import JOURNAL, RESULT
 from .console import Console
 from .failed_writes import FailedWrites
 from .journal import Journal
@@ -35,6 +36,7 @@ class RankZeroReport(Report):
         folder: the run's folder, which exists.
         config: the run's settings.
         failed_writes: records outputs that cannot be written.
+        lease: the folder's lock, which must be held to write there.
         saved: ``state_dict`` of the report at the checkpoint; None for a new run.
     """
 
@@ -43,11 +45,13 @@ class RankZeroReport(Report):
         folder: Path,
         config: RunConfig,
         failed_writes: FailedWrites,
+        lease: Lease,
         saved: Mapping[str, int] | None = None,
     ) -> None:
         self._folder = folder
         self._config = config
         self._failed_writes = failed_writes
+        self._lease = lease
         self._console = Console()
         self._tensorboard = TensorBoardLog(folder, None if saved is None else saved["step"] + 1)
         size = 0 if saved is None else saved["journal"]
@@ -72,6 +76,7 @@ class RankZeroReport(Report):
         self._print(self._console.start, *sizes, engine.phase, engine.step)
 
     def step(self, engine: Engine, learning_rate: float, loss: Tensor) -> None:
+        self._lease.require()
         if engine.step % _STEPS_BETWEEN_LOSSES == 1:
             self._loss = float(loss)
             values = {"train/loss": self._loss, "train/learning_rate": learning_rate}
@@ -195,7 +200,8 @@ class RankZeroReport(Report):
         if result.reason is not None:
             self._print(self._console.event, result.reason)
         content = result.as_dict()
-        self._failed_writes.best_effort(RESULT, self._write, content)
+        if TICKET not in self._failed_writes:  # with a result the run would count as finished
+            self._failed_writes.best_effort(RESULT, self._write, content)
         self._print(self._console.summary, content, self._folder)
 
     def _write(self, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,181 @@
+"""Sharing of a resumed run's state: rank zero reads it, and sends it to the other ranks.
+
+So only rank zero's host needs the checkpoint, and it is read and verified once, not by every rank.
+What all ranks share is broadcast; what differs from rank to rank is scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checkpoint.state_file import allocate, pack
+from ..errors import CheckpointError
+from .rank_state import states_of_ranks
+
+__all__ = ["share_state"]
+
+_PIECE_BYTES = 32 << 20
+"""Size of all messages of one collective, at most; it limits the memory that sending takes."""
+
+
+def share_state(state: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
+    """Send the trainer's state from rank zero to all ranks.  Collective.
+
+    Args:
+        state: ``Trainer.state_dict()`` as rank zero has saved it, on rank zero; None for a new run
+            and on other ranks.
+        device: the device on which collectives expect their tensors.
+
+    Returns:
+        The state, its tensors on the CPU, with this rank's own state ``rank`` in place of those of
+        all ranks, ``ranks``.  None for a new run.
+
+    Raises:
+        CheckpointError: the states of the ranks are malformed; raised on rank zero.
+    """
+    if dist.get_rank() != 0:
+        return _receive(device)
+    if state is None:
+        _broadcast([torch.zeros(8, dtype=torch.uint8)], device)
+        return None
+    owns = _states_of_ranks(state.get("ranks"))
+    shared = {key: part for key, part in state.items() if key != "ranks"}
+    if len(owns) > 1:
+        _send(shared, owns, device)
+    return {**shared, "rank": owns[0]}
+
+
+def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
+    try:
+        return states_of_ranks(saved, dist.get_world_size())
+    except (TypeError, LookupError) as error:
+        raise CheckpointError(
+            f"--resume: the states of the ranks in the checkpoint are malformed: {error!r}"
+        ) from error
+
+
+def _send(shared: Any, owns: Sequence[Any], device: torch.device) -> None:
+    packed = pack(shared)
+    structure = _bytes(packed.structure)
+    _broadcast([_numbers([structure.numel()])], device)
+    _broadcast([structure], device)
+    _broadcast([memory for _, memory in packed.tensors.values()], device)
+    packed_owns = [pack(own) for own in owns]
+    structures = [[_bytes(own.structure)] for own in packed_owns]
+    memories = [[memory for _, memory in own.tensors.values()] for own in packed_owns]
+    sizes = [
+        max(sum(part.numel() for part in parts) for parts in of_ranks)
+        for of_ranks in (structures, memories)
+    ]
+    _broadcast([_numbers(sizes + [parts[0].numel() for parts in structures])], device)
+    _scatter(structures, sizes[0], device)
+    _scatter(memories, sizes[1], device)
+
+
+def _receive(device: torch.device) -> dict[str, Any] | None:
+    size = _numbers([0])
+    _broadcast([size], device)
+    if not size.any():
+        return None
+    structure = torch.empty(_ints(size)[0], dtype=torch.uint8)
+    _broadcast([structure], device)
+    shared, memory = allocate(structure.numpy().tobytes())
+    _broadcast(memory, device)
+    sizes = _numbers([0] * (2 + dist.get_world_size()))
+    _broadcast([sizes], device)
+    most_structure, most_memory, *of_ranks = _ints(sizes)
+    structure = torch.empty(of_ranks[dist.get_rank()], dtype=torch.uint8)
+    _scattered([structure], most_structure, device)
+    own, memory = allocate(structure.numpy().tobytes())
+    _scattered(memory, most_memory, device)
+    return {**shared, "rank": own}
+
+
+def _broadcast(parts: Sequence[Tensor], device: torch.device) -> None:
+    """Send tensors, uint8 and one-dimensional, from rank zero; others receive into theirs."""
+    is_zero = dist.get_rank() == 0
+    for piece in _pieces(parts, _PIECE_BYTES):
+        size = sum(part.numel() for part in piece)
+        buffer = torch.cat(piece).to(device) if is_zero else _empty(size, device)
+        dist.broadcast(buffer, src=0)
+        if not is_zero:
+            _fill(piece, buffer)
+
+
+def _scatter(of_ranks: Sequence[Sequence[Tensor]], size: int, device: torch.device) -> None:
+    """Send tensors of its own to every rank, from rank zero.
+
+    Args:
+        of_ranks: the tensors of each rank, uint8 and one-dimensional.
+        size: size of the tensors of the rank that has most, in bytes.
+        device: the device on which collectives expect their tensors.
+    """
+    width = _width(size)
+    pieces = [_pieces(parts, width) for parts in of_ranks]
+    for _ in range(0, size, width):
+        rows = torch.zeros(len(of_ranks), width, dtype=torch.uint8)
+        for row, of_rank in zip(rows, pieces):
+            piece = torch.cat([row[:0], *next(of_rank, [])])
+            row[: piece.numel()] = piece
+        dist.scatter(_empty(width, device), list(rows.to(device)), src=0)
+
+
+def _scattered(parts: Sequence[Tensor], size: int, device: torch.device) -> None:
+    """Receive what ``_scatter`` sends to this rank into tensors."""
+    width = _width(size)
+    pieces = _pieces(parts, width)
+    for _ in range(0, size, width):
+        buffer = _empty(width, device)
+        dist.scatter(buffer, src=0)
+        _fill(next(pieces, []), buffer)
+
+
+def _width(size: int) -> int:
+    """Bytes that each rank is sent in one scatter."""
+    return max(1, min(size, _PIECE_BYTES // dist.get_world_size()))
+
+
+def _pieces(parts: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Views of consecutive parts, of ``limit`` bytes in each piece but the last."""
+    piece: list[Tensor] = []
+    room = limit
+    for part in parts:
+        while part.numel():
+            view, part = part[:room], part[room:]
+            piece.append(view)
+            room -= view.numel()
+            if not room:
+                yield piece
+                piece, room = [], limit
+    if piece:
+        yield piece
+
+
+def _fill(piece: Sequence[Tensor], buffer: Tensor) -> None:
+    received, begin = buffer.cpu(), 0
+    for part in piece:
+        part.copy_(received[begin : begin + part.numel()])
+        begin += part.numel()
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _numbers(values: Sequence[int]) -> Tensor:
+    """Integers as bytes, eight for each."""
+    return torch.tensor(values, dtype=torch.int64).view(torch.uint8)
+
+
+def _ints(numbers: Tensor) -> list[int]:
+    values: list[int] = numbers.view(torch.int64).tolist()
+    return values
