@@ -23,7 +23,7 @@ from torch import Tensor
 
 from worm_dist.checkpoint.manager import CheckpointManager
 
-CONFIG = "configs/digits.yaml"
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits.yaml")
 SETTINGS = ("--checkpoint.every", "7ba")
 """Not a divisor of an epoch, so that most runs resume in the middle of one."""
 WAYS = ("SIGKILL a rank", "SIGTERM a rank", "SIGTERM all", "SIGKILL the launcher", "SIGTERM it")

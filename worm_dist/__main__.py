@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +20,18 @@ from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
 from .training.config_file import read_run_config
+from .training.ineffective_settings import ineffective_settings
+from .training.reporting.standard_streams import secure_standard_streams
 
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
+_INTERRUPTED = 128 + signal.SIGINT
+"""Where Ctrl-C does not stop a training gracefully."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 0 or that of the error."""
+    secure_standard_streams()
     try:
         options, replaced = _parse(arguments)
         if options.command == "plan":
@@ -32,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except WormError as error:
         launcher = started_by(os.environ)
         local_rank = os.environ.get(launcher.local_rank, "0") if launcher else "0"
@@ -68,7 +77,7 @@ def _parse(
         "--resume",
         default="auto",
         help="auto (default): resume an unfinished run in the folder; never: move it aside and "
-        "start anew; or the path of a checkpoint",
+        "start anew; or the path of a checkpoint, or of a run's folder for its newest one",
     )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
@@ -128,15 +137,18 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
     if options.check:
+        for line in ineffective_settings(config):
+            sys.stderr.write(f"worm_dist: warning: {line}\n")
         print(f"{options.config}: the settings are valid")
         return 0
     out = options.out or Path("runs") / config.name
     if out.name in ("", ".."):
         raise ConfigError(f"--out: {out} may hold more than this run; give a folder for it alone")
     # Data sets, TensorBoard and plots take seconds to import; report a wrong setting before.
+    from .training.resume_argument import resume_argument
     from .training.run import run
 
-    return run(config, out, options.resume)
+    return run(config, out, resume_argument(options.resume))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/digits.yaml"
+CONFIG = ROOT / "configs" / "digits.yaml"
 SHORT = ("--epochs=1", "--search.every=11ba")
 """Two masks."""
 
@@ -40,10 +41,13 @@ def environment_with(**more: str) -> dict[str, str]:
     return {**inherited, "DS_ACCELERATOR": "cpu", **more}
 
 
-def call(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def call(
+    script: str, *words: object, folder: Path = Path("/"), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Call a script from a folder."""
     return subprocess.run(
         [str(ROOT / "launch" / script), *map(str, words)],
-        cwd="/",
+        cwd=folder,
         env=environment_with(**environment),
         capture_output=True,
         text=True,
@@ -52,8 +56,10 @@ def call(script: str, *words: object, **environment: str) -> subprocess.Complete
 
 
 def trained(folder: Path, script: str, **environment: str) -> Mapping[str, Any]:
-    """The result of a short run on two ranks."""
-    done = call(script, CONFIG, *SHORT, "--out", folder, **environment)
+    """The result of a short run on two ranks, whose paths are relative to the folder above it."""
+    shutil.copy(CONFIG, folder.parent / "mine.yaml")
+    paths = ("mine.yaml", "--out", folder.name)
+    done = call(script, *paths, *SHORT, folder=folder.parent, **environment)
     assert done.returncode == 0, done.stderr
     return result_of(folder)
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..groups.forward import in_eval
+from .data.batches import batches
 
 __all__ = ["EvalResult", "Speed", "count_parameters", "evaluate", "total_over_ranks"]
 
@@ -40,8 +41,17 @@ class EvalResult:
     @property
     def is_chance(self) -> bool:
         """True if the accuracy is within three standard deviations of a constant prediction's."""
-        deviation = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
-        return not self.output_varies or self.accuracy <= self.chance + 3 * deviation
+        return not self.output_varies or self.accuracy <= self.chance + 3 * self._deviation
+
+    @property
+    def can_tell_chance(self) -> bool:
+        """True if there are enough samples to tell chance from twice that accuracy."""
+        return 3 * self._deviation <= self.chance
+
+    @property
+    def _deviation(self) -> float:
+        """Standard deviation of a constant prediction's accuracy, as if samples were drawn."""
+        return math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
 
 
 _TOLERANCE = 1e-6
@@ -92,7 +102,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
     with in_eval(network):
-        for inputs, targets in loader:
+        for inputs, targets in batches(loader):
             if stop.requested:
                 totals[3] = 1  # the other ranks learn of it in the all-reduce below
                 break

@@ -21,6 +21,7 @@ from .build import build
 from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
+from .data.batches import batches
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
 from .flops import count_flops
 from .nonfinite import FiniteCheck
@@ -34,6 +35,7 @@ from .rank_state import (
     restore_random,
     with_inputs,
 )
+from .reporting.not_found import why_not_found
 from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
 from .reporting.result import Result
@@ -131,7 +133,7 @@ class Trainer:
         self._phase_stats.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
         if self.result.status == "not_found":
-            self.result.reason = self.result.why_not_found()
+            self.result.reason = why_not_found(self.result, self._config, self.engine.history)
         self.result.at_chance = self._position.at_chance
 
     def _train_epoch(self) -> None:
@@ -145,7 +147,7 @@ class Trainer:
             self._draw()
         self._speed = Speed()
         self._reach("the next batch")
-        for inputs, targets in loader:
+        for inputs, targets in batches(loader):
             loss = self._train_step(inputs, targets)
             self._progress.started()
             self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
@@ -184,7 +186,8 @@ class Trainer:
             self._save(evaluation.accuracy)
 
     def _require_better_than_chance(self, evaluation: EvalResult, loss: float) -> None:
-        """Raise if the network has fallen back to chance in training and test.
+        """Raise if the network has fallen back to chance in training and test, or is still there
+        after the last epoch, unless the test split is too small to tell.
 
         In the two epochs after a draw by the published rule that is allowed.
 
@@ -198,7 +201,8 @@ class Trainer:
         position, drawn = self._position, self.result.ticket_epoch
         has_just_drawn = drawn is not None and position.epoch + 1 - drawn < 2
         looks_collapsed = evaluation.is_chance and loss > _SHARE_OF_CHANCE * evaluation.chance_loss
-        has_collapsed = looks_collapsed and position.has_learnt and not has_just_drawn
+        is_last = position.epoch + 1 == self._config.epochs and evaluation.can_tell_chance
+        has_collapsed = looks_collapsed and (position.has_learnt or is_last) and not has_just_drawn
         if not evaluation.output_varies or has_collapsed:
             raise CollapseError(
                 f"epoch {position.epoch + 1}, step {self.engine.step}: the network is no better "

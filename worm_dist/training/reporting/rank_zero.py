@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ...checkpoint.lease import Lease
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
 from ..evaluation import EvalResult
+from ..ineffective_settings import ineffective_settings
 from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
 from .console import Console
@@ -23,6 +25,8 @@ from .result import Result
 from .tensorboard import TensorBoardLog
 
 __all__ = ["RankZeroReport"]
+
+logger = logging.getLogger(__name__)
 
 _CONSOLE = "console"
 _STEPS_BETWEEN_LOSSES = 50
@@ -72,6 +76,8 @@ class RankZeroReport(Report):
         self._print(self._console.event, result.data)
         if engine.step:
             self._print(self._console.event, f"goes on from step {engine.step}")
+        for line in ineffective_settings(self._config, steps_per_epoch):
+            logger.warning("worm_dist: warning: %s", line)
         sizes = (epochs, steps_per_epoch, self._config.data.batch_size)
         self._print(self._console.start, *sizes, engine.phase, engine.step)
 
@@ -168,7 +174,8 @@ class RankZeroReport(Report):
         self._tensorboard.close()
         text = f"stopped after step {engine.step}; the same command goes on from there"
         self._print(self._console.event, text, engine.phase)
-        self._print(self._console.close)
+        self._console.close()
+        self._say_if_console_is_lost(text)
 
     def state_dict(self, engine: Engine) -> dict[str, int]:
         return {"step": engine.step, "journal": self._journal.size}
@@ -203,6 +210,12 @@ class RankZeroReport(Report):
         if TICKET not in self._failed_writes:  # with a result the run would count as finished
             self._failed_writes.best_effort(RESULT, self._write, content)
         self._print(self._console.summary, content, self._folder)
+        self._say_if_console_is_lost(f"the run has finished; its figures are in {self._folder}")
+
+    def _say_if_console_is_lost(self, text: str) -> None:
+        """The last words on the standard error, if the standard output does not take them."""
+        if _CONSOLE in self._failed_writes:
+            logger.warning("%s (the console was lost)", text)
 
     def _write(self, content: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
