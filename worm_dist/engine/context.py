@@ -20,7 +20,7 @@ from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
 from ..distributed.collectives import uncounted
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
@@ -201,10 +201,26 @@ class TrainingContext(StepListener):
     def load_wrapper_state(
         self, state: Mapping[str, Any], reducer_state: Mapping[str, Any] | None
     ) -> None:
-        """Restore the state of wrapper and reducer; channels must be removed and frozen before."""
+        """Restore the state of wrapper and reducer; channels must be removed and frozen before.
+        Collective.
+
+        Raises:
+            CheckpointError: on every rank, if the reducer's state of one of them does not fit.
+        """
         self._bucket_order.load(self.step, state["buckets_rebuilt"])
-        if self.reduction.reducer is not None and reducer_state is not None:
-            self.reduction.reducer.load_state_dict(reducer_state, self.network)
+        reducer = self.reduction.reducer
+        if reducer is None:
+            return
+        failure: CheckpointError | None = None
+        try:
+            if reducer_state is not None:
+                reducer.load_state_dict(reducer_state, self.network)
+        except CheckpointError as error:  # the other ranks must not wait for this one
+            failure = error
+        with uncounted(self.comm):
+            failures = self.comm.failures("" if failure is None else str(failure))
+        if failures:
+            raise CheckpointError("; ".join(failures)) from failure
 
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
         """See ``Engine.restore_bucket_order``."""

@@ -465,7 +465,7 @@ class Engine:
         with refused_on_all_ranks(comm, where):
             self._require_new(where)
             require_valid(
-                state, self._settings, self.groups, self._steps_per_epoch, comm.rank, comm.size
+                state, self._settings, self.groups, self._dense_shapes, self._steps_per_epoch, comm
             )
             training.require_alike(copies)
         comm.assert_equal({"state": digests_of(state)}, where)

@@ -7,19 +7,25 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpoint.rng_state import random_state, restore_random_state
+from ..checkpoint.rng_state import random_state, require_random_state, restore_random_state
+from ..engine.state import RankSchema
+from ..errors import CheckpointError
+from ..schema import Count, Finite, Schema
 from .data.augmentation_rng import EpochSampler, seed_from
 
 __all__ = [
     "Position",
+    "PositionSchema",
+    "RankStateSchema",
     "gathered_on_rank_zero",
     "newest_inputs",
     "num_inputs",
@@ -48,6 +54,32 @@ class Position:
     draws: bool = False
     has_learnt: bool = False
     at_chance: bool = False
+
+
+class PositionSchema(Schema):
+    """Schema of ``Position`` as a dict."""
+
+    epoch: Count
+    batch: Count
+    draws: bool
+    has_learnt: bool
+    at_chance: bool
+
+
+def _require_random(state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        require_random_state(state)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    return state
+
+
+class RankStateSchema(Schema):
+    """Schema of ``rank_state``."""
+
+    random: Annotated[dict[str, Any], AfterValidator(_require_random)]
+    losses: Annotated[list[Finite], Field(min_length=2, max_length=2)]
+    engine: RankSchema
 
 
 def rank_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,9 +150,17 @@ def with_inputs(state: Mapping[str, Any], inputs: Sequence[Tensor]) -> dict[str,
     Args:
         state: this rank's state.
         inputs: the recorded input batches, on the CPU, one for every recorded pass.
+
+    Raises:
+        CheckpointError: there are fewer.
     """
     engine = state["engine"]
     calls = engine["training"]["inputs"]
+    if calls is not None and len(calls) != len(inputs):
+        raise CheckpointError(
+            f"--resume: ranks.{engine['number']}.engine.training.inputs: {len(calls)} recorded "
+            f"passes, but only {len(inputs)} before position"
+        )
     if calls is not None:
         calls = [
             {**call, "arguments": [[part], {}], "on_cpu": [call["device"] == "cpu"]}

@@ -27,6 +27,7 @@ from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
 from .run_config import RunConfig
 from .run_folder import RESULT, open_run_folder
+from .run_state import require_valid
 from .trainer import Trainer
 
 __all__ = ["run"]
@@ -113,11 +114,18 @@ def _broadcast_state(checkpoint: Checkpoint | None) -> Any:
 
     Returns:
         The trainer's state dict; None for a new run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not hold the state of a run.
     """
     paths = [None if checkpoint is None else str(checkpoint.path.resolve())]
     dist.broadcast_object_list(paths, src=0)
     (path,) = paths
-    return None if path is None else Checkpoint(path).read(RUN)
+    if path is None:
+        return None
+    state = Checkpoint(path).read(RUN)
+    require_valid(state, Path(path))
+    return state
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:
