@@ -3,6 +3,7 @@ states, local losses and PowerSGD's memory."""
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from ..checkpoint.rng_state import random_state, require_random_state, restore_random_state
 from ..engine.state import RankSchema
 from ..errors import CheckpointError
+from ..groups.nested import mapped
 from ..schema import Count, Finite, Schema
 from .data.augmentation_rng import EpochSampler, seed_from
 
@@ -35,6 +37,9 @@ __all__ = [
     "state_of_this_rank",
     "with_inputs",
 ]
+
+_MOST_BYTES = 256 << 20
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -105,12 +110,47 @@ def _without_tensors(engine: Mapping[str, Any]) -> dict[str, Any]:
     return {**engine, "training": {**training, "inputs": calls}}
 
 
-def gathered_on_rank_zero(state: Any) -> list[Any]:
-    """Gather every rank's state on rank zero, by rank; empty on other ranks.  Collective."""
-    is_zero = dist.get_rank() == 0
-    states: list[Any] = [None] * dist.get_world_size() if is_zero else []
-    dist.gather_object(state, states if is_zero else None, dst=0)
-    return states
+def gathered_on_rank_zero(
+    state: Any, device: torch.device, most_bytes: int = _MOST_BYTES
+) -> list[Any]:
+    """Gather every rank's state on rank zero, in its host memory.  Collective.
+
+    PowerSGD's error feedback is as large as the network, on every rank: all of it at once would not
+    fit on rank zero's device, through which it goes under nccl.
+
+    Args:
+        state: this rank's state in plain values and tensors on any device.
+        device: the device on which collectives expect their tensors.
+        most_bytes: most memory of rank zero's device to use, at least one byte for each rank.
+
+    Returns:
+        On rank zero the states by rank, those of other ranks on the CPU; empty on other ranks.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    file = io.BytesIO()
+    if rank != 0:  # rank zero keeps its own
+        torch.save(mapped(state, Tensor.cpu), file)
+    own = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8) if rank else _NOTHING
+    sizes = torch.zeros(size, dtype=torch.int64, device=device)
+    sizes[rank] = own.numel()
+    dist.all_reduce(sizes)
+    others = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()] if rank == 0 else []
+    longest, piece = int(sizes.max()), max(1, most_bytes // size)
+    for begin in range(0, longest, piece):
+        length = min(piece, longest - begin)
+        part = torch.zeros(length, dtype=torch.uint8, device=device)
+        mine = own[begin : begin + length]
+        part[: mine.numel()] = mine.to(device)
+        parts = [torch.empty_like(part) for _ in others]
+        dist.gather(part, parts or None, dst=0)
+        for whole, found in zip(others, parts, strict=True):
+            here = whole[begin : begin + length]
+            here.copy_(found[: here.numel()])
+    return [state, *map(_unpickled, others[1:])] if rank == 0 else []
+
+
+def _unpickled(state: Tensor) -> Any:
+    return torch.load(io.BytesIO(state.numpy().data), map_location="cpu", weights_only=True)
 
 
 def state_of_this_rank(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

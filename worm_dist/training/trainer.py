@@ -326,7 +326,7 @@ class Trainer:
         """
         engine = self.engine.state_dict()
         optimizer = self.engine.optimizer_state()
-        rank_states = gathered_on_rank_zero(rank_state(self._losses, engine))
+        rank_states = gathered_on_rank_zero(rank_state(self._losses, engine), self._device)
         return {
             "format": FORMAT,
             "position": asdict(self._position),
