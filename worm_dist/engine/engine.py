@@ -97,7 +97,7 @@ class Engine:
         self._history = History(search)
         self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._verdict = Verdict(Phase.SEARCH if search.enabled else Phase.DENSE)
-        self._usage_errors = UsageErrors(self._training)
+        self._usage_errors = UsageErrors(self._training, self.groups if may_draw else ())
         self._warned_groups: set[str] = set()
         self._attached = True
         self._training.register_hooks(self._before_pass)
