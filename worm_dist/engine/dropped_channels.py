@@ -24,6 +24,7 @@ from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal, RemovalSchema
 from ..truncation.truncation import Truncation, TruncationSchema
 from ..verdict import Phase, Verdict
+from .capture_guard import CaptureGuard
 from .check_schedule import CheckSchedule
 from .context import TrainingContext
 from .draw import draw
@@ -75,12 +76,16 @@ class DroppedChannels(StepListener):
         self._removal = Removal(config.removal, training.comm, self.guard, schedule.num_steps)
         self._num_dense_elements = training.num_elements
         self._is_complete = False
+        self._capture_guard = CaptureGuard(
+            lambda: not self._is_complete and bool(self._truncation.frozen.any())
+        )
         self._follow_network()
 
     @property
     def step_listeners(self) -> Sequence[StepListener]:
         """What acts around an optimizer step; others after a stage."""
-        return (self._penalty, *self._truncation.step_listeners, self.guard, self)
+        listeners = (self._penalty, *self._truncation.step_listeners, self.guard, self)
+        return (self._capture_guard, *listeners)
 
     @property
     def irreversible(self) -> Tensor:
