@@ -80,23 +80,49 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
         The network with its weights, on the CPU, in training mode like any new module.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or does not fit the network.
+        CheckpointError: a file is missing or damaged, or does not fit the network; or weights are
+            NaN or infinite.
+        ConfigError: ``build`` is not a function that returns a network.
     """
     folder = Path(path)
     record = read_metadata(folder)
+    built = None if build is None else _built(build)
     with open_weights(folder / _WEIGHTS, record.weights) as weights:
         try:
-            network = (
-                build() if build is not None else _dense_network_on_meta(record.model, len(weights))
-            )
+            network = _dense_network_on_meta(record.model, len(weights)) if built is None else built
             remove_gates(network)  # in a ticket, gates are folded into the weights
             remove_channels(network, [cut.cut(network) for cut in record.cuts])
         except ConfigError as error:
             raise CheckpointError(f"{folder / METADATA}: {error}") from error
         weights.check(network)
-        if build is None:
+        if built is None:
             network.to_empty(device="cpu")
         weights.fill(network)
+    return network
+
+
+def _built(build: Callable[[], object]) -> nn.Module:
+    """The network of the user's function.
+
+    Raises:
+        ConfigError: it is not a function, or what it returns has no weights to fill.
+    """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ConfigError(
+            f"load_ticket: build is a {type(build).__name__}; give a function that returns the "
+            "dense network: load_ticket(path, build=lambda: Net(...))"
+        )
+    network = build()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"load_ticket: build returned a {type(network).__name__}; let it return the dense "
+            "network"
+        )
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        raise ConfigError(
+            "load_ticket: build returned a network on the meta device; let it return one with "
+            "memory for its weights"
+        )
     return network
 
 

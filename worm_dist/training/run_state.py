@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..backends.optimizer_state import OptimizerStateSchema
 from ..engine.state import EngineSchema
 from ..errors import CheckpointError
+from ..groups.finite_values import finite_names
 from ..schema import Count, Finite, Schema, first_problem, schema_of
 from .rank_state import Position, PositionSchema, RankStateSchema
 from .reporting.phase_stats import PhaseStatsSchema
@@ -153,13 +154,7 @@ def require_network(state: Mapping[str, Tensor], network: nn.Module) -> None:
         CheckpointError: naming the tensor.
     """
     wanted = network.state_dict()
-    statistics = {
-        f"{name}.{statistic}".removeprefix(".")
-        for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for statistic in ("running_mean", "running_var")
-    }
-    finite = statistics | dict(network.named_parameters()).keys()
+    finite = finite_names(network)
     for name in wanted.keys() | state.keys():
         here, saved = wanted.get(name), state.get(name)
         problem = None
