@@ -22,6 +22,7 @@ from ..config import WormConfig
 from ..distributed.collectives import uncounted
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
+from ..pruning.agreement import problem_of_copies
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
 from ..pruning.recorded_inputs import (
@@ -288,19 +289,27 @@ class TrainingContext(StepListener):
                     "all parameters, or set requires_grad to False on those that shall not train"
                 )
 
-    def require_alike(self, copies: Sequence[nn.Module]) -> None:
+    def require_alike(self, copies: Sequence[nn.Module], where: str) -> None:
         """Require copies to have the network's parameters, by names and shapes.
+
+        Args:
+            copies: the copies of the network.
+            where: prefix of error messages.
 
         Raises:
             ConfigError: one does not.
         """
+        problem = problem_of_copies(copies)
+        if problem is not None:
+            raise ConfigError(f"{where}: {problem}")
         shapes = {name: p.shape for name, p in self.network.named_parameters()}
         for number, copy in enumerate(copies):
             theirs = {name: p.shape for name, p in copy.named_parameters()}
             if theirs != shapes:
                 odd = next(name for name, _ in sorted(theirs.items() ^ shapes.items()))
                 raise ConfigError(
-                    f"draw: copies[{number}] is not a copy of the network: parameter {odd} differs"
+                    f"{where}: copies[{number}] is not a copy of the network: parameter {odd} "
+                    "differs"
                 )
 
     def drop_gradients(self) -> None:

@@ -281,7 +281,7 @@ class Engine:
         self._calls.offer_draw(False)
         require_reversible(self.groups, mask, dropped.channels.removed, where)
         require_live_survivors(self.groups, mask, dropped.frozen)
-        self._training.require_alike(copies)
+        self._training.require_alike(copies, "draw")
         dropped.shrink(mask, copies, is_complete, where)
         self._verdict = (
             Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -467,7 +467,7 @@ class Engine:
             require_valid(
                 state, self._settings, self.groups, self._dense_shapes, self._steps_per_epoch, comm
             )
-            training.require_alike(copies)
+            training.require_alike(copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)
         shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
         inputs = None if own is None else own["training"]["inputs"]

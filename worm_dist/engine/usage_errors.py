@@ -52,6 +52,7 @@ class UsageErrors:
     def follow(self) -> None:
         """Accept the network as it is now, after the engine has changed it."""
         self._parameters = dict(self._training.network.named_parameters())
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
         self._num_hooks = self._training.num_hooks
         self.forget_weight_versions()
 
@@ -97,6 +98,11 @@ class UsageErrors:
                     f"{where}: parameter {name} {what if name in now else 'is gone'} since attach; "
                     "change the network first (adapters, tied weights, parametrizations), then "
                     "wrap it, make the optimizer and attach"
+                )
+            if now[name].shape != self._shapes[name]:
+                raise ConfigError(
+                    f"{where}: parameter {name} is {list(now[name].shape)} now, and was "
+                    f"{list(self._shapes[name])} at attach; only engine.draw may change its size"
                 )
         if self._training.num_hooks > self._num_hooks:
             raise BackendError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch_pruning
+from pydantic import ValidationError
 from torch import nn
 
 from ..checkpoint.durable_io import sync_folder, write_json, writing
@@ -21,6 +22,7 @@ from ..groups.gates import remove_gates
 from ..groups.mask import Mask
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
+from ..schema import first_problem
 from .meta_init import build_on_meta
 from .metadata import METADATA, CutRecord, GroupRecord, ModelRecord, Record, read_metadata
 from .weights import open_weights, write_weights
@@ -51,11 +53,12 @@ def save_ticket(
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
+        ConfigError: ``model`` is not such arguments.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(
-        model=None if model is None else ModelRecord(**model),
+        model=None if model is None else _model_record(model),
         mask_digest=mask.digest,
         groups=[GroupRecord.of(group, mask[group.name]) for group in groups],
         cuts=[CutRecord.of(cut) for cut in cuts],
@@ -65,6 +68,16 @@ def save_ticket(
     with writing(folder / METADATA):
         write_json(folder / METADATA, record.signed().model_dump())
     sync_folder(folder)
+
+
+def _model_record(model: Mapping[str, Any]) -> ModelRecord:
+    try:
+        return ModelRecord.model_validate(model)
+    except ValidationError as error:
+        raise ConfigError(
+            f"save_ticket: model: {first_problem(error)}; give the arguments of "
+            "worm_dist.models.build_model"
+        ) from error
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
