@@ -83,11 +83,11 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
         ),
         (
             _with(torch.ones(14) > 0, "shared", "dropped", "removed"),
-            r"shared.dropped.truncation.frozen: wanted \[0\], found \[14\]",
+            "shared.dropped.mask: keeps a channel that dropped.removed has removed",
         ),
         (
             _with(torch.tensor([14]), "shared", "dropped", "removal", "schedule", "waiting"),
-            "shared.dropped.removal.schedule.waiting: not one-dimensional channel indices",
+            "shared.dropped.removal.schedule.waiting: not different channel indices",
         ),
         (_with(1, "more"), "more: Extra inputs are not permitted"),
         (

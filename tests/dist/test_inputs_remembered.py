@@ -393,3 +393,14 @@ def test_a_network_that_runs_only_as_it_trains_keeps_its_statistics(
         _says("dropout", False)
         assert "BatchNorm statistics of 2 norms could not be estimated anew" in caplog.text
         assert "targets are for training" in caplog.text
+
+
+def test_an_input_is_remembered_without_its_graph() -> None:
+    """The graph of whatever had computed it stayed in memory, with all activations in it."""
+    network = Plain()
+    engine = worm_dist.attach(
+        network, SGD(network.parameters(), lr=0.1), example_inputs=random_images(1)
+    )
+    network(random_images(2).requires_grad_() * 2)
+    (call,) = engine._training.calls
+    assert call.positional[0].grad_fn is None and not call.positional[0].requires_grad

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import worm_dist
-from tests.nets import Plain, randomise
+from tests.nets import Plain, random_images, randomise
 from tests.oracles import live_flags, mask_dropping
 from tests.ranks import Ranks
 from tests.settings import at_once
@@ -270,3 +271,18 @@ def _wrap_synchronised_norms() -> None:
 def test_on_cpus_it_is_the_wrapper_that_refuses_synchronised_norms(ranks: Ranks) -> None:
     """In one line, before anything is attached."""
     ranks(2, _wrap_synchronised_norms)
+
+
+def _with_a_group_of_its_own() -> list[bool]:
+    group = dist.new_group([0])
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(Plain(), process_group=group)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    engine = worm_dist.attach(network, optimizer, example_inputs=random_images(1))
+    engine.draw(mask_dropping(engine.groups, *DROPPED))
+    norms = [part for part in network.modules() if isinstance(part, nn.SyncBatchNorm)]
+    return [norm.process_group is group for norm in norms]
+
+
+def test_synchronised_norms_may_have_a_process_group(ranks: Ranks) -> None:
+    """A process group cannot be pickled, and so not copied with the network: attach failed."""
+    assert ranks(1, _with_a_group_of_its_own) == [[True, True]]

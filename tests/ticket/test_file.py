@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -178,7 +180,7 @@ def test_a_later_format_is_refused(ticket: Path) -> None:
 )
 def test_cuts_that_do_not_fit_are_refused(ticket: Path, change: _Change) -> None:
     _change(ticket, change)
-    with pytest.raises(CheckpointError, match="fit the network"):
+    with pytest.raises(CheckpointError, match=r"fit the network|other channels than the group"):
         load_ticket(ticket, Residual)
 
 
@@ -258,3 +260,120 @@ def test_a_model_that_is_not_known_here_is_refused(tmp_path: Path, key: str) -> 
     _sign(tmp_path, content)
     with pytest.raises(CheckpointError, match="model"):
         load_ticket(tmp_path)
+
+
+# ---- what has been written again, so that all hashes fit -----------------------------------------
+
+
+def _reseal(ticket: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = ticket / "ticket.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    content = path.read_bytes()
+    digest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _change(ticket, lambda record: record.update(weights=digest))
+
+
+def _set(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors[name].view(-1)[-1:].fill_(value)
+
+
+def _to(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
+@pytest.mark.fault(47, "NaN, infinities and other dtypes in its weights")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_set("stem.weight", math.nan), "'stem.weight' has NaN or infinite elements"),
+        (_set("bn1.running_var", math.inf), "'bn1.running_var' has NaN or infinite elements"),
+        (_to("stem.weight", torch.int8), "'stem.weight' is torch.int8, and torch.float32"),
+        (_to("stem.weight", torch.float64), "'stem.weight' is torch.float64, and torch.float32"),
+        (_to("bn1.num_batches_tracked", torch.int32), "is torch.int32, and torch.int64"),
+    ],
+)
+def test_other_weights_are_refused(
+    ticket: Path, change: Callable[[dict[str, Tensor]], object], said: str
+) -> None:
+    _reseal(ticket, change)
+    with pytest.raises(CheckpointError, match=said):
+        load_ticket(ticket, Residual)
+
+
+def test_weights_of_less_precision_are_converted(ticket: Path) -> None:
+    """A network that was trained in bf16 is loaded into one in float32."""
+    _reseal(ticket, _to("stem.weight", torch.bfloat16))
+    weight = load_ticket(ticket, Residual).get_parameter("stem.weight")
+    assert weight.dtype == torch.float32 and torch.equal(weight, weight.bfloat16().float())
+
+
+def _exchange_a_channel(kept: list[int], size: int) -> None:
+    """One that was dropped for one that was kept; as many stay."""
+    dropped = next(index for index in range(size) if index not in kept)
+    kept[0] = dropped
+    kept.sort()
+
+
+def _exchange_in_group(content: dict[str, Any]) -> None:
+    group = next(g for g in content["groups"] if len(g["kept"]) < g["num_channels"])
+    _exchange_a_channel(group["kept"], group["num_channels"])
+
+
+def _exchange_in_cut(content: dict[str, Any]) -> None:
+    named = {group["name"] for group in content["groups"]}
+    cut = next(cut for cut in content["cuts"] if cut["module"] in named and cut["dim"] == 0)
+    _exchange_a_channel(cut["kept"], cut["size"])
+
+
+@pytest.mark.fault(47, "other kept channels in a group, a cut, or both; another mask")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([_exchange_in_group], "not those of mask_digest"),
+        ([_exchange_in_cut], "keeps other channels than the group"),
+        ([_exchange_in_group, _exchange_in_cut], "not those of mask_digest"),
+        ([lambda content: content["groups"].pop()], "not those of mask_digest"),
+        ([lambda content: content["groups"].append(content["groups"][0])], "mask_digest"),
+        ([lambda content: content["groups"][0].update(num_channels=1 << 40)], "num_channels"),
+        ([lambda content: content.update(mask_digest="0" * 32)], "not those of mask_digest"),
+    ],
+)
+def test_other_channels_are_refused(ticket: Path, changes: list[_Change], said: str) -> None:
+    """As many channels of other numbers fit every shape, and loaded without a word."""
+    for change in changes:
+        _change(ticket, change)
+    with pytest.raises(CheckpointError, match=rf"ticket.json: .*{said}"):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.fault(47, "the weights of another ticket with the same shapes")
+def test_swapped_weights_are_refused(
+    ticket: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    engine = _drawn(Residual())
+    with torch.no_grad():
+        engine.model.get_parameter("stem.weight").add_(1)
+    engine.save_ticket(other)
+    shutil.copy(other / "ticket.safetensors", ticket / "ticket.safetensors")
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_ticket(ticket, Residual)
+
+
+@pytest.mark.fault(49, "build is no function, or returns no network or one without memory")
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: None, "build returned a NoneType; let it return the dense network"),
+        (lambda: Residual, "build returned a type"),
+        (Residual(), "build is a Residual; give a function"),
+        ("Residual", "build is a str; give a function"),
+        (lambda: Residual().to("meta"), "build returned a network on the meta device"),
+    ],
+)
+def test_what_builds_no_network_is_refused(ticket: Path, build: Any, said: str) -> None:
+    """It ended in AttributeError."""
+    with pytest.raises(ConfigError, match=f"load_ticket: {said}"):
+        load_ticket(ticket, build)

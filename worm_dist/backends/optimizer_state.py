@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
-from ..schema import Count, Schema, first_problem
+from ..schema import Count, FiniteTensor, Schema, first_problem
 from .full_state import FullParamState, gather, scatter_full_state
 from .optimizer_view import OptimizerView
 
-__all__ = ["OptimizerState"]
+__all__ = ["OptimizerState", "OptimizerStateSchema"]
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """DeepSpeed's counters, which schedules and gradient accumulation depend on."""
@@ -30,7 +30,7 @@ _FORMAT = 2
 
 
 class _ParameterSchema(Schema):
-    value: Tensor | None
+    value: FiniteTensor | None
     moments: dict[str, Tensor]
     per_param: dict[str, Any]
 
@@ -40,7 +40,9 @@ class _GroupSchema(Schema):
     options: dict[str, Any]
 
 
-class _StateSchema(Schema):
+class OptimizerStateSchema(Schema):
+    """Schema of ``OptimizerState.read``."""
+
     format: Count
     parameters: dict[str, _ParameterSchema]
     groups: list[_GroupSchema]
@@ -129,7 +131,7 @@ class OptimizerState:
                 "engine.optimizer_state() gave, in this version of worm_dist?"
             )
         try:
-            valid = _StateSchema.model_validate(state)
+            valid = OptimizerStateSchema.model_validate(dict(state))
         except ValidationError as error:
             raise CheckpointError(f"load_optimizer_state: {first_problem(error)}") from error
         for complaint in self._complaints(valid):
@@ -137,7 +139,7 @@ class OptimizerState:
         options = [group.options for group in valid.groups]
         return digest_of([self._groups, options, valid.counters])
 
-    def _complaints(self, state: _StateSchema) -> Iterator[str]:
+    def _complaints(self, state: OptimizerStateSchema) -> Iterator[str]:
         groups = [group.parameters for group in state.groups]
         odd = sorted(state.parameters.keys() ^ self._parameters.keys())
         if odd:
@@ -157,6 +159,9 @@ class OptimizerState:
                         f"parameters.{name}.{key}: wanted {list(shape)}, found "
                         f"{list(tensor.shape)}; load the engine's state first"
                     )
+            for key, value in {**tensors, **parameter.per_param}.items():
+                if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                    yield f"parameters.{name}.{key}: has NaN or infinite elements"
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state that ``structure`` has accepted.  The weights must be

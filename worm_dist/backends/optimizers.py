@@ -12,9 +12,10 @@ __all__ = ["innermost"]
 
 _TRANSPARENT = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
 """Wrapper classes that change no weights themselves, with the attribute of the inner optimizer."""
+_CHOOSE = "use an optimizer with per-element state, such as SGD or AdamW"
 _UNSUPPORTED = {
     "LBFGS": "keeps a history of the whole network as flat vectors, from which no channel can be "
-    "removed; use an optimizer with per-element state, such as SGD or AdamW",
+    f"removed; {_CHOOSE}",
     "ZeroRedundancyOptimizer": "keeps parameters in buffers of its own, which the draw does not "
     "know; use DeepSpeed's ZeRO stage 1, or a torch optimizer",
 }
@@ -39,6 +40,11 @@ def innermost(optimizer: object) -> Optimizer:
     for kind, reason in _UNSUPPORTED.items():
         if kind in kinds:
             raise BackendError(f"attach: {kind} {reason}")
+    if any(bits in name.lower() for bits in ("8bit", "4bit", "fp8")):
+        raise BackendError(
+            f"attach: {name} keeps quantized moments, of which blocks share a scale, so that no "
+            f"channel can be held or removed by itself; {_CHOOSE}"
+        )
     held = _held_optimizers(optimizer)
     if held:
         attribute, inner = held[0]

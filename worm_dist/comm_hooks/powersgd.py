@@ -16,10 +16,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
+from ..errors import CheckpointError
 from ..groups.freeze_plan import FreezePlan
 from .allreduce import BucketView, completed
 from .packing import Packing
-from .powersgd_state import BucketState, blocks_under, pq_sizes
+from .powersgd_state import BucketState, blocks_under, pq_sizes, require_fits
 
 __all__ = ["PowerSGD"]
 
@@ -143,6 +144,13 @@ class PowerSGD:
         parameters: Mapping[str, Tensor],
     ) -> None:
         assert state is not None and not self._numbers
+        rank = self._state.matrix_approximation_rank
+        require_fits(state["buckets"], plan, parameters, rank)
+        if state["num_draws"] > state["num_passes"] * len(parameters):
+            raise CheckpointError(
+                "load_state_dict: rank.training.reducer.averager.num_draws: more than num_passes "
+                "allow"
+            )
         self._state.iter = state["num_passes"]
         for _ in range(state["num_draws"]):
             self._draw_seed()

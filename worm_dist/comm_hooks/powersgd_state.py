@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..groups.freeze_plan import Block, FreezePlan
-from ..schema import Count, Schema
+from ..schema import Count, FiniteTensor, Schema
 from .packing import Packing, with_parameter_strides
 
-__all__ = ["AveragerSchema", "BucketState", "blocks_under", "pq_sizes"]
+__all__ = ["AveragerSchema", "BucketState", "blocks_under", "pq_sizes", "require_fits"]
 
 
 class _BucketSchema(Schema):
     parameters: list[str]
-    error_feedback: dict[str, Tensor]
-    q: dict[str, Tensor] | None
+    error_feedback: dict[str, FiniteTensor]
+    q: dict[str, FiniteTensor] | None
 
 
 class AveragerSchema(Schema):
@@ -127,6 +129,47 @@ class BucketState:
             p.numel() if block is None else block.num_live
             for p, block in zip(self.parameters, blocks, strict=True)
         )
+
+
+def require_fits(
+    buckets: Sequence[Mapping[str, Any]],
+    plan: FreezePlan | None,
+    parameters: Mapping[str, Tensor],
+    rank: int,
+) -> None:
+    """Check that saved buckets are of this network.
+
+    Args:
+        buckets: the buckets of ``PowerSGD.state_dict``, of the types of ``AveragerSchema``.
+        plan: the plan in force.
+        parameters: the network's parameters, by name.
+        rank: maximum number of columns of Q.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    seen: set[str] = set()
+    for number, bucket in enumerate(buckets):
+        where = f"load_state_dict: rank.training.reducer.averager.buckets.{number}"
+        names = bucket["parameters"]
+        if not names or len({*names}) < len(names) or {*names} & seen or {*names} - {*parameters}:
+            raise CheckpointError(f"{where}.parameters: not different parameters of this network")
+        seen |= {*names}
+        members = [parameters[name] for name in names]
+        blocks = blocks_under(plan, members)
+        wanted = {name: list(p.shape) for name, p in zip(names, members, strict=True)}
+        matrices = {
+            name: [pq_sizes(_live_shape(p, block), rank)[1]]
+            for name, p, block in zip(names, members, blocks, strict=True)
+        }
+        q, errors = bucket["q"], bucket["error_feedback"]
+        for key, found, shapes in (("error_feedback", errors, wanted), ("q", q or {}, matrices)):
+            for name in found.keys() | (names if found else ()):
+                shape = list(found[name].shape) if name in found else None
+                if shape != shapes.get(name):
+                    raise CheckpointError(
+                        f"{where}.{key}.{name[:100]}: wanted {shapes.get(name)}, found {shape}"
+                    )
 
 
 def blocks_under(plan: FreezePlan | None, parameters: Sequence[Tensor]) -> list[Block | None]:

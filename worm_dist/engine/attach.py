@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import WormConfig
+from ..errors import ConfigError
 from .check_schedule import require_countable
 from .engine import Engine, ScoreFunction
 
@@ -44,12 +45,29 @@ def attach(
             on this rank's data; the ranks average it.
 
     Raises:
-        ConfigError: the network cannot be traced, or has nothing to rank channels by; or an epoch's
-            length is needed but not known.
+        ConfigError: an argument is of another type; the network cannot be traced, or has nothing
+            to rank channels by; or an epoch's length is needed but not known.
         BackendError: several processes but a bare module; a communication hook already registered.
         DivergenceError: the ranks trace different networks, or have different settings.
     """
-    config = config or WormConfig()
+    config = WormConfig() if config is None else config
+    _require_types(model, config, steps_per_epoch)
     if steps_per_epoch is None:
         require_countable(config)
     return Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
+
+
+def _require_types(model: object, config: object, steps_per_epoch: object) -> None:
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"attach: the model is {what}; give a module")
+    if not isinstance(config, WormConfig):
+        raise ConfigError(
+            f"attach: config is {type(config).__name__}; give worm_dist.WormConfig(search={{...}}) "
+            "or WormConfig.preset(name)"
+        )
+    if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
+        raise ConfigError(
+            f"attach: steps_per_epoch is {str(steps_per_epoch)[:50]}; give a number of optimizer "
+            "steps above 0, such as len(loader)"
+        )

@@ -20,8 +20,9 @@ from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
 from ..distributed.collectives import uncounted
-from ..errors import ConfigError, DivergenceError
+from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..groups.channel_groups import Groups
+from ..pruning.agreement import problem_of_copies
 from ..pruning.bn_recalibration import recalibrate
 from ..pruning.collapse import Liveness
 from ..pruning.recorded_inputs import (
@@ -221,10 +222,26 @@ class TrainingContext(StepListener):
     def load_wrapper_state(
         self, state: Mapping[str, Any], reducer_state: Mapping[str, Any] | None
     ) -> None:
-        """Restore the state of wrapper and reducer; channels must be removed and frozen before."""
+        """Restore the state of wrapper and reducer; channels must be removed and frozen before.
+        Collective.
+
+        Raises:
+            CheckpointError: on every rank, if the reducer's state of one of them does not fit.
+        """
         self._bucket_order.load(self.step, state["buckets_rebuilt"])
-        if self.reduction.reducer is not None and reducer_state is not None:
-            self.reduction.reducer.load_state_dict(reducer_state, self.network)
+        reducer = self.reduction.reducer
+        if reducer is None:
+            return
+        failure: CheckpointError | None = None
+        try:
+            if reducer_state is not None:
+                reducer.load_state_dict(reducer_state, self.network)
+        except CheckpointError as error:  # the other ranks must not wait for this one
+            failure = error
+        with uncounted(self.comm):
+            failures = self.comm.failures("" if failure is None else str(failure))
+        if failures:
+            raise CheckpointError("; ".join(failures)) from failure
 
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
         """See ``Engine.restore_bucket_order``."""
@@ -292,19 +309,27 @@ class TrainingContext(StepListener):
                     "all parameters, or set requires_grad to False on those that shall not train"
                 )
 
-    def require_alike(self, copies: Sequence[nn.Module]) -> None:
+    def require_alike(self, copies: Sequence[nn.Module], where: str) -> None:
         """Require copies to have the network's parameters, by names and shapes.
+
+        Args:
+            copies: the copies of the network.
+            where: prefix of error messages.
 
         Raises:
             ConfigError: one does not.
         """
+        problem = problem_of_copies(copies)
+        if problem is not None:
+            raise ConfigError(f"{where}: {problem}")
         shapes = {name: p.shape for name, p in self.network.named_parameters()}
         for number, copy in enumerate(copies):
             theirs = {name: p.shape for name, p in copy.named_parameters()}
             if theirs != shapes:
                 odd = next(name for name, _ in sorted(theirs.items() ^ shapes.items()))
                 raise ConfigError(
-                    f"draw: copies[{number}] is not a copy of the network: parameter {odd} differs"
+                    f"{where}: copies[{number}] is not a copy of the network: parameter {odd} "
+                    "differs"
                 )
 
     def drop_gradients(self) -> None:

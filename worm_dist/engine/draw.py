@@ -22,7 +22,12 @@ from ..groups.gates import fold_gates, gates_of
 from ..groups.mask import Mask
 from ..groups.nested import mapped
 from ..pruning.bn_recalibration import Statistics
-from ..pruning.optimizer_transfer import drop_parameters, require_cuttable, transfer_state
+from ..pruning.optimizer_transfer import (
+    drop_parameters,
+    kept_indices,
+    require_cuttable,
+    transfer_state,
+)
 from ..pruning.recorded_inputs import RecordedCall
 from ..pruning.rehearsal import Rehearsal, difference
 from ..pruning.sharded_transfer import ShardedTransfer
@@ -64,7 +69,7 @@ def draw(
     cuts = cuts_of(groups, mask, shapes_of(training.network))
     parameters = dict(training.network.named_parameters())
     with _on_every_rank(comm, where):
-        require_cuttable(optimizer, parameters, cuts)
+        require_cuttable(view, parameters, kept_indices(cuts), "optimizer")
         if not is_restored:
             _rehearse(training.network, groups, mask, training.example_inputs, training.calls)
     transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None

@@ -7,13 +7,14 @@ exactly zero; then they are removed physically, in stages.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..backends.optimizer_view import StepListener
 from ..config import TruncationConfig
+from ..errors import ConfigError
 from ..groups.channel_groups import Groups
 from ..groups.mask import Mask
 from ..groups.remaining_channels import RemainingChannels
@@ -24,6 +25,7 @@ from ..truncation.loss_guard import LossGuard
 from ..truncation.removal import Removal, RemovalSchema
 from ..truncation.truncation import Truncation, TruncationSchema
 from ..verdict import Phase, Verdict
+from .capture_guard import CaptureGuard
 from .check_schedule import CheckSchedule
 from .context import TrainingContext
 from .draw import draw
@@ -75,12 +77,16 @@ class DroppedChannels(StepListener):
         self._removal = Removal(config.removal, training.comm, self.guard, schedule.num_steps)
         self._num_dense_elements = training.num_elements
         self._is_complete = False
+        self._capture_guard = CaptureGuard(
+            lambda: not self._is_complete and bool(self._truncation.frozen.any())
+        )
         self._follow_network()
 
     @property
     def step_listeners(self) -> Sequence[StepListener]:
         """What acts around an optimizer step; others after a stage."""
-        return (self._penalty, *self._truncation.step_listeners, self.guard, self)
+        listeners = (self._penalty, *self._truncation.step_listeners, self.guard, self)
+        return (self._capture_guard, *listeners)
 
     @property
     def irreversible(self) -> Tensor:
@@ -154,11 +160,13 @@ class DroppedChannels(StepListener):
             is_restored: whether weights and statistics will be loaded.
 
         Raises:
+            ConfigError: a copy has parameters of the network itself.
             DrawError: on every rank; everything has been rolled back.
         """
         training, groups = self._training, self.channels.groups
         remaining = self.channels.mask_of(mask)
         kept = kept_indices(cuts_of(groups, remaining, shapes_of(training.network)))
+        _require_own([training.network, *copies], kept, where)
         state = {} if is_complete else self._truncation.state_dict(training.step)
         draw(
             training,
@@ -240,3 +248,26 @@ class DroppedChannels(StepListener):
         """Stop truncating gradients and holding weights."""
         self._truncation.remove()
         self._penalty.remove()
+
+
+def _require_own(networks: Sequence[nn.Module], cut: Iterable[str], where: str) -> None:
+    """Require that no parameter would be cut twice.
+
+    Args:
+        networks: the network and its copies.
+        cut: names of the parameters that are cut.
+        where: prefix of error messages.
+
+    Raises:
+        ConfigError: a copy shares one with the network or with another copy.
+    """
+    names, seen = list(cut), set[nn.Parameter]()
+    for number, network in enumerate(networks, start=-1):
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        own = {parameters[name] for name in names}
+        if not seen.isdisjoint(own):
+            raise ConfigError(
+                f"{where}: copies[{number}] has parameters of the network itself or of another "
+                "copy; give each copy once, and not engine.model, which is cut anyway"
+            )
+        seen |= own

@@ -93,7 +93,7 @@ class Engine:
         self._history = History(search)
         self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._verdict = Verdict(Phase.SEARCH if search.enabled else Phase.DENSE)
-        self._usage_errors = UsageErrors(self._training)
+        self._usage_errors = UsageErrors(self._training, self.groups if may_draw else ())
         self._warned_groups: set[str] = set()
         self._attached = True
         self._training.register_hooks(self._before_pass)
@@ -275,7 +275,7 @@ class Engine:
         self._calls.offer_draw(False)
         require_reversible(self.groups, mask, dropped.channels.removed, where)
         require_live_survivors(self.groups, mask, dropped.frozen)
-        self._training.require_alike(copies)
+        self._training.require_alike(copies, "draw")
         dropped.shrink(mask, copies, is_complete, where)
         self._verdict = (
             Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -465,9 +465,9 @@ class Engine:
         with refused_on_all_ranks(comm, where):
             self._require_new(where)
             require_valid(
-                state, self._settings, self.groups, self._steps_per_epoch, comm.rank, comm.size
+                state, self._settings, self.groups, self._dense_shapes, self._steps_per_epoch, comm
             )
-            training.require_alike(copies)
+            training.require_alike(copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)
         shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
         inputs = None if own is None else own["training"]["inputs"]

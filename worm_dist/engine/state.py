@@ -7,25 +7,36 @@ differs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
-from torch import Tensor
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from torch import Size
+from typing_extensions import Self
 
 from ..config import Settings, WormConfig
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
+from ..groups.nested import tensors_in
 from ..interval import Interval
-from ..schema import Count, Schema, first_problem
+from ..schema import Count, Finite, Integers, Schema, first_problem
 from ..search.convergence import HistorySchema
 from ..verdict import Phase
 from .check_schedule import CheckScheduleSchema
 from .context import ContextRankSchema, ContextSchema
 from .dropped_channels import DroppedChannelsSchema
+from .state_vectors import complaints
 
-__all__ = ["FORMAT", "agreed_settings", "digests_of", "rank_state_of", "require_valid"]
+__all__ = [
+    "FORMAT",
+    "EngineSchema",
+    "RankSchema",
+    "agreed_settings",
+    "digests_of",
+    "rank_state_of",
+    "require_valid",
+]
 
 FORMAT = 3
 
@@ -40,11 +51,11 @@ class _VerdictSchema(Schema):
     new_mask: bool
     elbow: bool
     settled: bool
-    distance_mean: float | None
-    distance_max: float | None
+    distance_mean: Finite | None
+    distance_max: Finite | None
     generation: Count
-    live_fraction: float
-    removed_fraction: float
+    live_fraction: Finite
+    removed_fraction: Finite
     paused: bool
 
 
@@ -52,24 +63,45 @@ class _SharedSchema(Schema):
     settings: dict[str, Any]
     groups: dict[str, str]
     verdict: _VerdictSchema
-    checks_dropped: Tensor
+    checks_dropped: Integers
     schedule: CheckScheduleSchema
     training: ContextSchema
     dropped: DroppedChannelsSchema
 
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if any(True for _ in tensors_in(self.settings)):
+            odd = next(key for key, value in self.settings.items() if [*tensors_in(value)])
+            raise ValueError(f"settings.{odd[:100]} has a tensor")
+        return self
 
-class _RankSchema(Schema):
+
+def _require_losses(losses: list[Any]) -> list[Any]:
+    # An integer would be accepted as a float, but make an integer tensor.
+    if len(losses) not in (0, 2) or any(type(loss) is not float for loss in losses):
+        raise ValueError("must be none or two floats")
+    return losses
+
+
+class RankSchema(Schema):
+    """Schema of the part ``rank``."""
+
     number: Count
     world_size: Count
-    losses: list[float]
+    losses: Annotated[list[Any], AfterValidator(_require_losses)]
     training: ContextRankSchema
 
 
-class _StateSchema(Schema):
+class EngineSchema(Schema):
+    """Schema of a state without the part ``rank``."""
+
     format: Count
     shared: _SharedSchema
     history: HistorySchema | None
-    rank: _RankSchema
+
+
+class _StateSchema(EngineSchema):
+    rank: RankSchema
 
 
 def agreed_settings(
@@ -109,18 +141,19 @@ def require_valid(
     state: Mapping[str, Any],
     settings: Mapping[str, Any],
     groups: Groups,
+    shapes: Mapping[str, Size],
     steps_per_epoch: int | None,
-    rank: int,
-    world_size: int,
+    comm: Communicator,
 ) -> None:
     """Check that an engine can restore a state.
 
     Args:
         state: the state.
         settings: the engine's settings, by dotted key.
-        groups: the channel groups of its network.
+        groups: the channel groups of its network, which is dense.
+        shapes: the shapes of the network's parameters, by name.
         steps_per_epoch: the argument of ``attach``, or None.
-        rank, world_size: this process's rank, and the number of processes.
+        comm: the communicator of the data-parallel ranks.
 
     Raises:
         CheckpointError: the state is malformed, of another network, or lacks this rank's part.
@@ -138,21 +171,31 @@ def require_valid(
         raise CheckpointError(f"load_state_dict: {first_problem(error)}") from error
     shared = valid.shared
     _require_settings(shared.settings, settings)
-    _require_groups(shared, groups)
+    _require_groups(shared.groups, groups)
+    removes = [settings[f"truncation.{key}"] for key in ("mode", "frozen_weights")]
+    channels = (shared.checks_dropped, shared.dropped, shared.verdict.phase, groups, shapes)
+    for complaint in complaints(*channels, removes == ["hard", "remove"]):
+        raise CheckpointError(f"load_state_dict: shared.{complaint}")
     saved = shared.schedule.steps_per_epoch
     if steps_per_epoch is not None and saved is not None and steps_per_epoch != saved:
         raise ConfigError(
             f"load_state_dict: steps_per_epoch: {saved} -> {steps_per_epoch}; go on with the same "
             "data, global batch size and world size"
         )
-    _require_rank_state(valid, rank, world_size)
+    _require_rank_state(valid, comm.rank, comm.size)
 
 
 def _require_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    odd = sorted(saved.keys() ^ now.keys())
+    if odd:
+        raise CheckpointError(
+            f"load_state_dict: shared.settings: {', '.join(odd)[:200]}: missing, or not known in "
+            "this version of worm_dist"
+        )
     changed = [
-        f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and key not in _MAY_CHANGE
+        f"{key}: {saved[key]!r} -> {now[key]!r}"
+        for key in sorted(now)
+        if digest_of(saved[key]) != digest_of(now[key]) and key not in _MAY_CHANGE
     ]
     if changed:
         raise ConfigError(
@@ -162,46 +205,17 @@ def _require_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _require_groups(shared: _SharedSchema, groups: Groups) -> None:
+def _require_groups(saved: Mapping[str, str], groups: Groups) -> None:
     here = {name: digest.hex() for name, digest in groups.digests.items()}
-    odd = sorted({name for name, _ in shared.groups.items() ^ here.items()})
+    odd = sorted({name for name, _ in saved.items() ^ here.items()})
     if odd:
         raise CheckpointError(
             f"load_state_dict: groups: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}: these are "
             "not the groups of this network; attach to the dense network, built as it was, also "
             "after the draw"
         )
-    if list(shared.groups) != list(here):
+    if list(saved) != list(here):
         raise CheckpointError("load_state_dict: groups: the network has them in another order")
-    dropped, dense = shared.dropped, groups.num_channels
-    vectors = {"shared.checks_dropped": (shared.checks_dropped, dense)}
-    vectors["shared.dropped.removed"] = (dropped.removed, dense)
-    if dropped.mask is not None:
-        vectors["shared.dropped.mask"] = (dropped.mask, dense)
-    if dropped.truncation is not None:
-        num_left = dense - int(dropped.removed.sum())
-        for name, vector in dropped.truncation.vectors().items():
-            vectors[f"shared.dropped.truncation.{name}"] = (vector, num_left)
-    for name, (vector, size) in vectors.items():
-        if vector.shape != (size,):
-            raise CheckpointError(
-                f"load_state_dict: {name}: wanted [{size}], found {list(vector.shape)}"
-            )
-    waiting = dropped.removal.schedule.waiting
-    if waiting.dim() != 1 or not bool(((waiting >= 0) & (waiting < dense)).all()):
-        raise CheckpointError(
-            "load_state_dict: shared.dropped.removal.schedule.waiting: not one-dimensional channel "
-            "indices"
-        )
-    phase = shared.verdict.phase
-    if (phase is Phase.TICKET) != (dropped.truncation is None):
-        raise CheckpointError(
-            f"load_state_dict: shared.dropped.truncation: contradicts phase {phase}"
-        )
-    if phase is Phase.TICKET and dropped.mask is None:
-        raise CheckpointError(
-            "load_state_dict: shared.dropped.mask: missing, but the ticket was drawn"
-        )
 
 
 def _require_rank_state(state: _StateSchema, rank: int, world_size: int) -> None:
@@ -216,6 +230,14 @@ def _require_rank_state(state: _StateSchema, rank: int, world_size: int) -> None
             f"and this is rank {rank} of {world_size}; PowerSGD's error feedback differs on each "
             "rank, so let every rank save and load its own state, with the same world size"
         )
+    reducer = saved.training.reducer
+    if compression == "powersgd" and (reducer is None or reducer.averager is None):
+        raise CheckpointError(
+            "load_state_dict: rank.training.reducer.averager: missing, but truncation.compression "
+            "is powersgd"
+        )
+    if any(not call.arguments for call in saved.training.inputs or ()):
+        raise CheckpointError("load_state_dict: rank.training.inputs: arguments: missing")
 
 
 def rank_state_of(state: Mapping[str, Any], rank: int, world_size: int) -> Mapping[str, Any] | None:

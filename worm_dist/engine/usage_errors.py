@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..errors import BackendError, ConfigError
+from ..groups.channel_groups import ChannelGroup
+from ..pruning.optimizer_transfer import require_cuttable
 from ..pruning.recorded_inputs import RecordedInputs
 from .context import TrainingContext
 
@@ -29,18 +33,26 @@ class UsageErrors:
 
     Args:
         training: the engine's training context.
+        groups: the channel groups that may lose channels.
+
+    Raises:
+        ConfigError: the optimizer already has state that cannot be cut with the channels.
     """
 
-    def __init__(self, training: TrainingContext) -> None:
+    def __init__(self, training: TrainingContext, groups: Iterable[ChannelGroup]) -> None:
         self._training = training
+        members = [member for group in groups for member in group.members]
+        self._cut = {name: None for member in members for name, _ in member.parameters}
         self._has_checked = False
         self._step = 0
         self._weight_versions: int | None = None
         self.follow()
+        self._require_cuttable("attach")
 
     def follow(self) -> None:
         """Accept the network as it is now, after the engine has changed it."""
         self._parameters = dict(self._training.network.named_parameters())
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
         self._num_hooks = self._training.num_hooks
         self.forget_weight_versions()
 
@@ -71,10 +83,11 @@ class UsageErrors:
         self._has_checked = True
 
     def require_unchanged(self, where: str) -> None:
-        """Require the parameters of the network and the hooks of its wrapper to be unchanged.
+        """Require the parameters of the network and the hooks of its wrapper to be unchanged, and
+        the optimizer's state to be such that channels can be held and removed.
 
         Raises:
-            ConfigError: a parameter has been replaced, added or removed.
+            ConfigError: a parameter has been replaced, added or removed; or state is quantized.
             BackendError: a communication hook has been registered.
         """
         now = dict(self._training.network.named_parameters())
@@ -86,11 +99,21 @@ class UsageErrors:
                     "change the network first (adapters, tied weights, parametrizations), then "
                     "wrap it, make the optimizer and attach"
                 )
+            if now[name].shape != self._shapes[name]:
+                raise ConfigError(
+                    f"{where}: parameter {name} is {list(now[name].shape)} now, and was "
+                    f"{list(self._shapes[name])} at attach; only engine.draw may change its size"
+                )
         if self._training.num_hooks > self._num_hooks:
             raise BackendError(
                 f"{where}: a communication hook has been registered on the model since attach, "
                 "but DDP allows only one, which truncation needs; use truncation.compression"
             )
+        self._require_cuttable(where)
+
+    def _require_cuttable(self, where: str) -> None:
+        here = [name for name in self._cut if name in self._parameters]  # gates may be folded
+        require_cuttable(self._training.optimizer_view, self._parameters, here, where)
 
     def _no_step_seen(self) -> str:
         return (

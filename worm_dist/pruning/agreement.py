@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from torch import Tensor, nn
 
 from ..distributed.collectives import Communicator, bits
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergenceError
 from ..groups.channel_groups import Groups
 from ..groups.mask import Mask
 
-__all__ = ["agreed_mask", "require_live_survivors", "require_reversible"]
+__all__ = ["agreed_mask", "problem_of_copies", "require_live_survivors", "require_reversible"]
 
 
 def agreed_mask(
@@ -29,15 +30,41 @@ def agreed_mask(
         copies: further networks to which the mask is applied; equal in structure on all ranks.
 
     Raises:
-        DivergenceError: the masks or copies differ between ranks.
-        ConfigError: the mask's groups are not those of this network.
+        DivergenceError: the masks or copies differ between ranks, or one rank's are no masks.
+        ConfigError: mask or copies are of another type, or the mask's groups are not those of this
+            network.
     """
+    problem = _problem_of_mask(mask) or problem_of_copies(copies)
+    if problem is not None:
+        with suppress(DivergenceError):  # raised on every rank; this rank's error says more
+            ranks.assert_equal({"mask": {"(refused)": problem.encode()}, "copies": {}}, when)
+        raise ConfigError(f"{when}: {problem}")
     ranks.assert_equal({"mask": bits(mask), "copies": _shapes(copies)}, when)
     odd = mask.sizes.items() ^ groups.sizes.items()
     if odd:
         names = ", ".join(sorted({name for name, _ in odd}))
         raise ConfigError(f"{when}: the mask is not of this network's groups: {names}")
     return Mask({group.name: mask[group.name] for group in groups})
+
+
+def _problem_of_mask(mask: object) -> str | None:
+    if isinstance(mask, Mask):
+        return None
+    how = "worm_dist.Mask(mask)" if isinstance(mask, Mapping) else "worm_dist.Mask"
+    return (
+        f"the mask is a {type(mask).__name__}; give {how}, of bool[channels] for every name of "
+        "engine.groups"
+    )
+
+
+def problem_of_copies(copies: object) -> str | None:
+    """What is wrong with the argument ``copies`` by its type; None if nothing."""
+    if not isinstance(copies, (list, tuple)):
+        return f"copies is a {type(copies).__name__}; give a list, such as copies=[average.module]"
+    for number, copy in enumerate(copies):
+        if not isinstance(copy, nn.Module):
+            return f"copies[{number}] is a {type(copy).__name__}, not a module"
+    return None
 
 
 def require_live_survivors(groups: Groups, mask: Mask, frozen: Tensor) -> None:

@@ -6,12 +6,13 @@ objects, so references to them, such as in schedulers, stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..backends.optimizer_view import OptimizerView
 from ..errors import ConfigError
 from .surgery import Cut, match_memory_format
 
@@ -40,23 +41,27 @@ def transfer_state(
 
 
 def require_cuttable(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], cuts: Sequence[Cut]
+    view: OptimizerView, parameters: Mapping[str, Tensor], names: Iterable[str], where: str
 ) -> None:
-    """Check that all state of the cut parameters is elementwise, factored or scalar.
+    """Check that all state of parameters that lose channels is elementwise, factored or scalar.
 
     Args:
-        optimizer: the optimizer.
-        parameters: the parameters of the network before the cuts, by name.
-        cuts: the cuts that are going to be made.
+        view: the optimizer's view.
+        parameters: the network's parameters, by name.
+        names: names of the parameters that lose channels; those that are not stepped may be among
+            them.
+        where: prefix of error messages.
 
     Raises:
         ConfigError: some state is of another kind, such as a preconditioner or quantized moments.
     """
-    for name in kept_indices(cuts):
-        for key, value in optimizer.state.get(parameters[name], {}).items():
-            for problem in _problems(value, parameters[name]):
+    optimizer, stepped = view.optimizer, view.parameters
+    for name in names:
+        owner = view.owner(parameters[name]) if parameters[name] in stepped else parameters[name]
+        for key, value in optimizer.state.get(owner, {}).items():
+            for problem in _problems(value, owner):
                 raise ConfigError(
-                    f"the state {key!r} that {type(optimizer).__name__} keeps of {name} "
+                    f"{where}: the state {key!r} that {type(optimizer).__name__} keeps of {name} "
                     f"{problem}; it cannot be cut with the channels, choose another optimizer"
                 )
 
@@ -71,7 +76,9 @@ def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     factors = value.dim() == parameter.dim() and all(
         size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
     )
-    if not factors:
+    if type(value) not in (Tensor, nn.Parameter):  # which quantizes, or is a part of a larger one
+        yield f"is a {type(value).__name__}"
+    elif not factors:
         yield f"is {list(value.shape)}, and the parameter {list(parameter.shape)}"
     elif not (value.is_floating_point() or value.is_complex()):
         yield f"is quantized ({value.dtype})"

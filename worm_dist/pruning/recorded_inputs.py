@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..groups.nested import mapped, tensors_in
 from ..schema import Schema
@@ -37,6 +39,24 @@ class CallSchema(Schema):
     autocast: bool
     training_norms: list[str]
     copied: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kinds = [type(part) for part in self.arguments]
+        if kinds not in ([], [list, dict]):  # none where a run reads them from its data again
+            raise ValueError("arguments are not a list and a dict")
+        if any(type(name) is not str for name in dict(*self.arguments[1:])):
+            raise ValueError("names of keyword arguments are not strings")
+        num_tensors = len(list(tensors_in(self.arguments)))
+        if len(self.on_cpu) != num_tensors:
+            raise ValueError(f"on_cpu has {len(self.on_cpu)} items for {num_tensors} tensors")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {self.dtype[:50]!r}, which torch does not have")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device is {self.device[:50]!r}, which torch does not have") from None
+        return self
 
 
 @dataclass(frozen=True, eq=False)

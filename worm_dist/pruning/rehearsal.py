@@ -33,6 +33,8 @@ __all__ = ["Rehearsal", "difference"]
 _TOLERANCE = 1e-9
 _COARSE_TOLERANCE = 1e-2
 _OUTPUTS_DIFFER = "without some of its channels the network computes other values"
+_MOST_BYTES_ON_DEVICE = 2 << 30
+"""Size of the parameters in double precision above which they are tried on the CPU."""
 _Within: TypeAlias = AbstractContextManager[None]
 
 
@@ -59,11 +61,16 @@ class Rehearsal:
         self._tolerance = tolerance
         # By the modules in training mode: whether the outputs are deterministic in that mode.
         self._modes: dict[tuple[str, ...], bool] = {(): True}
-        try:
-            self.network = copied(network, _double_copy).double()
-            self._inputs = mapped(example_inputs, _double)
-            run(self.network, self._inputs)
-        except Exception:  # such as a forward with a fixed dtype
+        for device in _trial_devices(network):
+            try:
+                self.network = copied(network, partial(_double_copy, device=device))
+                self.network.to(device).double()
+                self._inputs = mapped(example_inputs, partial(_double, device=device))
+                run(self.network, self._inputs)
+                break
+            except Exception:  # such as a forward with a fixed dtype or device
+                self.network = None  # type: ignore[assignment]  # its memory is free before the next
+        else:
             self.network = copied(network)
             self._inputs = example_inputs
         if calls is None:
@@ -210,9 +217,19 @@ def _zero_channels(network: nn.Module, dropping: Sequence[ChannelGroup], mask: M
                 parameters[name].data = data.index_fill(dim, indices, 0)
 
 
-def _double_copy(data: Tensor) -> Tensor:
-    return data.to(torch.float64, copy=True) if data.is_floating_point() else data.clone()
+def _trial_devices(network: nn.Module) -> list[torch.device]:
+    """Where to try the network in double precision: on its own device, but first on the CPU if it
+    is large, since the memory of a GPU is needed for the training."""
+    sizes = {p: p.numel() for p in network.parameters()}
+    own = next(iter(sizes)).device if sizes else torch.device("cpu")
+    is_large = 8 * sum(sizes.values()) > _MOST_BYTES_ON_DEVICE
+    return list(dict.fromkeys([torch.device("cpu"), own] if is_large else [own]))
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _double_copy(data: Tensor, device: torch.device) -> Tensor:
+    dtype = torch.float64 if data.is_floating_point() else data.dtype
+    return data.to(device, dtype, copy=True)
+
+
+def _double(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)

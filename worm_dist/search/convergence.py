@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from ..config import SearchConfig
 from ..groups.mask import Mask
-from ..schema import Count, Schema
+from ..schema import Count, Finite, Schema
 from .elbow import elbow_reached, elbow_threshold
 from .window import Window
 
@@ -20,8 +22,8 @@ __all__ = ["CheckRecord", "History", "HistorySchema"]
 
 class _RecordSchema(Schema):
     step: Count
-    distances: tuple[float, ...]
-    threshold: float | None
+    distances: tuple[Finite, ...]
+    threshold: Finite | None
     elbow: bool
     settled: bool
     floored: tuple[str, ...]
@@ -33,6 +35,18 @@ class HistorySchema(Schema):
     sizes: dict[str, int]
     masks: Tensor
     records: list[_RecordSchema]
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        shape = (len(self.records), sum(self.sizes.values()))
+        if self.masks.dtype != torch.bool or self.masks.shape != shape:
+            raise ValueError(
+                f"masks are {self.masks.dtype} {list(self.masks.shape)}, not torch.bool "
+                f"{list(shape)}, as many as records and sizes say"
+            )
+        if any(size < 1 for size in self.sizes.values()):
+            raise ValueError("sizes are not positive")
+        return self
 
 
 @dataclass(frozen=True)

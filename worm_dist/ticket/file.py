@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch_pruning
+from pydantic import ValidationError
 from torch import nn
 
 from ..checkpoint.durable_io import sync_folder, write_json, writing
@@ -21,6 +22,7 @@ from ..groups.gates import remove_gates
 from ..groups.mask import Mask
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
+from ..schema import first_problem
 from .meta_init import build_on_meta
 from .metadata import METADATA, CutRecord, GroupRecord, ModelRecord, Record, read_metadata
 from .weights import open_weights, write_weights
@@ -51,11 +53,12 @@ def save_ticket(
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
+        ConfigError: ``model`` is not such arguments.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(
-        model=None if model is None else ModelRecord(**model),
+        model=None if model is None else _model_record(model),
         mask_digest=mask.digest,
         groups=[GroupRecord.of(group, mask[group.name]) for group in groups],
         cuts=[CutRecord.of(cut) for cut in cuts],
@@ -65,6 +68,16 @@ def save_ticket(
     with writing(folder / METADATA):
         write_json(folder / METADATA, record.signed().model_dump())
     sync_folder(folder)
+
+
+def _model_record(model: Mapping[str, Any]) -> ModelRecord:
+    try:
+        return ModelRecord.model_validate(model)
+    except ValidationError as error:
+        raise ConfigError(
+            f"save_ticket: model: {first_problem(error)}; give the arguments of "
+            "worm_dist.models.build_model"
+        ) from error
 
 
 def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -80,23 +93,49 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
         The network with its weights, on the CPU, in training mode like any new module.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or does not fit the network.
+        CheckpointError: a file is missing or damaged, or does not fit the network; or weights are
+            NaN or infinite.
+        ConfigError: ``build`` is not a function that returns a network.
     """
     folder = Path(path)
     record = read_metadata(folder)
+    built = None if build is None else _built(build)
     with open_weights(folder / _WEIGHTS, record.weights) as weights:
         try:
-            network = (
-                build() if build is not None else _dense_network_on_meta(record.model, len(weights))
-            )
+            network = _dense_network_on_meta(record.model, len(weights)) if built is None else built
             remove_gates(network)  # in a ticket, gates are folded into the weights
             remove_channels(network, [cut.cut(network) for cut in record.cuts])
         except ConfigError as error:
             raise CheckpointError(f"{folder / METADATA}: {error}") from error
         weights.check(network)
-        if build is None:
+        if built is None:
             network.to_empty(device="cpu")
         weights.fill(network)
+    return network
+
+
+def _built(build: Callable[[], object]) -> nn.Module:
+    """The network of the user's function.
+
+    Raises:
+        ConfigError: it is not a function, or what it returns has no weights to fill.
+    """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ConfigError(
+            f"load_ticket: build is a {type(build).__name__}; give a function that returns the "
+            "dense network: load_ticket(path, build=lambda: Net(...))"
+        )
+    network = build()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"load_ticket: build returned a {type(network).__name__}; let it return the dense "
+            "network"
+        )
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        raise ConfigError(
+            "load_ticket: build returned a network on the meta device; let it return one with "
+            "memory for its weights"
+        )
     return network
 
 

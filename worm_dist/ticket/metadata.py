@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from ..checkpoint.durable_io import FileDigest, read_small
 from ..digest import sha256_of
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import ChannelGroup
+from ..groups.mask import Mask
 from ..pruning.surgery import Cut
 from ..schema import Schema, first_problem
 
@@ -27,6 +29,8 @@ METADATA = "ticket.json"
 _FORMAT_VERSION = 4
 _MAX_BYTES = 64 << 20
 """The largest accepted file in bytes; 100 times what torchvision's largest networks need."""
+_MAX_CHANNELS = 1 << 24
+"""Of a group, and of all groups together: masks take memory."""
 
 
 def _ascending(indices: list[int]) -> list[int]:
@@ -48,10 +52,10 @@ class ModelRecord(Schema):
 
 
 class GroupRecord(Schema):
-    """The kept channels of one group; informational only, loading uses the cuts."""
+    """The kept channels of one group; loading uses the cuts, and compares them with these."""
 
     name: str
-    num_channels: int
+    num_channels: Annotated[int, Field(ge=1, le=_MAX_CHANNELS)]
     kept: _Indices
 
     @property
@@ -184,7 +188,24 @@ def read_metadata(folder: Path) -> Record:
         raise CheckpointError(
             f"{path}: sha256 differs from the recorded one; the file was damaged or changed"
         )
+    for contradiction in _contradictions(record):
+        raise CheckpointError(f"{path}: {contradiction}; the file was changed")
     return record
+
+
+def _contradictions(record: Record) -> Iterator[str]:
+    if sum(group.num_channels for group in record.groups) > _MAX_CHANNELS:
+        yield f"its groups have more than {_MAX_CHANNELS} channels"
+    groups = {group.name: group for group in record.groups}
+    keep = {name: group.keep for name, group in groups.items()}
+    if len(keep) < len(record.groups) or not keep or Mask(keep).digest != record.mask_digest:
+        yield "the kept channels of its groups are not those of mask_digest"
+    for cut in record.cuts:
+        # A group has the name of the module that produces its channels, which has them in order.
+        group = groups.get(cut.module)
+        is_its = group is not None and (cut.dim, cut.size) == (0, group.num_channels)
+        if group is not None and is_its and cut.kept != group.kept:
+            yield f"its cut of {cut.parameter[:100]} keeps other channels than the group"
 
 
 def _require_below(indices: list[int], size: int) -> None:

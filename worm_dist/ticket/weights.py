@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.durable_io import FileDigest, open_verified
 from ..checkpoint.safetensors_file import TensorFile, write_tensors
 from ..checkpoint.tensor_meta import TensorMetadata
 from ..errors import CheckpointError
+from ..groups.finite_values import finite_names
 
 __all__ = ["Weights", "open_weights", "write_weights"]
 
@@ -68,12 +70,13 @@ class Weights:
         return len(self._file.names)
 
     def check(self, network: nn.Module) -> None:
-        """Compare names and shapes with the network, without reading weights.
+        """Compare names, shapes and dtypes with the network, without reading weights.
 
         Raises:
-            CheckpointError: names or shapes differ.
+            CheckpointError: names or shapes differ, or the network's dtype cannot hold every value.
         """
-        wanted = {name: list(value.shape) for name, value in _unique_state(network).items()}
+        here = _unique_state(network)
+        wanted = {name: list(value.shape) for name, value in here.items()}
         found = {name: self._file.metadata(name).shape for name in self._file.names}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
@@ -81,13 +84,41 @@ class Weights:
                     f"{self._path}: its tensors do not fit the network: {name[:100]!r} is "
                     f"{found.get(name, 'not there')}, not {wanted.get(name, 'expected')}"
                 )
+        for name, value in here.items():
+            saved = getattr(torch, self._file.metadata(name).dtype)
+            if not _holds(value.dtype, saved):
+                raise CheckpointError(
+                    f"{self._path}: its tensors do not fit the network: {name[:100]!r} is {saved}, "
+                    f"and {value.dtype} in the network; let build return it in the precision of "
+                    "the ticket, and convert it afterwards"
+                )
 
     def fill(self, network: nn.Module) -> None:
-        """Load the weights into the network, converted to its dtypes."""
+        """Load the weights into the network, converted to its dtypes.
+
+        Raises:
+            CheckpointError: weights or running statistics are NaN or infinite.
+        """
         state = network.state_dict()  # keeps the layers' version metadata, which some need
+        finite = finite_names(network)
         for name in _unique_state(network):
             state[name] = self._file.read(name, self._file.metadata(name))
+            if name in finite and not bool(state[name].isfinite().all()):
+                raise CheckpointError(
+                    f"{self._path}: {name[:100]!r} has NaN or infinite elements; it is of no use"
+                )
         network.load_state_dict(state)
+
+
+def _holds(dtype: torch.dtype, saved: torch.dtype) -> bool:
+    """Whether a dtype has every value of another one of the same kind."""
+    if dtype == saved:
+        return True
+    kind, saved_kind = ((d.is_floating_point, d.is_complex) for d in (dtype, saved))
+    if kind != saved_kind or kind == (False, False):
+        return False
+    here, there = torch.finfo(dtype), torch.finfo(saved)
+    return here.eps <= there.eps and here.max >= there.max
 
 
 def _unique_state(network: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,14 @@ from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..groups.forward import in_eval
 from .data.batches import batches
 
-__all__ = ["EvalResult", "Speed", "count_parameters", "evaluate", "total_over_ranks"]
+__all__ = [
+    "EvalResult",
+    "Speed",
+    "broadcast_buffers",
+    "count_parameters",
+    "evaluate",
+    "total_over_ranks",
+]
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,7 @@ def evaluate(
     Raises:
         Stopped: a rank received a stop request during the evaluation; raised on every rank.
     """
-    for buffer in network.buffers():
-        dist.broadcast(buffer, src=0)
+    broadcast_buffers(network)
     dtype = next(network.parameters()).dtype
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
@@ -126,6 +132,21 @@ def evaluate(
         num_samples=int(count),
         output_varies=num_varying > 0,
     )
+
+
+@torch.no_grad()
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give all ranks rank zero's buffers, by one broadcast for each dtype.  Collective."""
+    buffers: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in network.buffers():
+        buffers.setdefault(buffer.dtype, []).append(buffer)
+    for alike in buffers.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
+        dist.broadcast(flat, src=0)
+        if dist.get_rank() != 0:
+            parts = flat.split([buffer.numel() for buffer in alike])
+            for buffer, part in zip(alike, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
 
 def total_over_ranks(values: Tensor) -> Tensor:

@@ -3,23 +3,31 @@ states, local losses and PowerSGD's memory."""
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpoint.rng_state import random_state, restore_random_state
+from ..checkpoint.rng_state import random_state, require_random_state, restore_random_state
+from ..engine.state import RankSchema
+from ..errors import CheckpointError
+from ..groups.nested import mapped
+from ..schema import Count, Finite, Schema
 from .data.augmentation_rng import EpochSampler, seed_from
 
 __all__ = [
     "Position",
+    "PositionSchema",
+    "RankStateSchema",
     "gathered_on_rank_zero",
     "newest_inputs",
     "num_inputs",
@@ -29,6 +37,9 @@ __all__ = [
     "states_of_ranks",
     "with_inputs",
 ]
+
+_MOST_BYTES = 256 << 20
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -48,6 +59,32 @@ class Position:
     draws: bool = False
     has_learnt: bool = False
     at_chance: bool = False
+
+
+class PositionSchema(Schema):
+    """Schema of ``Position`` as a dict."""
+
+    epoch: Count
+    batch: Count
+    draws: bool
+    has_learnt: bool
+    at_chance: bool
+
+
+def _require_random(state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        require_random_state(state)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    return state
+
+
+class RankStateSchema(Schema):
+    """Schema of ``rank_state``."""
+
+    random: Annotated[dict[str, Any], AfterValidator(_require_random)]
+    losses: Annotated[list[Finite], Field(min_length=2, max_length=2)]
+    engine: RankSchema
 
 
 def rank_state(losses: Tensor, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,12 +110,47 @@ def _without_tensors(engine: Mapping[str, Any]) -> dict[str, Any]:
     return {**engine, "training": {**training, "inputs": calls}}
 
 
-def gathered_on_rank_zero(state: Any) -> list[Any]:
-    """Gather every rank's state on rank zero, by rank; empty on other ranks.  Collective."""
-    is_zero = dist.get_rank() == 0
-    states: list[Any] = [None] * dist.get_world_size() if is_zero else []
-    dist.gather_object(state, states if is_zero else None, dst=0)
-    return states
+def gathered_on_rank_zero(
+    state: Any, device: torch.device, most_bytes: int = _MOST_BYTES
+) -> list[Any]:
+    """Gather every rank's state on rank zero, in its host memory.  Collective.
+
+    PowerSGD's error feedback is as large as the network, on every rank: all of it at once would not
+    fit on rank zero's device, through which it goes under nccl.
+
+    Args:
+        state: this rank's state in plain values and tensors on any device.
+        device: the device on which collectives expect their tensors.
+        most_bytes: most memory of rank zero's device to use, at least one byte for each rank.
+
+    Returns:
+        On rank zero the states by rank, those of other ranks on the CPU; empty on other ranks.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    file = io.BytesIO()
+    if rank != 0:  # rank zero keeps its own
+        torch.save(mapped(state, Tensor.cpu), file)
+    own = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8) if rank else _NOTHING
+    sizes = torch.zeros(size, dtype=torch.int64, device=device)
+    sizes[rank] = own.numel()
+    dist.all_reduce(sizes)
+    others = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()] if rank == 0 else []
+    longest, piece = int(sizes.max()), max(1, most_bytes // size)
+    for begin in range(0, longest, piece):
+        length = min(piece, longest - begin)
+        part = torch.zeros(length, dtype=torch.uint8, device=device)
+        mine = own[begin : begin + length]
+        part[: mine.numel()] = mine.to(device)
+        parts = [torch.empty_like(part) for _ in others]
+        dist.gather(part, parts or None, dst=0)
+        for whole, found in zip(others, parts, strict=True):
+            here = whole[begin : begin + length]
+            here.copy_(found[: here.numel()])
+    return [state, *map(_unpickled, others[1:])] if rank == 0 else []
+
+
+def _unpickled(state: Tensor) -> Any:
+    return torch.load(io.BytesIO(state.numpy().data), map_location="cpu", weights_only=True)
 
 
 def states_of_ranks(
@@ -123,9 +195,17 @@ def with_inputs(state: Mapping[str, Any], inputs: Sequence[Tensor]) -> dict[str,
     Args:
         state: this rank's state.
         inputs: the recorded input batches, on the CPU, one for every recorded pass.
+
+    Raises:
+        CheckpointError: there are fewer.
     """
     engine = state["engine"]
     calls = engine["training"]["inputs"]
+    if calls is not None and len(calls) != len(inputs):
+        raise CheckpointError(
+            f"--resume: ranks.{engine['number']}.engine.training.inputs: {len(calls)} recorded "
+            f"passes, but only {len(inputs)} before position"
+        )
     if calls is not None:
         calls = [
             {**call, "arguments": [[part], {}], "on_cpu": [call["device"] == "cpu"]}

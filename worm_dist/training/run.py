@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
 from .run_config import RunConfig
 from .run_folder import RunFolder, open_run_folder
+from .run_state import require_valid
 from .share_state import share_state
 from .trainer import Trainer
 
@@ -84,8 +86,7 @@ def _train(
     install_handlers: Callable[[StopCoordinator], None],
 ) -> int:
     progress.reach("the state of the checkpoint")
-    checkpoint = None if folder is None else folder.checkpoint
-    state = share_state(None if checkpoint is None else checkpoint.read(RUN), device)
+    state = share_state(None if folder is None else _saved_state(folder), device)
     failed_writes = FailedWrites()
     report = Report()
     lease = None if folder is None else folder.lease
@@ -107,6 +108,19 @@ def _train(
         lease.require()
     _finish(trainer, out, report, failed_writes)
     return 0
+
+
+def _saved_state(folder: RunFolder) -> Any:
+    """The trainer's state in the checkpoint to resume from; None for a new run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not hold the state of a run.
+    """
+    if folder.checkpoint is None:
+        return None
+    state = folder.checkpoint.read(RUN)
+    require_valid(state, folder.checkpoint.path)
+    return state
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:

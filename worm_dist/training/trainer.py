@@ -14,7 +14,7 @@ from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
-from ..errors import CheckpointError, CollapseError, NonFiniteError
+from ..errors import CollapseError, NonFiniteError
 from ..pruning.collapse import REMEDY
 from ..verdict import Phase
 from .build import build
@@ -40,10 +40,15 @@ from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
 from .reporting.result import Result
 from .run_config import RunConfig
+from .run_state import (
+    FORMAT,
+    require_network,
+    require_options,
+    require_position,
+    schedule_state,
+)
 
 __all__ = ["Trainer"]
-
-FORMAT = 3
 
 _SHARE_OF_CHANCE = 0.95
 """Fraction of ``chance_loss`` above which the network counts as having learnt nothing."""
@@ -218,11 +223,10 @@ class Trainer:
         inputs = inputs.to(self._device, self._parts.sample.dtype, non_blocking=True)
         targets = targets.to(self._device, non_blocking=True)
         self._reach("the gradients")
-        bf16 = self._config.precision == "bf16" and self._parts.sample.dtype == torch.float32
         passes = num_passes(self.engine)
         total = torch.zeros((), device=self._device)
         for part, labels in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
-            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+            with self._autocast():
                 loss = nn.functional.cross_entropy(self.engine.model(part), labels)
             self.engine.watch(loss)
             backward(self.engine, loss + self.engine.penalty())
@@ -330,7 +334,7 @@ class Trainer:
         """
         engine = self.engine.state_dict()
         optimizer = self.engine.optimizer_state()
-        rank_states = gathered_on_rank_zero(rank_state(self._losses, engine))
+        rank_states = gathered_on_rank_zero(rank_state(self._losses, engine), self._device)
         return {
             "format": FORMAT,
             "position": asdict(self._position),
@@ -351,25 +355,25 @@ class Trainer:
         has the same samples, but sums of floats have another order.
 
         Args:
-            state: rank zero's state dict, as ``share_state`` returns it: in place of ``ranks`` it
-                has this rank's own state, ``rank``.
+            state: rank zero's state dict, as ``require_valid`` accepts it and ``share_state``
+                returns it: in place of ``ranks`` it has this rank's own state, ``rank``.
 
         Raises:
             CheckpointError, ConfigError: the state belongs to another run.
         """
-        if state.get("format") != FORMAT:
-            raise CheckpointError(
-                f"--resume: expected state format {FORMAT}, found {state.get('format')}; another "
-                "version of worm_dist wrote the checkpoint"
-            )
         self._position = Position(**state["position"])
+        require_position(self._position, len(self._parts.train_loader))
         own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         self.engine.load_state_dict({**state["engine"], "rank": rank})
         self._measure_network()
+        require_network(state["network"], self._parts.network)
         self._parts.network.load_state_dict(state["network"])
+        require_options(state["optimizer"], self.engine.optimizer)
         self.engine.load_optimizer_state(state["optimizer"])
-        self._parts.schedule.load_state_dict(state["schedule"])
+        fresh, num_groups = self._parts.schedule.state_dict(), len(state["optimizer"]["groups"])
+        schedule = schedule_state(fresh, state["schedule"], num_groups)
+        self._parts.schedule.load_state_dict(schedule)
         self._losses = torch.tensor(own_state["losses"], dtype=torch.float64, device=self._device)
         self.result.restore(state["result"])
         self._phase_stats.load_state_dict(state["phase_stats"])
@@ -381,8 +385,14 @@ class Trainer:
     def _one_pass(self) -> Tensor:
         position = self._position
         (inputs,) = newest_inputs(self._parts.train_loader, position.epoch, position.batch, 1)
-        logits: Tensor = self.engine.model(inputs.to(self._device, self._parts.sample.dtype))
+        with self._autocast():  # or it would need more memory than any step of the run
+            logits: Tensor = self.engine.model(inputs.to(self._device, self._parts.sample.dtype))
         return logits.float().mean() + self.engine.penalty()
+
+    def _autocast(self) -> torch.autocast:
+        """The precision of this run's forward passes."""
+        bf16 = self._config.precision == "bf16" and self._parts.sample.dtype == torch.float32
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def _newest_inputs(self, count: int) -> list[Tensor]:
         """The inputs of the newest passes, oldest first."""

@@ -18,7 +18,7 @@ from ..backends.optimizer_view import OptimizerView, Owners, Shard
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
-from ..schema import Flags, Schema
+from ..schema import FiniteTensor, Flags, Integers, Schema
 from .slices import Slices, group_slices
 
 __all__ = ["NEVER", "Fade", "FadeSchema"]
@@ -30,9 +30,9 @@ NEVER = 2**62
 class FadeSchema(Schema):
     """Schema of ``Fade.state_dict``."""
 
-    over_at: Tensor
+    over_at: Integers
     under_way: Flags
-    starts: dict[str, Tensor] | None
+    starts: dict[str, FiniteTensor] | None
 
     def vectors(self) -> dict[str, Tensor]:
         """The tensors with one element for each channel, by key."""

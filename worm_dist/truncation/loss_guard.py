@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..backends.optimizer_view import StepListener
@@ -33,7 +34,7 @@ class Decision(Enum):
 class LossGuardSchema(Schema):
     """Schema of ``LossGuard.state_dict``."""
 
-    limit: float
+    limit: Annotated[float, Field(gt=-math.inf)]  # which NaN is not
     paused_at: Count | None
 
 

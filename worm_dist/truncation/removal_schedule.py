@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schema import Count, Schema
+from ..schema import Count, Integers, Schema
 
 __all__ = ["RemovalSchedule", "RemovalScheduleSchema"]
 
@@ -23,7 +23,7 @@ __all__ = ["RemovalSchedule", "RemovalScheduleSchema"]
 class RemovalScheduleSchema(Schema):
     """Schema of ``RemovalSchedule.state_dict``."""
 
-    waiting: Tensor
+    waiting: Integers
     num_begun: Count
     began_at: Count
     duration: Count

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...engine.traffic import Traffic
+from ...schema import Count, Finite, Schema
 from ...verdict import Phase
 from .result import Result
 
-__all__ = ["PhaseStats"]
+__all__ = ["PhaseStats", "PhaseStatsSchema"]
+
+
+class PhaseStatsSchema(Schema):
+    """Schema of ``PhaseStats.state_dict``."""
+
+    run_seconds: Finite
+    phase_seconds: Finite
+    flops: Count
+    steps: Count
 
 
 class PhaseStats:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...engine.engine import Engine
+from ...schema import Count, Schema
 from ...verdict import Verdict
 from ..evaluation import EvalResult
 from .result import Result
 
-__all__ = ["Report"]
+__all__ = ["Report", "ReportSchema"]
+
+
+class ReportSchema(Schema):
+    """Schema of ``Report.state_dict``."""
+
+    step: Count
+    journal: Count
 
 
 class Report:
@@ -46,8 +54,8 @@ class Report:
         """The run stops gracefully; it can be resumed from its newest checkpoint."""
 
     def state_dict(self, engine: Engine) -> dict[str, int]:
-        """The number of steps and the sizes of the files so far, to resume from."""
-        return {}
+        """The number of steps and the size of the journal in bytes so far, to resume from."""
+        return {"step": engine.step, "journal": 0}
 
     def finish(self, engine: Engine, result: Result) -> None:
         """The run is finished."""
