@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import selectors
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -158,7 +161,7 @@ def test_who_is_silent_is_sent_away(door: _Door, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(admission, "_SECONDS_TO_IDENTIFY", 0)
     strangers = [door.newcomer(), door.newcomer()]
     assert door.admission.seconds_to_deadline == 0
-    door.admission.close_overdue()
+    door.admission.meet_deadlines()
     assert all(stranger.is_sent_away() for stranger in strangers)
     assert door.admission.seconds_to_deadline is None
 
@@ -197,3 +200,26 @@ def test_when_all_are_there_nobody_else_can_come(door: _Door) -> None:
     assert all(door.is_admitted(rank, number) for number, rank in enumerate(ranks))
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(door.address)
+
+
+@pytest.mark.fault(36, "accepting fails: nothing spins, and whoever waits is let in later")
+def test_without_file_descriptors_nothing_spins(door: _Door) -> None:
+    """The selector reported the port again and again, to a thread that could not accept."""
+    rank = door.guest()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest_free:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno(), hard))
+    try:
+        door.serve()
+        assert door.selector.select(0) == []
+        assert 0 < (door.admission.seconds_to_deadline or 0) <= 0.5
+        door.admission.meet_deadlines()
+        assert door.selector.select(0) == [], "it is too early"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    time.sleep(door.admission.seconds_to_deadline or 0)
+    door.admission.meet_deadlines()
+    assert door.admission.seconds_to_deadline is None
+    door.serve()
+    door.identify(rank, 1)
+    assert door.is_admitted(rank, 1)

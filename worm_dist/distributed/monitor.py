@@ -124,7 +124,7 @@ class MonitorServer(threading.Thread):
                 continue
             if message is not None:
                 yield rank, message
-        self._admission.close_overdue()
+        self._admission.meet_deadlines()
 
     def _admit(self, rank: int, connection: JsonConnection) -> None:
         self._selector.modify(connection, selectors.EVENT_READ, data=rank)

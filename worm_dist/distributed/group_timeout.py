@@ -1,0 +1,35 @@
+"""The timeout of the backend's collectives, which ends later than the watch over the ranks.
+
+The watchdogs name who is missing; a backend only says that it waited, and nccl may not even do
+that.  So its timeout is beyond the time within which the watchdogs end a run.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+__all__ = ["group_timeout", "set_group_timeout"]
+
+_ROUNDS = 2.1
+"""Limits that pass until all ranks that wait at one point are ended (see ``monitor``), and a tenth
+for those that answer late."""
+_EXTRA_SECONDS = 30
+
+
+def group_timeout(limit_seconds: float) -> timedelta:
+    """How long a collective waits, if ranks may wait so long for one another."""
+    return timedelta(seconds=_ROUNDS * limit_seconds + _EXTRA_SECONDS)
+
+
+def set_group_timeout(limit_seconds: float) -> None:
+    """Set the timeout of further collectives, in every process group of this process.
+
+    Args:
+        limit_seconds: how long ranks may wait for one another from now on.
+    """
+    # The public function came after torch 2.6, and the other one warns since then.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes groups of its own
+        set_timeout(group_timeout(limit_seconds), group)
