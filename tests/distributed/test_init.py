@@ -15,7 +15,7 @@ from tests.programs import variables_of_ranks
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.distributed import launchers
 from worm_dist.distributed.device_choice import Backend
-from worm_dist.distributed.init import RankInfo, _variables_of_backend, process_group
+from worm_dist.distributed.init import RankInfo, process_group
 from worm_dist.distributed.slurm import first_host
 from worm_dist.errors import BackendError
 
@@ -279,30 +279,3 @@ def test_hosts_with_and_without_gpus_are_told_at_once(ranks: Ranks) -> None:
 def test_the_monitor_is_faster_than_nccl(ranks: Ranks) -> None:
     """nccl's own watchdog ended a process before the monitor had said which other one was gone."""
     assert [met[:2] for met in _on_two_hosts(ranks, 0, 0)] == [("cpu", "0")] * 2
-
-
-@pytest.mark.parametrize(
-    ("environment", "handling"),
-    [
-        ({}, "0"),
-        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, "0"),
-        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}, None),
-        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, None),
-        ({"NCCL_ASYNC_ERROR_HANDLING": "1"}, None),
-    ],
-)
-def test_a_users_choice_of_error_handling_stays(
-    environment: dict[str, str], handling: str | None
-) -> None:
-    """torchrun sets 1 for every worker, unless it finds something else itself."""
-    cpu = torch.device("cpu")
-    variables = _variables_of_backend(RankInfo(0, 2, 0), cpu, environment)
-    assert variables.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == handling
-    assert not _variables_of_backend(RankInfo(0, 1, 0), cpu, environment)
-
-
-def test_deepspeed_is_given_the_index_of_the_gpu() -> None:
-    """Of a process that sees its own GPU only, LOCAL_RANK is no index."""
-    rank_info = RankInfo(1, 2, 1, 2)
-    variables = _variables_of_backend(rank_info, torch.device("cuda", 0), {})
-    assert variables["LOCAL_RANK"] == "0"

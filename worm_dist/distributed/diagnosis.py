@@ -36,6 +36,7 @@ class RankStatus:
             answered.
         what: description of that progress point.
         where: file, line and function at which the training thread is.
+        has_waited: whether the rank has not moved since all ranks were told to keep waiting.
         failure: the rank's own error, if it raised one.
         lost_contact: the backend's error message if the rank lost contact with another one;
             otherwise empty.
@@ -45,6 +46,7 @@ class RankStatus:
     number: int | None = None
     what: str = ""
     where: str = ""
+    has_waited: bool = False
     failure: Failure | None = None
     lost_contact: str = ""
     gone: bool = False
@@ -75,12 +77,15 @@ class FailureReport:
         return cls(message["text"], message["exit_code"], tuple(message["reporting_ranks"]))
 
 
-def diagnose(statuses: Mapping[int, RankStatus], waited_seconds: float = 0) -> FailureReport | None:
+def diagnose(
+    statuses: Mapping[int, RankStatus], waited_seconds: float = 0, again: bool = False
+) -> FailureReport | None:
     """Find the reason for which the run cannot go on.
 
     Args:
         statuses: status of every rank.
         waited_seconds: longest time that a rank had waited before it reported itself overdue.
+        again: whether that rank had been told to keep waiting before, at the same point.
 
     Returns:
         The report for all ranks; None if nothing is wrong and all ranks should go on waiting.
@@ -122,6 +127,12 @@ def diagnose(statuses: Mapping[int, RankStatus], waited_seconds: float = 0) -> F
         return FailureReport(
             f"{at}: all ranks are alive, but {ranks_are(list(lost))} cut off from another: "
             f"{lost[min(lost)]}; check the network, and {_START_AGAIN}"
+        )
+    if again and all(status.has_waited for status in statuses.values()):
+        return FailureReport(
+            f"all ranks wait at {at} ({answered[min(answered)].where}){waited}: a connection "
+            "between two of them or a GPU may have failed; raise distributed.timeout_seconds if "
+            f"that may take so long, or {_START_AGAIN}"
         )
     return None
 

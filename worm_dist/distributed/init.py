@@ -16,18 +16,17 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from ..errors import BackendError
 from . import mpi, slurm
+from .backend_environment import variables_of_backend
 from .device_choice import Backend, Place, own_place, trains_on_gpus
 from .file_limit import require_file_descriptors
-from .group_timeout import group_timeout
 from .launchers import SRUN, TORCHRUN, read_int, require_agreement, started_by
 from .rendezvous import agree, store_of_this_attempt
+from .timeouts import group_timeout
 
 __all__ = ["RankInfo", "process_group"]
 
 _SECONDS_TO_CONNECT = 2
 """How much longer this process waits for the store than the store's own timeout."""
-_ERROR_HANDLING = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
-"""The variable of torch, and its former name."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def process_group(
             raise
         except (RuntimeError, ValueError) as error:
             raise _join_error(rank_info, error) from error
-        with _environment(_variables_of_backend(rank_info, device, os.environ)):
+        with _environment(variables_of_backend(rank_info.world_size, device, os.environ)):
             try:
                 _initialize(store, rank_info, device, timeout_seconds)
             except (RuntimeError, ValueError) as error:
@@ -216,26 +215,6 @@ def _agreed_device(
 
 def _kind_of_device(backend: Backend, places: Sequence[Place]) -> str:
     return "cuda" if trains_on_gpus(backend, places) else "cpu"
-
-
-def _variables_of_backend(
-    rank_info: RankInfo, device: torch.device, environment: Mapping[str, str]
-) -> dict[str, str]:
-    """Environment variables that torch and DeepSpeed are to see, given those that are set."""
-    variables = {}
-    if device.type == "cuda":
-        # DeepSpeed takes it for the index of the GPU, of which a process may see its own only.
-        variables["LOCAL_RANK"] = str(device.index)
-    # By default nccl's own watchdog ends the process within a second when another rank has died,
-    # before the monitor can say which one, and with an exit code of its own.  With 0 it does
-    # nothing: the collective does not return, and the watchdog of this run ends the process.  Nor
-    # may it end the collective alone (2), because training would go on with what that has left in
-    # the gradients.  A value that the user chose stays; 1 under torchrun is torchrun's own.
-    chosen = [environment[name] for name in _ERROR_HANDLING if name in environment]
-    is_default = not chosen or (chosen == ["1"] and "TORCHELASTIC_RUN_ID" in environment)
-    if rank_info.world_size > 1 and is_default:
-        variables[_ERROR_HANDLING[0]] = "0"
-    return variables
 
 
 def _store(rank_info: RankInfo, timeout_seconds: float) -> Store:

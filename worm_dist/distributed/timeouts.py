@@ -1,4 +1,4 @@
-"""The timeout of the backend's collectives, which ends later than the watch over the ranks.
+"""Timeouts: how long ranks wait for one another, and the backend's collectives for all of them.
 
 The watchdogs name who is missing; a backend only says that it waited, and nccl may not even do
 that.  So its timeout is beyond the time within which the watchdogs end a run.
@@ -6,16 +6,35 @@ that.  So its timeout is beyond the time within which the watchdogs end a run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["group_timeout", "set_group_timeout"]
+__all__ = ["Timeouts", "group_timeout", "set_group_timeout"]
 
 _ROUNDS = 2.1
 """Limits that pass until all ranks that wait at one point are ended (see ``monitor``), and a tenth
 for those that answer late."""
 _EXTRA_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a rank waits for the others.
+
+    Attributes:
+        starting: limit until its first step is complete, in seconds.
+        steady: limit from then on, in seconds.
+    """
+
+    starting: float
+    steady: float
+
+    @property
+    def grace(self) -> float:
+        """Time that a rank may take to report its progress, in seconds."""
+        return max(2.0, self.steady / 10)
 
 
 def group_timeout(limit_seconds: float) -> timedelta:
