@@ -117,6 +117,7 @@ def test_an_answer_may_come_in_pieces(door: _Door) -> None:
     assert door.is_admitted(rank, 0)
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_does_not_know_the_secret_is_refused(door: _Door) -> None:
     stranger = door.newcomer()
     door.identify(stranger, 1, b"guessed")
@@ -124,6 +125,7 @@ def test_who_does_not_know_the_secret_is_refused(door: _Door) -> None:
     assert not door.admitted
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_speaks_another_language_is_refused(door: _Door) -> None:
     browser = door.newcomer()
     browser.socket.sendall(b"GET / HTTP/1.1\r\n")
@@ -157,6 +159,7 @@ def test_a_rank_that_has_gone_does_not_come_back(door: _Door) -> None:
     assert second.is_sent_away()
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_is_silent_is_sent_away(door: _Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_SECONDS_TO_IDENTIFY", 0)
     strangers = [door.newcomer(), door.newcomer()]
@@ -166,6 +169,7 @@ def test_who_is_silent_is_sent_away(door: _Door, monkeypatch: pytest.MonkeyPatch
     assert door.admission.seconds_to_deadline is None
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_not_much_is_read_of_who_talks(door: _Door) -> None:
     stranger = door.newcomer()
     stranger.socket.sendall(MAX_HANDSHAKE_MESSAGE_BYTES * b"x")
@@ -177,6 +181,7 @@ def test_not_much_is_read_of_who_talks(door: _Door) -> None:
     assert stranger.is_sent_away()
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_only_so_many_are_let_wait(door: _Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port scanner could have used up the file descriptors.  A rank behind strangers has its turn
     when one of them has gone."""
@@ -191,6 +196,7 @@ def test_only_so_many_are_let_wait(door: _Door, monkeypatch: pytest.MonkeyPatch)
     assert door.is_admitted(rank, 0)
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_when_all_are_there_nobody_else_can_come(door: _Door) -> None:
     stranger = door.newcomer()
     ranks = [door.newcomer(), door.newcomer()]

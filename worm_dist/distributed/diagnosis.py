@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 
-__all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are"]
+__all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are", "ranks_have"]
 
 _START_AGAIN = "start again from the last checkpoint"
 _MOST_ERRORS_NAMED = 8
@@ -139,9 +139,18 @@ def diagnose(
 
 def ranks_are(ranks: Sequence[int]) -> str:
     """The ranks as the subject of a sentence: ``rank 1 is``, ``ranks 1, 2 and 5 are``."""
+    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'}"
+
+
+def ranks_have(ranks: Sequence[int]) -> str:
+    """The same with ``has`` or ``have``."""
+    return f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
-        return f"rank {ranks[0]} is"
-    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} are"
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def _report_failures(

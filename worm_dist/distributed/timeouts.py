@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Timeouts", "group_timeout", "set_group_timeout"]
+__all__ = ["Timeouts", "group_timeout", "set_group_timeout", "timeout_of"]
 
 _ROUNDS = 2.1
 """Limits that pass until all ranks that wait at one point are ended (see ``monitor``), and a tenth
@@ -52,3 +53,10 @@ def set_group_timeout(limit_seconds: float) -> None:
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes groups of its own
         set_timeout(group_timeout(limit_seconds), group)
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """The timeout of the collectives in a process group, in seconds."""
+    backend: Any = group._get_backend(group._device_types[0])
+    timeout: timedelta = backend.options._timeout
+    return timeout.total_seconds()
