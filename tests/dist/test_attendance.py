@@ -18,6 +18,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import BackendError, WormConfig
+from worm_dist.distributed import attendance
 from worm_dist.engine.engine import Engine
 
 _STEPS = 2
@@ -59,7 +60,7 @@ def _check_on(only: int, first: int) -> str:
     try:
         if is_first:
             engine.model.register_forward_pre_hook(lambda *_: meeting.set("there", ""))
-            _tell_when_present(engine, meeting)
+            _tell_when_present(meeting)
         if dist.get_rank() == only:
             engine.check()
         else:
@@ -71,17 +72,18 @@ def _check_on(only: int, first: int) -> str:
     return "nothing"
 
 
-def _tell_when_present(engine: Engine, meeting: Store) -> None:
+def _tell_when_present(meeting: Store) -> None:
     """When the marks of a check have been left, not before."""
-    scores = engine._ranking.scores
 
-    def told() -> Any:
+    def told(store: Store, call: str) -> None:
         meeting.set("there", "")
-        return scores()
+        require(store, call)
 
-    engine._ranking.scores = told  # type: ignore[method-assign]
+    require = attendance._require_not_skipped
+    vars(attendance)["_require_not_skipped"] = told
 
 
+@pytest.mark.fault(50, "a check on one rank only, before or after the other one's next pass")
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_check_on_one_rank_is_told_to_it_and_to_the_others(ranks: Ranks, only: int) -> None:
     """Scores met gradients in one collective: half an hour of silence, or sums of unlike things."""
@@ -90,6 +92,7 @@ def test_a_check_on_one_rank_is_told_to_it_and_to_the_others(ranks: Ranks, only:
     assert "check at step 2: other ranks are in it" in waited[1 - only]
 
 
+@pytest.mark.fault(50, "a check on one rank only, before or after the other one's next pass")
 @pytest.mark.parametrize("only", [0, 1])
 def test_a_check_that_comes_too_late_is_refused(ranks: Ranks, only: int) -> None:
     """The other rank is in its backward pass by then; only torch can say that this has ended."""
@@ -116,10 +119,45 @@ def _draw_on(only: int) -> str:
     return "nothing"
 
 
+@pytest.mark.fault(50, "a draw on one rank only")
 def test_a_draw_on_one_rank_is_told(ranks: Ranks) -> None:
     told = ranks(2, _draw_on, 0)
     assert any("draw at step 2: " in line for line in told)
     assert "nothing" not in told
+
+
+def _skip_a_step(truncates: bool) -> str:
+    """A loop in which rank one goes past a step of the optimizer, as after a loss that is odd."""
+    engine = _engine(truncation=at_once(1))
+    _step(engine)
+    if truncates:
+        engine.truncate(mask_dropping(engine.groups, 0, 7))
+    try:
+        for number in range(4):
+            if dist.get_rank() == 1 and number == 2:
+                _backward(engine)
+                engine.optimizer.zero_grad()
+                continue
+            _step(engine)
+            engine.check()
+    except BackendError as error:
+        return str(error)
+    except RuntimeError:
+        return "torch's own"
+    return "nothing"
+
+
+@pytest.mark.slow("waits for the group's timeout of three seconds, twice")
+@pytest.mark.fault(50, "a rank skips a step, truncated or not, and does not know of a check")
+@pytest.mark.parametrize("truncates", [False, True])
+def test_a_rank_that_has_skipped_a_step_is_named(ranks: Ranks, truncates: bool) -> None:
+    """The check was not due there yet, so it went on to its next pass, and nobody was named: its
+    gradients met the scores of the others, in one collective."""
+    waited = ranks.outcomes(2, _skip_a_step, truncates, group_timeout=3)
+    assert "rank 1 has not come to it within 3" in str(waited[0].value), waited
+    assert "every rank must take every step" in waited[0].value
+    assert waited[1].value == "torch's own"
+    assert max(outcome.seconds for outcome in waited) < 15
 
 
 class _Adversary(nn.Module):

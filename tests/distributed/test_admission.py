@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import selectors
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -114,6 +117,7 @@ def test_an_answer_may_come_in_pieces(door: _Door) -> None:
     assert door.is_admitted(rank, 0)
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_does_not_know_the_secret_is_refused(door: _Door) -> None:
     stranger = door.newcomer()
     door.identify(stranger, 1, b"guessed")
@@ -121,6 +125,7 @@ def test_who_does_not_know_the_secret_is_refused(door: _Door) -> None:
     assert not door.admitted
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_speaks_another_language_is_refused(door: _Door) -> None:
     browser = door.newcomer()
     browser.socket.sendall(b"GET / HTTP/1.1\r\n")
@@ -154,15 +159,17 @@ def test_a_rank_that_has_gone_does_not_come_back(door: _Door) -> None:
     assert second.is_sent_away()
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_who_is_silent_is_sent_away(door: _Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_SECONDS_TO_IDENTIFY", 0)
     strangers = [door.newcomer(), door.newcomer()]
     assert door.admission.seconds_to_deadline == 0
-    door.admission.close_overdue()
+    door.admission.meet_deadlines()
     assert all(stranger.is_sent_away() for stranger in strangers)
     assert door.admission.seconds_to_deadline is None
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_not_much_is_read_of_who_talks(door: _Door) -> None:
     stranger = door.newcomer()
     stranger.socket.sendall(MAX_HANDSHAKE_MESSAGE_BYTES * b"x")
@@ -174,6 +181,7 @@ def test_not_much_is_read_of_who_talks(door: _Door) -> None:
     assert stranger.is_sent_away()
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_only_so_many_are_let_wait(door: _Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port scanner could have used up the file descriptors.  A rank behind strangers has its turn
     when one of them has gone."""
@@ -188,6 +196,7 @@ def test_only_so_many_are_let_wait(door: _Door, monkeypatch: pytest.MonkeyPatch)
     assert door.is_admitted(rank, 0)
 
 
+@pytest.mark.fault(35, "strangers at the port, one after the other")
 def test_when_all_are_there_nobody_else_can_come(door: _Door) -> None:
     stranger = door.newcomer()
     ranks = [door.newcomer(), door.newcomer()]
@@ -197,3 +206,26 @@ def test_when_all_are_there_nobody_else_can_come(door: _Door) -> None:
     assert all(door.is_admitted(rank, number) for number, rank in enumerate(ranks))
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(door.address)
+
+
+@pytest.mark.fault(36, "accepting fails: nothing spins, and whoever waits is let in later")
+def test_without_file_descriptors_nothing_spins(door: _Door) -> None:
+    """The selector reported the port again and again, to a thread that could not accept."""
+    rank = door.guest()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest_free:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno(), hard))
+    try:
+        door.serve()
+        assert door.selector.select(0) == []
+        assert 0 < (door.admission.seconds_to_deadline or 0) <= 0.5
+        door.admission.meet_deadlines()
+        assert door.selector.select(0) == [], "it is too early"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    time.sleep(door.admission.seconds_to_deadline or 0)
+    door.admission.meet_deadlines()
+    assert door.admission.seconds_to_deadline is None
+    door.serve()
+    door.identify(rank, 1)
+    assert door.is_admitted(rank, 1)

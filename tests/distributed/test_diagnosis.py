@@ -13,6 +13,7 @@ DIFFERS = RankStatus(1, "the start", failure=Failure("the ranks differ", 4))
 CUT_OFF = RankStatus(12, "step 3, the gradients", lost_contact="RuntimeError: closed by peer")
 STOPPED = RankStatus()
 KILLED = RankStatus(gone=True)
+WAITS = RankStatus(12, "step 3, the gradients", "graph.py:1, backward", has_waited=True)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,25 @@ def test_whoever_is_missed_is_named(statuses: list[RankStatus], says: str, exit_
 def test_ranks_that_are_all_at_the_same_place_go_on(at: RankStatus) -> None:
     """A test of a large network may take longer than anybody would wait for a step."""
     assert diagnose({0: at, 1: at}, waited_seconds=300) is None
+
+
+@pytest.mark.parametrize(
+    ("statuses", "again", "ends"),
+    [
+        ([WAITS, WAITS], True, True),
+        ([WAITS, WAITS], False, False),
+        ([WAITS, AHEAD], True, False),
+    ],
+)
+def test_ranks_that_all_wait_are_ended_the_second_time(
+    statuses: list[RankStatus], again: bool, ends: bool
+) -> None:
+    """Unless one of them has been seen at work meanwhile."""
+    report = diagnose(dict(enumerate(statuses)), 600, again)
+    assert (report is not None) == ends
+    if report is not None:
+        assert "all ranks wait at step 3, the gradients (graph.py:1, backward), for" in report.text
+        assert report.exit_code == 6 and "\n" not in report.text
 
 
 def test_all_end_with_the_code_that_is_closest_to_the_cause() -> None:

@@ -1,8 +1,10 @@
-"""What torchrun makes of the error of a rank."""
+"""What torchrun makes of the error of a rank, and how its process ends."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,33 @@ def test_an_error_that_cannot_be_written_down_is_not_replaced(
     """The other ranks were not told of it, since the file's own error came between."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
     write_torchelastic_error(ValueError("a bug"))
+
+
+_PROGRAM = """
+import atexit, time
+from worm_dist.distributed import error_report
+
+error_report._SECONDS_FOR_EXIT_HANDLERS = 0.3
+
+def handler():
+    time.sleep({seconds})
+    print("handled")
+
+atexit.register(handler)
+print("printed", end="")
+error_report.hard_exit({exit_code})
+"""
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "seconds", "printed"), [(6, 60, "printed"), (0, 1, "printedhandled\n")]
+)
+def test_an_exit_handler_holds_no_process_that_has_failed(
+    exit_code: int, seconds: int, printed: str
+) -> None:
+    """One slept for 25 seconds, and so long the launcher did not learn that the rank had failed."""
+    program = _PROGRAM.format(exit_code=exit_code, seconds=seconds)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (exit_code, printed), ended.stderr

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ class _Rank(threading.Thread):
 @pytest.mark.parametrize("after_seconds", [0.0, 0.013, 0.05])
 def test_all_stop_at_one_place(asked: tuple[int, ...], after_seconds: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    monitor = MonitorServer(server, SECRET, 3, 1.0)
+    monitor = MonitorServer(server, SECRET, 3, 1.0, Path())
     monitor.start()
     step = threading.Barrier(3)
     connections = [JsonConnection(socket.create_connection(server.getsockname())) for _ in range(3)]

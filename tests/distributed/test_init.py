@@ -3,12 +3,18 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from tests.programs import variables_of_ranks
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.distributed import launchers
+from worm_dist.distributed.device_choice import Backend
 from worm_dist.distributed.init import RankInfo, process_group
 from worm_dist.distributed.slurm import first_host
 from worm_dist.errors import BackendError
@@ -191,24 +197,6 @@ def test_an_mpi_that_does_not_load_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_all_processes_of_a_host_choose_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two processes and one GPU the first joined nccl, the second gloo."""
-    rank_info = RankInfo(0, 2, 0, local_world_size=2, address="node7", port=29400)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("worm_dist.distributed.init._store", lambda *_: None)
-    asked: list[str] = []
-
-    def joined(backend: str, **_: object) -> None:
-        asked.append(backend)
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr(dist, "init_process_group", joined)
-    says = "rank 0 of 2 could not join the others at node7:29400: enough; check"
-    with pytest.raises(BackendError, match=says), process_group(rank_info, "auto", 5):
-        pass
-    assert asked == ["gloo"]
-
-
 @pytest.mark.fault(21, "a port that another program has")
 def test_a_port_in_use_is_named_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -241,8 +229,53 @@ def test_one_process_meets_itself_without_a_port(ranks: Ranks) -> None:
 
 
 def test_nccl_without_a_gpu_is_refused() -> None:
+    if torch.cuda.device_count():
+        pytest.skip("there is one")
     with (
-        pytest.raises(BackendError, match="nccl needs a GPU for local rank 99"),
-        process_group(RankInfo(99, 100, 99, 100), "nccl", timeout_seconds=5),
+        pytest.raises(BackendError, match=r"nccl needs a GPU for each rank, but .* has 0 GPU"),
+        process_group(RankInfo(0, 1, 0), "nccl", timeout_seconds=5),
     ):
         pass
+
+
+def _meet(rank_info: RankInfo, backend: Backend = "auto") -> tuple[str, str, float]:
+    """What a rank comes to: its error, or the device and the handling of errors by nccl."""
+    began = time.monotonic()
+    try:
+        with process_group(rank_info, backend, timeout_seconds=20) as device:
+            handling = os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
+            return device.type, handling, time.monotonic() - began
+    except BackendError as error:
+        return str(error), "", time.monotonic() - began
+
+
+def _meet_with_gpus(port: int, rank: int, gpus: int) -> tuple[str, str, float]:
+    vars(torch.cuda)["device_count"] = lambda: gpus
+    vars(torch.cuda)["get_device_properties"] = lambda index: SimpleNamespace(
+        uuid=f"{rank}.{index}"
+    )
+    vars(socket)["gethostname"] = lambda: f"node{rank}"
+    return _meet(RankInfo(rank, 2, 0, 1, "127.0.0.1", port))
+
+
+def _on_two_hosts(ranks: Ranks, *gpus: int) -> list[tuple[str, str, float]]:
+    port = int(variables_of_ranks(2)[0]["MASTER_PORT"])
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(ranks, NO_GROUP, _meet_with_gpus, port, rank, number)
+            for rank, number in enumerate(gpus)
+        ]
+        return [call.result()[0] for call in calls]
+
+
+@pytest.mark.fault(22, "hosts with and without GPUs")
+def test_hosts_with_and_without_gpus_are_told_at_once(ranks: Ranks) -> None:
+    """One waited in nccl for the other, which waited in gloo, for a quarter of an hour."""
+    for said, _, seconds in _on_two_hosts(ranks, 4, 0):
+        assert "others have not: node1 has 0 GPUs for 1 rank, but node0 has 4 GPUs for 1" in said
+        assert seconds < 15
+
+
+def test_the_monitor_is_faster_than_nccl(ranks: Ranks) -> None:
+    """nccl's own watchdog ended a process before the monitor had said which other one was gone."""
+    assert [met[:2] for met in _on_two_hosts(ranks, 0, 0)] == [("cpu", "0")] * 2

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks
@@ -12,7 +16,8 @@ from worm_dist.distributed.graceful_stop import StopCoordinator
 from worm_dist.distributed.init import RankInfo
 from worm_dist.distributed.monitor import MonitorServer
 from worm_dist.distributed.progress import Progress
-from worm_dist.distributed.watchdog import Timeouts, _Watchdog, watched
+from worm_dist.distributed.timeouts import Timeouts
+from worm_dist.distributed.watchdog import _Watchdog, watched
 
 BROKEN = "broken on purpose"
 
@@ -27,7 +32,7 @@ def _with_a_monitor_that_fails() -> None:
     rank = dist.get_rank()
     stop = StopCoordinator()
     rank_info = RankInfo(rank, 2, rank, 2, "127.0.0.1", 1)
-    with watched(rank_info, Progress(), Timeouts(starting=60, steady=60), stop):
+    with watched(rank_info, Progress(), Timeouts(starting=60, steady=60), stop, Path()):
         (watchdog,) = (each for each in threading.enumerate() if isinstance(each, _Watchdog))
         if rank == 1:
             stop.request()
@@ -41,3 +46,28 @@ def test_all_ranks_end_with_a_monitor_that_fails(ranks: Ranks) -> None:
         assert end.error == "AlreadyReported", end
         assert end.text == f"the monitor on rank 0 has failed: RuntimeError: {BROKEN}"
         assert end.seconds < 20
+
+
+def _timeouts_of_the_group(steady: float) -> list[float]:
+    """Before and after the first step, of the default group and of another one, in seconds."""
+    rank = dist.get_rank()
+    groups: list[Any] = [dist.group.WORLD]
+    groups.append(dist.new_group([0, 1], timeout=timedelta(seconds=1800)))
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    progress = Progress()
+    rank_info = RankInfo(rank, 2, rank, 2, "127.0.0.1", 1)
+    timeouts = Timeouts(starting=60, steady=steady)
+    with watched(rank_info, progress, timeouts, StopCoordinator(), Path()):
+        before = [backend.options._timeout.total_seconds() for backend in backends]
+        progress.started()
+        after = [backend.options._timeout.total_seconds() for backend in backends]
+    return before + after
+
+
+@pytest.mark.parametrize(("steady", "expected"), [(10, 51), (600, 1290)])
+def test_the_backend_waits_as_long_as_the_ranks_may(
+    ranks: Ranks, steady: float, expected: float
+) -> None:
+    """It knew the timeout of the start only: with a longer one for the steps it gave up first, and
+    named nobody; with a shorter one it was of no use."""
+    assert ranks(2, _timeouts_of_the_group, steady) == [[8, 1800, expected, expected]] * 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.driver import Act, Driver, Ended, Fault, Run, busy
+from tests.faults.driver import Act, Driver, Ended, Fault, Run, _hang, busy
 from worm_dist.errors import CheckpointError
 
 pytestmark = pytest.mark.slow("waits until ranks give up")
@@ -36,6 +36,17 @@ def _assert_all_end(
         (line,) = end.errors
         for word in words:
             assert word in line, line
+
+
+def _assert_stacks(driver: Driver, ranks: set[int], function: str) -> None:
+    """These ranks, and no others, have said where their training thread was."""
+    files = {path.name: path.read_text() for path in (driver.out / "stacks").iterdir()}
+    assert set(files) == {f"rank-{rank}.txt" for rank in ranks}
+    for text in files.values():
+        _, _, training = text.partition("Thread MainThread (most recent call first):")
+        training, _, others = training.partition("Thread ")
+        assert function in training and "in main" in training
+        assert "worm_dist watchdog" in others
 
 
 # --- dead and hanging ranks -------------------------------------------------------------------
@@ -70,16 +81,42 @@ def test_a_stopped_rank_is_named_in_bounded_time(
     victim = ends.pop(rank)
     assert victim.exitcode is None, "it was there until the driver killed it"
     _assert_all_end(
-        ends, 6, 4, 3, "step 3, the gradients", f"rank {rank} is alive but unresponsive"
+        ends,
+        *(6, 4, 3, "step 3, the gradients", f"rank {rank} is alive but unresponsive"),
+        f"are in {driver.out / 'stacks'}",
     )
+    _assert_stacks(driver, {end.rank for end in ends}, "_train_step")
 
 
 @pytest.mark.fault(3, "a training thread that hangs")
 def test_a_hanging_rank_ends_by_itself_and_says_where_it_hung(driver: Driver) -> None:
-    ends = driver(2, Run((Fault.hang(1, step=3),), {"distributed.timeout_seconds": 1}))
+    fault, settings = Fault.hang(1, step=3), {"distributed.timeout_seconds": 1}
+    recording = {rank: {"TORCH_FR_BUFFER_SIZE": "100"} for rank in range(2)}
+    ends = driver(2, Run((fault,), settings, environment=recording))
     _assert_all_end(
-        ends, 6, 4, 3, "rank 1 is stuck at step 3, the next batch", "driver.py:", "_hang"
+        ends,
+        *(6, 4, 3, "rank 1 is stuck at step 3, the next batch", "driver.py:", "_hang"),
+        f"the stacks of all ranks are in {driver.out / 'stacks'}",
     )
+    _assert_stacks(driver, {0, 1}, "")
+    waiting, hanging = ((driver.out / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert "in _hang" in hanging and "rank 1 at step 3, the next batch, for " in hanging
+    unfinished = [
+        text.partition("Flight recorder:")[2].count('"retired":false')
+        for text in (waiting, hanging)
+    ]
+    assert unfinished[0] > 0 == unfinished[1]
+
+
+@pytest.mark.fault(3, "all ranks wait: a connection has failed, or a GPU")
+def test_ranks_that_all_wait_end_after_two_timeouts(driver: Driver) -> None:
+    """Nobody was behind the others, so all waited for the backend's timeout, or for ever."""
+    hangs = Fault.do(_hang, rank=None, step=3)
+    ends = driver(2, Run((hangs,), {"distributed.timeout_seconds": 1}))
+    words = ("all ranks wait at step 3, the next batch (", "_hang), for 2.", "the stacks of all")
+    _assert_all_end(ends, 6, 5, 3, *words)
+    assert min(end.seconds for end in ends) > 2
+    _assert_stacks(driver, {0, 1}, "_hang")
 
 
 @pytest.mark.fault(3, "a hang at the start, where ranks wait for longer")
@@ -91,8 +128,11 @@ def test_the_start_has_a_timeout_of_its_own(driver: Driver) -> None:
 
 
 def _slowly(real: Act, *args: Any) -> Any:
-    """Alike on all ranks."""
-    time.sleep(2)
+    """Alike on all ranks: each batch of the test takes longer than the timeout."""
+    *_, progress = args
+    for _ in range(2):
+        time.sleep(1.5)
+        progress.at_work()
     return real(*args)
 
 
@@ -101,7 +141,7 @@ def test_ranks_that_are_slow_together_go_on(driver: Driver) -> None:
     fault = Fault.do(_slowly, rank=None, step=2).at(TEST)
     ends = driver(2, Run((fault,), {"distributed.timeout_seconds": 1}))
     assert [(end.exitcode, end.said) for end in ends] == [(0, "")] * 2
-    assert min(end.seconds for end in ends) > 2
+    assert min(end.seconds for end in ends) > 3
 
 
 # --- errors -----------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import resource
 import socket
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.faults.driver import Act, Driver, Fault, Run, busy
 pytestmark = pytest.mark.slow("waits for ranks that do not come")
 
 VERSIONS = "worm_dist.training.consistency:versions"
+GROUP = "worm_dist.training.run:process_group"
 CODE = "worm_dist.training.consistency:_code_digest"
 
 
@@ -90,3 +93,27 @@ def test_a_port_in_use_ends_all_ranks(driver: Driver) -> None:
     assert f"127.0.0.1:{port}, the port is in use; set MASTER_PORT" in ends[0].errors[0]
     assert f"could not join the others at 127.0.0.1:{port}" in ends[1].errors[0]
     assert max(end.seconds for end in ends) < 10 + busy(10)
+
+
+def _with_files(soft: int, hard: int, real: Act, *args: Any) -> Any:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return real(*args)
+
+
+@pytest.mark.fault(36, "a soft limit too low for four ranks; the run is as any other")
+def test_a_low_limit_on_files_is_raised(driver: Driver) -> None:
+    """Accepting failed without a word, and the ranks were never told the end."""
+    act = functools.partial(_with_files, 34, 1000)
+    run = Run((Fault.do(act, rank=None, step=1).at(GROUP),), {"epochs": 1})
+    assert [(end.exitcode, end.said) for end in driver(4, run)] == [(0, "")] * 4
+
+
+@pytest.mark.fault(36, "a hard limit too low on rank zero: all ranks are told at the start")
+def test_a_limit_on_files_that_cannot_be_raised_is_told(driver: Driver) -> None:
+    act = functools.partial(_with_files, 60, 60)
+    ends = driver(4, Run((Fault.do(act, rank=0, step=1).at(GROUP),)))
+    for end in ends:
+        assert end.exitcode == 6 and end.seconds < 3 + busy(8)
+        (line,) = end.errors
+        assert "rank 0 of 4 needs 76 file descriptors" in line and "limit is 60" in line
+    assert not driver.out.exists()

@@ -3,11 +3,15 @@
 Any program that reaches this host can connect to the port.  So until a connection has proved that
 it is a rank's, only a few hundred bytes are read from it, it is closed after some seconds, and the
 number of such connections is limited.  The port is closed when all ranks have connected.
+
+A process without free file descriptors cannot accept a connection, and the selector would report it
+at once again: the thread would spin, and take the interpreter from the training.  So the port is
+left alone for a moment then.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import selectors
 import socket
 import time
@@ -25,6 +29,8 @@ __all__ = ["Admission"]
 
 _SECONDS_TO_IDENTIFY = 10.0
 _MAX_NEWCOMERS = 64
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_SECONDS_WITHOUT_RESOURCES = 0.5
 
 
 class _Newcomer(NamedTuple):
@@ -64,14 +70,17 @@ class Admission:
         self._selector = selector
         self._newcomers: dict[JsonConnection, _Newcomer] = {}
         self._is_listening = False
+        self._listens_again_at: float | None = None
         self._listen()
 
     @property
     def seconds_to_deadline(self) -> float | None:
-        """Time until ``close_overdue`` closes the next connection; None if there is none."""
-        for newcomer in self._newcomers.values():  # the first one has the earliest deadline
-            return max(0.0, newcomer.deadline - time.monotonic())
-        return None
+        """Time until ``meet_deadlines`` has something to do; None if it never has."""
+        # The first newcomer has the earliest deadline.
+        deadlines = [newcomer.deadline for newcomer in list(self._newcomers.values())[:1]]
+        if self._listens_again_at is not None:
+            deadlines.append(self._listens_again_at)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def serve(self, ready: object) -> tuple[int, JsonConnection] | None:
         """Handle a socket of this object that the selector has reported.
@@ -90,26 +99,37 @@ class Admission:
             return self._identify(ready)
         return None
 
-    def close_overdue(self) -> None:
-        """Close the connections that have not identified themselves in time."""
-        while self.seconds_to_deadline == 0:
-            self._refuse(next(iter(self._newcomers)))
+    def meet_deadlines(self) -> None:
+        """Close the connections that have not identified themselves in time; listen again after a
+        pause."""
+        now = time.monotonic()
+        for connection, newcomer in list(self._newcomers.items()):
+            if newcomer.deadline <= now:
+                self._refuse(connection)
+        if self._listens_again_at is not None and self._listens_again_at <= now:
+            self._listen()
 
     def close(self) -> None:
         """Close the listening socket, and all connections that have not identified themselves."""
         for connection in list(self._newcomers):
             self._refuse(connection)
         self._pause()
+        self._listens_again_at = None
         self._server.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             accepted, _ = self._server.accept()
-            connection = JsonConnection(accepted, MAX_HANDSHAKE_MESSAGE_BYTES)
-            newcomer = _Newcomer(new_challenge(), time.monotonic() + _SECONDS_TO_IDENTIFY)
-            self._newcomers[connection] = newcomer
-            self._selector.register(connection, selectors.EVENT_READ)
-            connection.send(**newcomer.challenge)
+        except OSError as error:  # mostly: the peer is gone again
+            if error.errno in _OUT_OF_RESOURCES:
+                self._pause()
+                self._listens_again_at = time.monotonic() + _SECONDS_WITHOUT_RESOURCES
+            return
+        connection = JsonConnection(accepted, MAX_HANDSHAKE_MESSAGE_BYTES)
+        newcomer = _Newcomer(new_challenge(), time.monotonic() + _SECONDS_TO_IDENTIFY)
+        self._newcomers[connection] = newcomer
+        self._selector.register(connection, selectors.EVENT_READ)
+        connection.send(**newcomer.challenge)
         # Further connections wait in the kernel, where they take no file descriptor.  A rank among
         # them is accepted after others have identified themselves or been closed.
         if len(self._newcomers) >= _MAX_NEWCOMERS:
@@ -147,6 +167,7 @@ class Admission:
         self._listen()
 
     def _listen(self) -> None:
+        self._listens_again_at = None
         if not self._is_listening:
             self._selector.register(self._server, selectors.EVENT_READ)
             self._is_listening = True

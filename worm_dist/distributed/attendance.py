@@ -1,26 +1,35 @@
 """Detects that only some ranks call a collective of the engine, before it hangs.
 
 A training loop that calls ``check`` on rank zero only makes that rank average scores while the
-others average gradients: a hang, or sums of unrelated tensors.  So ranks set marks in the store of
-their process group: a rank that enters such a call marks that it is present, and a rank that begins
-another forward pass although the call is due marks that it has skipped it.  Each writes before it
-reads, so of two ranks at least one sees the other's mark, and neither ever waits.  That costs two
-store operations for each check that is due, and nothing for a pass.
+others average gradients: a hang, an abort, or sums of unrelated tensors.  So ranks set marks in the
+store of their process group: a rank that enters such a call marks that it is present, and waits for
+the others before the first collective; a rank that begins another forward pass although the call is
+due marks that it has skipped it.  Each writes before it reads, so of two ranks at least one sees
+the other's mark.  That costs a few store operations for each check that is due, and nothing for a
+pass.
+
+A rank that has skipped a step does not know that the call is due.  It never comes, and after the
+timeout of the group it is named.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from ..errors import BackendError, WormError
+from ..errors import BackendError
+from .diagnosis import ranks_have
+from .timeouts import timeout_of
 
 __all__ = ["Attendance"]
 
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1
+"""Seconds between two looks for the other ranks."""
 _numbers = itertools.count()
 """Numbers of the engines; equal on all ranks, which attach them in the same order."""
 
@@ -34,21 +43,24 @@ class Attendance:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._store: Store | None = None
+        self._num_calls = 0
         number = next(_numbers)
         if group is not None and dist.get_world_size(group) > 1:
-            self._rank = dist.get_rank(group)
+            self._group = group
+            self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
             store = dist.distributed_c10d._get_process_group_store(group)
             self._store = PrefixStore(f"worm_dist/{number}", store)
 
     def at(self, call: str, is_collective: bool = True) -> AbstractContextManager[None]:
-        """A context in which the collectives of a call run.
+        """A context in which the collectives of a call run, entered once all ranks are there.
 
         Args:
             call: name of the call, equal on all ranks, such as ``check at step 22``.
             is_collective: whether the call runs any collective.
 
         Raises:
-            BackendError: another rank has skipped the call.
+            BackendError: another rank has skipped the call, or does not come within the timeout of
+                the process group.
         """
         if self._store is None or not is_collective:
             return nullcontext()
@@ -56,16 +68,32 @@ class Attendance:
 
     @contextmanager
     def _at(self, call: str, store: Store) -> Iterator[None]:
+        self._num_calls += 1
+        # By its number too: ranks that differ in the name of a call would wait for one another.
+        number = f"call {self._num_calls}"
+        store.set(f"{number} of {self._rank}", "")
         store.add(f"{call}: present", 1)
-        _require_not_skipped(store, call)
-        try:
-            yield
-        except WormError:
-            raise
-        except RuntimeError:  # raised by the backend when the rank that skipped it has ended
-            with suppress(dist.DistError):  # the store may have ended with it
-                _require_not_skipped(store, call)
-            raise
+        num_present = store.add(number, 1)
+        began, pause = time.monotonic(), _SHORTEST_PAUSE
+        while True:
+            _require_not_skipped(store, call)
+            if num_present == self._size:
+                break
+            seconds = time.monotonic() - began
+            if seconds > timeout_of(self._group):
+                raise self._not_all_came(store, call, number, seconds)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            num_present = store.add(number, 0)
+        yield
+
+    def _not_all_came(self, store: Store, call: str, number: str, seconds: float) -> BackendError:
+        keys = [f"{number} of {rank}" for rank in range(self._size)]
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return BackendError(
+            f"{call}: {ranks_have(missing)} not come to it within {seconds:.3g} s; every rank must "
+            "take every step, and call it at the same point of the loop"
+        )
 
     def mark_skipped(self, call: str) -> None:
         """Mark that this rank begins another forward pass although the call is due.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 
-__all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are"]
+__all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are", "ranks_have"]
 
 _START_AGAIN = "start again from the last checkpoint"
 _MOST_ERRORS_NAMED = 8
@@ -36,6 +36,7 @@ class RankStatus:
             answered.
         what: description of that progress point.
         where: file, line and function at which the training thread is.
+        has_waited: whether the rank has not moved since all ranks were told to keep waiting.
         failure: the rank's own error, if it raised one.
         lost_contact: the backend's error message if the rank lost contact with another one;
             otherwise empty.
@@ -45,6 +46,7 @@ class RankStatus:
     number: int | None = None
     what: str = ""
     where: str = ""
+    has_waited: bool = False
     failure: Failure | None = None
     lost_contact: str = ""
     gone: bool = False
@@ -75,12 +77,15 @@ class FailureReport:
         return cls(message["text"], message["exit_code"], tuple(message["reporting_ranks"]))
 
 
-def diagnose(statuses: Mapping[int, RankStatus], waited_seconds: float = 0) -> FailureReport | None:
+def diagnose(
+    statuses: Mapping[int, RankStatus], waited_seconds: float = 0, again: bool = False
+) -> FailureReport | None:
     """Find the reason for which the run cannot go on.
 
     Args:
         statuses: status of every rank.
         waited_seconds: longest time that a rank had waited before it reported itself overdue.
+        again: whether that rank had been told to keep waiting before, at the same point.
 
     Returns:
         The report for all ranks; None if nothing is wrong and all ranks should go on waiting.
@@ -123,14 +128,29 @@ def diagnose(statuses: Mapping[int, RankStatus], waited_seconds: float = 0) -> F
             f"{at}: all ranks are alive, but {ranks_are(list(lost))} cut off from another: "
             f"{lost[min(lost)]}; check the network, and {_START_AGAIN}"
         )
+    if again and all(status.has_waited for status in statuses.values()):
+        return FailureReport(
+            f"all ranks wait at {at} ({answered[min(answered)].where}){waited}: a connection "
+            "between two of them or a GPU may have failed; raise distributed.timeout_seconds if "
+            f"that may take so long, or {_START_AGAIN}"
+        )
     return None
 
 
 def ranks_are(ranks: Sequence[int]) -> str:
     """The ranks as the subject of a sentence: ``rank 1 is``, ``ranks 1, 2 and 5 are``."""
+    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'}"
+
+
+def ranks_have(ranks: Sequence[int]) -> str:
+    """The same with ``has`` or ``have``."""
+    return f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
-        return f"rank {ranks[0]} is"
-    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} are"
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def _report_failures(

@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -18,6 +19,7 @@ from .diagnosis import FailureReport
 __all__ = ["AlreadyReported", "hard_exit", "one_line", "print_error", "write_torchelastic_error"]
 
 _MAX_LINE_LENGTH = 600
+_SECONDS_FOR_EXIT_HANDLERS = 5.0
 
 
 class AlreadyReported(WormError):
@@ -91,12 +93,25 @@ def hard_exit(exit_code: int) -> NoReturn:
     gone.  When one of them is at work while Python shuts down, the process dies of SIGABRT after
     everything was done ("terminate called without an active exception", seen at one exit in sixty
     with torch 2.14), and the launcher takes the run for failed.
+
+    After an error the handlers have a deadline, since the launcher and the other ranks wait for
+    this process: a handler may wait for a GPU that does not answer, or for other ranks.  After a
+    success they have as long as they need, for example to upload what a logger has collected.
     """
+    _flush()  # before a deadline can pass
+    if exit_code != 0:
+        timer = threading.Timer(_SECONDS_FOR_EXIT_HANDLERS, os._exit, (exit_code,))
+        timer.daemon = True
+        timer.start()
     atexit._run_exitfuncs()
+    _flush()
+    os._exit(exit_code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the disk of the job's log may be full
             stream.flush()
-    os._exit(exit_code)
 
 
 def _traceback(error: Exception) -> str:

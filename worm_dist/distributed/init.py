@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,16 +16,15 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from ..errors import BackendError
 from . import mpi, slurm
+from .backend_environment import variables_of_backend
+from .device_choice import Backend, Place, own_place, trains_on_gpus
+from .file_limit import require_file_descriptors
 from .launchers import SRUN, TORCHRUN, read_int, require_agreement, started_by
-from .rendezvous import store_of_this_attempt, wait_for_all_ranks
+from .rendezvous import agree, store_of_this_attempt
+from .timeouts import group_timeout
 
 __all__ = ["RankInfo", "process_group"]
 
-Backend = Literal["auto", "gloo", "nccl"]
-
-_EXTRA_SECONDS = 30
-"""How much longer a collective waits than the watchdog, which names the missing rank.  nccl would
-abort the process at its own timeout."""
 _SECONDS_TO_CONNECT = 2
 """How much longer this process waits for the store than the store's own timeout."""
 
@@ -38,7 +36,7 @@ class RankInfo:
     Attributes:
         rank: rank over all hosts, 0 to world_size - 1.
         world_size: number of processes.
-        local_rank: rank on this host, 0 to local_world_size - 1; also the index of its GPU.
+        local_rank: rank on this host, 0 to local_world_size - 1.
         local_world_size: number of processes on this host.
         address: host name or IP address of the store on rank zero; empty for a single process.
         port: TCP port of that store; 0 for a single process.
@@ -136,49 +134,91 @@ def process_group(
 
     Args:
         rank_info: this process's rank information.
-        backend: backend of ``torch.distributed``; ``auto`` is nccl if every process of this host
-            has a GPU, else gloo.
+        backend: backend of ``torch.distributed``; ``auto`` is nccl if every rank has a GPU for
+            itself, else gloo.
         timeout_seconds: limit on the wait for the other ranks.
 
     Yields:
         The device to train on.
 
     Raises:
-        BackendError: the backend does not work here, or not all ranks join in time; the message
-            names the missing ones.
+        BackendError: the backend does not work here, this process may not open enough connections,
+            some hosts have GPUs and others have not, or not all ranks join in time; the message
+            names the ranks or hosts.
     """
-    gpus = torch.cuda.device_count()
-    if backend == "nccl" and rank_info.local_rank >= gpus:
-        raise BackendError(
-            f"distributed.backend: nccl needs a GPU for local rank {rank_info.local_rank}, but "
-            f"this host has {gpus}; start fewer processes, or choose gloo"
-        )
-    # One choice for all processes of a host: with fewer GPUs than processes, a choice by each would
-    # make some join nccl and the others gloo, and wait for one another.
-    on_gpu = backend == "nccl" or (backend == "auto" and 0 < rank_info.local_world_size <= gpus)
-    device = torch.device("cuda", rank_info.local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
     with _environment(rank_info.torchrun_environment):
         try:
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                store=_store(rank_info, timeout_seconds),
-                rank=rank_info.rank,
-                world_size=rank_info.world_size,
-                timeout=timedelta(seconds=timeout_seconds + _EXTRA_SECONDS),
-                device_id=device if on_gpu else None,
-            )
+            place = _place_or_obstacle(rank_info, backend)  # before others connect to the store
+            store = _store(rank_info, timeout_seconds)
+            device = _agreed_device(store, rank_info, backend, place, timeout_seconds)
+        except BackendError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise _join_error(rank_info, error) from error
-        try:
-            yield device
-        finally:
-            dist.destroy_process_group()
+        with _environment(variables_of_backend(rank_info.world_size, device, os.environ)):
+            try:
+                _initialize(store, rank_info, device, timeout_seconds)
+            except (RuntimeError, ValueError) as error:
+                raise _join_error(rank_info, error) from error
+            try:
+                yield device
+            finally:
+                dist.destroy_process_group()
+
+
+def _initialize(
+    store: Store, rank_info: RankInfo, device: torch.device, timeout_seconds: float
+) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
+        timeout=group_timeout(timeout_seconds),
+        device_id=device if on_gpu else None,
+    )
+
+
+def _place_or_obstacle(rank_info: RankInfo, backend: Backend) -> Place | BackendError:
+    """This rank's place; or why it cannot take part, for the other ranks to be told too."""
+    try:
+        require_file_descriptors(rank_info.rank, rank_info.world_size)
+        return own_place(backend, rank_info.local_rank, rank_info.local_world_size)
+    except BackendError as error:
+        return error
+
+
+def _agreed_device(
+    store: Store,
+    rank_info: RankInfo,
+    backend: Backend,
+    place: Place | BackendError,
+    timeout_seconds: float,
+) -> torch.device:
+    """Wait for all ranks, and agree with them on the kind of device.  Collective."""
+    kind = agree(
+        store,
+        rank_info.rank,
+        rank_info.world_size,
+        place.text if isinstance(place, Place) else place,
+        lambda texts: _kind_of_device(backend, [Place.from_text(text) for text in texts]),
+        timeout_seconds,
+    )
+    if kind == "cpu":
+        return torch.device("cpu")
+    assert isinstance(place, Place) and place.gpu_index is not None
+    return torch.device("cuda", place.gpu_index)
+
+
+def _kind_of_device(backend: Backend, places: Sequence[Place]) -> str:
+    return "cuda" if trains_on_gpus(backend, places) else "cpu"
 
 
 def _store(rank_info: RankInfo, timeout_seconds: float) -> Store:
-    """The store for ``init_process_group``, once all ranks have joined."""
+    """The store of this attempt, in which the ranks meet."""
     if rank_info.world_size == 1:
         return HashStore()  # in memory: a single process needs no port
     is_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -186,7 +226,6 @@ def _store(rank_info: RankInfo, timeout_seconds: float) -> Store:
     store = _connect(rank_info, is_master, timeout_seconds)
     if is_agent_store:
         return store_of_this_attempt(store, rank_info.rank, rank_info.world_size, timeout_seconds)
-    wait_for_all_ranks(store, rank_info.rank, rank_info.world_size, timeout_seconds)
     return store
 
 

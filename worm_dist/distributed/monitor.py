@@ -6,14 +6,21 @@ Messages from a rank, once it has proved itself (see ``authentication``):
 - ``failed``, ``exit_code``, ``what``: the rank has raised an error of its own, and at which
   progress point.
 - ``lost_contact``: its backend reports that it lost contact with another rank.
-- ``overdue``: seconds that it has been at one progress point, once that exceeds its timeout.
-- ``number``, ``what``, ``where``: its progress point, in answer to ``report_progress``.
+- ``overdue``: seconds that it has been at one progress point, once that exceeds its timeout;
+  ``again``: whether it has been told to keep waiting there before.
+- ``number``, ``what``, ``where``: its progress point, in answer to ``report_progress``;
+  ``has_waited``: whether it has been there since it was told to keep waiting.
+- ``stacks`` and then ``flight_record``: texts for the run's folder, in answer to ``report_stacks``.
 - ``stop_requested``: it has been asked to stop; ``num_passed`` is its answer to ``hold``.
 - ``done``: it has completed the run.
 
 Messages to the ranks: ``report_progress`` asks for the progress point, ``keep_waiting`` says that
-nothing is wrong, ``failure_report`` that all ranks end, ``all_done`` that all have completed the
-run; ``hold`` and ``stop_at`` belong to a graceful stop, see ``graceful_stop``.
+nothing is wrong, ``report_stacks`` asks where all threads are, ``failure_report`` says that all
+ranks end, ``all_done`` that all have completed the run; ``hold`` and ``stop_at`` belong to a
+graceful stop, see ``graceful_stop``.
+
+Ranks that are all at the same point may be slow together, so they are told to keep waiting once.
+If none of them has moved when a rank is overdue again, none of them is at work.
 
 The monitor does not use the store in which the ranks have met:
 
@@ -33,18 +40,23 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from ..errors import WormError
 from .admission import Admission
 from .connection import JsonConnection, Message
 from .diagnosis import Failure, FailureReport, RankStatus, diagnose
 from .error_report import one_line, print_error
+from .stacks import write_stacks
 
-__all__ = ["SECONDS_TO_COLLECT", "MonitorServer"]
+__all__ = ["SECONDS_FOR_STACKS", "SECONDS_TO_COLLECT", "MonitorServer"]
 
 SECONDS_TO_COLLECT = 0.3
 """Time within which the errors that several ranks raise at the same step arrive."""
+SECONDS_FOR_STACKS = 5.0
+"""Time within which the stacks are in the run's folder, or else are not."""
+_SECONDS_TO_WRITE = 2.0
 _SECONDS_TO_DISCONNECT = 1.0
 
 
@@ -56,10 +68,16 @@ class MonitorServer(threading.Thread):
         secret: the secret by which the ranks prove themselves.
         world_size: number of ranks.
         grace_seconds: time that a rank may take to answer.
+        stacks: folder for the stacks of the ranks, in the run's folder.
     """
 
     def __init__(
-        self, server: socket.socket, secret: bytes, world_size: int, grace_seconds: float
+        self,
+        server: socket.socket,
+        secret: bytes,
+        world_size: int,
+        grace_seconds: float,
+        stacks: Path,
     ) -> None:
         super().__init__(name="worm_dist monitor", daemon=True)
         self._grace_seconds = grace_seconds
@@ -69,7 +87,10 @@ class MonitorServer(threading.Thread):
         self._stop_requested = False
         self._num_passed: dict[int, int] = {}
         self._asked_at: float | None = None
-        self._waited_seconds = 0.0
+        self._waited_seconds, self._again = 0.0, False
+        self._stacks_folder = stacks
+        self._stacks: dict[int, str] = {}
+        self._records: dict[int, str] = {}
         self._selector = selectors.DefaultSelector()
         self._admission = Admission(server, secret, world_size, self._selector)
 
@@ -124,7 +145,7 @@ class MonitorServer(threading.Thread):
                 continue
             if message is not None:
                 yield rank, message
-        self._admission.close_overdue()
+        self._admission.meet_deadlines()
 
     def _admit(self, rank: int, connection: JsonConnection) -> None:
         self._selector.modify(connection, selectors.EVENT_READ, data=rank)
@@ -146,7 +167,7 @@ class MonitorServer(threading.Thread):
         status = self._statuses[rank]
         if "number" in message:
             status.number, status.what = message["number"], message["what"]
-            status.where = message["where"]
+            status.where, status.has_waited = message["where"], message["has_waited"]
         if "failed" in message:
             status.failure = Failure(message["failed"], message["exit_code"])
             status.what = message["what"]
@@ -155,13 +176,17 @@ class MonitorServer(threading.Thread):
             status.lost_contact = message["lost_contact"]
             self._ask_for_progress()
         elif "overdue" in message:
-            self._ask_for_progress(message["overdue"])
+            self._ask_for_progress(message["overdue"], message["again"])
         elif "stop_requested" in message:
             self._request_stop()
         elif "num_passed" in message:
             self._num_passed[rank] = message["num_passed"]
             if len(self._num_passed) == len(self._statuses):
                 self._send_to_all(stop_at=max(self._num_passed.values()) + 1)
+        elif "stacks" in message:
+            self._stacks[rank] = message["stacks"]
+        elif "flight_record" in message:
+            self._records[rank] = message["flight_record"]
         elif "done" in message:
             self._done.add(rank)
 
@@ -173,9 +198,10 @@ class MonitorServer(threading.Thread):
 
     # ---- deciding --------------------------------------------------------------------------------
 
-    def _ask_for_progress(self, waited_seconds: float = 0) -> None:
+    def _ask_for_progress(self, waited_seconds: float = 0, again: bool = False) -> None:
         """Ask every rank for its progress point, unless the ranks are being asked already."""
         self._waited_seconds = max(self._waited_seconds, waited_seconds)
+        self._again = self._again or again
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             for status in self._statuses.values():
@@ -204,12 +230,36 @@ class MonitorServer(threading.Thread):
             has_lost_contact = any(status.lost_contact for status in statuses)
             if has_lost_contact or any(status.number is None for status in statuses):
                 return None
-        report = diagnose(self._statuses, self._waited_seconds)
+        report = diagnose(self._statuses, self._waited_seconds, self._again)
         if report is not None:
-            return _failure_message(report)
-        self._asked_at, self._waited_seconds = None, 0.0
+            return _failure_message(self._with_stacks(report))
+        self._asked_at, self._waited_seconds, self._again = None, 0.0, False
         self._send_to_all(keep_waiting=True)
         return None
+
+    def _with_stacks(self, report: FailureReport) -> FailureReport:
+        """Write the stacks of the ranks to the run's folder, if that helps; the report says so."""
+        began = any(status.number for status in self._statuses.values())
+        # An error of a rank's own has its traceback.  Before the start the folder may be that of
+        # another run, which is not put aside yet.
+        if report.reporting_ranks or not began:
+            return report
+        self._send_to_all(report_stacks=True)
+        deadline = time.monotonic() + SECONDS_FOR_STACKS - _SECONDS_TO_WRITE
+        answering = {rank for rank, status in self._statuses.items() if status.number is not None}
+        while answering & self._connections.keys() - self._records.keys():
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                break
+            for rank, message in self._receive(seconds):
+                self._handle(rank, message)
+        texts = {rank: text + self._records.get(rank, "") for rank, text in self._stacks.items()}
+        if not write_stacks(self._stacks_folder, texts, _SECONDS_TO_WRITE, removes_others=True):
+            return report
+        num, all_ = len(texts), len(self._statuses)
+        whose = "all ranks" if num == all_ else f"{num} of {all_} ranks"
+        where = f"the stacks of {whose} are in {self._stacks_folder}"
+        return replace(report, text=f"{report.text}; {where}")
 
     def _send_to_all(self, **message: object) -> None:
         for connection in self._connections.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from ipaddress import ip_address
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -19,7 +20,7 @@ __all__ = ["connect_to_monitor", "listen"]
 
 
 def connect_to_monitor(
-    rank_info: RankInfo, seconds: float, grace_seconds: float
+    rank_info: RankInfo, seconds: float, grace_seconds: float, stacks: Path
 ) -> tuple[MonitorServer | None, JsonConnection]:
     """Start the monitor on rank zero and connect every rank to it.  Collective.
 
@@ -27,6 +28,7 @@ def connect_to_monitor(
         rank_info: this process's rank information.
         seconds: limit on the wait for the monitor to accept this rank.
         grace_seconds: time that a rank may take to answer the monitor.
+        stacks: folder for the stacks of the ranks, on rank zero's host.
 
     Returns:
         The monitor, on rank zero only, and this rank's connection to it.
@@ -40,7 +42,7 @@ def connect_to_monitor(
         secret = new_secret()
         server, own_address = listen(rank_info)
         endpoint = [(own_address, server.getsockname()[1], secret)]
-        monitor = MonitorServer(server, secret, rank_info.world_size, grace_seconds)
+        monitor = MonitorServer(server, secret, rank_info.world_size, grace_seconds, stacks)
         monitor.start()
     try:
         # In clear, as everything between the ranks.  It is simpler than through the store, and

@@ -14,10 +14,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -33,39 +33,29 @@ from .error_report import (
 )
 from .graceful_stop import StopCoordinator
 from .init import RankInfo
-from .monitor import SECONDS_TO_COLLECT
+from .monitor import SECONDS_FOR_STACKS, SECONDS_TO_COLLECT
 from .monitor_endpoint import connect_to_monitor
-from .progress import Progress
+from .progress import Progress, ProgressPoint
+from .stacks import flight_record, own_stacks, write_stacks
+from .timeouts import Timeouts, set_group_timeout
 
-__all__ = ["Timeouts", "watched"]
+__all__ = ["watched"]
 
 _SECONDS_TO_EXIT = 5.0
 """Time for a rank whose error is reported to close its files."""
+_SECONDS_TO_WRITE = 1.0
+"""Time for this rank to write its stacks, if rank zero cannot do it."""
 _SECONDS_TO_RETURN = 1.0
 """Time for a training thread to return from its collective after another rank has failed."""
 
 
-@dataclass(frozen=True)
-class Timeouts:
-    """How long a rank waits for the others.
-
-    Attributes:
-        starting: limit until its first step is complete, in seconds.
-        steady: limit from then on, in seconds.
-    """
-
-    starting: float
-    steady: float
-
-    @property
-    def grace(self) -> float:
-        """Time that a rank may take to report its progress, in seconds."""
-        return max(2.0, self.steady / 10)
-
-
 @contextmanager
 def watched(
-    rank_info: RankInfo, progress: Progress, timeouts: Timeouts, stop: StopCoordinator
+    rank_info: RankInfo,
+    progress: Progress,
+    timeouts: Timeouts,
+    stop: StopCoordinator,
+    stacks: Path,
 ) -> Iterator[None]:
     """Run the training inside this context, in a process group of several ranks.  Collective.
 
@@ -74,6 +64,7 @@ def watched(
         progress: the progress points of the training thread.
         timeouts: limits on how long ranks wait for one another.
         stop: the stop coordinator that the training thread calls between two steps.
+        stacks: folder in the run's folder, for the stacks of the ranks when some are missed.
 
     Raises:
         AlreadyReported: this rank or another has failed, and the error was printed.  Its exit code
@@ -81,8 +72,9 @@ def watched(
             the process ends with that code instead.
         BackendError: rank zero cannot be reached.
     """
-    monitor, connection = connect_to_monitor(rank_info, timeouts.starting, timeouts.grace)
-    watchdog = _Watchdog(connection, rank_info.rank, progress, timeouts, stop)
+    monitor, connection = connect_to_monitor(rank_info, timeouts.starting, timeouts.grace, stacks)
+    watchdog = _Watchdog(connection, rank_info.rank, progress, timeouts, stop, stacks)
+    progress.when_started(lambda: set_group_timeout(timeouts.steady))
     watchdog.start()
     try:
         yield
@@ -105,6 +97,7 @@ class _Watchdog(threading.Thread):
         progress: the progress points of the training thread.
         timeouts: limits on how long ranks wait for one another.
         stop: the stop coordinator of this rank.
+        stacks: folder for the stacks of the ranks.
 
     Attributes:
         failure: the error that the training thread has raised.
@@ -119,6 +112,7 @@ class _Watchdog(threading.Thread):
         progress: Progress,
         timeouts: Timeouts,
         stop: StopCoordinator,
+        stacks: Path,
     ) -> None:
         super().__init__(name="worm_dist watchdog", daemon=True)
         self.failure: Exception | None = None
@@ -127,11 +121,14 @@ class _Watchdog(threading.Thread):
         self._rank = rank
         self._progress = progress
         self._timeouts = timeouts
+        self._stacks_folder = stacks
         self._stop_coordinator = stop
         stop.notify_by(lambda: connection.send(stop_requested=True))
         self._training_thread = threading.get_ident()
         self._reported_overdue_at: float | None = None
         self._waiting_since = time.monotonic()
+        self._kept_waiting_at: ProgressPoint | None = None
+        self._stacks_sent_at = float("-inf")
         self._prints_report = False
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -151,8 +148,10 @@ class _Watchdog(threading.Thread):
         if not already_reported:
             message = {"lost_contact": one_line(error)} if lost_contact else self._describe(error)
             self._connection.send(**message)
-            if not self._finished.wait(self._timeouts.grace + SECONDS_TO_COLLECT + 1):
-                self._finish(self._report_on_rank_zero(gone=False))
+            asked_at = time.monotonic()
+            while not self._finished.wait(self._seconds_to_answer(asked_at)):
+                if self._seconds_to_answer(asked_at) == 0:
+                    self._finish(self._report_on_rank_zero(gone=False))
         assert self.report is not None
         if not lost_contact and not self.report.covers(one_line(error), self._rank):
             print_error(error, self._rank)
@@ -195,13 +194,23 @@ class _Watchdog(threading.Thread):
     def _handle(self, message: Message) -> None:
         if "report_progress" in message:
             now = self._progress.now
-            self._connection.send(number=now.number, what=now.what, where=self._where())
+            self._connection.send(
+                number=now.number,
+                what=now.what,
+                where=self._where(),
+                has_waited=now is self._kept_waiting_at,
+            )
+        elif "report_stacks" in message:
+            self._connection.send(stacks=self._own_stacks())
+            self._connection.send(flight_record=flight_record())
+            self._stacks_sent_at = time.monotonic()
         elif "hold" in message:
             self._connection.send(num_passed=self._stop_coordinator.hold())
         elif "stop_at" in message:
             self._stop_coordinator.stop_at(message["stop_at"])
         elif "keep_waiting" in message:
             self._reported_overdue_at, self._waiting_since = None, time.monotonic()
+            self._kept_waiting_at = self._progress.now
         elif "failure_report" in message:
             self._finish(FailureReport.from_message(message["failure_report"]))
         elif "all_done" in message:
@@ -211,15 +220,26 @@ class _Watchdog(threading.Thread):
     def _seconds_left(self) -> float:
         """Time until the limit on waiting for the other ranks, or for the monitor's answer."""
         if self._reported_overdue_at is not None:
-            return self._reported_overdue_at + self._timeouts.grace + 1 - time.monotonic()
+            return self._seconds_to_answer(self._reported_overdue_at)
         now = self._progress.now
         limit = self._timeouts.starting if now.starting else self._timeouts.steady
         return max(now.since, self._waiting_since) + limit - time.monotonic()
 
+    def _seconds_to_answer(self, asked_at: float) -> float:
+        """Time until the monitor must have answered, which asks for stacks before it ends a run."""
+        deadline = max(
+            asked_at + self._timeouts.grace + SECONDS_TO_COLLECT,
+            self._stacks_sent_at + SECONDS_FOR_STACKS,
+        )
+        return max(0.0, deadline + 1 - time.monotonic())
+
     def _overdue(self) -> None:
         if self._reported_overdue_at is None:
+            now = self._progress.now
             self._reported_overdue_at = time.monotonic()
-            self._connection.send(overdue=self._reported_overdue_at - self._progress.now.since)
+            self._connection.send(
+                overdue=self._reported_overdue_at - now.since, again=now is self._kept_waiting_at
+            )
         else:
             self._finish(self._report_on_rank_zero(gone=False))
 
@@ -228,13 +248,24 @@ class _Watchdog(threading.Thread):
         now = self._progress.now
         statuses = {0: RankStatus(gone=gone), self._rank: RankStatus(now.number, now.what)}
         report = diagnose(statuses, 0 if gone else time.monotonic() - now.since)
-        return report or FailureReport("the monitor on rank 0 has ended")
+        report = report or FailureReport("the monitor on rank 0 has ended")
+        stacks = {self._rank: self._own_stacks()}
+        # Before the start the folder may be that of another run.
+        if now.number and write_stacks(self._stacks_folder, stacks, _SECONDS_TO_WRITE, False):
+            where = f"the stacks of rank {self._rank} are in {self._stacks_folder}"
+            return replace(report, text=f"{report.text}; {where}")
+        return report
 
     def _where(self) -> str:
         """File, line and function at which the training thread is."""
-        frame = sys._current_frames().get(self._training_thread)
-        newest = traceback.extract_stack(frame)[-1]
-        return f"{newest.filename}:{newest.lineno}, {newest.name}"
+        # Not by way of ``traceback``, which reads the source: the disk may be what hangs.
+        frame = sys._current_frames()[self._training_thread]
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}, {frame.f_code.co_name}"
+
+    def _own_stacks(self) -> str:
+        now = self._progress.now
+        what = f"rank {self._rank} at {now.what}, for {time.monotonic() - now.since:.3g} s"
+        return own_stacks(what, self._training_thread)
 
     def _finish(self, report: FailureReport) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..distributed.graceful_stop import StopCoordinator, Stopped
+from ..distributed.progress import Progress
 from ..groups.forward import in_eval
 from .data.batches import batches
 
@@ -87,6 +88,7 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     stop: StopCoordinator,
+    progress: Progress,
 ) -> EvalResult:
     """Evaluate the network on the test split, each rank on its share.  Collective.
 
@@ -99,6 +101,7 @@ def evaluate(
         num_classes: number of classes.
         device: the device to compute on.
         stop: checked after every batch.
+        progress: told after every batch that this rank is at work.
 
     Raises:
         Stopped: a rank received a stop request during the evaluation; raised on every rank.
@@ -112,6 +115,7 @@ def evaluate(
             if stop.requested:
                 totals[3] = 1  # the other ranks learn of it in the all-reduce below
                 break
+            progress.at_work()
             targets = targets.to(device, non_blocking=True)
             logits = network(inputs.to(device, dtype, non_blocking=True)).float()
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")

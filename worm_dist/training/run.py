@@ -15,7 +15,9 @@ from ..distributed.collectives import ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator
 from ..distributed.init import RankInfo, process_group
 from ..distributed.progress import Progress
-from ..distributed.watchdog import Timeouts, watched
+from ..distributed.stacks import STACKS
+from ..distributed.timeouts import Timeouts
+from ..distributed.watchdog import watched
 from ..errors import CheckpointError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
@@ -57,7 +59,9 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
     with (
         stop_on_signals() as install_handlers,
         process_group(rank_info, transport, settings.startup_timeout_seconds) as device,
-        watched(rank_info, progress, timeouts, stop) if rank_info.world_size > 1 else nullcontext(),
+        watched(rank_info, progress, timeouts, stop, out / STACKS)
+        if rank_info.world_size > 1
+        else nullcontext(),
     ):
         assert dist.group.WORLD is not None
         require_same_start(config, ProcessGroupComm(dist.group.WORLD, device))

@@ -312,9 +312,13 @@ class Trainer:
         self._flops = count_flops(self._parts.network, self._parts.sample)
 
     def _evaluate(self) -> EvalResult:
-        num_classes = self.model_arguments["num_classes"]
         return evaluate(
-            self._parts.network, self._parts.test_loader, num_classes, self._device, self._stop
+            self._parts.network,
+            self._parts.test_loader,
+            self.model_arguments["num_classes"],
+            self._device,
+            self._stop,
+            self._progress,
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
