@@ -125,7 +125,11 @@ class Admission:
                 self._pause()
                 self._listens_again_at = time.monotonic() + _SECONDS_WITHOUT_RESOURCES
             return
-        connection = JsonConnection(accepted, MAX_HANDSHAKE_MESSAGE_BYTES)
+        try:
+            connection = JsonConnection(accepted, MAX_HANDSHAKE_MESSAGE_BYTES)
+        except OSError:  # on some systems, for the same reason
+            accepted.close()
+            return
         newcomer = _Newcomer(new_challenge(), time.monotonic() + _SECONDS_TO_IDENTIFY)
         self._newcomers[connection] = newcomer
         self._selector.register(connection, selectors.EVENT_READ)

@@ -11,6 +11,7 @@ from ..errors import BackendError
 __all__ = ["Failure", "FailureReport", "RankStatus", "diagnose", "ranks_are", "ranks_have"]
 
 _START_AGAIN = "start again from the last checkpoint"
+_RAISE = "raise distributed.timeout_seconds (startup_timeout_seconds until the first step is done)"
 _MOST_ERRORS_NAMED = 8
 
 
@@ -120,7 +121,7 @@ def diagnose(
         ahead = answered[max(numbers, key=lambda rank: numbers[rank])]
         return FailureReport(
             f"{ahead.what}: {ranks_are(behind)} stuck at {last.what} ({last.where}){waited}; "
-            f"raise distributed.timeout_seconds if that may take so long, or {_START_AGAIN}"
+            f"{_RAISE} if that may take so long, or {_START_AGAIN}"
         )
     lost = {rank: status.lost_contact for rank, status in statuses.items() if status.lost_contact}
     if lost:
@@ -131,8 +132,8 @@ def diagnose(
     if again and all(status.has_waited for status in statuses.values()):
         return FailureReport(
             f"all ranks wait at {at} ({answered[min(answered)].where}){waited}: a connection "
-            "between two of them or a GPU may have failed; raise distributed.timeout_seconds if "
-            f"that may take so long, or {_START_AGAIN}"
+            f"between two of them or a GPU may have failed; {_RAISE} if that may take so long, or "
+            f"{_START_AGAIN}"
         )
     return None
 

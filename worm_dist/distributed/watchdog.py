@@ -259,7 +259,9 @@ class _Watchdog(threading.Thread):
     def _where(self) -> str:
         """File, line and function at which the training thread is."""
         # Not by way of ``traceback``, which reads the source: the disk may be what hangs.
-        frame = sys._current_frames()[self._training_thread]
+        frame = sys._current_frames().get(self._training_thread)
+        if frame is None:
+            return "its thread has ended"
         return f"{frame.f_code.co_filename}:{frame.f_lineno}, {frame.f_code.co_name}"
 
     def _own_stacks(self) -> str:
