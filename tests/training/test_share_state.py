@@ -98,5 +98,5 @@ def test_a_rank_on_a_host_without_the_checkpoint_goes_on(ranks: Ranks, tmp_path:
     ranks(2, _break_off, out)
     assert (out / "checkpoints" / "step-3").exists() and not (out / "result.json").exists()
     zero, other = ranks(2, _go_on, out)
-    assert "run.safetensors" in zero and not other
+    assert "run.safetensors" in zero and other <= {"run.lock"}
     assert (out / "result.json").exists()

@@ -148,6 +148,11 @@ class Lease:
         self._thread = threading.Thread(target=self._run, name="run.lock", daemon=True)
         self._thread.start()
 
+    @property
+    def token(self) -> str:
+        """Random name of this one holding, which the lock file states."""
+        return self._holder.token
+
     def require(self) -> None:
         """Check that the lock is still this process's; takes about a microsecond.
 

@@ -31,7 +31,7 @@ from ..errors import ConfigError
 from . import lease
 from .lease import Holder, Lease, content_of, holder_in
 
-__all__ = ["is_lock", "run_lock"]
+__all__ = ["is_held", "is_lock", "run_lock"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,12 @@ _POLL_SECONDS = 0.2
 _MOST_ATTEMPTS = 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_SUCH_LOCKS = (errno.ENOSYS, errno.ENOTSUP)
+
+
+def is_held(folder: Path, token: str) -> bool:
+    """Whether the lock of a run's directory, as this host sees it, is the one of this name."""
+    holder = holder_in(content_of(folder / _NAME))
+    return holder is not None and holder.token == token
 
 
 def is_lock(name: str) -> bool:

@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
 from .consistency import require_same_start
+from .newest_checkpoint import newest_checkpoint
 from .preemption import exit_code_of_stopped, stop_on_signals
 from .put_aside import RESULT, TICKET
 from .reporting.failed_writes import FailedWrites
@@ -90,7 +91,7 @@ def _train(
     install_handlers: Callable[[StopCoordinator], None],
 ) -> int:
     progress.reach("the state of the checkpoint")
-    state = share_state(None if folder is None else _saved_state(folder), device)
+    state = _saved_state(config, out, folder, rank_info, device)
     failed_writes = FailedWrites()
     report = Report()
     lease = None if folder is None else folder.lease
@@ -114,17 +115,25 @@ def _train(
     return 0
 
 
-def _saved_state(folder: RunFolder) -> Any:
-    """The trainer's state in the checkpoint to resume from; None for a new run.
+def _saved_state(
+    config: RunConfig,
+    out: Path,
+    folder: RunFolder | None,
+    rank_info: RankInfo,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """The trainer's state in the newest checkpoint; None for a new run.  Collective.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or does not hold the state of a run.
+        CheckpointError: the checkpoint is damaged or does not hold the state of a run; raised on
+            the rank that reads it.
     """
-    if folder.checkpoint is None:
-        return None
-    state = folder.checkpoint.read(RUN)
-    require_valid(state, folder.checkpoint.path)
-    return state
+    source, checkpoint = newest_checkpoint(out, folder, config, rank_info, device)
+    if checkpoint is None:
+        return share_state(None, device, source)
+    state = checkpoint.read(RUN)
+    require_valid(state, checkpoint.path)
+    return share_state(state, device, source)
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:

@@ -19,7 +19,16 @@ from .put_aside import CHECKPOINTS, JOURNAL, RESULT, entries, put_aside, require
 from .resume_config import changes, fixed_settings
 from .run_config import RunConfig
 
-__all__ = ["CHECKPOINTS", "JOURNAL", "RESULT", "SETTINGS", "RunFolder", "open_run_folder"]
+__all__ = [
+    "CHECKPOINTS",
+    "JOURNAL",
+    "RESULT",
+    "SETTINGS",
+    "RunFolder",
+    "open_run_folder",
+    "require_world_size",
+    "unfinished",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +45,13 @@ class RunFolder:
     Attributes:
         checkpoint: the checkpoint to resume from; None for a new run.
         lease: the folder's lock; its ``require`` raises if another run has taken it over.
+        may_resume: whether an unfinished run may be resumed without being named: the settings
+            allow it, and no finished run was in the folder.
     """
 
     checkpoint: Checkpoint | None
     lease: Lease
+    may_resume: bool
 
 
 @contextmanager
@@ -76,12 +88,13 @@ def open_run_folder(
             out.mkdir(parents=True, exist_ok=True)
             # Locked from here to the end: a second start would else put aside what is begun here.
             lease = stack.enter_context(run_lock(out, environment))
+            may_resume = _may_resume_here(resume, environment) and not (out / RESULT).exists()
             checkpoint = _prepare(out, resume, config, world_size, environment)
         except OSError as error:
             raise ConfigError(
                 f"--out: cannot create {out}: {error.strerror}; name another folder"
             ) from error
-        yield RunFolder(checkpoint, lease)
+        yield RunFolder(checkpoint, lease, may_resume)
 
 
 def _remove_if_empty(out: Path) -> None:
@@ -102,7 +115,7 @@ def _prepare(
         auto, why = _unfinished(out, config, resume)
     chosen = auto or _named(resume, config)
     if chosen is not None:
-        _require_world_size(config, world_size, chosen)
+        require_world_size(config, world_size, chosen)
     if chosen is None or not _is_in(out, chosen):
         if entries(out):
             moved = put_aside(out)
@@ -116,6 +129,17 @@ def _prepare(
 def _may_resume_here(resume: str, environment: Mapping[str, str]) -> bool:
     is_restart = any(environment.get(name, "0") != "0" for name in _RESTART_COUNTERS)
     return resume == "auto" or is_restart
+
+
+def unfinished(out: Path, config: RunConfig) -> Checkpoint | None:
+    """The newest checkpoint of an unfinished run with these settings, in a folder that this process
+    does not write to; None if there is none, or if all are damaged."""
+    if (out / RESULT).exists():
+        return None
+    newest = CheckpointManager(out / CHECKPOINTS).newest()
+    if newest is None or changes(newest.read(SETTINGS), fixed_settings(config)):
+        return None
+    return newest
 
 
 def _unfinished(out: Path, config: RunConfig, resume: str) -> tuple[Checkpoint | None, str]:
@@ -154,8 +178,12 @@ def _named(resume: str, config: RunConfig) -> Checkpoint | None:
     return chosen
 
 
-def _require_world_size(config: RunConfig, world_size: int, chosen: Checkpoint) -> None:
-    """Raise if the run cannot be resumed on this number of ranks."""
+def require_world_size(config: RunConfig, world_size: int, chosen: Checkpoint) -> None:
+    """Check that the run can be resumed on this number of ranks.
+
+    Raises:
+        CheckpointError: it cannot; names the numbers that can.
+    """
     saved = chosen.manifest.world_size
     if saved == world_size:
         return

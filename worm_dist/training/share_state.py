@@ -1,6 +1,6 @@
-"""Sharing of a resumed run's state: rank zero reads it, and sends it to the other ranks.
+"""Sharing of a resumed run's state: one rank reads it, and sends it to the other ranks.
 
-So only rank zero's host needs the checkpoint, and it is read and verified once, not by every rank.
+So only that rank's host needs the checkpoint, and it is read and verified once, not by every rank.
 What all ranks share is broadcast; what differs from rank to rank is scattered.
 """
 
@@ -23,31 +23,34 @@ _PIECE_BYTES = 32 << 20
 """Size of all messages of one collective, at most; it limits the memory that sending takes."""
 
 
-def share_state(state: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
-    """Send the trainer's state from rank zero to all ranks.  Collective.
+def share_state(
+    state: Mapping[str, Any] | None, device: torch.device, source: int = 0
+) -> dict[str, Any] | None:
+    """Send the trainer's state from one rank to all ranks.  Collective.
 
     Args:
-        state: ``Trainer.state_dict()`` as rank zero has saved it, on rank zero; None for a new run
+        state: ``Trainer.state_dict()`` as rank zero has saved it, on the source; None for a new run
             and on other ranks.
         device: the device on which collectives expect their tensors.
+        source: the rank that has the state, the same on all ranks.
 
     Returns:
         The state, its tensors on the CPU, with this rank's own state ``rank`` in place of those of
         all ranks, ``ranks``.  None for a new run.
 
     Raises:
-        CheckpointError: the states of the ranks are malformed; raised on rank zero.
+        CheckpointError: the states of the ranks are malformed; raised on the source.
     """
-    if dist.get_rank() != 0:
-        return _receive(device)
+    if dist.get_rank() != source:
+        return _receive(device, source)
     if state is None:
-        _broadcast([torch.zeros(8, dtype=torch.uint8)], device)
+        _broadcast([torch.zeros(8, dtype=torch.uint8)], device, source)
         return None
     owns = _states_of_ranks(state.get("ranks"))
     shared = {key: part for key, part in state.items() if key != "ranks"}
     if len(owns) > 1:
-        _send(shared, owns, device)
-    return {**shared, "rank": owns[0]}
+        _send(shared, owns, device, source)
+    return {**shared, "rank": owns[source]}
 
 
 def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
@@ -59,12 +62,12 @@ def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _send(shared: Any, owns: Sequence[Any], device: torch.device) -> None:
+def _send(shared: Any, owns: Sequence[Any], device: torch.device, source: int) -> None:
     packed = pack(shared)
     structure = _bytes(packed.structure)
-    _broadcast([_numbers([structure.numel()])], device)
-    _broadcast([structure], device)
-    _broadcast([memory for _, memory in packed.tensors.values()], device)
+    _broadcast([_numbers([structure.numel()])], device, source)
+    _broadcast([structure], device, source)
+    _broadcast([memory for _, memory in packed.tensors.values()], device, source)
     packed_owns = [pack(own) for own in owns]
     structures = [[_bytes(own.structure)] for own in packed_owns]
     memories = [[memory for _, memory in own.tensors.values()] for own in packed_owns]
@@ -72,48 +75,51 @@ def _send(shared: Any, owns: Sequence[Any], device: torch.device) -> None:
         max(sum(part.numel() for part in parts) for parts in of_ranks)
         for of_ranks in (structures, memories)
     ]
-    _broadcast([_numbers(sizes + [parts[0].numel() for parts in structures])], device)
-    _scatter(structures, sizes[0], device)
-    _scatter(memories, sizes[1], device)
+    _broadcast([_numbers(sizes + [parts[0].numel() for parts in structures])], device, source)
+    _scatter(structures, sizes[0], device, source)
+    _scatter(memories, sizes[1], device, source)
 
 
-def _receive(device: torch.device) -> dict[str, Any] | None:
+def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
     size = _numbers([0])
-    _broadcast([size], device)
+    _broadcast([size], device, source)
     if not size.any():
         return None
     structure = torch.empty(_ints(size)[0], dtype=torch.uint8)
-    _broadcast([structure], device)
+    _broadcast([structure], device, source)
     shared, memory = allocate(structure.numpy().tobytes())
-    _broadcast(memory, device)
+    _broadcast(memory, device, source)
     sizes = _numbers([0] * (2 + dist.get_world_size()))
-    _broadcast([sizes], device)
+    _broadcast([sizes], device, source)
     most_structure, most_memory, *of_ranks = _ints(sizes)
     structure = torch.empty(of_ranks[dist.get_rank()], dtype=torch.uint8)
-    _scattered([structure], most_structure, device)
+    _scattered([structure], most_structure, device, source)
     own, memory = allocate(structure.numpy().tobytes())
-    _scattered(memory, most_memory, device)
+    _scattered(memory, most_memory, device, source)
     return {**shared, "rank": own}
 
 
-def _broadcast(parts: Sequence[Tensor], device: torch.device) -> None:
-    """Send tensors, uint8 and one-dimensional, from rank zero; others receive into theirs."""
-    is_zero = dist.get_rank() == 0
+def _broadcast(parts: Sequence[Tensor], device: torch.device, source: int) -> None:
+    """Send tensors, uint8 and one-dimensional, from the source; others receive into theirs."""
+    is_source = dist.get_rank() == source
     for piece in _pieces(parts, _PIECE_BYTES):
         size = sum(part.numel() for part in piece)
-        buffer = torch.cat(piece).to(device) if is_zero else _empty(size, device)
-        dist.broadcast(buffer, src=0)
-        if not is_zero:
+        buffer = torch.cat(piece).to(device) if is_source else _empty(size, device)
+        dist.broadcast(buffer, src=source)
+        if not is_source:
             _fill(piece, buffer)
 
 
-def _scatter(of_ranks: Sequence[Sequence[Tensor]], size: int, device: torch.device) -> None:
-    """Send tensors of its own to every rank, from rank zero.
+def _scatter(
+    of_ranks: Sequence[Sequence[Tensor]], size: int, device: torch.device, source: int
+) -> None:
+    """Send tensors of its own to every rank, from the source.
 
     Args:
         of_ranks: the tensors of each rank, uint8 and one-dimensional.
         size: size of the tensors of the rank that has most, in bytes.
         device: the device on which collectives expect their tensors.
+        source: this rank.
     """
     width = _width(size)
     pieces = [_pieces(parts, width) for parts in of_ranks]
@@ -122,16 +128,16 @@ def _scatter(of_ranks: Sequence[Sequence[Tensor]], size: int, device: torch.devi
         for row, of_rank in zip(rows, pieces):
             piece = torch.cat([row[:0], *next(of_rank, [])])
             row[: piece.numel()] = piece
-        dist.scatter(_empty(width, device), list(rows.to(device)), src=0)
+        dist.scatter(_empty(width, device), list(rows.to(device)), src=source)
 
 
-def _scattered(parts: Sequence[Tensor], size: int, device: torch.device) -> None:
+def _scattered(parts: Sequence[Tensor], size: int, device: torch.device, source: int) -> None:
     """Receive what ``_scatter`` sends to this rank into tensors."""
     width = _width(size)
     pieces = _pieces(parts, width)
     for _ in range(0, size, width):
         buffer = _empty(width, device)
-        dist.scatter(buffer, src=0)
+        dist.scatter(buffer, src=source)
         _fill(next(pieces, []), buffer)
 
 

@@ -1,0 +1,93 @@
+"""A run under torchrun goes on with the hosts that are left, and with those that come."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.scripts import CONFIG, ROOT, environment_with
+
+pytestmark = [
+    pytest.mark.slow("starts torchrun and a whole run on changing hosts"),
+    pytest.mark.timeout(280),
+]
+
+_TIMES = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+
+
+def _agent(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
+    """torchrun of one host, in a process group with its worker."""
+    words = [
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
+        *(
+            "--rdzv-conf",
+            f"{_TIMES},is_host={int(name == 'first')}",
+            "--local-addr",
+            "127.0.0.1",
+            "--monitor-interval",
+            "0.2",
+        ),
+        *("-m", "worm_dist", "train", str(CONFIG), "--out", str(folder / "run")),
+        *("--epochs", "12", "--checkpoint.every", "5ba", "--search.every", "11ba"),
+    ]
+    with (folder / name).open("wb") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=folder,
+            env=environment_with(PYTHONPATH=str(ROOT)),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(what: Callable[[], bool], agent: subprocess.Popen[bytes], said: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert agent.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, said.read_text()
+        time.sleep(0.1)
+
+
+def _newest(run: Path) -> int:
+    names = [path.name for path in run.glob("checkpoints/step-*")]
+    return max((int(n.removeprefix("step-")) for n in names if n[5:].isdecimal()), default=0)
+
+
+def test_it_goes_on_with_one_host_less_and_then_with_a_new_one(tmp_path: Path) -> None:
+    """With the same global batch, from the newest checkpoint: no step is lost or taken twice."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, run, said = _agent(tmp_path, "first", port), tmp_path / "run", tmp_path / "first"
+    others = [_agent(tmp_path, "second", port)]
+    try:
+        _wait(lambda: _newest(run) >= 10, first, said)
+        os.killpg(others[0].pid, signal.SIGKILL)
+        lost_after = _newest(run)
+        _wait(lambda: _newest(run) >= lost_after + 20, first, said)
+        others.append(_agent(tmp_path, "third", port))
+        assert first.wait(120) == 0, said.read_text()
+    finally:
+        for agent in (first, *others):
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+    printed = said.read_text()
+    assert printed.count("* goes on from step") >= 1, printed
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    epochs = [line["epoch"] for line in lines if line["event"] == "check"]
+    assert epochs == sorted(set(epochs)), "a check was made twice"
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "ticket" and result["accuracy"]["final"] > 0.9
+    assert "world size 1" in printed or result["world_size"] == 2
