@@ -295,6 +295,7 @@ class Driver:
             ],
             cwd=ROOT,
             env={key: os.environ[key] for key in os.environ if not key.startswith("PYTEST")},
+            start_new_session=True,  # a fault may signal torchrun's process group
             capture_output=True,
             text=True,
             timeout=250,

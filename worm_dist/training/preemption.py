@@ -1,4 +1,4 @@
-"""Preemption: graceful stop on the signals that schedulers send."""
+"""Preemption: graceful stop on the signals that schedulers and terminals send."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..distributed.graceful_stop import StopCoordinator
 
 __all__ = ["exit_code_of_stopped", "exit_with_parent_only", "stop_on_signals"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 """SLURM, Kubernetes and torchrun's agent send SIGTERM; SLURM's ``--signal`` may send either."""
+_FROM_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+"""Ctrl-C, which torchrun's agent passes on, and a terminal or an ssh connection that is closed."""
+_SIGNALS = (*_FROM_SCHEDULERS, *_FROM_TERMINALS)
+_AT_FIRST_SIGINT = b"""
+worm_dist: stopping after this step, with a checkpoint; Ctrl-C again ends the run at once
+"""
 
 _TRY_AGAIN_LATER = 75
 
@@ -24,23 +30,42 @@ _TRY_AGAIN_LATER = 75
 def stop_on_signals() -> Iterator[Callable[[StopCoordinator], None]]:
     """Yield a function that installs signal handlers which request a graceful stop.
 
-    Until that function is called the signals end the process as usual, as there is no state to
-    save.  The previous handlers are restored at the end.  Main thread only.
+    Until that function is called the signals end the process, without a traceback, as there is no
+    state to save.  Afterwards a second SIGINT ends it at once.  A signal of terminals that is
+    ignored, as ``nohup`` and a shell's ``&`` arrange it, stays ignored.  The previous handlers are
+    restored at the end.  Main thread only.
     """
-    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    previous = {
+        number: handler
+        for number in _SIGNALS
+        if (handler := signal.getsignal(number)) != signal.SIG_IGN or number in _FROM_SCHEDULERS
+    }
 
     def install(stop: StopCoordinator) -> None:
         def request_stop(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT:
+                # Not a handler: it would wait for a collective to return.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                _announce()
             stop.request()
 
-        for number in _SIGNALS:
+        for number in previous:
             signal.signal(number, request_stop)
 
     try:
+        if signal.SIGINT in previous:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         yield install
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _announce() -> None:
+    """Tell whoever pressed Ctrl-C, once for all ranks; the stream may be in use, or lost."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, _AT_FIRST_SIGINT)
 
 
 def exit_code_of_stopped(environment: Mapping[str, str]) -> int:
@@ -56,8 +81,8 @@ def exit_code_of_stopped(environment: Mapping[str, str]) -> int:
 def exit_with_parent_only(worker: int) -> None:
     """Ignore stop signals in a loader process unless its rank sends them; a ``worker_init_fn``.
 
-    Schedulers send their signal to every process of a job.  A rank that loses its loaders cannot
-    take its remaining steps, so a loader exits only when its rank terminates it.
+    Schedulers and terminals send their signal to every process of a job.  A rank that loses its
+    loaders cannot take its remaining steps, so a loader exits only when its rank terminates it.
 
     Args:
         worker: the worker's index; not used.
