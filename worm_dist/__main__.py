@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +19,17 @@ from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
 from .training.config_file import read_run_config
+from .training.reporting.standard_streams import secure_standard_streams
 
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
+_INTERRUPTED = 128 + signal.SIGINT
+"""Where Ctrl-C does not stop a training gracefully."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 0 or that of the error."""
+    secure_standard_streams()
     try:
         options, replaced = _parse(arguments)
         if options.command == "plan":
@@ -32,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except WormError as error:
         launcher = started_by(os.environ)
         local_rank = os.environ.get(launcher.local_rank, "0") if launcher else "0"

@@ -44,9 +44,10 @@ def print_error(error: Exception, rank: int | str | None) -> None:
         text = f"worm_dist: error{where}: {error}\n"
     else:
         text = f"worm_dist: error{where}:\n{_traceback(error)}"
-    # A single write, so that other ranks' output is not interleaved.
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with suppress(OSError):  # its reader may be gone, and the run must end with its own exit code
+        # A single write, so that other ranks' output is not interleaved.
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def write_torchelastic_error(error: Exception) -> None:

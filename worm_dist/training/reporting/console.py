@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import rich.console
 from rich.progress import (
@@ -30,6 +30,40 @@ __all__ = ["Console"]
 _WIDTH_OF_A_LOG = 80
 
 
+class _LosableFile:
+    """A text file whose write errors are kept instead of raised.
+
+    rich must not see them: it ends the process without a word when the reader of a pipe is gone,
+    and its thread, which draws the progress bar, would print a traceback.
+
+    Args:
+        file: the file to write to.
+
+    Attributes:
+        error: the first error; from then on nothing is written.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, text: str) -> None:
+        self._unless_lost(self._file.write, text)
+
+    def flush(self) -> None:
+        self._unless_lost(self._file.flush)
+
+    def _unless_lost(self, write: Callable[..., object], *args: str) -> None:
+        if self.error is None:
+            try:
+                write(*args)
+            except OSError as error:
+                self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class Console:
     """Prints one line for every epoch and event; on a terminal also a progress bar below them.
 
@@ -37,13 +71,16 @@ class Console:
 
     Args:
         file: the stream to write to; the default is the standard output.
+
+    Methods that print raise ``OSError`` when the stream is lost, such as a pipe without a reader.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
         file = file or sys.stdout
         is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
+        self._file = _LosableFile(file)
         self._console = rich.console.Console(
-            file=file,
+            file=cast(TextIO, self._file),
             force_terminal=not is_log,
             color_system=None if is_log else "auto",
             width=_WIDTH_OF_A_LOG if is_log else None,
@@ -94,6 +131,7 @@ class Console:
         """
         if self._task is not None:
             self._progress.update(self._task, advance=1, loss=loss)
+            self._raise_if_lost()
 
     def event(self, text: str, phase: Phase | None = None) -> None:
         """Print an event.
@@ -144,6 +182,7 @@ class Console:
         self._console.print(_facts(result, folder))
         self._console.print()
         self._console.print(_comparison(result))
+        self._raise_if_lost()
 
     def close(self) -> None:
         """Stop the progress bar and restore the terminal; idempotent."""
@@ -152,6 +191,12 @@ class Console:
 
     def _line(self, text: str, style: str | None = None) -> None:
         self._console.print(text, style=style, soft_wrap=True)
+        self._raise_if_lost()
+
+    def _raise_if_lost(self) -> None:
+        if self._file.error is not None:
+            self.close()  # it has redirected the standard error to itself
+            raise self._file.error
 
 
 # ---- progress bar ------------------------------------------------------------------------
@@ -175,6 +220,7 @@ def _progress(console: rich.console.Console) -> Progress:
         TextColumn("loss {task.fields[loss]:.3f}"),
         console=console,
         expand=True,
+        redirect_stderr=sys.stderr.isatty(),
     )
 
 

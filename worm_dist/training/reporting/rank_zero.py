@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from .result import Result
 from .tensorboard import TensorBoardLog
 
 __all__ = ["RankZeroReport"]
+
+logger = logging.getLogger(__name__)
 
 _CONSOLE = "console"
 _STEPS_BETWEEN_LOSSES = 50
@@ -163,7 +166,8 @@ class RankZeroReport(Report):
         self._tensorboard.close()
         text = f"stopped after step {engine.step}; the same command goes on from there"
         self._print(self._console.event, text, engine.phase)
-        self._print(self._console.close)
+        self._console.close()
+        self._say_if_console_is_lost(text)
 
     def state_dict(self, engine: Engine) -> dict[str, int]:
         return {"step": engine.step, "journal": self._journal.size}
@@ -197,6 +201,12 @@ class RankZeroReport(Report):
         content = result.as_dict()
         self._failed_writes.best_effort(RESULT, self._write, content)
         self._print(self._console.summary, content, self._folder)
+        self._say_if_console_is_lost(f"the run has finished; its figures are in {self._folder}")
+
+    def _say_if_console_is_lost(self, text: str) -> None:
+        """The last words on the standard error, if the standard output does not take them."""
+        if _CONSOLE in self._failed_writes:
+            logger.warning("%s (the console was lost)", text)
 
     def _write(self, content: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
