@@ -357,12 +357,24 @@ def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
     if mistake["type"] == "extra_forbidden":
         if key in _NOW_CALLED:
             return f"{key}: {_NOW_CALLED[key]}"
+        if key in valid_keys:  # in Python; the settings file may have dotted keys
+            return f"{key}: write it nested, as {_nested(key)}"
         near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{key}: unknown key{hint}"
     if mistake["type"] == "value_error":
         return f"{key}: {mistake['ctx']['error']}"
-    return f"{key}: {mistake['msg']}, got {_shown(mistake['input'])}"
+    hint = "; write true or false" if mistake["type"] == "bool_type" else ""
+    return f"{key}: {mistake['msg']}, got {_shown(mistake['input'])}{hint}"
+
+
+def _nested(key: str) -> str:
+    """A dotted key as a keyword argument."""
+    first, *names = key.split(".")
+    text = "..."
+    for name in reversed(names):
+        text = f"{{{name!r}: {text}}}"
+    return f"{first}={text}"
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from worm_dist.config import WormConfig
 from worm_dist.errors import ConfigError
 from worm_dist.training.config_file import read_run_config
 
@@ -78,7 +80,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
         ("a: &a [*a]\n", "a: unknown key"),
         ("model: {arguments: &a {x: *a}}\n", "model.arguments.x.*cyclic reference"),
         ("epochs: 1\nname: !!float x\n", "line 2: not a valid float: 'x'"),
-        ("name: 2024-13-01\n", "line 1: not a valid timestamp: '2024-13-01'"),
+        ("name: !!timestamp 2024-13-01\n", "line 1: not a valid timestamp: '2024-13-01'"),
         ("name: " + "[" * 1000, "nested too deeply"),
         ("epochs: " + "9" * 5000, "line 1: not a valid int: '9"),
         ("name: ..\n", "name: String should match pattern"),
@@ -92,7 +94,13 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
             "model: {arguments: {a: {1: 2}}}\n",
             r"model\.arguments\.a\..*: Input should be a valid str",
         ),
-        ("model: {arguments: {a: 2024-01-01}}\n", "arguments.a: input was not a valid JSON value"),
+        (
+            "model: {arguments: {a: !!timestamp 2024-01-01}}\n",
+            "arguments.a: input was not a valid JSON value",
+        ),
+        ("data: {augment: off}\n", "data.augment: .*, got 'off'; write true or false"),
+        ("optimizer: {lr: 1:30}\n", "optimizer.lr: .*, got '1:30'"),
+        ("epochs: 1_000\n", "epochs: .*, got '1_000'"),
     ],
 )
 @pytest.mark.fault(13, "keys given twice, files that are not YAML")
@@ -137,3 +145,112 @@ def test_unsafe_yaml_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not YAML"):
         read_run_config(path, [])
     assert not touched.exists()
+
+
+_AS_WRITTEN = {
+    "off": "off",
+    "on": "on",
+    "yes": "yes",
+    "NO": "NO",
+    "true": True,
+    "False": False,
+    "010": 10,
+    "0o10": 8,
+    "0x1F": 31,
+    "0b1": "0b1",
+    "1:30": "1:30",
+    "1:30.5": "1:30.5",
+    "1_000": "1_000",
+    "2024-01-01": "2024-01-01",
+    "=": "=",
+    "1e3": 1000.0,
+    "-.5e-1": -0.05,
+    "3.": 3.0,
+    "~": None,
+    "null": None,
+}
+
+
+@pytest.mark.fault(38, "words and numbers, in the file and on the command line")
+@pytest.mark.parametrize(("text", "value"), list(_AS_WRITTEN.items()), ids=list(_AS_WRITTEN))
+def test_words_and_numbers_are_what_they_look_like(
+    tmp_path: Path, text: str, value: object
+) -> None:
+    """YAML 1.1 read off as false, 010 as eight and 1:30 as ninety."""
+    path = _file(tmp_path, f"model: {{arguments: {{a: {text}}}}}\n")
+    for found in (
+        read_run_config(path, []).model.arguments["a"],
+        read_run_config(path, [("model.arguments", f"{{a: {text}}}")]).model.arguments["a"],
+        read_run_config(path, [("model.arguments.a", text)]).model.arguments["a"],
+    ):
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.fault(38, "--truncation.mode off")
+def test_truncation_can_be_turned_off_as_documented(tmp_path: Path) -> None:
+    """It was refused as False."""
+    path = _file(tmp_path, "truncation:\n  mode: off\n")
+    assert read_run_config(path, []).truncation.mode == "off"
+    path = _file(tmp_path, "")
+    assert read_run_config(path, [("truncation.mode", "off")]).truncation.mode == "off"
+
+
+@pytest.mark.fault(39, "dotted keys in the file, alone and beside nested ones")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "search.prune_ratio: 0.3\nsearch.elbow.margin: 0.2\nsearch.ratios.layer4.*: 0.7\n",
+        "search: {prune_ratio: 0.3, elbow.margin: 0.2, ratios.layer4.*: 0.7}\n",
+        "search: {prune_ratio: 0.3, ratios: {layer4.*: 0.7}}\nsearch.elbow: {margin: 0.2}\n",
+    ],
+)
+def test_a_file_may_have_dotted_keys(tmp_path: Path, text: str) -> None:
+    """The message asked whether the same key was meant."""
+    search = read_run_config(_file(tmp_path, text), []).search
+    assert (search.prune_ratio, search.elbow.margin) == (0.3, 0.2)
+    assert search.ratios == {"layer4.*": 0.7}
+
+
+@pytest.mark.fault(39, "a setting that is given both ways")
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("search.window: 3\nsearch: {window: 4}\n", "search.window"),
+        ("search: {window: 4}\nsearch.window: 3\n", "search.window"),
+        ("model.arguments: {a: 1}\nmodel.arguments.b: 2\n", "model.arguments"),
+    ],
+)
+def test_a_setting_that_is_given_both_ways_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: given twice, as a dotted key and nested"):
+        read_run_config(_file(tmp_path, text), [])
+
+
+@pytest.mark.fault(39, "dotted keys in Python")
+def test_a_dotted_key_in_python_is_shown_nested() -> None:
+    values: dict[str, Any] = {"search.elbow.margin": 0.2}
+    with pytest.raises(ConfigError) as caught:
+        WormConfig(**values)
+    shown = "search.elbow.margin: write it nested, as search={'elbow': {'margin': ...}}"
+    assert str(caught.value) == shown
+
+
+@pytest.mark.fault(39, "patterns with dots, and mappings, on the command line")
+def test_a_mapping_on_the_command_line_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    """It was added to it: a pattern could not be taken away, and the first that matches counts.
+    A pattern with a dot was split there."""
+    path = _file(
+        tmp_path, "search: {ratios: {'*': 0.1, b: 0.2}, window: 4}\nmodel: {arguments: {c: 1}}\n"
+    )
+
+    def read(*pairs: tuple[str, str]) -> tuple[list[tuple[str, float]], int, Any]:
+        config = read_run_config(path, pairs)
+        return list(config.search.ratios.items()), config.search.window, config.model.arguments
+
+    old = [("*", 0.1), ("b", 0.2)]
+    assert read(("search.ratios", "{layer1.conv: 0.5}"))[0] == [("layer1.conv", 0.5)]
+    assert read(("search.ratios", "{}"))[0] == []
+    assert read(("search.ratios.layer1.conv", "0.5"))[0] == [*old, ("layer1.conv", 0.5)]
+    assert read(("model.arguments", "{d: 2}")) == (old, 4, {"d": 2})
+    assert read(("model.arguments.d.e", "2")) == (old, 4, {"c": 1, "d": {"e": 2}})
+    assert read(("search", "{ratios: {c: 0.3}}"))[:2] == ([("c", 0.3)], 4), "a part is changed"
+    assert read(("search.ratios", "{}"), ("search.ratios.c", "0.3"))[0] == [("c", 0.3)]
