@@ -21,7 +21,7 @@ from torch import Tensor
 
 from worm_dist.checkpoint.manager import CheckpointManager
 
-CONFIG = "configs/digits.yaml"
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits.yaml")
 SETTINGS = ("--checkpoint.every", "7ba")
 """Not a divisor of an epoch, so that most runs resume in the middle of one."""
 WAYS = ("SIGKILL a rank", "SIGTERM a rank", "SIGTERM all", "SIGKILL the launcher", "SIGTERM it")
@@ -139,7 +139,8 @@ def end_of(run: Path) -> dict[str, Any]:
     assert newest is not None
     state = newest.read("run")
     result = json.loads((run / "result.json").read_text())
-    del state["seconds"], state["result"]["seconds"], result["seconds"]
+    del state["phase_stats"]["run_seconds"], state["phase_stats"]["phase_seconds"]
+    del state["result"]["seconds"], result["seconds"]
     return {
         "checkpoint": state,
         "result.json": result,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/digits.yaml"
+CONFIG = ROOT / "configs" / "digits.yaml"
 SHORT = ("--epochs=1", "--search.every=11ba")
 """Two masks."""
 
@@ -41,9 +42,15 @@ def environment_with(**more: str) -> dict[str, str]:
 
 
 def call(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return _call_from(Path("/"), script, *words, **environment)
+
+
+def _call_from(
+    folder: Path, script: str, *words: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(ROOT / "launch" / script), *map(str, words)],
-        cwd="/",
+        cwd=folder,
         env=environment_with(**environment),
         capture_output=True,
         text=True,
@@ -52,8 +59,10 @@ def call(script: str, *words: object, **environment: str) -> subprocess.Complete
 
 
 def trained(folder: Path, script: str, **environment: str) -> Mapping[str, Any]:
-    """The result of a short run on two ranks."""
-    done = call(script, CONFIG, *SHORT, "--out", folder, **environment)
+    """The result of a short run on two ranks, whose paths are relative to the folder above it."""
+    shutil.copy(CONFIG, folder.parent / "mine.yaml")
+    paths = ("mine.yaml", "--out", folder.name)
+    done = _call_from(folder.parent, script, *paths, *SHORT, **environment)
     assert done.returncode == 0, done.stderr
     return result_of(folder)
 

@@ -40,16 +40,21 @@ def _slurm(folder: Path) -> dict[str, str]:
     return {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SEEN": str(folder / "seen"),
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(folder.parent),
+        "WORM_DIST": str(ROOT),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_CPUS_PER_TASK": "1",
     }
 
 
+@pytest.mark.fault(42, "torchrun, deepspeed and mpirun")
 def test_deepspeed_starts_the_same_training(tmp_path: Path, expected: str) -> None:
+    """As all of these, with paths that are relative to the caller's folder; they were relative to
+    the repository."""
     assert trained(tmp_path / "run", "deepspeed")["mask_digest"] == expected
 
 
+@pytest.mark.fault(42, "torchrun, deepspeed and mpirun")
 def test_mpirun_starts_the_same_training(tmp_path: Path, expected: str) -> None:
     """Rank one, which has nothing to write, ends first.  The mpirun of MPICH then killed rank zero
     before it had written result.json, and ended with 0: rank one had begun MPI, and had left
@@ -68,10 +73,19 @@ def test_the_mpirun_of_open_mpi_does_too(tmp_path: Path, expected: str) -> None:
     assert result["mask_digest"] == expected
 
 
+@pytest.mark.fault(42, "a job of slurm, submitted from elsewhere")
 def test_a_job_of_slurm_is_the_same_training(tmp_path: Path, expected: str) -> None:
     result = trained(tmp_path / "run", "slurm.sbatch", **_slurm(tmp_path / "slurm"))
     assert result["mask_digest"] == expected
     assert "--kill-on-bad-exit=1" in (tmp_path / "slurm" / "seen").read_text()
+
+
+@pytest.mark.fault(42, "a job of slurm that does not know its checkout")
+def test_a_job_that_is_submitted_elsewhere_says_what_it_needs(tmp_path: Path) -> None:
+    done = call("slurm.sbatch", CONFIG, **{**_slurm(tmp_path / "slurm"), "WORM_DIST": ""})
+    assert done.returncode == 2
+    expected = f"slurm.sbatch: {tmp_path} is no checkout of worm_dist; set WORM_DIST to one\n"
+    assert done.stderr == expected
 
 
 @pytest.mark.parametrize("script", ["torchrun", "slurm.sbatch"])
@@ -89,9 +103,9 @@ def test_a_typo_ends_before_any_rank_is_started(tmp_path: Path, script: str) -> 
 def test_what_launchers_put_in_front_is_no_setting(
     word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([word, "train", str(ROOT / CONFIG), "--check"]) == 0
+    assert main([word, "train", str(CONFIG), "--check"]) == 0
     assert capsys.readouterr().out.endswith("digits.yaml: the settings are valid\n")
-    assert main([word, "train", "--check", str(ROOT / CONFIG), "--epochs=0"]) == 2
+    assert main([word, "train", "--check", str(CONFIG), "--epochs=0"]) == 2
 
 
 @pytest.mark.parametrize(
