@@ -36,13 +36,13 @@ def _close_both(real: Act) -> Any:
     """As Python finds them after ``>&- 2>&-``."""
     for number in (1, 2):
         os.close(number)
-    sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    sys.stdout = sys.stderr = None
     return real()
 
 
 def _close_stdout(real: Act) -> Any:
     os.close(1)
-    sys.stdout = None  # type: ignore[assignment]
+    sys.stdout = None
     return real()
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..groups.forward import in_eval
+from .data.batches import batches
 
 __all__ = ["EvalResult", "Speed", "count_parameters", "evaluate", "total_over_ranks"]
 
@@ -92,7 +93,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
     with in_eval(network):
-        for inputs, targets in loader:
+        for inputs, targets in batches(loader):
             if stop.requested:
                 totals[3] = 1  # the other ranks learn of it in the all-reduce below
                 break

@@ -21,6 +21,7 @@ from .build import build
 from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
+from .data.batches import batches
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
 from .flops import count_flops
 from .nonfinite import FiniteCheck
@@ -146,7 +147,7 @@ class Trainer:
             self._draw()
         self._speed = Speed()
         self._reach("the next batch")
-        for inputs, targets in loader:
+        for inputs, targets in batches(loader):
             loss = self._train_step(inputs, targets)
             self._progress.started()
             self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
