@@ -75,7 +75,7 @@ def _parse(
         "--resume",
         default="auto",
         help="auto (default): resume an unfinished run in the folder; never: move it aside and "
-        "start anew; or the path of a checkpoint",
+        "start anew; or the path of a checkpoint, or of a run's folder for its newest one",
     )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
@@ -141,9 +141,10 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     if out.name in ("", ".."):
         raise ConfigError(f"--out: {out} may hold more than this run; give a folder for it alone")
     # Data sets, TensorBoard and plots take seconds to import; report a wrong setting before.
+    from .training.resume_argument import resume_argument
     from .training.run import run
 
-    return run(config, out, options.resume)
+    return run(config, out, resume_argument(options.resume))
 
 
 def _bench(options: argparse.Namespace) -> int:
