@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.driver import Driver, Run, small_data
 from tests.faults.trainers import small_trainer
 from tests.ranks import Ranks
 from worm_dist import CollapseError
@@ -62,6 +64,20 @@ def test_what_has_never_been_learnt_is_said_at_the_end(ranks: Ranks) -> None:
         assert result["status"] == "dense" and result["at_chance"] is True
 
 
+def _trained_with_many_tests(settings: dict[str, Any]) -> dict[str, Any]:
+    return small_trainer(small_data(0, num_test=200), **settings).run().as_dict()
+
+
+@pytest.mark.fault(37, "a network that never learns")
+def test_what_has_never_been_learnt_is_no_result(ranks: Ranks) -> None:
+    """A run at .10 ended with 0.  With 16 images, above, that may be bad luck."""
+    settings = {"preset": "dense", "epochs": 1, "optimizer": {"lr": 1e-9}}
+    for outcome in ranks.outcomes(2, _trained_with_many_tests, settings):
+        assert outcome.error == "CollapseError"
+        assert "epoch 1, step 8: the network is no better than a constant answer" in outcome.text
+        assert "train for more epochs, or with another optimizer.lr" in outcome.text
+
+
 @pytest.mark.parametrize(
     ("accuracy", "output_varies", "is_chance"),
     [(0.10, True, True), (0.14, True, True), (0.16, True, False), (0.99, False, True)],
@@ -74,3 +90,17 @@ def test_chance_is_what_a_constant_answer_and_luck_come_to(
         accuracy, 2.0, chance=0.1, chance_loss=2.3, num_samples=360, output_varies=output_varies
     )
     assert score.is_chance is is_chance
+
+
+@pytest.mark.fault(37, "a learning rate and a penalty that are far too high")
+@pytest.mark.parametrize("preset", ["worm", "early-bird"])
+def test_a_collapsed_run_has_an_exit_code_of_its_own(tmp_path: Path, preset: str) -> None:
+    """It was a ticket, with exit code 0."""
+    settings = {"preset": preset, "epochs": 4, "optimizer.lr": 5, "search.l1": 1}
+    ends = Driver(tmp_path)(2, Run((), settings))
+    assert [end.exitcode for end in ends] == [7, 7], ends
+    lines = [line for end in ends for line in end.errors]
+    assert lines
+    for line in lines:
+        assert "the network is no better than a constant answer" in line
+        assert "lower learning rate" in line and "search.l1" in line

@@ -41,8 +41,17 @@ class EvalResult:
     @property
     def is_chance(self) -> bool:
         """True if the accuracy is within three standard deviations of a constant prediction's."""
-        deviation = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
-        return not self.output_varies or self.accuracy <= self.chance + 3 * deviation
+        return not self.output_varies or self.accuracy <= self.chance + 3 * self._deviation
+
+    @property
+    def can_tell_chance(self) -> bool:
+        """True if there are enough samples to tell chance from twice that accuracy."""
+        return 3 * self._deviation <= self.chance
+
+    @property
+    def _deviation(self) -> float:
+        """Standard deviation of a constant prediction's accuracy, as if samples were drawn."""
+        return math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
 
 
 _TOLERANCE = 1e-6

@@ -36,6 +36,7 @@ from .rank_state import (
     state_of_this_rank,
     with_inputs,
 )
+from .reporting.not_found import why_not_found
 from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
 from .reporting.result import Result
@@ -47,6 +48,7 @@ FORMAT = 3
 
 _SHARE_OF_CHANCE = 0.95
 """Fraction of ``chance_loss`` above which the network counts as having learnt nothing."""
+_HAS_NOT_LEARNT = "train for more epochs, or with another optimizer.lr or a lower search.l1"
 
 
 class Trainer:
@@ -133,7 +135,7 @@ class Trainer:
         self._phase_stats.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
         if self.result.status == "not_found":
-            self.result.reason = self.result.why_not_found()
+            self.result.reason = why_not_found(self.result, self._config, self.engine.history)
         self.result.at_chance = self._position.at_chance
 
     def _train_epoch(self) -> None:
@@ -186,7 +188,8 @@ class Trainer:
             self._save(evaluation.accuracy)
 
     def _require_better_than_chance(self, evaluation: EvalResult, loss: float) -> None:
-        """Raise if the network has fallen back to chance in training and test.
+        """Raise if the network has fallen back to chance in training and test, or is still there
+        after the last epoch, unless the test split is too small to tell.
 
         In the two epochs after a draw by the published rule that is allowed.
 
@@ -200,13 +203,15 @@ class Trainer:
         position, drawn = self._position, self.result.ticket_epoch
         has_just_drawn = drawn is not None and position.epoch + 1 - drawn < 2
         looks_collapsed = evaluation.is_chance and loss > _SHARE_OF_CHANCE * evaluation.chance_loss
-        has_collapsed = looks_collapsed and position.has_learnt and not has_just_drawn
+        is_last = position.epoch + 1 == self._config.epochs and evaluation.can_tell_chance
+        has_collapsed = looks_collapsed and (position.has_learnt or is_last) and not has_just_drawn
         if not evaluation.output_varies or has_collapsed:
             raise CollapseError(
                 f"epoch {position.epoch + 1}, step {self.engine.step}: the network is no better "
                 f"than a constant answer: training loss {loss:.4g}, "
                 f"test accuracy {evaluation.accuracy:.4f}"
-                f"{'' if evaluation.output_varies else ', and all outputs are the same'}; {REMEDY}"
+                f"{'' if evaluation.output_varies else ', and all outputs are the same'}; "
+                f"{_HAS_NOT_LEARNT if not position.has_learnt and is_last else REMEDY}"
             )
         position.has_learnt = position.has_learnt or not evaluation.is_chance
         position.at_chance = evaluation.is_chance

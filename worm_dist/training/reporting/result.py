@@ -119,20 +119,5 @@ class Result:
         self.traffic = TrafficResult(**saved["traffic"])
         self.seconds = Seconds(**saved["seconds"])
 
-    def why_not_found(self) -> str:
-        """Explain why the run ended before its draw, with a remedy."""
-        if self.elbow_epoch is None:
-            return (
-                f"no ticket: no elbow in {self.checks} checks; train for more epochs, or set "
-                "search.elbow.margin higher"
-            )
-        progress = "the mask had not settled"
-        if self.removed_fraction is not None:
-            progress = f"{self.removed_fraction:.0%} of the dropped channels had been removed"
-        return (
-            f"no ticket: the elbow came at epoch {self.elbow_epoch:g}, and {progress} when "
-            "training ended; raise epochs and --resume from the newest checkpoint"
-        )
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
