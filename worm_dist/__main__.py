@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
 from .training.config_file import read_run_config
+from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 
 _REPORT_SECONDS = 5
@@ -135,6 +137,8 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
     if options.check:
+        for line in ineffective_settings(config):
+            sys.stderr.write(f"worm_dist: warning: {line}\n")
         print(f"{options.config}: the settings are valid")
         return 0
     out = options.out or Path("runs") / config.name

@@ -13,6 +13,7 @@ from ...checkpoint.durable_io import write_json
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
 from ..evaluation import EvalResult
+from ..ineffective_settings import ineffective_settings
 from ..run_config import RunConfig
 from ..run_folder import JOURNAL, RESULT
 from .console import Console
@@ -71,6 +72,8 @@ class RankZeroReport(Report):
         self._print(self._console.event, result.data)
         if engine.step:
             self._print(self._console.event, f"goes on from step {engine.step}")
+        for line in ineffective_settings(self._config, steps_per_epoch):
+            logger.warning("worm_dist: warning: %s", line)
         sizes = (epochs, steps_per_epoch, self._config.data.batch_size)
         self._print(self._console.start, *sizes, engine.phase, engine.step)
 

@@ -1,0 +1,180 @@
+"""Settings that can never act in a run: valid, and most likely a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..config import RemovalConfig
+from ..interval import Interval
+from .run_config import RunConfig
+
+__all__ = ["ineffective_settings"]
+
+_LEAST_STEPS_OF_REMOVAL = 100
+"""``truncation.removal.duration: auto`` is an epoch, but at least so many steps."""
+
+
+def ineffective_settings(config: RunConfig, steps_per_epoch: int | None = None) -> list[str]:
+    """Describe each setting that can never act, one line each.
+
+    Args:
+        config: the run's settings.
+        steps_per_epoch: optimizer steps in an epoch; None if not known.  Then intervals in steps
+            are not compared with the length of the run.
+    """
+    lines = list(_without_their_choice(config))
+    run = _Length(config.epochs, steps_per_epoch)
+    if config.search.enabled:
+        lines += _of_the_search(config, run)
+    lines += _of_the_schedule(config)
+    for key, interval, effect in (
+        ("checkpoint.every", config.checkpoint.every, "only the end of the run is saved"),
+        (
+            "divergence.check_every",
+            config.divergence.check_every,
+            "the ranks are only compared before a save",
+        ),
+    ):
+        if run.is_shorter_than(interval):
+            lines.append(f"{key}: {interval} is longer than the run of {run}; {effect}")
+    return lines
+
+
+class _Length:
+    """The length of a run.
+
+    Args:
+        epochs: its epochs.
+        steps_per_epoch: optimizer steps in an epoch; None if not known.
+    """
+
+    def __init__(self, epochs: int, steps_per_epoch: int | None) -> None:
+        self._epochs = epochs
+        self._steps_per_epoch = steps_per_epoch
+
+    def __str__(self) -> str:
+        return f"{self._epochs} epoch{'' if self._epochs == 1 else 's'}"
+
+    def epochs_of(self, interval: Interval) -> float | None:
+        """An interval in epochs; None if it is in steps, and an epoch's steps are not known."""
+        if self._steps_per_epoch is not None:
+            return interval.steps(self._steps_per_epoch) / self._steps_per_epoch
+        return interval.count if interval.unit == "ep" else None
+
+    def is_shorter_than(self, interval: Interval) -> bool:
+        epochs = self.epochs_of(interval)
+        return epochs is not None and epochs > self._epochs
+
+    def number_of(self, interval: Interval) -> int | None:
+        """How often an interval fits into the run; None if not known."""
+        epochs = self.epochs_of(interval)
+        return None if epochs is None else int(self._epochs / epochs + 1e-9)
+
+    @property
+    def shortest_automatic_removal(self) -> float:
+        """In epochs."""
+        steps = self._steps_per_epoch
+        return 1.0 if steps is None else max(1.0, _LEAST_STEPS_OF_REMOVAL / steps)
+
+
+def _without_their_choice(config: RunConfig) -> Iterator[str]:
+    """Settings that belong to a choice which the run has not made."""
+    search, truncation, ticket = config.search, config.truncation, config.ticket
+    removal = "truncation.removal."
+    choices: tuple[tuple[str | tuple[str, ...], bool, str], ...] = (
+        (
+            ("search.", "truncation.", "ticket."),
+            search.enabled,
+            "preset 'dense' does not search"
+            if config.preset == "dense"
+            else "search.enabled is false",
+        ),
+        ("search.elbow.", truncation.mode != "off", "with truncation.mode off there is no elbow"),
+        ("search.elbow.margin", search.elbow.rule == "margin", "for rule margin only"),
+        ("search.elbow.fraction", search.elbow.rule == "relative", "for rule relative only"),
+        ("truncation.ratio", truncation.mode == "soft", "for truncation.mode soft only"),
+        (removal, truncation.removes, "for mode hard with frozen_weights remove only"),
+        (
+            tuple(f"{removal}{name}" for name in RemovalConfig.model_fields if name != "schedule"),
+            truncation.removal.schedule == "gradual",
+            "for schedule gradual only",
+        ),
+        (
+            "ticket.recalibrate_memory_mb",
+            ticket.recalibrate_batches > 0,
+            "ticket.recalibrate_batches is 0",
+        ),
+        ("optimizer.momentum", config.optimizer.name == "sgd", "for sgd only"),
+        ("schedule.gamma", config.schedule.name == "step", "for schedule step only"),
+        ("data.root", config.data.name != "digits", "the digits need no folder"),
+        ("data.image_size", config.data.name == "image-folder", "for image-folder only"),
+        (
+            "distributed.bucket_cap_mb",
+            config.distributed.backend != "deepspeed",
+            "not for backend deepspeed",
+        ),
+    )
+    preset = RunConfig(preset=config.preset).flat()
+    for key, value in config.flat().items():
+        reasons = [why for keys, acts, why in choices if not acts and key.startswith(keys)]
+        if reasons and value != preset[key] and key != "search.enabled":
+            yield f"{key}: has no effect: {reasons[0]}"
+
+
+def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
+    search, truncation = config.search, config.truncation
+    num_checks = run.number_of(search.every)
+    if num_checks is None:
+        return
+    if num_checks == 0:
+        yield (
+            f"search.every: {search.every} is longer than the run of {run}; there is no check, and "
+            "no ticket"
+        )
+        return
+    checks = f"the run of {run} has {num_checks} check{'' if num_checks == 1 else 's'}"
+    finds_elbow = truncation.mode != "off"
+    if finds_elbow and num_checks < search.elbow.min_masks:
+        yield (
+            f"search.elbow.min_masks: {search.elbow.min_masks} masks are never reached, as "
+            f"{checks}; there is no elbow, and no ticket"
+        )
+    elif truncation.removes and truncation.removal.schedule == "gradual":
+        yield from _of_the_removal(config, run)
+    if num_checks < search.window:
+        effect = "it is never full" if truncation.removes else "no ticket is drawn"
+        yield f"search.window: {search.window} masks are never reached, as {checks}; {effect}"
+
+
+def _of_the_removal(config: RunConfig, run: _Length) -> Iterator[str]:
+    removal, search = config.truncation.removal, config.search
+    every, duration = run.epochs_of(search.every), removal.duration
+    assert every is not None
+    lasts = (
+        run.epochs_of(duration)
+        if isinstance(duration, Interval)
+        else run.shortest_automatic_removal
+    )
+    first = search.elbow.min_masks * every
+    if lasts is not None and first + lasts > config.epochs:
+        yield (
+            f"truncation.removal.duration: {duration} after the earliest elbow, at epoch "
+            f"{first:.4g}, is behind the end of the run of {run}; there is no ticket"
+        )
+    if run.is_shorter_than(removal.patience):
+        yield (
+            f"truncation.removal.patience: {removal.patience} is longer than the run of {run}; no "
+            "pause ends the removal"
+        )
+
+
+def _of_the_schedule(config: RunConfig) -> Iterator[str]:
+    schedule, epochs = config.schedule, config.epochs
+    if schedule.warmup_epochs >= epochs:
+        yield (
+            f"schedule.warmup_epochs: {schedule.warmup_epochs} of {epochs} epochs; the learning "
+            "rate never reaches optimizer.lr"
+        )
+    behind = [milestone for milestone in schedule.milestones if milestone >= epochs]
+    if behind:
+        yield f"schedule.milestones: {behind} are not before the end of {epochs} epochs"
