@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, replaced = _parse(arguments)
         if options.command == "plan":
-            return plan(options)
+            return _plan(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -149,6 +149,13 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     from .training.run import run
 
     return run(config, out, resume_argument(options.resume))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        return plan(options)
+    except (BrokenPipeError, SystemExit):  # the latter by rich
+        return 0  # the reader has seen enough, as in plan ... | head
 
 
 def _bench(options: argparse.Namespace) -> int:

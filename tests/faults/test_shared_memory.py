@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 from tests.faults.driver import Act, Driver, Fault, Run, small_data
 from worm_dist.training.data import Data
+
+pytestmark = pytest.mark.skipif("not _can_mount()", reason="needs root, to mount a small /dev/shm")
 
 START = "worm_dist.training.trainer:Trainer.__init__"
 _NEW_NAMESPACE, _PRIVATE, _ALL_BELOW = 0x20000, 0x40000, 0x4000
@@ -35,10 +39,10 @@ def _with_little(options: bytes, real: Act, *args: Any, **kwargs: Any) -> Any:
 
 def _can_mount() -> bool:
     """Tried in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if os.geteuid() == 0 and _is_mounted(b"size=64k") else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    command = "unshare --mount mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    return subprocess.run(command.split(), capture_output=True).returncode == 0
 
 
 def _large_images(rank: int) -> Data:
@@ -58,8 +62,6 @@ def _large_images(rank: int) -> Data:
 @pytest.mark.parametrize("options", [b"size=4k", b"size=72k"], ids=["semaphores", "batches"])
 def test_too_little_shared_memory_is_named_with_the_remedy(driver: Driver, options: bytes) -> None:
     """It was an OSError of a semaphore with the number 28, or a traceback of a loader process."""
-    if not _can_mount():
-        pytest.skip("needs root, to mount a small /dev/shm")
     fault = Fault.do(functools.partial(_with_little, options), rank=0, step=1).at(START)
     ends = driver(2, Run((fault,), {"data.num_workers": 1}, data=_large_images))
     assert [end.exitcode for end in ends] == [2, 2], ends
@@ -72,8 +74,6 @@ def test_too_little_shared_memory_is_named_with_the_remedy(driver: Driver, optio
 @pytest.mark.fault(43, "without other ranks")
 def test_one_process_alone_says_it_in_one_line(driver: Driver) -> None:
     """The destructor of torch's iterator added a traceback."""
-    if not _can_mount():
-        pytest.skip("needs root, to mount a small /dev/shm")
     fault = Fault.do(functools.partial(_with_little, b"size=4k"), rank=0, step=1).at(START)
     (end,) = driver(1, Run((fault,), {"data.num_workers": 2}))
     assert end.exitcode == 2

@@ -41,10 +41,13 @@ def environment_with(**more: str) -> dict[str, str]:
     return {**inherited, "DS_ACCELERATOR": "cpu", **more}
 
 
-def call(
-    script: str, *words: object, folder: Path = Path("/"), **environment: str
+def call(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return _call_from(Path("/"), script, *words, **environment)
+
+
+def _call_from(
+    folder: Path, script: str, *words: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Call a script from a folder."""
     return subprocess.run(
         [str(ROOT / "launch" / script), *map(str, words)],
         cwd=folder,
@@ -59,7 +62,7 @@ def trained(folder: Path, script: str, **environment: str) -> Mapping[str, Any]:
     """The result of a short run on two ranks, whose paths are relative to the folder above it."""
     shutil.copy(CONFIG, folder.parent / "mine.yaml")
     paths = ("mine.yaml", "--out", folder.name)
-    done = call(script, *paths, *SHORT, folder=folder.parent, **environment)
+    done = _call_from(folder.parent, script, *paths, *SHORT, **environment)
     assert done.returncode == 0, done.stderr
     return result_of(folder)
 

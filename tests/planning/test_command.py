@@ -141,3 +141,18 @@ def test_a_mistake_on_the_command_line_has_its_exit_code(
 ) -> None:
     assert main(["plan", "vgg_smal"]) == 2
     assert "did you mean vgg_small?" in capsys.readouterr().err
+
+
+@pytest.mark.fault(26, "plan | head -1")
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_reader_may_stop_reading_a_forecast(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """It was a traceback of a BrokenPipeError, or exit code 1."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["plan", DIGITS, *words]) == 0
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what is left to flush

@@ -75,6 +75,7 @@ def test_what_has_never_been_learnt_is_no_result(ranks: Ranks) -> None:
     for outcome in ranks.outcomes(2, _trained_with_many_tests, settings):
         assert outcome.error == "CollapseError"
         assert "epoch 1, step 8: the network is no better than a constant answer" in outcome.text
+        assert "train for more epochs, or with another optimizer.lr" in outcome.text
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ __all__ = ["Trainer"]
 
 _SHARE_OF_CHANCE = 0.95
 """Fraction of ``chance_loss`` above which the network counts as having learnt nothing."""
+_HAS_NOT_LEARNT = "train for more epochs, or with another optimizer.lr or a lower search.l1"
 
 
 class Trainer:
@@ -213,7 +214,8 @@ class Trainer:
                 f"epoch {position.epoch + 1}, step {self.engine.step}: the network is no better "
                 f"than a constant answer: training loss {loss:.4g}, "
                 f"test accuracy {evaluation.accuracy:.4f}"
-                f"{'' if evaluation.output_varies else ', and all outputs are the same'}; {REMEDY}"
+                f"{'' if evaluation.output_varies else ', and all outputs are the same'}; "
+                f"{_HAS_NOT_LEARNT if not position.has_learnt and is_last else REMEDY}"
             )
         position.has_learnt = position.has_learnt or not evaluation.is_chance
         position.at_chance = evaluation.is_chance
