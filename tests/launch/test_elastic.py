@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def _agent(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
             "0.2",
         ),
         *("-m", "worm_dist", "train", str(CONFIG), "--out", str(folder / "run")),
-        *("--epochs", "12", "--checkpoint.every", "5ba", "--search.every", "11ba"),
+        *("--epochs", "60", "--checkpoint.every", "5ba", "--search.every", "11ba"),
     ]
     with (folder / name).open("wb") as said:
         return subprocess.Popen(
@@ -59,9 +60,15 @@ def _wait(what: Callable[[], bool], agent: subprocess.Popen[bytes], said: Path) 
         time.sleep(0.1)
 
 
-def _newest(run: Path) -> int:
-    names = [path.name for path in run.glob("checkpoints/step-*")]
-    return max((int(n.removeprefix("step-")) for n in names if n[5:].isdecimal()), default=0)
+def _saved(run: Path) -> tuple[int, int]:
+    """Number of ranks and step of the newest checkpoint."""
+    found = {}
+    for path in run.glob("checkpoints/step-*/manifest.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile, for newer ones
+            manifest = json.loads(path.read_text())
+            found[manifest["step"]] = manifest["world_size"]
+    newest = max(found, default=0)
+    return found.get(newest, 0), newest
 
 
 def test_it_goes_on_with_one_host_less_and_then_with_a_new_one(tmp_path: Path) -> None:
@@ -72,22 +79,22 @@ def test_it_goes_on_with_one_host_less_and_then_with_a_new_one(tmp_path: Path) -
     first, run, said = _agent(tmp_path, "first", port), tmp_path / "run", tmp_path / "first"
     others = [_agent(tmp_path, "second", port)]
     try:
-        _wait(lambda: _newest(run) >= 10, first, said)
+        # The first host may begin alone, if the second is late.
+        _wait(lambda: _saved(run)[0] == 2, first, said)
         os.killpg(others[0].pid, signal.SIGKILL)
-        lost_after = _newest(run)
-        _wait(lambda: _newest(run) >= lost_after + 20, first, said)
+        _wait(lambda: _saved(run)[0] == 1, first, said)
         others.append(_agent(tmp_path, "third", port))
+        _wait(lambda: _saved(run)[0] == 2, first, said)
         assert first.wait(120) == 0, said.read_text()
     finally:
         for agent in (first, *others):
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
             agent.wait()
-    printed = said.read_text()
-    assert printed.count("* goes on from step") >= 1, printed
+    assert said.read_text().count("* goes on from step") >= 2, said.read_text()
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     epochs = [line["epoch"] for line in lines if line["event"] == "check"]
     assert epochs == sorted(set(epochs)), "a check was made twice"
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "ticket" and result["accuracy"]["final"] > 0.9
-    assert "world size 1" in printed or result["world_size"] == 2
+    assert result["world_size"] == 2
