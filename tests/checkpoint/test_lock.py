@@ -90,12 +90,15 @@ def test_it_is_gone_after_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.fault(23, "the second is refused")
 @pytest.mark.usefixtures("brief")
-def test_a_second_run_is_refused_and_leaves_it(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_leaves_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     own = f"process {os.getpid()} on {socket.gethostname()}"
     text = rf"{re.escape(str(tmp_path))}/run\.lock: .* {own}"
 
     with run_lock(tmp_path):
         _refused(tmp_path, text)  # of the same process
+        assert not caplog.records, "at once: the kernel knows that the first one is alive"
         assert in_a_fork(lambda: _refused(tmp_path, text)) == 0
         assert (tmp_path / "run.lock").exists()
 
@@ -162,7 +165,7 @@ def test_a_namesake_in_another_container_is_refused_while_it_renews(tmp_path: Pa
     """The host name was that of this host, and its process id was looked for here."""
     with _alive(tmp_path) as child:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lease, "LEASE_SECONDS", 60.0)  # a busy machine may renew late
+            patch.setattr(lease, "LEASE_SECONDS", 20.0)  # a busy machine may renew late
             for _ in range(2):
                 _refused(tmp_path, f"process {child} on .*; it is at work")
         os.kill(child, signal.SIGKILL)
@@ -224,7 +227,7 @@ def test_the_same_job_waits_for_a_few_renewals(
 def test_a_live_run_of_the_same_job_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHELASTIC_RUN_ID", "100")
-        patch.setattr(lock, "_JOB_SECONDS", 60.0)
+        patch.setattr(lock, "_JOB_SECONDS", 20.0)
         with _alive(tmp_path):
             _refused(tmp_path, "it is at work")
 

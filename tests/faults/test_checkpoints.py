@@ -32,6 +32,7 @@ from worm_dist.training.trainer import Trainer
 pytestmark = pytest.mark.slow("trains runs and goes on with them")
 
 DENSE: dict[str, Any] = {"preset": "dense", "epochs": 2}
+SAVE = "worm_dist.training.trainer:Trainer._save"
 NEWEST, OLDER = 7, 6
 """Steps of the run that was broken off; saved after each."""
 
@@ -273,14 +274,24 @@ def _take_over(real: Any, trainer: Trainer, *args: Any) -> Any:
 
 
 @pytest.mark.fault(32, "a run that was taken over stops on all ranks, and writes no more")
-def test_a_run_that_was_taken_over_stops(driver: Driver) -> None:
+@pytest.mark.parametrize(
+    ("fault", "every", "saved"),
+    [
+        (Fault.do(_take_over, rank=0, step=6), "100ba", []),
+        (Fault.do(_take_over, rank=0, step=3).at(SAVE), "1ba", ["step-1", "step-2"]),
+    ],
+    ids=["in a step", "before a save"],
+)
+def test_a_run_that_was_taken_over_stops(
+    driver: Driver, fault: Fault, every: str, saved: list[str]
+) -> None:
     """Both went on to write the same files."""
-    ends = driver(2, Run((Fault.do(_take_over, rank=0, step=6),), {"checkpoint.every": "1ba"}))
+    ends = driver(2, Run((fault,), {"checkpoint.every": every}))
     assert [end.exitcode for end in ends] == [2, 2]
     assert "run.lock: another run has taken this directory over: process " in ends[0].errors[0]
-    found = sorted(path.name for path in (driver.out / "checkpoints").iterdir())
-    assert max(found) <= f"step-{NEWEST - 2}" and (driver.out / "run.lock").exists()
-    assert not (driver.out / "result.json").exists()
+    assert "epoch 1/2" not in ends[0].printed, "it stops before the epoch's end"
+    assert sorted(path.name for path in driver.out.glob("checkpoints/*")) == saved
+    assert (driver.out / "run.lock").exists() and not (driver.out / "result.json").exists()
 
 
 # ---- the disk ------------------------------------------------------------------------------------
