@@ -157,7 +157,7 @@ def test_a_mount_point_is_used_in_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["out", "nowhere"])
 def test_a_link_to_no_folder_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "out").symlink_to(target)
-    with pytest.raises(ConfigError, match="cannot create .*: File exists; name another folder"):
+    with pytest.raises(ConfigError, match=r"cannot create .*: File exists; name another folder"):
         _open(tmp_path / "out")
 
 
