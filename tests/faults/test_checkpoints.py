@@ -19,9 +19,7 @@ import pytest
 from tests.faults.driver import CONFIG, SMALL, Driver, Fault, Run
 from tests.faults.training import train
 from tests.ranks import Outcome, Ranks
-from worm_dist.checkpoint import lease
 from worm_dist.checkpoint.checkpoint import Checkpoint
-from worm_dist.checkpoint.lease import Holder
 from worm_dist.checkpoint.lock import run_lock
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.reporting.result import Result
@@ -261,26 +259,6 @@ def test_the_second_run_is_refused(ranks: Ranks, out: Path) -> None:
         refused = _refusal(ranks, out)
     assert refused.error == "ConfigError" and "another run holds this directory" in refused.text
     assert f"process {os.getpid()} on " in refused.text
-
-
-def _take_over(real: Any, trainer: Trainer, *args: Any) -> Any:
-    """As another run does after a long suspension of this one."""
-    lease.LEASE_SECONDS = 0.0
-    path = trainer._report._folder / "run.lock"  # type: ignore[attr-defined]
-    path.unlink()
-    path.write_bytes(Holder.this_process(None, {}).after(0))
-    return real(trainer, *args)
-
-
-@pytest.mark.fault(32, "a run that was taken over stops on all ranks, and writes no more")
-def test_a_run_that_was_taken_over_stops(driver: Driver) -> None:
-    """Both went on to write the same files."""
-    ends = driver(2, Run((Fault.do(_take_over, rank=0, step=6),), {"checkpoint.every": "1ba"}))
-    assert [end.exitcode for end in ends] == [2, 2]
-    assert "run.lock: another run has taken this directory over: process " in ends[0].errors[0]
-    found = sorted(path.name for path in (driver.out / "checkpoints").iterdir())
-    assert max(found) <= f"step-{NEWEST - 2}" and (driver.out / "run.lock").exists()
-    assert not (driver.out / "result.json").exists()
 
 
 # ---- the disk ------------------------------------------------------------------------------------

@@ -154,6 +154,13 @@ def test_a_mount_point_is_used_in_place(tmp_path: Path) -> None:
     on_a_small_disk(out, inside)
 
 
+@pytest.mark.parametrize("target", ["out", "nowhere"])
+def test_a_link_to_no_folder_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"cannot create .*: File exists; name another folder"):
+        _open(tmp_path / "out")
+
+
 def test_a_refusal_leaves_no_new_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         _open(tmp_path / "out", str(tmp_path / "step-1"))

@@ -49,7 +49,7 @@ def require_usable(out: Path) -> None:
             f"--out: {out} is not empty and holds no run; name a folder for this run alone, such "
             f"as {out / 'run'}"
         )
-    for parent in out.resolve().parents:
+    for parent in Path(os.path.realpath(out)).parents:  # links in a circle are no error in it
         if _is_run(parent):
             raise ConfigError(
                 f"--out: {out} is in the folder of another run, {parent}; name a folder outside"
