@@ -56,7 +56,7 @@ def test_states_come_in_pieces(ranks: Ranks) -> None:
 def _precisions() -> list[torch.dtype]:
     trainer = small_trainer(precision="bf16")
     seen: list[torch.dtype] = []
-    trainer._parts.network.features[0].register_forward_hook(
+    trainer._parts.network.get_submodule("features.0").register_forward_hook(
         lambda module, args, output: seen.append(output.dtype)
     )
     trainer._parts.network.train()

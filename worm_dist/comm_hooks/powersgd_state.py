@@ -164,7 +164,7 @@ def require_fits(
         }
         q, errors = bucket["q"], bucket["error_feedback"]
         for key, found, shapes in (("error_feedback", errors, wanted), ("q", q or {}, matrices)):
-            for name in found.keys() | (names if found else ()):
+            for name in sorted(found.keys() | (names if found else ())):
                 shape = list(found[name].shape) if name in found else None
                 if shape != shapes.get(name):
                     raise CheckpointError(
