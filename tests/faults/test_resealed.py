@@ -25,6 +25,7 @@ from worm_dist.errors import CheckpointError
 from worm_dist.training.checkpointer import RUN
 from worm_dist.training.run_folder import SETTINGS
 from worm_dist.training.run_state import require_valid
+from worm_dist.training.share_state import share_state
 from worm_dist.training.trainer import Trainer
 
 FOLDER = Path("checkpoints/step-5")
@@ -124,6 +125,12 @@ def test_a_value_of_another_type_is_refused_before_anything_is_used(ranks: Ranks
     assert not [key for key in other if not key.startswith(with_network)]
 
 
+def _shared(state: Any) -> dict[str, Any]:
+    shared = share_state(state, torch.device("cpu"))
+    assert shared is not None
+    return shared
+
+
 def _refused_in_a_run() -> tuple[int, list[str]]:
     """Of what has the right types: refused by a new trainer, or it trains on."""
     state = _saved_while_fading()
@@ -136,7 +143,7 @@ def _refused_in_a_run() -> tuple[int, list[str]]:
         if mutation.key.startswith("engine.shared.settings") and mutation.how != "removed":
             continue  # compared one by one, as settings are
         try:
-            trainer.load_state_dict(mutation.state)
+            trainer.load_state_dict(_shared(mutation.state))
             trainer._train_step(*next(iter(trainer._parts.train_loader)))
             trainer.state_dict()
         except CheckpointError as error:
