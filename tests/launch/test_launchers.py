@@ -46,6 +46,10 @@ def _slurm(folder: Path) -> dict[str, str]:
     }
 
 
+def test_torchrun_starts_the_same_training(tmp_path: Path, expected: str) -> None:
+    assert trained(tmp_path / "run", "torchrun")["mask_digest"] == expected
+
+
 def test_deepspeed_starts_the_same_training(tmp_path: Path, expected: str) -> None:
     assert trained(tmp_path / "run", "deepspeed")["mask_digest"] == expected
 
