@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import default_collate
 
 import worm_dist
-from tests.programs import call
+from tests.programs import call, variables_of_ranks
 from worm_dist.training.data import load_data
 from worm_dist.training.run_config import DataConfig
 
@@ -41,10 +41,11 @@ def _call(command: Sequence[Any], folder: Path) -> subprocess.CompletedProcess[s
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The main job on two ranks: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("digits")
-    command = [*TORCHRUN, 2, "-m", "worm_dist", "train", CONFIG, "--out", folder / "run"]
-    done = _call(command, folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run", done.stdout
+    words = ["-m", "worm_dist", "train", CONFIG, "--out", folder / "run"]
+    first, second = call(words, folder, variables_of_ranks(2))
+    assert (first.exitcode, second.exitcode) == (0, 0), first.err + second.err
+    assert second.out == ""
+    return folder / "run", first.out
 
 
 def _result(digits: tuple[Path, str]) -> Any:
@@ -65,7 +66,7 @@ def _journal(digits: tuple[Path, str]) -> list[Any]:
     return [json.loads(line) for line in (digits[0] / "journal.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow("needs a whole run under torchrun")
+@pytest.mark.slow("needs a whole run")
 @pytest.mark.timeout(170)
 def test_the_main_job_finds_its_ticket(digits: tuple[Path, str]) -> None:
     result = _result(digits)
@@ -98,7 +99,7 @@ def test_the_main_job_finds_its_ticket(digits: tuple[Path, str]) -> None:
     )
 
 
-@pytest.mark.slow("needs a whole run under torchrun")
+@pytest.mark.slow("needs a whole run")
 def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str]) -> None:
     result, lines = _result(digits), _journal(digits)
     checks = [line for line in lines if line["event"] == "check"]
@@ -116,7 +117,7 @@ def test_the_journal_has_a_line_for_each_check_and_phase(digits: tuple[Path, str
     assert phases == [("truncate", result["elbow_epoch"]), ("ticket", result["ticket_epoch"])]
 
 
-@pytest.mark.slow("needs a whole run under torchrun")
+@pytest.mark.slow("needs a whole run")
 def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]) -> None:
     shown = _board(digits)
     tags = shown.Tags()
@@ -145,7 +146,7 @@ def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]
     assert shown.PluginTagToContent("hparams")
 
 
-@pytest.mark.slow("needs a whole run under torchrun")
+@pytest.mark.slow("needs a whole run")
 def test_the_console_is_plain_where_it_is_no_terminal(digits: tuple[Path, str]) -> None:
     printed = digits[1]
     assert "\x1b" not in printed and "\r" not in printed
@@ -154,7 +155,7 @@ def test_the_console_is_plain_where_it_is_no_terminal(digits: tuple[Path, str]) 
     assert str(digits[0]) in printed.replace("\n", "").replace(" ", "")
 
 
-@pytest.mark.slow("needs a whole run under torchrun")
+@pytest.mark.slow("needs a whole run")
 def test_the_ticket_answers_as_the_run_says(digits: tuple[Path, str]) -> None:
     network = worm_dist.load_ticket(digits[0] / "ticket").eval()
     result = _result(digits)

@@ -231,7 +231,8 @@ class TruncationConfig(Settings):
     checksums: bool = True
     """Compare the sum of each truncated bucket with the sum of what the ranks have put in, under
     DistributedDataParallel without PowerSGD: a difference beyond rounding ends the run before the
-    weights are changed, on a GPU at the step after.  Eight bytes a bucket."""
+    weights are changed, on a GPU at the step after.  Two more elements a bucket, which
+    ``traffic`` leaves out."""
 
     @property
     def removes(self) -> bool:

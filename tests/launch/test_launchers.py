@@ -47,6 +47,10 @@ def _slurm(folder: Path) -> dict[str, str]:
     }
 
 
+def test_torchrun_starts_the_same_training(tmp_path: Path, expected: str) -> None:
+    assert trained(tmp_path / "run", "torchrun")["mask_digest"] == expected
+
+
 @pytest.mark.fault(42, "torchrun, deepspeed and mpirun")
 def test_deepspeed_starts_the_same_training(tmp_path: Path, expected: str) -> None:
     """As all of these, with paths that are relative to the caller's folder; they were relative to

@@ -51,30 +51,26 @@ def _outputs(network: nn.Module) -> Tensor:
     return logits
 
 
-def _in_a_fresh_process(folder: Path, build: str) -> Tensor:
-    """Load there and give back the outputs."""
+def test_tickets_are_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    """One names its model; the other is of a network of one's own."""
+    named, own = tmp_path / "named", tmp_path / "own"
+    drawn = {named: _drawn(build_model(**NAMED)), own: _drawn(Residual())}
+    drawn[named].save_ticket(named, model=NAMED)
+    drawn[own].save_ticket(own)
     program = (
-        "import torch, worm_dist, tests.nets\n"
-        f"network = worm_dist.load_ticket({str(folder)!r}{build}).eval()\n"
+        "import sys, torch, worm_dist, tests.nets\n"
+        "named, own = sys.argv[1:]\n"
+        "networks = {\n"
+        "    named: worm_dist.load_ticket(named),\n"
+        "    own: worm_dist.load_ticket(own, build=tests.nets.Residual),\n"
+        "}\n"
         "images = tests.nets.random_images(4, seed=7)\n"
-        f"torch.save(network(images).detach(), {str(folder / 'outputs.pt')!r})\n"
+        "for folder, network in networks.items():\n"
+        "    torch.save(network.eval()(images).detach(), f'{folder}/outputs.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    outputs: Tensor = torch.load(folder / "outputs.pt")
-    return outputs
-
-
-def test_a_named_model_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
-    engine = _drawn(build_model(**NAMED))
-    engine.save_ticket(tmp_path, model=NAMED)
-    assert torch.equal(_in_a_fresh_process(tmp_path, ""), _outputs(engine.model))
-
-
-def test_a_network_of_ones_own_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
-    engine = _drawn(Residual())
-    engine.save_ticket(tmp_path)
-    loaded = _in_a_fresh_process(tmp_path, ", build=tests.nets.Residual")
-    assert torch.equal(loaded, _outputs(engine.model))
+    subprocess.run([sys.executable, "-c", program, named, own], check=True, timeout=60)
+    for folder, engine in drawn.items():
+        assert torch.equal(torch.load(folder / "outputs.pt"), _outputs(engine.model))
 
 
 @pytest.mark.parametrize("build", [Concatenating, Flattening, Separable])

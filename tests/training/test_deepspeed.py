@@ -57,7 +57,12 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
 @pytest.mark.slow("trains whole runs under DeepSpeed")
 @pytest.mark.timeout(300)
 def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
-    short = [("epochs", "8")]
+    short = [
+        ("epochs", "5"),
+        ("truncation.removal.duration", "1ep"),
+        ("model.arguments", "{widths: [16, 16, M, 32, 32]}"),
+        ("data.batch_size", "128"),
+    ]
     runs = {
         f"zero{stage}": [
             *short,

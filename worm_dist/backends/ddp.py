@@ -68,7 +68,7 @@ class DdpBackend:
             averager = PowerSGD(self.process_group, truncation.compression_rank)
         else:
             if truncation.checksums and self.comm.size > 1:
-                checksums = Checksums(self.comm)
+                checksums = Checksums(self.comm.size)
             dtype = _WIRE_DTYPES.get(truncation.compression)
             averager = AllReduce(self.process_group, dtype, checksums)
         reducer = PackedReducer(averager, self.process_group, checksums)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import Communicator
 from ..host_copy import HostCopy
 
 __all__ = ["NUM_CHECKSUMS", "Checksums"]
@@ -49,12 +48,11 @@ class Checksums:
     """The checksums of all buckets since the last optimizer step.
 
     Args:
-        comm: the communicator of the ranks that are averaged over, whose ``sent_bytes`` counts
-            them.
+        world_size: number of ranks that are averaged over.
     """
 
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
         self._sums: list[_Sum] = []
         self._pending: tuple[HostCopy, list[_Sum]] | None = None
 
@@ -65,7 +63,6 @@ class Checksums:
             elements: what it puts in, ``[n]``.
             out: ``[2]``, sent behind the elements.
         """
-        self._comm.sent_bytes += out.numel() * out.element_size()
         # float64 only for the sum: rounding of the norm is far within the tolerance.
         out[0].copy_(elements.sum(dtype=torch.float64))
         out[1].copy_(torch.linalg.vector_norm(elements))
@@ -78,7 +75,7 @@ class Checksums:
             averaged: the elements, ``[n]``, in the dtype in which they were sent.
             expected: ``[2]``, what has arrived behind them.
         """
-        tolerance = 2 * self._comm.size * torch.finfo(averaged.dtype).eps * sqrt(averaged.numel())
+        tolerance = 2 * self._world_size * torch.finfo(averaged.dtype).eps * sqrt(averaged.numel())
         total = averaged.sum(dtype=torch.float64)
         self._sums.append(_Sum(parameters, tolerance, total, expected.clone()))
 

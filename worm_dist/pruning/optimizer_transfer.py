@@ -76,7 +76,8 @@ def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     factors = value.dim() == parameter.dim() and all(
         size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
     )
-    if type(value) not in (Tensor, nn.Parameter):  # which quantizes, or is a part of a larger one
+    # A tensor with operations of its own quantizes, or is a part of a larger one.
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         yield f"is a {type(value).__name__}"
     elif not factors:
         yield f"is {list(value.shape)}, and the parameter {list(parameter.shape)}"
