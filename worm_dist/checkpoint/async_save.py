@@ -46,7 +46,14 @@ class AsyncSaver:
         """
         self.finish()
         copies = self._copy(states)
-        self._thread = threading.Thread(target=self._run, args=(write, copies), name="checkpoint")
+        copied = None
+        if torch.cuda.is_initialized():
+            # The copies from a GPU are ordered before the kernels of the next step; only the thread
+            # waits for them.
+            copied = torch.cuda.Event()
+            copied.record()
+        arguments = (write, copies, copied)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
         self._thread.start()
 
     def finish(self) -> None:
@@ -62,8 +69,12 @@ class AsyncSaver:
         if error is not None:
             raise error
 
-    def _run(self, write: Write, copies: Mapping[str, Packed]) -> None:
+    def _run(
+        self, write: Write, copies: Mapping[str, Packed], copied: torch.cuda.Event | None
+    ) -> None:
         try:
+            if copied is not None:
+                copied.synchronize()
             write(copies)
         except BaseException as error:
             self._error = error
@@ -78,9 +89,12 @@ class AsyncSaver:
                 # Reused, because allocating new memory takes several times as long as the copy.
                 buffer = self._buffers.pop((part, name), None)
                 if buffer is None or buffer.numel() != memory.numel():
-                    buffer = torch.empty(memory.numel(), dtype=torch.uint8)
+                    # Only to pinned memory does a GPU copy while the host goes on.
+                    buffer = torch.empty(
+                        memory.numel(), dtype=torch.uint8, pin_memory=memory.is_cuda
+                    )
                 buffers[part, name] = buffer
-                tensors[name] = metadata, buffer.copy_(memory)
+                tensors[name] = metadata, buffer.copy_(memory, non_blocking=True)
             copies[part] = Packed(packed.structure, tensors)
         self._buffers = buffers
         return copies
