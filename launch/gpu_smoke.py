@@ -26,7 +26,7 @@ import worm_dist
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 900
 CONFIG = "configs/digits.yaml"
-SMALL = ("--model.arguments", "{widths: [16, 16, M, 32, 32]}")
+SMALL = ("--epochs", "9", "--model.arguments", "{widths: [16, 16, M, 32, 32]}")
 """The demo's network in a rehearsal."""
 EVERY_EPOCH = ("--checkpoint.every", "1ep", "--checkpoint.keep_last", "100")
 RESUMED_AT = 5

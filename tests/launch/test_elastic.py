@@ -41,7 +41,7 @@ def _agent(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
             "0.2",
         ),
         *("-m", "worm_dist", "train", str(CONFIG), "--out", str(folder / "run")),
-        *("--epochs", "40", "--checkpoint.every", "5ba", "--search.every", "11ba"),
+        *("--epochs", "30", "--checkpoint.every", "5ba", "--search.every", "11ba"),
     ]
     with (folder / name).open("wb") as said:
         return subprocess.Popen(
