@@ -76,8 +76,7 @@ def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     factors = value.dim() == parameter.dim() and all(
         size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
     )
-    # A tensor with operations of its own quantizes, or is a part of a larger one.
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(value) not in (Tensor, nn.Parameter):  # which quantizes, or is a part of a larger one
         yield f"is a {type(value).__name__}"
     elif not factors:
         yield f"is {list(value.shape)}, and the parameter {list(parameter.shape)}"
