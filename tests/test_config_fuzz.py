@@ -28,6 +28,8 @@ from worm_dist.training.optim import build_optimizer, build_schedule
 from worm_dist.training.resume_config import changes, fixed_settings
 from worm_dist.training.run_config import RunConfig
 
+pytestmark = pytest.mark.slow("hundreds of settings files, a quarter of a minute")
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 KEYS = sorted(RunConfig.keys())

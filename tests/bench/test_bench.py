@@ -30,6 +30,8 @@ from worm_dist.bench.workload import Workload, alternate
 from worm_dist.errors import CheckpointError
 from worm_dist.models import build_model
 
+pytestmark = pytest.mark.slow("runs benchmarks, ten seconds")
+
 ROOT = Path(__file__).parents[2]
 NETLAB = (ROOT / "launch" / "netlab", "--rate", "unlimited", "--")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.ranks import Ranks
 from worm_dist.bench.checkpoint import checkpoint
 from worm_dist.bench.results import Panel
 from worm_dist.bench.workload import Workload
+
+pytestmark = pytest.mark.slow("runs a benchmark, six seconds")
 
 
 def _panel() -> Panel:

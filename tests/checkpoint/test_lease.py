@@ -21,6 +21,8 @@ from worm_dist.checkpoint import lease, lock
 from worm_dist.checkpoint.lease import Holder, Lease
 from worm_dist.checkpoint.lock import run_lock
 
+pytestmark = pytest.mark.slow("watches leases run out, six seconds")
+
 RENEWAL, JOB, LEASE = 0.02, 0.2, 0.5
 """Seconds of a renewal, and without one until the job's next start or anybody takes over."""
 

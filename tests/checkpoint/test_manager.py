@@ -293,6 +293,7 @@ def _save_on_every_rank(folder: str) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow("two processes that import torch, ten seconds")
 def test_ranks_write_parts_of_their_own(ranks: Ranks, folder: Path) -> None:
     for rank, state in enumerate(ranks(2, _save_on_every_rank, str(folder))):
         assert not difference(state, {"rank": rank, "mine": torch.arange(5) * rank})

@@ -23,6 +23,8 @@ from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import BackendError, ConfigError, Engine, Mask, WormConfig
 
+pytestmark = pytest.mark.slow("sixty draws on two ranks, half a minute")
+
 DROPPED = (0, 3, 4, 9, 12)
 ARGUMENTS: list[dict[str, Any]] = [
     {},

@@ -24,6 +24,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.resuming import differences, transformer
 from worm_dist import DrawError, WormConfig
 
+pytestmark = pytest.mark.slow("draws that fail in every step, ten seconds")
+
 _DROPPED = (0, 2, 3, 9)
 _HOLD: Mapping[str, Any] = {"frozen_weights": "hold"}
 _STAGES: Mapping[str, Any] = {"removal": {"duration": "12ba", "fade_steps": 1, "stage": 0.5}}

@@ -23,6 +23,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
+pytestmark = pytest.mark.slow("trains with frozen statistics, ten seconds")
+
 _DROPPED = (0, 3, 8)
 _KEPT = {"bn1": [1, 2, 4, 5], "bn2": [0, 1, 3, 4, 5, 6, 7]}
 

@@ -18,6 +18,8 @@ from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("every packing beside masked gradients, a quarter of a minute")
+
 GENERATIONS = [(0, 3, 9), (3, 4, 10, 12), (0, 1)]  # channels 0, 9, 4, ... thaw again
 STEPS_EACH = 3
 

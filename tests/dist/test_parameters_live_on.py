@@ -20,6 +20,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.settings import at_once
 from worm_dist import Engine, WormConfig
 
+pytestmark = pytest.mark.slow("draws on two ranks, five seconds")
+
 _DROPPED = (0, 2, 3, 9)
 _LIMIT = 1e-4
 _TRUNCATIONS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.resuming import differences
 from worm_dist import DrawError, Engine, Mask, WormConfig
 
+pytestmark = pytest.mark.slow("rehearses many masks, ten seconds")
+
 _Way = Callable[[Tensor], Tensor]
 
 

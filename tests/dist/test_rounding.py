@@ -157,6 +157,7 @@ def _is_rounded(name: str, count: int) -> bool:
     return not large or count % _BLOCK == 0 or count == _WHOLE[name]
 
 
+@pytest.mark.slow("a whole search, four seconds")
 @pytest.mark.parametrize("name", _RUNS)
 def test_every_mask_in_force_is_of_blocks(everyone: list[dict[str, Seen]], name: str) -> None:
     first, second = (seen[name] for seen in everyone)

@@ -24,6 +24,8 @@ from tests.ranks import NO_GROUP, Ranks
 from tests.resuming import transformer
 from worm_dist import ConfigError, Engine, WormConfig
 
+pytestmark = pytest.mark.slow("draws in stages on two ranks, ten seconds")
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "flattening": Flattening,

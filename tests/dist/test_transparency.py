@@ -16,6 +16,8 @@ from tests.nets import Flattening, Residual, random_images, randomise
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
 
+pytestmark = pytest.mark.slow("trains with and without an engine, ten seconds")
+
 NUM_STEPS = 12
 L1 = 0.01
 

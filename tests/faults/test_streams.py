@@ -15,6 +15,8 @@ import pytest
 
 from tests.faults.driver import CONFIG, ROOT, Act, Driver, Ended, Fault, Run
 
+pytestmark = pytest.mark.slow("whole runs, six seconds")
+
 SECURE = "worm_dist.__main__:secure_standard_streams"
 """Called first of all."""
 

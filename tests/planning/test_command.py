@@ -111,6 +111,7 @@ def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
         _plan(*words, "--batch", "1")
 
 
+@pytest.mark.slow("a process that imports torch, five seconds")
 @pytest.mark.timeout(110)
 def test_the_readme_shows_what_it_prints() -> None:
     """In a process of its own, as a user runs it."""

@@ -24,6 +24,8 @@ from worm_dist.planning.target import Target
 from worm_dist.training.evaluation import count_parameters
 from worm_dist.training.flops import count_flops
 
+pytestmark = pytest.mark.slow("forecasts beside whole engines, ten seconds")
+
 SHAPE = (1, 8, 8)
 FADE = {"truncation": {**at_once(2)}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

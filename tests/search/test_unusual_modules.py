@@ -24,6 +24,8 @@ from tests.nets import Plain, random_images, randomise
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import ConfigError, Engine, Mask, WormConfig
 
+pytestmark = pytest.mark.slow("fifty attachments, a quarter of a minute")
+
 
 class _Keeping(Plain):
     """Keeps its features, as for Grad-CAM, attention maps and distillation.

@@ -51,6 +51,7 @@ def _outputs(network: nn.Module) -> Tensor:
     return logits
 
 
+@pytest.mark.slow("a process that imports torch, six seconds")
 def test_tickets_are_loaded_in_a_fresh_process(tmp_path: Path) -> None:
     """One names its model; the other is of a network of one's own."""
     named, own = tmp_path / "named", tmp_path / "own"

@@ -32,6 +32,8 @@ from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 from worm_dist.search.importance import ChannelScales
 from worm_dist.search.select import select_channels
 
+pytestmark = pytest.mark.slow("draws of whole families, a third of a minute")
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg_small": lambda: build_model("vgg_small", 10, 3, {"widths": [16, "M", 24, 32]}),
     "resnet20": lambda: build_model("resnet20", 10, 3),

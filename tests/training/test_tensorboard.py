@@ -145,6 +145,7 @@ print("trained on")
 """
 
 
+@pytest.mark.slow("a whole run, three seconds")
 @pytest.mark.fault(24, "TensorBoard's disk is full")
 def test_full_disk_costs_one_line_and_spares_what_was_written(tmp_path: Path) -> None:
     run = subprocess.run(
