@@ -228,7 +228,7 @@ class TruncationConfig(Settings):
     compression hooks cannot be combined with the packing."""
     compression_rank: Count = Field(default=1, ge=1)
     """PowerSGD: rank of the approximation, the number of columns of P and Q."""
-    checksums: bool = True
+    checksums: bool = False
     """Compare the sum of each truncated bucket with the sum of what the ranks have put in, under
     DistributedDataParallel without PowerSGD: a difference beyond rounding ends the run before the
     weights are changed, on a GPU at the step after.  Two more elements a bucket, which

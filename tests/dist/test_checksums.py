@@ -23,7 +23,7 @@ def _truncated(**truncation: Any) -> Engine:
     torch.manual_seed(0)
     model = DistributedDataParallel(Residual(), bucket_cap_mb=0.002)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    config = WormConfig(truncation={"frozen_weights": "hold", **truncation})
+    config = WormConfig(truncation={"frozen_weights": "hold", "checksums": True, **truncation})
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     engine.truncate(mask_dropping(engine.groups, 0))
     return engine

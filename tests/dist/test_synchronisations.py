@@ -54,8 +54,7 @@ def _step(model: torch.nn.Module, optimizer: Optimizer, engine: Engine | None) -
 
 def _waits() -> dict[str, list[int]]:
     """Waits in each step and check while searching, fading, and after all are gone."""
-    # Checksums are read a step late on a GPU, but at once on this CPU; see ``HostCopy``.
-    engine = _engine({"removal": {"duration": "8ba", "fade_steps": 3}, "checksums": False})
+    engine = _engine({"removal": {"duration": "8ba", "fade_steps": 3}})
     as_on_device(engine.model.get_submodule("module"))
     # It refuses moments of another class than tensor's, such as quantized ones.
     vars(usage_errors)["require_cuttable"] = lambda *_: None
