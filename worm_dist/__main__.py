@@ -77,7 +77,7 @@ def _parse(
         "--resume",
         default="auto",
         help="auto (default): resume an unfinished run in the folder; never: move it aside and "
-        "start anew; or the path of a checkpoint, or of a run's folder for its newest one",
+        "start a new run; or the path of a checkpoint, or of a run's folder for its newest one",
     )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")

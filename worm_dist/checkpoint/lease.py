@@ -1,7 +1,7 @@
 """Lease: a lock file that its holder renews, so that others see whether the holder is alive.
 
 A process id or a host name proves nothing to another host or container.  So the holder writes a new
-number to the file every ``RENEWAL_SECONDS``, and whoever wants the lock watches the file.  Only
+number to the file every ``RENEWAL_SECONDS``, and a process that wants the lock watches it.  Only
 changes count, timed by the watcher's own monotonic clock; clocks of hosts are never compared.
 
 The holder writes through the descriptor with which it created the file.  If the file is replaced
@@ -46,7 +46,7 @@ class Holder(Schema):
     """The content of the lock file.
 
     Attributes:
-        token: random name of this one holding, by which it is told from all others.
+        token: random identifier, a new one each time that the lock is taken.
         pid: process id, in the holder's own pid namespace.
         host: host name.
         kernel_lock: identity of the lock that the holder has in its host's kernel: boot, device and

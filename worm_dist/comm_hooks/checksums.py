@@ -6,11 +6,12 @@ the elements, so the sum of what arrives must be the sum that arrives, up to rou
 
 Elements are rounded in each of the W - 1 additions of W ranks, and so is the sum, by half of the
 dtype's eps of what has been added so far: together at most W * eps * L1, where L1, the sum of all
-magnitudes, is at most sqrt(n) times the norm.  Summing n elements in float32, by pairs, rounds less
-than ``_OF_A_SUM`` times eps * L1.  Twice the one and the other are the tolerance, so a correct sum
-never fails.  Of three million elements on two ranks a change of one by 13 times their root mean
-square is found; with bfloat16 only wild values are.  Sums in float64 would find 1.5 times, and take
-ten times as long on a CPU.
+magnitudes, is at most sqrt(n) times the norm.  That is a strict bound.  torch sums n elements in
+float32 in a tree of blocks, whose errors have random signs; ``_OF_A_SUM`` times eps * L1 is far
+above what they come to, but no strict bound.  The tolerance is twice the one and the other.  Of
+three million elements on two ranks a change of one by 13 times their root mean square is found;
+with bfloat16 only wild values are.  Sums in float64 would find 1.5 times, and take ten times as
+long on a CPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = ["NUM_CHECKSUMS", "Checksums"]
 NUM_CHECKSUMS = 2
 """Elements behind the live ones: their sum and their L2 norm."""
 _OF_A_SUM = 32
+"""Rounding of a float32 sum, in units of eps times the sum of all magnitudes."""
 
 
 class _Sum(NamedTuple):
