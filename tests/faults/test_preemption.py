@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import pytest
 
 from tests.faults.courses import ALL_PHASES, curves_of, differences_of_runs, under_zero
 from tests.faults.driver import Act, Driver, Fault, Run, busy
+from tests.faults.stopping import ask_to_stop
 from worm_dist.checkpoint.manager import CheckpointManager
-from worm_dist.distributed.graceful_stop import StopCoordinator
 
 pytestmark = pytest.mark.slow("stops whole runs and goes on with them")
 
@@ -48,27 +46,13 @@ def _unbroken(folder: Path, settings: Mapping[str, Any]) -> Path:
     return driver.out
 
 
-def _ask_to_stop(*signals: tuple[int, signal.Signals]) -> None:
-    """Send signals, and wait until this rank has been told that all are to stop: on a busy machine
-    a few steps are faster than two messages.
-
-    Another rank's signal may have told it already, so it is asked what it knows, not when."""
-    (halt,) = (found for found in gc.get_objects() if isinstance(found, StopCoordinator))
-    for pid, number in signals:
-        os.kill(pid, number)
-    deadline = time.monotonic() + 60
-    while not halt.requested:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def _terminate(real: Act, *args: Any) -> Any:
-    _ask_to_stop((os.getpid(), signal.SIGTERM))
+    ask_to_stop((os.getpid(), signal.SIGTERM))
     return real(*args)
 
 
 def _terminate_by_another_signal(real: Act, *args: Any) -> Any:
-    _ask_to_stop((os.getpid(), signal.SIGUSR1))
+    ask_to_stop((os.getpid(), signal.SIGUSR1))
     return real(*args)
 
 
@@ -131,7 +115,7 @@ def _terminate_with_loaders(real: Act, *args: Any) -> Any:
     """As a scheduler does: every process that there is."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     assert len(children) >= 2, children
-    _ask_to_stop(*((pid, signal.SIGTERM) for pid in [*map(int, children), os.getpid()]))
+    ask_to_stop(*((pid, signal.SIGTERM) for pid in [*map(int, children), os.getpid()]))
     return real(*args)
 
 

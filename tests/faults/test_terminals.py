@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.driver import Act, Driver, Ended, Fault, Run, busy
+from tests.faults.stopping import ask_to_stop
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.distributed.graceful_stop import StopCoordinator
 from worm_dist.training.preemption import stop_on_signals
@@ -18,28 +18,18 @@ from worm_dist.training.preemption import stop_on_signals
 SLOW = pytest.mark.slow("stops whole runs and goes on with them")
 
 
-def _send(pid: int, number: signal.Signals) -> None:
-    """Send a signal, and wait until this rank has been told to stop: a few steps are faster."""
-    (stop,) = (found for found in gc.get_objects() if isinstance(found, StopCoordinator))
-    os.kill(pid, number)
-    deadline = time.monotonic() + 60
-    while not stop.requested:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def _interrupt(real: Act, *args: Any) -> Any:
-    _send(os.getpid(), signal.SIGINT)
+    ask_to_stop((os.getpid(), signal.SIGINT))
     return real(*args)
 
 
 def _hang_up(real: Act, *args: Any) -> Any:
-    _send(os.getpid(), signal.SIGHUP)
+    ask_to_stop((os.getpid(), signal.SIGHUP))
     return real(*args)
 
 
 def _interrupt_twice(real: Act, *args: Any) -> None:
-    _send(os.getpid(), signal.SIGINT)
+    ask_to_stop((os.getpid(), signal.SIGINT))
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 
@@ -48,7 +38,7 @@ def _interrupt_the_launcher(real: Act, *args: Any) -> Any:
     """As a terminal does: torchrun's agent is alone in its process group."""
     agent = os.getppid()
     assert os.getpgid(agent) == agent
-    _send(-agent, signal.SIGINT)
+    ask_to_stop((-agent, signal.SIGINT))
     return real(*args)
 
 
