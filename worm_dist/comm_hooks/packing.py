@@ -57,7 +57,7 @@ class Packing:
             for block, gradient in zip(blocks, gradients, strict=True)
         ]
         self._sizes = [shape.numel() for shape in self._live_shapes]
-        self.num_live = sum(self._sizes)
+        *self._begins, self.num_live = accumulate(self._sizes, initial=0)
         self._dtype, self._device = bucket.dtype, bucket.device
         self._runs: list[list[int]] = []
         self._alone: list[int] = []
@@ -132,8 +132,7 @@ class Packing:
     def _indices(self) -> list[tuple[Tensor, int]]:
         """For each run of neighbours that are gathered by one index: int64, where in the bucket
         their live elements are, and where in the buffer they begin."""
-        begins = [0, *accumulate(self._sizes)]
-        return [(self._index(run), begins[run[0]]) for run in self._runs]
+        return [(self._index(run), self._begins[run[0]]) for run in self._runs]
 
     def _index(self, run: Sequence[int]) -> Tensor:
         indices = []
@@ -150,14 +149,13 @@ class Packing:
     def _written_alone(
         self, bucket: Tensor, buffer: Tensor
     ) -> Iterator[tuple[Tensor, Block | None, Tensor]]:
-        if not self._alone:
-            return
-        parts = self.parts if buffer is self.buffer else self.parts_of(buffer)
-        begin = bucket.storage_offset()
+        origin = bucket.storage_offset()
         for number in self._alone:
             shape, stride, offset = self._layouts[number]
-            gradient = bucket.as_strided(shape, stride, begin + offset)
-            yield gradient, self.blocks[number], parts[number]
+            gradient = bucket.as_strided(shape, stride, origin + offset)
+            begin, live_shape = self._begins[number], self._live_shapes[number]
+            part = buffer[begin : begin + live_shape.numel()].view(live_shape)
+            yield gradient, self.blocks[number], part
 
 
 def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
