@@ -61,6 +61,13 @@ def _with(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
     return lambda state: _part(state, keys[:-1]).__setitem__(keys[-1], value)
 
 
+def _with_a_candidate_less(state: dict[str, Any]) -> None:
+    """As the history of a narrower network: masks as wide as its own sizes say."""
+    history = state["history"]
+    name = list(history["sizes"])[-1]
+    history["masks"] = history["masks"][:, : -history["sizes"].pop(name)]
+
+
 def _part(state: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         state = state[key]
@@ -115,6 +122,7 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
             "shared.dropped.truncation: contradicts phase ticket",
         ),
         (_with(None, "history"), "history: missing; rank 0 must load"),
+        (_with_a_candidate_less, r"history.sizes: \w+: not what this network's search ranks"),
         (_with("00", "shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
         (_without("shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
     ],

@@ -72,7 +72,16 @@ class Averager(Protocol):
         plan: FreezePlan | None,
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Restore a state of ``state_dict``, before the first pass."""
+        """Restore a state of ``state_dict``, before the first pass.
+
+        Args:
+            state: the state.
+            plan: the freeze plan of the next pass.
+            parameters: the averaged parameters, by name.
+
+        Raises:
+            CheckpointError: it is not of these parameters.
+        """
 
     def release(self) -> None:
         """Let go of all buffers."""

@@ -235,7 +235,8 @@ class TrainingContext(StepListener):
         failure: CheckpointError | None = None
         try:
             if reducer_state is not None:
-                reducer.load_state_dict(reducer_state, self.network)
+                averaged = {name: p for p, name in self.names.items() if p in self.trained}
+                reducer.load_state_dict(reducer_state, averaged)
         except CheckpointError as error:  # the other ranks must not wait for this one
             failure = error
         with uncounted(self.comm):

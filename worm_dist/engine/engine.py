@@ -35,7 +35,7 @@ from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
-from .state import FORMAT, agreed_settings, digests_of, rank_state_of, require_valid
+from .state import FORMAT, DenseNetwork, agreed_settings, digests_of, rank_state_of, require_valid
 from .traffic import Traffic
 from .usage_errors import UsageErrors, require_alone
 
@@ -88,7 +88,8 @@ class Engine:
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
         self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
-        self._dense_shapes = shapes_of(network)
+        candidates = {} if ranking is None else ranking.sizes
+        self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch)
         self._history = History(search)
         self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
@@ -372,7 +373,7 @@ class Engine:
         """
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError("save_ticket: no ticket has been drawn yet")
-        cuts = ungated(cuts_of(self.groups, self.mask, self._dense_shapes))
+        cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
         save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
 
     def detach(self) -> nn.Module:
@@ -464,9 +465,7 @@ class Engine:
         comm, training, where = self._comm, self._training, "load_state_dict"
         with refused_on_all_ranks(comm, where):
             self._require_new(where)
-            require_valid(
-                state, self._settings, self.groups, self._dense_shapes, self._steps_per_epoch, comm
-            )
+            require_valid(state, self._settings, self._dense, self._steps_per_epoch, comm)
             training.require_alike(copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)
         shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
