@@ -155,6 +155,7 @@ class AllReduce:
             return view.packing.wire if view.packing is not None and num_more else elements
         wire = self._wires.pop(view.bucket, None)
         if wire is None or wire.numel() != elements.numel() + num_more:
+            wire = None  # not both at once
             wire = elements.new_empty(elements.numel() + num_more, dtype=self._dtype)
         self._wires_of_this_pass[view.bucket] = wire
         if view.is_last:  # what is left belongs to buckets that DDP has rebuilt since

@@ -7,7 +7,8 @@ would take more memory than they do.  The order of the elements stays that of th
 of ranks adds them as it would without truncation.
 
 The buffer is allocated once per generation: allocating it in every step costs several times the
-copy.
+copy.  After the first pass nothing is allocated: DDP unpacks in callbacks, each on a stream from a
+pool, and the caching allocator would keep the memory of a temporary tensor for that stream alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ __all__ = ["Packing", "with_parameter_strides"]
 
 _LARGE = 2**20
 """Elements of a gradient that is copied alone."""
+_ROWS_AT_ONCE = 2**19
+"""Elements of the rows from which columns are selected at once: the size of a scratch buffer that
+is kept for each bucket that needs one."""
 _SHORT_ROW = 64
 """Elements of a row that a CPU copies no faster than as many single elements."""
 
@@ -107,7 +112,7 @@ class Packing:
             if block is None:
                 part.copy_(gradient)
             else:
-                _take(gradient, block, part)
+                self._take(gradient, block, part)
 
     def unpack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
         """Write the buffer, or another one, to the live elements of a bucket, and exact zeros to
@@ -126,7 +131,7 @@ class Packing:
             if block is None:
                 gradient.copy_(part)
             else:
-                _put(gradient, block, part)
+                self._put(gradient, block, part)
 
     @cached_property
     def _indices(self) -> list[tuple[Tensor, int]]:
@@ -146,6 +151,51 @@ class Packing:
             indices.append(elements.flatten() + offset)
         return torch.cat(indices)
 
+    @cached_property
+    def _scratch(self) -> Tensor:
+        """Rows of a gradient, for the largest chunk of rows of any."""
+        return torch.empty(self._scratch_size, dtype=self._dtype, device=self._device)
+
+    @property
+    def _scratch_size(self) -> int:
+        blocks = (self.blocks[number] for number in self._alone)
+        sizes = [
+            min(_rows_at_once(block.shape), block.live[0].numel()) * block.shape[1:].numel()
+            for block in blocks
+            if block is not None and len(block.live) == 2 and block.num_live
+        ]
+        return max(sizes, default=0)
+
+    def _rows(self, block: Block, part: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of the live rows: their indices, the part's rows, and scratch for full ones."""
+        size = _rows_at_once(block.shape)
+        for rows, part_rows in zip(block.live[0].split(size), part.split(size), strict=True):
+            shape = (rows.numel(), *block.shape[1:])
+            yield rows, part_rows, self._scratch[: prod(shape)].view(shape)
+
+    def _take(self, gradient: Tensor, block: Block, out: Tensor) -> None:
+        if out.numel() == 0:
+            return
+        if len(block.live) == 2:
+            # Rows first: they are contiguous, and columns are then selected from fewer of them.
+            for rows, out_rows, scratch in self._rows(block, out):
+                torch.index_select(gradient, 0, rows, out=scratch)
+                torch.index_select(scratch, 1, block.live[1], out=out_rows)
+        else:
+            ((dim, live),) = block.live.items()
+            torch.index_select(gradient, dim, live, out=out)
+
+    def _put(self, gradient: Tensor, block: Block, part: Tensor) -> None:
+        if part.numel() == 0:
+            return
+        if len(block.live) == 2:
+            for rows, part_rows, scratch in self._rows(block, part):
+                torch.index_select(gradient, 0, rows, out=scratch)
+                gradient.index_copy_(0, rows, scratch.index_copy_(1, block.live[1], part_rows))
+        else:
+            ((dim, live),) = block.live.items()
+            gradient.index_copy_(dim, live, part)
+
     def _written_alone(
         self, bucket: Tensor, buffer: Tensor
     ) -> Iterator[tuple[Tensor, Block | None, Tensor]]:
@@ -156,6 +206,10 @@ class Packing:
             begin, live_shape = self._begins[number], self._live_shapes[number]
             part = buffer[begin : begin + live_shape.numel()].view(live_shape)
             yield gradient, self.blocks[number], part
+
+
+def _rows_at_once(shape: torch.Size) -> int:
+    return max(1, _ROWS_AT_ONCE // shape[1:].numel())
 
 
 def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
@@ -178,25 +232,3 @@ def with_parameter_strides(parameter: Tensor, gradient: Tensor) -> Tensor:
     if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
         return gradient
     return gradient.as_strided(parameter.shape, parameter.stride())
-
-
-def _take(gradient: Tensor, block: Block, out: Tensor) -> None:
-    if out.numel() == 0:
-        return
-    if len(block.live) == 2:
-        # Rows first: they are contiguous, and columns are then selected from fewer of them.
-        gradient = gradient.index_select(0, block.live[0])
-        torch.index_select(gradient, 1, block.live[1], out=out)
-    else:
-        ((dim, live),) = block.live.items()
-        torch.index_select(gradient, dim, live, out=out)
-
-
-def _put(gradient: Tensor, block: Block, part: Tensor) -> None:
-    if len(block.live) == 2:
-        rows = gradient.index_select(0, block.live[0])
-        part = rows.index_copy_(1, block.live[1], part)
-        dim = 0
-    else:
-        (dim,) = block.live
-    gradient.index_copy_(dim, block.live[dim], part)
