@@ -74,6 +74,21 @@ class Packing:
             else:
                 self._runs.append([number])
 
+    @property
+    def live_shapes(self) -> Sequence[torch.Size]:
+        """The shape of the live part of every gradient."""
+        return self._live_shapes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that are kept after the first pass."""
+        return (self.num_live + NUM_CHECKSUMS + self._scratch_size) * self._dtype.itemsize
+
+    @property
+    def num_indices(self) -> int:
+        """Number of indices that are kept, each of eight bytes, besides those of the blocks."""
+        return sum(self._sizes[number] for run in self._runs for number in run)
+
     @cached_property
     def wire(self) -> Tensor:
         """The buffer with room for checksums behind it, allocated at first use."""
