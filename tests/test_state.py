@@ -231,7 +231,7 @@ def test_nested_inputs_come_back_as_they_were() -> None:
     again.load_state_dict(state)
     before, after = (
         [(c.positional, c.keywords, c.autocast, sorted(c.training_norms)) for c in remembered]
-        for remembered in (engine._training.calls, again._training.calls)
+        for remembered in (engine._training.inputs.calls, again._training.inputs.calls)
     )
     assert [len(positional[0]) for positional, *_ in after] == [2, 3]
     assert not list(differences(before, after, "calls"))
@@ -303,7 +303,7 @@ def _of_rank_zero(truncation: dict[str, Any]) -> Any:
     again.optimizer.load_state_dict(weights[1])
     again.draw(again.mask)  # at once: nobody has seen inputs
     _train(again, 1)
-    return len(again.history), again._training.calls
+    return len(again.history), again._training.inputs.calls
 
 
 def test_rank_zeros_state_will_do_on_every_rank(ranks: Ranks) -> None:

@@ -35,6 +35,7 @@ from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
+from .requirements import require_alike, require_optimized
 from .state import FORMAT, DenseNetwork, agreed_settings, digests_of, rank_state_of, require_valid
 from .traffic import Traffic
 from .usage_errors import UsageErrors, require_alone
@@ -81,7 +82,7 @@ class Engine:
         self.groups: Groups = agreed_groups(
             network, example_inputs, self._comm, search, any_group=any_group, optional=optional
         )
-        self._training.require_optimized(self.groups)
+        require_optimized(self._training.optimizer_view, network, self.groups)
         if self.groups:
             self._ranking = Ranking(config, network, self.groups, score)
         ranking = self._ranking if self.groups else None
@@ -276,7 +277,7 @@ class Engine:
         self._calls.offer_draw(False)
         require_reversible(self.groups, mask, dropped.channels.removed, where)
         require_live_survivors(self.groups, mask, dropped.frozen)
-        self._training.require_alike(copies, "draw")
+        require_alike(self._training.network, copies, "draw")
         dropped.shrink(mask, copies, is_complete, where)
         self._verdict = (
             Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -466,7 +467,7 @@ class Engine:
         with refused_on_all_ranks(comm, where):
             self._require_new(where)
             require_valid(state, self._settings, self._dense, self._steps_per_epoch, comm)
-            training.require_alike(copies, where)
+            require_alike(training.network, copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)
         shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
         inputs = None if own is None else own["training"]["inputs"]

@@ -56,5 +56,5 @@ def log_memory(
         *(memory.weights / 2**20, memory.moments / 2**20),
         *(memory.buffers / 2**20, memory.indices / 2**20),
         "; without ZeRO's gather of the weights" if view.shared else "",
-        config.ticket.recalibrate_memory_mb if training.recalibrates else 0,
+        config.ticket.recalibrate_memory_mb if training.inputs.is_on else 0,
     )
