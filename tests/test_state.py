@@ -61,6 +61,13 @@ def _with(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
     return lambda state: _part(state, keys[:-1]).__setitem__(keys[-1], value)
 
 
+def _with_a_candidate_less(state: dict[str, Any]) -> None:
+    """As the history of a narrower network: masks as wide as its own sizes say."""
+    history = state["history"]
+    name = list(history["sizes"])[-1]
+    history["masks"] = history["masks"][:, : -history["sizes"].pop(name)]
+
+
 def _part(state: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         state = state[key]
@@ -115,6 +122,7 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
             "shared.dropped.truncation: contradicts phase ticket",
         ),
         (_with(None, "history"), "history: missing; rank 0 must load"),
+        (_with_a_candidate_less, r"history.sizes: \w+: not what this network's search ranks"),
         (_with("00", "shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
         (_without("shared", "groups", "conv1"), "groups: conv1: these are not the groups"),
     ],
@@ -223,7 +231,7 @@ def test_nested_inputs_come_back_as_they_were() -> None:
     again.load_state_dict(state)
     before, after = (
         [(c.positional, c.keywords, c.autocast, sorted(c.training_norms)) for c in remembered]
-        for remembered in (engine._training.calls, again._training.calls)
+        for remembered in (engine._training.inputs.calls, again._training.inputs.calls)
     )
     assert [len(positional[0]) for positional, *_ in after] == [2, 3]
     assert not list(differences(before, after, "calls"))
@@ -295,7 +303,7 @@ def _of_rank_zero(truncation: dict[str, Any]) -> Any:
     again.optimizer.load_state_dict(weights[1])
     again.draw(again.mask)  # at once: nobody has seen inputs
     _train(again, 1)
-    return len(again.history), again._training.calls
+    return len(again.history), again._training.inputs.calls
 
 
 def test_rank_zeros_state_will_do_on_every_rank(ranks: Ranks) -> None:

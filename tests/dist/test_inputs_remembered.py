@@ -402,5 +402,5 @@ def test_an_input_is_remembered_without_its_graph() -> None:
         network, SGD(network.parameters(), lr=0.1), example_inputs=random_images(1)
     )
     network(random_images(2).requires_grad_() * 2)
-    (call,) = engine._training.calls
+    (call,) = engine._training.inputs.calls
     assert call.positional[0].grad_fn is None and not call.positional[0].requires_grad

@@ -33,6 +33,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
         {"conv1.weight": torch.zeros(1)}
     ),
     "num_draws: more than num_passes allow": lambda averager: averager.update(num_draws=2**40),
+    "buckets: bn0.bias and 10 more: in none of them": lambda averager: averager["buckets"].pop(0),
+    "buckets: head.bias": lambda averager: _without(averager, "head.bias"),
+    "buckets: bn0.bias and 1": lambda averager: averager["buckets"].clear(),
     "buckets: Field required": lambda averager: averager.pop("buckets"),
 }
 
@@ -41,9 +44,18 @@ def _errors(averager: Any) -> Any:
     return averager["buckets"][0]["error_feedback"]
 
 
+def _without(averager: Any, name: str) -> None:
+    """One parameter less, wherever it is in a bucket."""
+    for bucket in averager["buckets"]:
+        if name in bucket["parameters"]:
+            bucket["parameters"].remove(name)
+            bucket["error_feedback"].pop(name, None)
+            (bucket["q"] or {}).pop(name, None)
+
+
 def _engine() -> Engine:
     torch.manual_seed(0)
-    model = DistributedDataParallel(Residual(width=16))
+    model = DistributedDataParallel(Residual(width=16), bucket_cap_mb=0.01)
     return worm_dist.attach(
         model,
         SGD(model.parameters(), lr=0.05),

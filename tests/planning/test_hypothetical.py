@@ -13,7 +13,8 @@ from worm_dist.digest import sha256_of
 from worm_dist.groups.channel_groups import Groups
 from worm_dist.groups.tracing import find_groups
 from worm_dist.models import build_model
-from worm_dist.planning.hypothetical import equal_shares, mask_of_ticket
+from worm_dist.planning.hypothetical import mask_of_ticket
+from worm_dist.search.equal_shares import equal_shares
 from worm_dist.search.ranking import Ranking
 
 _NETWORKS = {

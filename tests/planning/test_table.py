@@ -120,6 +120,19 @@ def test_it_says_what_is_dropped_and_what_that_saves(found: Forecast) -> None:
     ]
 
 
+def test_it_says_what_the_engine_will_hold(found: Forecast) -> None:
+    """Of a rank that passes four samples at a time."""
+    lines = _log(found)
+    start = lines.index("The engine's memory on a rank, in MiB")
+    assert lines[start + 1 : start + 6] == [
+        "           held weights  held state  packing  indices  inputs           all",
+        "dense              0.00        0.00     0.00     0.00    0.01  0.01   0.7 %",
+        "truncated          0.55        0.00     0.55     2.21    0.01  3.32 301.6 %",
+        "faded              0.55        0.00     0.28     1.67    0.01  2.50 227.9 %",
+        "ticket             0.00        0.00     0.00     0.00    0.00  0.00   0.0 %",
+    ]
+
+
 def test_an_estimate_says_what_it_is(found: Forecast) -> None:
     text = "\n".join(_log(found))
     assert "A step's time, estimated: 8 ranks at 10Gbit/s, 4 samples each" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from tests.zero.row import Row
 
 __all__ = ["Overheard", "Payload", "dense_payload_of", "payload_of"]
 
+_BYTES_OF_A_COLLECTIVE = 2**18
+"""More padding than this for each broadcast that it saves is not sent."""
+
 Groups = Sequence[Sequence[str]]
 Flags = Mapping[str, Tensor]
 
@@ -25,7 +29,7 @@ class Payload(NamedTuple):
     Attributes:
         gradients: that all ranks reduce.
         share: this rank's share of what all ranks tell of their weights.
-        told: what this rank tells of its own.
+        told: what this rank tells of its own, padding included.
     """
 
     gradients: int
@@ -43,7 +47,8 @@ def dense_payload_of(row: Row, groups: Groups, network: nn.Module) -> Payload:
 
 
 def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Payload:
-    """Gradients of live elements, and in stages 1 and 2 the live weights of a partition.
+    """Gradients of live elements, and in stages 1 and 2 the live weights of a partition, padded to
+    those of the largest if that is cheaper than a broadcast from each rank.
 
     Args:
         groups: names of the parameters in the optimizer's groups.
@@ -55,9 +60,16 @@ def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Pay
         return Payload(gradients, 0, 0)
     rows = [_laid_out(row, [gathered[name] for name in group]) for group in groups]
     lives = [[int(part.sum()) for part in flags.chunk(row.world_size)] for flags in rows]
-    size = row.dtype.itemsize
-    share = sum(sum(here) * size // row.world_size for here in lives)
-    return Payload(gradients, share, sum(here[dist.get_rank()] * size for here in lives))
+    size, share, told = row.dtype.itemsize, 0, 0
+    for here in lives:
+        padding = sum(max(here) - live for live in here) * size
+        if padding <= (sum(live > 0 for live in here) - 1) * _BYTES_OF_A_COLLECTIVE:
+            share += max(here) * size
+            told += max(here) * size
+        else:
+            share += sum(here) * size // row.world_size
+            told += here[dist.get_rank()] * size
+    return Payload(gradients, share, told)
 
 
 def _gathers(row: Row) -> bool:
@@ -81,11 +93,16 @@ def _laid_out(row: Row, flags: Sequence[Tensor]) -> Tensor:
 
 
 class Overheard:
-    """Counts the bytes that are handed to torch.distributed.  Made before DeepSpeed is told of the
-    processes.  Sums of a single number are left out: norms and overflows are agreed on by those."""
+    """Counts what is handed to torch.distributed.  Made before DeepSpeed is told of the processes.
+    Sums of a single number are left out: norms and overflows are agreed on by those.
+
+    Attributes:
+        calls: number of calls by the function's name.
+    """
 
     def __init__(self) -> None:
         self._bytes = 0
+        self.calls: Counter[str] = Counter()
         for name, place in (
             ("all_reduce", 0),
             ("reduce", 0),
@@ -115,6 +132,7 @@ class Overheard:
                 sent = arguments[place]
             elsewhere = keywords.get("group_src", dist.get_rank()) != dist.get_rank()
             agreed_on = function.__name__ == "all_reduce" and sent.numel() == 1
+            self.calls[function.__name__] += not agreed_on
             if not agreed_on and not elsewhere:
                 self._bytes += sent.numel() * sent.element_size()
             return function(*arguments, **keywords)

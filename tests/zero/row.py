@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, str] = {
     "held": "frozen slices stay bit for bit, masters too; faded ones are start × (N−a)/N, then 0",
     "agree": "all ranks hold the same bits after every step",
     "bytes": "what is handed to torch.distributed is the live elements and what lives of this "
-    "rank's partition, to the element, and is what the engine says",
+    "rank's partition, to the element, with its padding, and is what the engine says",
     "draw": "the drawn network computes what the masked one did, masters, moments and counters are "
     "carried over, and it trains on as the masked one would",
     "ddp": "the same weights, bit for bit, as under DistributedDataParallel",

@@ -72,7 +72,16 @@ class Averager(Protocol):
         plan: FreezePlan | None,
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Restore a state of ``state_dict``, before the first pass."""
+        """Restore a state of ``state_dict``, before the first pass.
+
+        Args:
+            state: the state.
+            plan: the freeze plan of the next pass.
+            parameters: the averaged parameters, by name.
+
+        Raises:
+            CheckpointError: it is not of these parameters.
+        """
 
     def release(self) -> None:
         """Let go of all buffers."""
@@ -146,6 +155,7 @@ class AllReduce:
             return view.packing.wire if view.packing is not None and num_more else elements
         wire = self._wires.pop(view.bucket, None)
         if wire is None or wire.numel() != elements.numel() + num_more:
+            wire = None  # not both at once
             wire = elements.new_empty(elements.numel() + num_more, dtype=self._dtype)
         self._wires_of_this_pass[view.bucket] = wire
         if view.is_last:  # what is left belongs to buckets that DDP has rebuilt since

@@ -39,18 +39,19 @@ class _Sum(NamedTuple):
     Attributes:
         parameters: the bucket's parameters.
         tolerance: of the sum, in units of the norm.
-        total: the sum of the elements, a scalar on their device.
-        expected: ``[2]``, the sums of the ranks' checksums.
+        sums: ``[3]`` on the elements' device: their sum, and the sums of the ranks' checksums.
     """
 
     parameters: Sequence[Tensor]
     tolerance: float
-    total: Tensor
-    expected: Tensor
+    sums: Tensor
 
 
 class Checksums:
     """The checksums of all buckets since the last optimizer step.
+
+    What has arrived is summed on streams from a pool, for which the caching allocator would keep
+    the memory of every new tensor; so it is summed into tensors that are used again.
 
     Args:
         world_size: number of ranks that are averaged over.
@@ -60,6 +61,7 @@ class Checksums:
         self._world_size = world_size
         self._sums: list[_Sum] = []
         self._pending: tuple[HostCopy, list[_Sum]] | None = None
+        self._unused: dict[torch.dtype, list[Tensor]] = {}
 
     def put(self, elements: Tensor, out: Tensor) -> None:
         """Write this rank's checksums.
@@ -68,8 +70,8 @@ class Checksums:
             elements: what it puts in, ``[n]``.
             out: ``[2]``, sent behind the elements.
         """
-        out[0].copy_(_sum(elements))
-        out[1].copy_(torch.linalg.vector_norm(elements))
+        torch.sum(elements, dim=0, out=out[0])
+        torch.linalg.vector_norm(elements, out=out[1])
 
     def take(self, parameters: Sequence[Tensor], averaged: Tensor, expected: Tensor) -> None:
         """Sum what has arrived.  Does not wait for the device.
@@ -80,9 +82,16 @@ class Checksums:
             expected: ``[2]``, what has arrived behind them.
         """
         of_ranks = 2 * self._world_size * torch.finfo(averaged.dtype).eps
-        of_sums = _OF_A_SUM * torch.finfo(torch.promote_types(averaged.dtype, torch.float32)).eps
+        dtype = torch.promote_types(averaged.dtype, torch.float32)
+        of_sums = _OF_A_SUM * torch.finfo(dtype).eps
         tolerance = (of_ranks + of_sums) * sqrt(averaged.numel())
-        self._sums.append(_Sum(parameters, tolerance, _sum(averaged), expected.clone()))
+        try:  # several threads take: a list's methods are atomic
+            sums = self._unused.setdefault(dtype, []).pop()
+        except IndexError:
+            sums = torch.empty(3, dtype=dtype, device=averaged.device)
+        torch.sum(averaged, dim=0, dtype=dtype, out=sums[0])
+        sums[1:].copy_(expected)
+        self._sums.append(_Sum(parameters, tolerance, sums))
 
     def wrong(self) -> Sequence[Tensor] | None:
         """Compare the sums since the last call; the parameters of the first wrong bucket, if any.
@@ -93,6 +102,8 @@ class Checksums:
         newest = None
         if self._sums:
             newest = self._compare(self._sums), self._sums
+            for each in self._sums:
+                self._unused[each.sums.dtype].append(each.sums)
             self._sums = []
         ready, self._pending = self._pending, newest
         if newest is not None and not newest[0].is_late:
@@ -106,13 +117,9 @@ class Checksums:
     @staticmethod
     def _compare(sums: Sequence[_Sum]) -> HostCopy:
         """bool ``[buckets]``, whether each is wrong."""
-        total = torch.stack([each.total for each in sums]).double()
-        expected = torch.stack([each.expected for each in sums]).double()
+        # Copied before the next pass overwrites them.
+        total, expected, norm = torch.stack([each.sums for each in sums]).double().unbind(1)
         tolerance = torch.tensor([each.tolerance for each in sums], dtype=torch.float64)
-        allowed = expected[:, 1] * tolerance.to(total.device, non_blocking=True)
+        allowed = norm * tolerance.to(norm.device, non_blocking=True)
         # False for NaN and infinity: an overflow is no fault of the all-reduce.
-        return HostCopy((total - expected[:, 0]).abs() > allowed)
-
-
-def _sum(elements: Tensor) -> Tensor:
-    return elements.sum(dtype=torch.promote_types(elements.dtype, torch.float32))
+        return HostCopy((total - expected).abs() > allowed)

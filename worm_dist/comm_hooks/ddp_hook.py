@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
 from ..groups.freeze_plan import FreezePlan
@@ -60,9 +60,8 @@ class PackedReducer(Reducer):
         averager = self.averager.state_dict(self.plan, names)
         return {**super().state_dict(names), "averager": averager}
 
-    def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
-        super().load_state_dict(state, network)
-        parameters = dict(network.named_parameters())
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state, parameters)
         self.averager.load_state_dict(state["averager"], self.plan, parameters)
 
     def bucket_view(self, bucket: GradBucket) -> BucketView:

@@ -3,6 +3,9 @@
 After a step in stages 1 and 2 every rank has updated its partition and receives the others'.  A
 held slice has the same bits on all ranks before and after, so it need not be sent.  Parameters
 with fading slices are sent in full until the fade is over, and vectors always: they are small.
+
+Each parameter group takes one all-gather, padded to the largest live share; or a broadcast from
+each rank, where the padding would take longer than these; see ``padding_pays``.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,7 +22,11 @@ from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
 
-__all__ = ["PackedGather", "ShardsOf"]
+__all__ = ["PackedGather", "ShardsOf", "padding_pays"]
+
+_BYTES_OF_A_COLLECTIVE = 2**18
+"""Bytes that are sent in the time that one more collective takes to start: about 20 microseconds at
+100 Gbit/s."""
 
 ShardsOf: TypeAlias = Callable[[Any, int, int, Tensor], Mapping[Tensor, Any]]
 """A function of ZeRO's optimizer, a parameter group's index, a rank and its flat partition; returns
@@ -41,6 +49,7 @@ class PackedGather:
         self._counter = counter
         self._shards_of = shards_of
         self._groups: list[_Group] = []
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         # DeepSpeed calls a function of its module, the same for every engine of the process; so it
         # is patched only while this optimizer steps.
         self._module = stage_1_and_2
@@ -56,10 +65,19 @@ class PackedGather:
             _Group(self._wrapper, number, plan, fading_params, self._shards_of)
             for number in numbers
         ]
+        # Groups are gathered one after the other, so they share a buffer.
+        self._buffers.clear()
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        for group in self._groups:
+            kind = group.dtype_and_device
+            sizes[kind] = max(sizes.get(kind, 0), group.num_elements)
+        for (dtype, device), size in sizes.items():
+            self._buffers[dtype, device] = torch.zeros(size, dtype=dtype, device=device)
 
     def remove(self) -> None:
         """Restore DeepSpeed's own all-gather."""
         self._groups = []
+        self._buffers.clear()
         self._step.remove()
 
     def _with_gather(self, *arguments: Any, **keywords: Any) -> Any:
@@ -75,12 +93,18 @@ class PackedGather:
             self._counter.sent_bytes += self._dense_bytes
             taken.original(**keywords)
         for group in self._groups:
-            group.gather()
+            group.gather(self._buffers[group.dtype_and_device])
             self._counter.sent_bytes += group.sent_bytes
 
 
 class _Group:
-    """One parameter group: the live part of every rank's partition."""
+    """One parameter group: the live part of every rank's partition.
+
+    Attributes:
+        num_elements: number of elements of the buffer that ``gather`` needs.
+        sent_bytes: bytes that a rank hands over in ``gather``; those of the broadcasts are averaged
+            over the ranks.  Comparable to the size of a partition.
+    """
 
     def __init__(
         self,
@@ -105,29 +129,71 @@ class _Group:
                 for p, shard in shards.items()
             ]
             self._packings.append(Packing(blocks, values, partition))
-        # Averaged over the ranks, comparable to the size of a partition.
-        num_bytes = sum(p.num_live for p in self._packings) * partitions[0].element_size()
-        self.sent_bytes = num_bytes // len(partitions) if len(partitions) > 1 else 0
+        shares, size = [p.num_live for p in self._packings], partitions[0].element_size()
+        self._is_padded = padding_pays(shares, size)
+        if len(shares) == 1:
+            shares = [0]  # there is nobody to send to
+        elif self._is_padded:
+            shares = [max(shares)] * len(shares)
+        self.num_elements = sum(shares)
+        self.sent_bytes = self.num_elements * size // len(shares)
+        self._shares = shares
 
-    def gather(self) -> None:
+    @property
+    def dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
+        """Of the buffer that ``gather`` needs."""
+        return self._partitions[0].dtype, self._partitions[0].device
+
+    def gather(self, buffer: Tensor) -> None:
         """Send and receive the live parts.  Collective; the layouts follow from the plan, so they
         are the same on all ranks.
 
-        Each rank broadcasts the live elements of its partition.  An all-gather needs equal sizes,
-        and the largest may be that of a partition without frozen slices; with padding to it most of
-        the savings would be lost.
+        Args:
+            buffer: at least ``[num_elements]``; what is in it before and after has no meaning.
         """
-        if len(self._packings) == 1:
+        if not self.num_elements:
             return
-        self._packings[self._rank].pack(self._partitions[self._rank])
-        works = [
-            dist.broadcast(packing.buffer, group=self._process_group, group_src=rank, async_op=True)
-            for rank, packing in enumerate(self._packings)
-            if packing.num_live
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()  # on a GPU the current stream waits, not the host
+        buffer = buffer[: self.num_elements]
+        rows = buffer.split(self._shares)
+        self._packings[self._rank].pack(self._partitions[self._rank], self._live(rows, self._rank))
+        # On a GPU the current stream waits for the collectives, not the host.
+        if self._is_padded:
+            _all_gather(buffer, rows[self._rank], self._process_group)
+        else:
+            works = [
+                dist.broadcast(row, group=self._process_group, group_src=rank, async_op=True)
+                for rank, row in enumerate(rows)
+                if row.numel()
+            ]
+            for work in works:
+                assert work is not None
+                work.wait()
         for rank, packing in enumerate(self._packings):
             if rank != self._rank:
-                packing.update(self._partitions[rank])
+                packing.update(self._partitions[rank], self._live(rows, rank))
+
+    def _live(self, rows: Sequence[Tensor], rank: int) -> Tensor:
+        """A rank's row without padding."""
+        return rows[rank][: self._packings[rank].num_live]
+
+
+def padding_pays(shares: Sequence[int], element_size: int) -> bool:
+    """Whether one all-gather of equal sizes is cheaper than a broadcast from each rank.
+
+    An all-gather needs equal sizes, and under truncation the ranks' live shares differ: one rank's
+    partition may have no frozen slice at all.  Padding to the largest share costs bytes; broadcasts
+    cost none, but a collective each.
+
+    Args:
+        shares: live elements of each rank; all ranks know all of them.
+        element_size: bytes of an element.
+    """
+    num_padding = len(shares) * max(shares) - sum(shares)
+    num_saved = sum(share > 0 for share in shares) - 1
+    return num_padding * element_size <= num_saved * _BYTES_OF_A_COLLECTIVE
+
+
+def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    # torch 2.14 renamed the function and warns about the old name.
+    single = getattr(dist, "all_gather_single", None)
+    (single or dist.all_gather_into_tensor)(out, own, group=group)

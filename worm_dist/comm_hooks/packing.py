@@ -7,7 +7,8 @@ would take more memory than they do.  The order of the elements stays that of th
 of ranks adds them as it would without truncation.
 
 The buffer is allocated once per generation: allocating it in every step costs several times the
-copy.
+copy.  After the first pass nothing is allocated: DDP unpacks in callbacks, each on a stream from a
+pool, and the caching allocator would keep the memory of a temporary tensor for that stream alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ __all__ = ["Packing", "with_parameter_strides"]
 
 _LARGE = 2**20
 """Elements of a gradient that is copied alone."""
+_ROWS_AT_ONCE = 2**19
+"""Elements of the rows from which columns are selected at once: the size of a scratch buffer that
+is kept for each bucket that needs one."""
 _SHORT_ROW = 64
 """Elements of a row that a CPU copies no faster than as many single elements."""
 
@@ -57,7 +62,7 @@ class Packing:
             for block, gradient in zip(blocks, gradients, strict=True)
         ]
         self._sizes = [shape.numel() for shape in self._live_shapes]
-        self.num_live = sum(self._sizes)
+        *self._begins, self.num_live = accumulate(self._sizes, initial=0)
         self._dtype, self._device = bucket.dtype, bucket.device
         self._runs: list[list[int]] = []
         self._alone: list[int] = []
@@ -68,6 +73,21 @@ class Packing:
                 self._runs[-1].append(number)
             else:
                 self._runs.append([number])
+
+    @property
+    def live_shapes(self) -> Sequence[torch.Size]:
+        """The shape of the live part of every gradient."""
+        return self._live_shapes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that are kept after the first pass."""
+        return (self.num_live + NUM_CHECKSUMS + self._scratch_size) * self._dtype.itemsize
+
+    @property
+    def num_indices(self) -> int:
+        """Number of indices that are kept, each of eight bytes, besides those of the blocks."""
+        return sum(self._sizes[number] for run in self._runs for number in run)
 
     @cached_property
     def wire(self) -> Tensor:
@@ -107,7 +127,7 @@ class Packing:
             if block is None:
                 part.copy_(gradient)
             else:
-                _take(gradient, block, part)
+                self._take(gradient, block, part)
 
     def unpack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
         """Write the buffer, or another one, to the live elements of a bucket, and exact zeros to
@@ -126,14 +146,13 @@ class Packing:
             if block is None:
                 gradient.copy_(part)
             else:
-                _put(gradient, block, part)
+                self._put(gradient, block, part)
 
     @cached_property
     def _indices(self) -> list[tuple[Tensor, int]]:
         """For each run of neighbours that are gathered by one index: int64, where in the bucket
         their live elements are, and where in the buffer they begin."""
-        begins = [0, *accumulate(self._sizes)]
-        return [(self._index(run), begins[run[0]]) for run in self._runs]
+        return [(self._index(run), self._begins[run[0]]) for run in self._runs]
 
     def _index(self, run: Sequence[int]) -> Tensor:
         indices = []
@@ -147,17 +166,65 @@ class Packing:
             indices.append(elements.flatten() + offset)
         return torch.cat(indices)
 
+    @cached_property
+    def _scratch(self) -> Tensor:
+        """Rows of a gradient, for the largest chunk of rows of any."""
+        return torch.empty(self._scratch_size, dtype=self._dtype, device=self._device)
+
+    @property
+    def _scratch_size(self) -> int:
+        blocks = (self.blocks[number] for number in self._alone)
+        sizes = [
+            min(_rows_at_once(block.shape), block.live[0].numel()) * block.shape[1:].numel()
+            for block in blocks
+            if block is not None and len(block.live) == 2 and block.num_live
+        ]
+        return max(sizes, default=0)
+
+    def _rows(self, block: Block, part: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of the live rows: their indices, the part's rows, and scratch for full ones."""
+        size = _rows_at_once(block.shape)
+        for rows, part_rows in zip(block.live[0].split(size), part.split(size), strict=True):
+            shape = (rows.numel(), *block.shape[1:])
+            yield rows, part_rows, self._scratch[: prod(shape)].view(shape)
+
+    def _take(self, gradient: Tensor, block: Block, out: Tensor) -> None:
+        if out.numel() == 0:
+            return
+        if len(block.live) == 2:
+            # Rows first: they are contiguous, and columns are then selected from fewer of them.
+            for rows, out_rows, scratch in self._rows(block, out):
+                torch.index_select(gradient, 0, rows, out=scratch)
+                torch.index_select(scratch, 1, block.live[1], out=out_rows)
+        else:
+            ((dim, live),) = block.live.items()
+            torch.index_select(gradient, dim, live, out=out)
+
+    def _put(self, gradient: Tensor, block: Block, part: Tensor) -> None:
+        if part.numel() == 0:
+            return
+        if len(block.live) == 2:
+            for rows, part_rows, scratch in self._rows(block, part):
+                torch.index_select(gradient, 0, rows, out=scratch)
+                gradient.index_copy_(0, rows, scratch.index_copy_(1, block.live[1], part_rows))
+        else:
+            ((dim, live),) = block.live.items()
+            gradient.index_copy_(dim, live, part)
+
     def _written_alone(
         self, bucket: Tensor, buffer: Tensor
     ) -> Iterator[tuple[Tensor, Block | None, Tensor]]:
-        if not self._alone:
-            return
-        parts = self.parts if buffer is self.buffer else self.parts_of(buffer)
-        begin = bucket.storage_offset()
+        origin = bucket.storage_offset()
         for number in self._alone:
             shape, stride, offset = self._layouts[number]
-            gradient = bucket.as_strided(shape, stride, begin + offset)
-            yield gradient, self.blocks[number], parts[number]
+            gradient = bucket.as_strided(shape, stride, origin + offset)
+            begin, live_shape = self._begins[number], self._live_shapes[number]
+            part = buffer[begin : begin + live_shape.numel()].view(live_shape)
+            yield gradient, self.blocks[number], part
+
+
+def _rows_at_once(shape: torch.Size) -> int:
+    return max(1, _ROWS_AT_ONCE // shape[1:].numel())
 
 
 def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
@@ -180,25 +247,3 @@ def with_parameter_strides(parameter: Tensor, gradient: Tensor) -> Tensor:
     if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
         return gradient
     return gradient.as_strided(parameter.shape, parameter.stride())
-
-
-def _take(gradient: Tensor, block: Block, out: Tensor) -> None:
-    if out.numel() == 0:
-        return
-    if len(block.live) == 2:
-        # Rows first: they are contiguous, and columns are then selected from fewer of them.
-        gradient = gradient.index_select(0, block.live[0])
-        torch.index_select(gradient, 1, block.live[1], out=out)
-    else:
-        ((dim, live),) = block.live.items()
-        torch.index_select(gradient, dim, live, out=out)
-
-
-def _put(gradient: Tensor, block: Block, part: Tensor) -> None:
-    if len(block.live) == 2:
-        rows = gradient.index_select(0, block.live[0])
-        part = rows.index_copy_(1, block.live[1], part)
-        dim = 0
-    else:
-        (dim,) = block.live
-    gradient.index_copy_(dim, block.live[dim], part)

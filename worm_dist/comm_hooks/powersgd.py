@@ -145,7 +145,8 @@ class PowerSGD:
     ) -> None:
         assert state is not None and not self._numbers
         rank = self._state.matrix_approximation_rank
-        require_fits(state["buckets"], plan, parameters, rank)
+        is_complete = state["num_passes"] >= _EXACT_PASSES
+        require_fits(state["buckets"], is_complete, plan, parameters, rank)
         if state["num_draws"] > state["num_passes"] * len(parameters):
             raise CheckpointError(
                 "load_state_dict: rank.training.reducer.averager.num_draws: more than num_passes "

@@ -133,6 +133,7 @@ class BucketState:
 
 def require_fits(
     buckets: Sequence[Mapping[str, Any]],
+    is_complete: bool,
     plan: FreezePlan | None,
     parameters: Mapping[str, Tensor],
     rank: int,
@@ -141,16 +142,18 @@ def require_fits(
 
     Args:
         buckets: the buckets of ``PowerSGD.state_dict``, of the types of ``AveragerSchema``.
+        is_complete: whether they must have all parameters; else they may have none.
         plan: the plan in force.
-        parameters: the network's parameters, by name.
+        parameters: the averaged parameters, by name.
         rank: maximum number of columns of Q.
 
     Raises:
         CheckpointError: naming the key.
     """
     seen: set[str] = set()
+    key_of_all = "load_state_dict: rank.training.reducer.averager.buckets"
     for number, bucket in enumerate(buckets):
-        where = f"load_state_dict: rank.training.reducer.averager.buckets.{number}"
+        where = f"{key_of_all}.{number}"
         names = bucket["parameters"]
         if not names or len({*names}) < len(names) or {*names} & seen or {*names} - {*parameters}:
             raise CheckpointError(f"{where}.parameters: not different parameters of this network")
@@ -170,6 +173,10 @@ def require_fits(
                     raise CheckpointError(
                         f"{where}.{key}.{name[:100]}: wanted {shapes.get(name)}, found {shape}"
                     )
+    missing = sorted(parameters.keys() - seen)
+    if missing and (is_complete or buckets):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise CheckpointError(f"{key_of_all}: {missing[0][:100]}{more}: in none of them")
 
 
 def blocks_under(plan: FreezePlan | None, parameters: Sequence[Tensor]) -> list[Block | None]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..groups.freeze_plan import Block, FreezePlan
 from ..schema import Count, Schema
@@ -103,8 +103,16 @@ class Reducer:
         """
         return {"sent_bytes": self.sent_bytes, "dense_bytes": self.dense_bytes, "averager": None}
 
-    def load_state_dict(self, state: Mapping[str, Any], network: nn.Module) -> None:
-        """Restore a state; the plan in force must be set before."""
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Restore a state; the plan in force must be set before.
+
+        Args:
+            state: the state.
+            parameters: the averaged parameters, by name.
+
+        Raises:
+            CheckpointError: it is not of these parameters.
+        """
         self.sent_bytes, self.dense_bytes = state["sent_bytes"], state["dense_bytes"]
 
     @contextmanager

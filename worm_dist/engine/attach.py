@@ -12,6 +12,7 @@ from ..config import WormConfig
 from ..errors import ConfigError
 from .check_schedule import require_countable
 from .engine import Engine, ScoreFunction
+from .memory import log_memory
 
 __all__ = ["attach"]
 
@@ -54,7 +55,10 @@ def attach(
     _require_types(model, config, steps_per_epoch)
     if steps_per_epoch is None:
         require_countable(config)
-    return Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
+    engine = Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
+    if engine.groups:
+        log_memory(engine._training, engine._ranking, engine.groups, config)
+    return engine
 
 
 def _require_types(model: object, config: object, steps_per_epoch: object) -> None:

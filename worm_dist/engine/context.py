@@ -20,20 +20,12 @@ from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
 from ..distributed.collectives import uncounted
-from ..errors import CheckpointError, ConfigError, DivergenceError
+from ..errors import CheckpointError, DivergenceError
 from ..groups.channel_groups import Groups
-from ..pruning.agreement import problem_of_copies
-from ..pruning.bn_recalibration import recalibrate
-from ..pruning.collapse import Liveness
-from ..pruning.recorded_inputs import (
-    CallSchema,
-    RecordedCall,
-    RecordedInputs,
-    calls_from,
-    plain_calls,
-)
+from ..pruning.recorded_inputs import CallSchema
 from ..schema import Count, Schema
 from .bucket_order import BucketOrder
+from .input_record import InputRecord
 from .step_hooks import StepHooks
 from .traffic import Traffic, TrafficSchema
 
@@ -82,7 +74,7 @@ class TrainingContext(StepListener):
         trained: the network's parameters that train at any time.
         optimizer_view: the optimizer's view.
         reduction: owner of the gradient reducer.
-        recalibrates: whether inputs are recorded to estimate BatchNorm statistics from.
+        inputs: record of the network's newest inputs.
     """
 
     def __init__(
@@ -110,10 +102,7 @@ class TrainingContext(StepListener):
         self._bucket_order = BucketOrder()
         self._step_bytes = self.backend.step_bytes
         self._dense_bytes = self._step_bytes
-        ticket = config.ticket
-        num_calls = ticket.recalibrate_batches if may_draw else 0
-        self._recorded = RecordedInputs(num_calls, ticket.recalibrate_memory_mb << 20)
-        self.recalibrates = self._recorded.is_on
+        self.inputs = InputRecord(config.ticket, may_draw)
         self._before_pass: Callable[[], None] | None = None
         self._pass_handle: RemovableHandle | None = None
 
@@ -125,10 +114,7 @@ class TrainingContext(StepListener):
         """
         self.reduction = GradientReduction(self.backend, self._config.truncation)
         self._step_hooks = StepHooks(self.optimizer_view)
-        # On the outermost module, so that inputs are recorded outside of torch.compile's graph.
-        self._input_handle = self.backend.called.register_forward_pre_hook(
-            self._recorded, with_kwargs=True
-        )
+        self.inputs.register(self.backend.called)
         self._before_pass = before_pass
         self._register_pass_hook()
 
@@ -204,7 +190,7 @@ class TrainingContext(StepListener):
         """This rank's state in plain values."""
         reducer = self.reduction.reducer
         return {
-            "inputs": plain_calls(self.calls),
+            "inputs": self.inputs.rank_state(),
             "reducer": None if reducer is None else reducer.state_dict(self.names),
             "traffic": asdict(self.traffic),
         }
@@ -215,7 +201,7 @@ class TrainingContext(StepListener):
         """Restore step, byte counts and recorded inputs."""
         device = next(self.network.parameters()).device
         self._step_hooks.step = state["step"]
-        self._recorded.replace(calls_from(inputs, device))
+        self.inputs.load_rank_state(inputs, device)
         self._traffic = Traffic(**traffic)
         self.comm.sent_bytes = self._traffic.control_bytes
 
@@ -235,7 +221,8 @@ class TrainingContext(StepListener):
         failure: CheckpointError | None = None
         try:
             if reducer_state is not None:
-                reducer.load_state_dict(reducer_state, self.network)
+                averaged = {name: p for p, name in self.names.items() if p in self.trained}
+                reducer.load_state_dict(reducer_state, averaged)
         except CheckpointError as error:  # the other ranks must not wait for this one
             failure = error
         with uncounted(self.comm):
@@ -246,12 +233,12 @@ class TrainingContext(StepListener):
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
         """See ``Engine.restore_bucket_order``."""
         reducer = self.reduction.reducer
-        calls = list(self.calls)
+        calls = list(self.inputs.calls)
         unreduced = nullcontext() if reducer is None else reducer.pause()
         if self.backend.rebuilds_buckets and self._bucket_order.restore(
             self.network, one_pass, unreduced
         ):
-            self._recorded.replace(calls)
+            self.inputs.replace(calls)
 
     def read_optimizer_state(self) -> dict[str, Any] | None:
         """See ``Engine.optimizer_state``."""
@@ -273,11 +260,6 @@ class TrainingContext(StepListener):
         self._step_hooks.register(self.optimizer_view)
 
     @property
-    def calls(self) -> Sequence[RecordedCall]:
-        """The newest inputs, oldest first."""
-        return self._recorded.calls
-
-    @property
     def num_elements(self) -> int:
         """Number of elements of ``trained``."""
         return sum(parameter.numel() for parameter in self.trained)
@@ -292,45 +274,6 @@ class TrainingContext(StepListener):
     def names(self) -> dict[Tensor, str]:
         """The names of the network's parameters."""
         return {parameter: name for name, parameter in self.network.named_parameters()}
-
-    def require_optimized(self, groups: Groups) -> None:
-        """Require the optimizer to have all trained parameters of the groups: only those can be
-        held, and their state pruned.
-
-        Raises:
-            ConfigError: it lacks one, for example because there is a second optimizer.
-        """
-        stepped = self.optimizer_view.parameters
-        parameters = dict(self.network.named_parameters())
-        for name in (name for g in groups for m in g.members for name, _ in m.parameters):
-            if parameters[name].requires_grad and parameters[name] not in stepped:
-                raise ConfigError(
-                    f"attach: the optimizer does not have {name}, which trains; give one optimizer "
-                    "all parameters, or set requires_grad to False on those that shall not train"
-                )
-
-    def require_alike(self, copies: Sequence[nn.Module], where: str) -> None:
-        """Require copies to have the network's parameters, by names and shapes.
-
-        Args:
-            copies: the copies of the network.
-            where: prefix of error messages.
-
-        Raises:
-            ConfigError: one does not.
-        """
-        problem = problem_of_copies(copies)
-        if problem is not None:
-            raise ConfigError(f"{where}: {problem}")
-        shapes = {name: p.shape for name, p in self.network.named_parameters()}
-        for number, copy in enumerate(copies):
-            theirs = {name: p.shape for name, p in copy.named_parameters()}
-            if theirs != shapes:
-                odd = next(name for name, _ in sorted(theirs.items() ^ shapes.items()))
-                raise ConfigError(
-                    f"{where}: copies[{number}] is not a copy of the network: parameter {odd} "
-                    "differs"
-                )
 
     def drop_gradients(self) -> None:
         """Discard accumulated gradients, whose shapes will not fit the pruned network."""
@@ -367,31 +310,14 @@ class TrainingContext(StepListener):
         self._register_pass_hook()
 
     def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
-        """Estimate BatchNorm statistics from the recorded inputs, and check the network for
-        collapse.  Collective.
-
-        Args:
-            groups: the channel groups of the network as it is now.
-            warned: names of groups that a warning was given for; new ones are added.
-
-        Raises:
-            CollapseError: on every rank, if the network's output does not depend on its input.
-        """
+        """Estimate BatchNorm statistics at a check; see ``InputRecord.recalibrate``."""
         where = f"check at step {self.step}"
-        if self.recalibrates:
-            with Liveness(self.network, groups) as liveness:
-                recalibrate(self.network, self.calls, self.comm, where, liveness.observe)
-            liveness.require(self.comm, where, warned)
-
-    def stop_recording(self) -> None:
-        """Record no inputs from now on."""
-        self._input_handle.remove()
-        self._recorded.replace(())
+        self.inputs.recalibrate(self.network, groups, self.comm, where, warned)
 
     def remove(self) -> None:
         """Remove all hooks, and stop truncating gradients."""
         self._step_hooks.remove()
-        self.stop_recording()
+        self.inputs.stop()
         if self._pass_handle is not None:
             self._pass_handle.remove()
         self._before_pass = self._pass_handle = None

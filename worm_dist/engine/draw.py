@@ -71,7 +71,9 @@ def draw(
     with _on_every_rank(comm, where):
         require_cuttable(view, parameters, kept_indices(cuts), "optimizer")
         if not is_restored:
-            _rehearse(training.network, groups, mask, training.example_inputs, training.calls)
+            _rehearse(
+                training.network, groups, mask, training.example_inputs, training.inputs.calls
+            )
     transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None
     before = Snapshot(networks, [optimizer])
     try:
@@ -87,8 +89,8 @@ def draw(
             after = dict(training.network.named_parameters())
             if transfer is not None:
                 transfer.replace_parameters(after)
-            estimates = training.recalibrates and not is_restored
-            statistics = [Statistics(each, training.calls) for each in networks if estimates]
+            estimates = training.inputs.is_on and not is_restored
+            statistics = [Statistics(each, training.inputs.calls) for each in networks if estimates]
         for estimated in statistics:
             estimated.write(comm, where)
         with _on_every_rank(comm, where):
@@ -102,7 +104,7 @@ def draw(
     training.switch_to(rewrapped)
     training.register_step_hooks()
     if is_complete:
-        training.stop_recording()
+        training.inputs.stop()
 
 
 @contextmanager

@@ -35,7 +35,8 @@ from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
-from .state import FORMAT, agreed_settings, digests_of, rank_state_of, require_valid
+from .requirements import require_alike, require_optimized
+from .state import FORMAT, DenseNetwork, agreed_settings, digests_of, rank_state_of, require_valid
 from .traffic import Traffic
 from .usage_errors import UsageErrors, require_alone
 
@@ -81,14 +82,15 @@ class Engine:
         self.groups: Groups = agreed_groups(
             network, example_inputs, self._comm, search, any_group=any_group, optional=optional
         )
-        self._training.require_optimized(self.groups)
+        require_optimized(self._training.optimizer_view, network, self.groups)
         if self.groups:
             self._ranking = Ranking(config, network, self.groups, score)
         ranking = self._ranking if self.groups else None
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
         self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
-        self._dense_shapes = shapes_of(network)
+        candidates = {} if ranking is None else ranking.sizes
+        self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch)
         self._history = History(search)
         self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
@@ -275,7 +277,7 @@ class Engine:
         self._calls.offer_draw(False)
         require_reversible(self.groups, mask, dropped.channels.removed, where)
         require_live_survivors(self.groups, mask, dropped.frozen)
-        self._training.require_alike(copies, "draw")
+        require_alike(self._training.network, copies, "draw")
         dropped.shrink(mask, copies, is_complete, where)
         self._verdict = (
             Verdict(Phase.TICKET, generation=self._verdict.generation)
@@ -372,7 +374,7 @@ class Engine:
         """
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError("save_ticket: no ticket has been drawn yet")
-        cuts = ungated(cuts_of(self.groups, self.mask, self._dense_shapes))
+        cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
         save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
 
     def detach(self) -> nn.Module:
@@ -464,10 +466,8 @@ class Engine:
         comm, training, where = self._comm, self._training, "load_state_dict"
         with refused_on_all_ranks(comm, where):
             self._require_new(where)
-            require_valid(
-                state, self._settings, self.groups, self._dense_shapes, self._steps_per_epoch, comm
-            )
-            training.require_alike(copies, where)
+            require_valid(state, self._settings, self._dense, self._steps_per_epoch, comm)
+            require_alike(training.network, copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)
         shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
         inputs = None if own is None else own["training"]["inputs"]

@@ -7,7 +7,7 @@ differs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from torch import Size
@@ -30,6 +30,7 @@ from .state_vectors import complaints
 
 __all__ = [
     "FORMAT",
+    "DenseNetwork",
     "EngineSchema",
     "RankSchema",
     "agreed_settings",
@@ -104,6 +105,20 @@ class _StateSchema(EngineSchema):
     rank: RankSchema
 
 
+class DenseNetwork(NamedTuple):
+    """What a state is compared with of the network before any draw.
+
+    Attributes:
+        groups: its channel groups.
+        shapes: the shapes of its parameters, by name.
+        candidates: number of ranked channels by group or norm, in score order.
+    """
+
+    groups: Groups
+    shapes: Mapping[str, Size]
+    candidates: Mapping[str, int]
+
+
 def agreed_settings(
     comm: Communicator, config: WormConfig, score: object, steps_per_epoch: int | None
 ) -> dict[str, Any]:
@@ -140,8 +155,7 @@ def _plain(config: Settings, prefix: str = "") -> dict[str, Any]:
 def require_valid(
     state: Mapping[str, Any],
     settings: Mapping[str, Any],
-    groups: Groups,
-    shapes: Mapping[str, Size],
+    dense: DenseNetwork,
     steps_per_epoch: int | None,
     comm: Communicator,
 ) -> None:
@@ -150,8 +164,7 @@ def require_valid(
     Args:
         state: the state.
         settings: the engine's settings, by dotted key.
-        groups: the channel groups of its network, which is dense.
-        shapes: the shapes of the network's parameters, by name.
+        dense: its network.
         steps_per_epoch: the argument of ``attach``, or None.
         comm: the communicator of the data-parallel ranks.
 
@@ -171,9 +184,16 @@ def require_valid(
         raise CheckpointError(f"load_state_dict: {first_problem(error)}") from error
     shared = valid.shared
     _require_settings(shared.settings, settings)
-    _require_groups(shared.groups, groups)
+    _require_groups(shared.groups, dense.groups)
+    _require_candidates(valid.history, dense.candidates)
     removes = [settings[f"truncation.{key}"] for key in ("mode", "frozen_weights")]
-    channels = (shared.checks_dropped, shared.dropped, shared.verdict.phase, groups, shapes)
+    channels = (
+        shared.checks_dropped,
+        shared.dropped,
+        shared.verdict.phase,
+        dense.groups,
+        dense.shapes,
+    )
     for complaint in complaints(*channels, removes == ["hard", "remove"]):
         raise CheckpointError(f"load_state_dict: shared.{complaint}")
     saved = shared.schedule.steps_per_epoch
@@ -216,6 +236,18 @@ def _require_groups(saved: Mapping[str, str], groups: Groups) -> None:
         )
     if list(saved) != list(here):
         raise CheckpointError("load_state_dict: groups: the network has them in another order")
+
+
+def _require_candidates(history: HistorySchema | None, candidates: Mapping[str, int]) -> None:
+    """Compare the width of the saved masks; a history without checks has none."""
+    if history is None or not history.records or [*history.sizes.items()] == [*candidates.items()]:
+        return
+    odd = sorted({name for name, _ in history.sizes.items() ^ candidates.items()})
+    raise CheckpointError(
+        "load_state_dict: history.sizes: "
+        + (f"{', '.join(odd[:5])[:200]}: not" if odd else "not in the order of")
+        + " what this network's search ranks"
+    )
 
 
 def _require_rank_state(state: _StateSchema, rank: int, world_size: int) -> None:

@@ -28,7 +28,7 @@ class Traffic:
     Attributes:
         sent_bytes: bytes of the last optimizer step, with all backward passes since the step
             before, skipped steps of a loss scaler included.  Under ZeRO also this rank's share of
-            the gathered weights.
+            the gathered weights, with what it is padded by.
         dense_bytes: bytes that a step of the dense network would have sent, after the draw too.
         total_sent_bytes: sum of ``sent_bytes`` over all steps so far.
         total_dense_bytes: sum of ``dense_bytes`` over all steps so far.

@@ -15,10 +15,12 @@ from ..groups.freeze_plan import FreezePlan
 from ..groups.gates import gated
 from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
+from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
 from .costs import Costs, costs_of, truncated
-from .hypothetical import drawn, equal_shares, mask_of_ticket
+from .hypothetical import drawn, mask_of_ticket
+from .memory import Memory, memory_of_stages
 from .step_time import FORMULA, Link, StepTime, ring_seconds
 from .target import Target
 from .timing import Measured, measure
@@ -74,6 +76,8 @@ class Forecast:
         costs: the costs of every stage that the settings lead to, in order.
         others: modules with parameters that belong to no group, and such parameters outside any
             submodule.
+        memory: the engine's memory on a rank in these stages.
+        weight_bytes: bytes of the dense network's parameters.
         estimate: estimated step times; None if not requested.
     """
 
@@ -83,6 +87,8 @@ class Forecast:
     mask: Mask
     costs: Mapping[Stage, Costs]
     others: Sequence[str]
+    memory: Mapping[str, Memory]
+    weight_bytes: int
     estimate: Estimate | None
 
     @property
@@ -136,6 +142,10 @@ class Forecast:
                 "costs": {stage: asdict(costs.rest) for stage, costs in self._costs},
             },
             "total": {stage: asdict(costs.total) for stage, costs in self._costs},
+            "memory": {
+                stage: {**asdict(each.truncation), "inputs": each.inputs, "total": each.total}
+                for stage, each in self.memory.items()
+            },
             "dense": dict(self.groups.dense),
             "estimate": None if estimate is None else _estimate_as_dict(estimate),
             "remarks": list(self.remarks),
@@ -178,14 +188,16 @@ def forecast(
     for stage, plan in _plans(target, network, groups, mask).items():
         costs[stage] = truncated(dense, network, groups, plan, compression)
     costs["ticket"] = costs_of(ticket_network, ticket_groups, mask, sample, compression)
+    num_samples = num_samples or target.samples_per_rank(1 if link is None else link.world_size)
+    memory = memory_of_stages(target, network, ticket_network, groups, mask, num_samples)
     estimate = None
     if link is not None:
-        num_samples = num_samples or target.samples_per_rank(link.world_size)
         shape, precision = target.sample_shape, target.precision
         measured = measure((network, ticket_network), shape, num_samples, precision)
         estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
     others = _others(ticket_network, ticket_groups)
-    return Forecast(target, ticket, groups, mask, costs, others, estimate)
+    weight_bytes = sum(p.nbytes for p in network.parameters())
+    return Forecast(target, ticket, groups, mask, costs, others, memory, weight_bytes, estimate)
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["column", "column_widths", "listed", "seconds", "short", "shortened"]
+__all__ = ["column", "column_widths", "listed", "mebibytes", "seconds", "short", "shortened"]
 
 
 def short(value: int) -> str:
@@ -15,6 +15,11 @@ def short(value: int) -> str:
     while number >= 999.5:
         number, units = number / 1000, units[1:]
     return f"{number:#.3g}".rstrip(".") + units[0]
+
+
+def mebibytes(value: int) -> str:
+    """Format bytes as MiB without the unit: ``0.55``, ``1,024.00``."""
+    return f"{value / 2**20:,.2f}"
 
 
 def seconds(value: float) -> str:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..errors import ConfigError
@@ -19,30 +18,9 @@ from ..groups.channel_groups import ChannelGroup, Groups, Member
 from ..groups.gates import fold_gates
 from ..groups.mask import Mask
 from ..pruning.surgery import cuts_of, remove_channels, shapes_of
-from ..search.ranking import Ranking
 from ..ticket.metadata import read_metadata
 
-__all__ = ["drawn", "equal_shares", "mask_of_ticket"]
-
-
-def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
-    """The mask that a search would select if all groups had the same distribution of scores.
-
-    If norms are ranked separately, the same holds for every norm.  So all groups lose about the
-    same share, except for the effects of minimum ratios, rounding and per-group ratios.
-
-    Args:
-        ranking: the ranking of these groups.
-        groups: the channel groups of the dense network.
-    """
-    # All channels of a group cost the same, so it does not matter which of them rank highest.
-    quantiles = [
-        1 - (torch.arange(size, dtype=torch.float64) + 0.5) / size
-        for size in ranking.sizes.values()
-    ]
-    none_removed = torch.zeros(groups.num_channels, dtype=torch.bool)
-    _, mask, _ = ranking.select(torch.cat(quantiles), none_removed)
-    return mask
+__all__ = ["drawn", "mask_of_ticket"]
 
 
 def mask_of_ticket(folder: Path, groups: Groups) -> Mask:

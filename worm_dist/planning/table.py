@@ -17,7 +17,7 @@ from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
-from .formatting import column, column_widths, listed, seconds, short
+from .formatting import column, column_widths, listed, mebibytes, seconds, short
 from .step_time import FORMULA
 
 __all__ = ["show"]
@@ -64,6 +64,12 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
     for stage in forecast.costs:
         if stage in _MEANING:
             console.print(f"{stage}: {_MEANING[stage]}.")
+    _print(console, "The engine's memory on a rank, in MiB", _memory(forecast))
+    console.print(
+        "Held: copies of frozen weights and of their optimizer state. Inputs: those from which "
+        "BatchNorm's statistics are estimated, whole batches unless --world divides them. On a "
+        "GPU; besides weights, gradients and the optimizer's own state. Shares are of the weights."
+    )
     if any(group.gates for group in forecast.groups):
         console.print("The ticket has no gates: they are folded into the weights.")
     if forecast.estimate is not None:
@@ -243,6 +249,20 @@ def _totals(forecast: Forecast) -> Table:
             _compared(f"{total.flops:,}", total.flops / dense.flops),
             _compared(f"{total.payload_bytes:,}", total.payload_bytes / dense.payload_bytes),
         )
+    return table
+
+
+def _memory(forecast: Forecast) -> Table:
+    """Table of what the engine holds in every stage, also as a share of the dense weights."""
+    table = _table()
+    table.add_column("")
+    for heading in ("held weights", "held state", "packing", "indices", "inputs", "all"):
+        table.add_column(heading, justify="right")
+    for stage, memory in forecast.memory.items():
+        parts = memory.truncation
+        cells = (parts.weights, parts.moments, parts.buffers, parts.indices, memory.inputs)
+        share = memory.total / forecast.weight_bytes
+        table.add_row(stage, *map(mebibytes, cells), _compared(mebibytes(memory.total), share))
     return table
 
 

@@ -44,6 +44,7 @@ class Target:
         worm: the engine's settings.
         arguments: additional arguments of the model's constructor.
         batch_size: samples in an optimizer step over all ranks; None if not set.
+        optimizer: name of the optimizer.
         precision: ``fp32`` or ``bf16``, which is torch's autocast.
         remarks: notes on what the figures do not include with these settings.
     """
@@ -54,6 +55,7 @@ class Target:
     worm: WormConfig
     arguments: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
+    optimizer: str = "sgd"
     precision: str = "fp32"
     remarks: Sequence[str] = ()
 
@@ -126,7 +128,9 @@ def target_of_config(
     shape, classes = _sample(config.data, num_classes)
     remarks = []
     if config.distributed.backend == "deepspeed":
-        remarks.append("bytes are DistributedDataParallel's; under ZeRO ranks also send weights")
+        remarks.append(
+            "bytes and memory are DistributedDataParallel's; under ZeRO ranks also send weights"
+        )
     return Target(
         model=config.model.name,
         arguments=config.model.arguments,
@@ -134,6 +138,7 @@ def target_of_config(
         num_classes=classes,
         worm=config.worm,
         batch_size=config.data.batch_size,
+        optimizer=config.optimizer.name,
         precision=config.precision,
         remarks=remarks,
     )

@@ -20,7 +20,15 @@ from typing_extensions import Self
 from ..groups.nested import mapped, tensors_in
 from ..schema import Schema
 
-__all__ = ["CallSchema", "Norm", "RecordedCall", "RecordedInputs", "calls_from", "plain_calls"]
+__all__ = [
+    "CallSchema",
+    "Norm",
+    "RecordedCall",
+    "RecordedInputs",
+    "calls_from",
+    "most_recorded_bytes",
+    "plain_calls",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +188,11 @@ class RecordedInputs:
 
     def __reduce__(self) -> tuple[type[RecordedInputs], tuple[int, int, bool]]:
         return RecordedInputs, (0, 0, False)
+
+
+def most_recorded_bytes(num_calls: int, most_bytes: int, bytes_of_a_call: int) -> int:
+    """Bytes that ``RecordedInputs`` with these arguments keeps of inputs of one size."""
+    return bytes_of_a_call * min(num_calls, max(1, most_bytes // max(1, bytes_of_a_call)))
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -33,6 +33,14 @@ class Slices(Protocol):
     """The frozen slices of tensors of certain shapes: of shards, or of their optimizer state, which
     may be missing (None)."""
 
+    @property
+    def num_copied(self) -> int:
+        """Number of elements of what ``take`` returns."""
+
+    @property
+    def num_indices(self) -> int:
+        """Number of indices that are kept, each of eight bytes, besides those of the blocks."""
+
     def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
         """Copies of the slices, of zeros for missing tensors; None if all are missing."""
 
@@ -52,6 +60,15 @@ class ManySlices:
         self._sizes = [block.shape.numel() for block in blocks]
         self._num_frozen = [size - block.num_live for size, block in zip(self._sizes, blocks)]
         self._indices: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def num_copied(self) -> int:
+        return sum(self._num_frozen)
+
+    @property
+    def num_indices(self) -> int:
+        """See ``Slices``; as many again for tensors with other strides."""
+        return sum(self._num_frozen)
 
     def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
         like = next((tensor for tensor in tensors if tensor is not None), None)
@@ -106,6 +123,19 @@ class RowSlices:
 
     def __init__(self, block: Block) -> None:
         self._frozen = block.frozen
+        self._shape = block.shape
+
+    @property
+    def num_copied(self) -> int:
+        """See ``Slices``; elements in frozen rows and columns are copied twice."""
+        return sum(
+            self._shape.numel() // self._shape[dim] * indices.numel()
+            for dim, indices in self._frozen.items()
+        )
+
+    @property
+    def num_indices(self) -> int:
+        return 0
 
     def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
         (tensor,) = tensors

@@ -1,0 +1,91 @@
+"""Input record: the newest inputs of a network in training, and statistics estimated from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import TicketConfig
+from ..distributed.collectives import Communicator
+from ..groups.channel_groups import Groups
+from ..pruning.bn_recalibration import recalibrate
+from ..pruning.collapse import Liveness
+from ..pruning.recorded_inputs import RecordedCall, RecordedInputs, calls_from, plain_calls
+
+__all__ = ["InputRecord"]
+
+
+class InputRecord:
+    """Records the newest inputs of a network while it trains.
+
+    Args:
+        config: the settings of the draw.
+        may_draw: whether channels may be removed; otherwise no inputs are recorded.
+
+    Attributes:
+        is_on: whether inputs are recorded to estimate BatchNorm statistics from.
+    """
+
+    def __init__(self, config: TicketConfig, may_draw: bool) -> None:
+        num_calls = config.recalibrate_batches if may_draw else 0
+        self._recorded = RecordedInputs(num_calls, config.recalibrate_memory_mb << 20)
+        self.is_on = self._recorded.is_on
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def calls(self) -> Sequence[RecordedCall]:
+        """The newest inputs, oldest first."""
+        return self._recorded.calls
+
+    def register(self, module: nn.Module) -> None:
+        """Record the inputs of this module: the outermost one, so that inputs are recorded outside
+        of torch.compile's graph."""
+        self._handle = module.register_forward_pre_hook(self._recorded, with_kwargs=True)
+
+    def replace(self, calls: Sequence[RecordedCall]) -> None:
+        """Replace the recorded inputs."""
+        self._recorded.replace(calls)
+
+    def rank_state(self) -> list[dict[str, Any]] | None:
+        """This rank's inputs in plain values; None if one is of another type."""
+        return plain_calls(self.calls)
+
+    def load_rank_state(self, inputs: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Restore inputs, on this device if they were not on the CPU."""
+        self.replace(calls_from(inputs, device))
+
+    def recalibrate(
+        self,
+        network: nn.Module,
+        groups: Groups,
+        comm: Communicator,
+        where: str,
+        warned: set[str],
+    ) -> None:
+        """Estimate BatchNorm statistics from the recorded inputs, and check the network for
+        collapse.  Collective.
+
+        Args:
+            network: the network.
+            groups: its channel groups, as it is now.
+            comm: the communicator of the data-parallel ranks.
+            where: prefix of error messages.
+            warned: names of groups that a warning was given for; new ones are added.
+
+        Raises:
+            CollapseError: on every rank, if the network's output does not depend on its input.
+        """
+        if self.is_on:
+            with Liveness(network, groups) as liveness:
+                recalibrate(network, self.calls, comm, where, liveness.observe)
+            liveness.require(comm, where, warned)
+
+    def stop(self) -> None:
+        """Record no inputs from now on, and let go of those recorded."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.replace(())
