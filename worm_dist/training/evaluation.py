@@ -92,8 +92,8 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate the network on the test split, each rank on its share.  Collective.
 
-    All ranks use rank zero's BatchNorm statistics, as DistributedDataParallel does at its next
-    training step; between two steps the statistics differ from rank to rank.
+    All ranks use rank zero's BatchNorm statistics, which are those that are saved; in training the
+    statistics differ from rank to rank.
 
     Args:
         network: the network without its wrapper.
