@@ -151,7 +151,11 @@ class RunConfig(WormParts):
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
     seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: Count = Field(default=20, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """``tf32``: float32; GPUs that can round the inputs of convolutions and matrix products to ten
+    mantissa bits, CPUs do not.  ``fp32``: no rounding.  ``bf16``: autocast to bfloat16."""
+    cudnn_benchmark: bool = True
+    """Whether cuDNN tries its kernels on each new size of input and keeps the fastest."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
