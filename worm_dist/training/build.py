@@ -22,6 +22,7 @@ from .consistency import require_same_data
 from .data import load_data, test_loader, train_loader
 from .evaluation import count_parameters
 from .flops import count_flops
+from .kernels import memory_format
 from .optim import build_optimizer, build_schedule
 from .parallelize import backend_name, parallelize
 from .rank_state import seed_all
@@ -90,6 +91,8 @@ def build(
         "arguments": config.model.arguments,
     }
     network = gated(build_model(**model_arguments), config.search).to(device)
+    if (layout := memory_format(config, device)) is not torch.contiguous_format:
+        network.to(memory_format=layout)
     optimizer = build_optimizer(config.optimizer, network)
     model = parallelize(network, optimizer, config, rank_info.world_size, device)
     dtype = next(network.parameters()).dtype  # DeepSpeed may have changed it

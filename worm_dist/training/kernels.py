@@ -1,4 +1,4 @@
-"""Kernels: the choices of a process about kernels on GPUs."""
+"""Kernels: the choices of a run about kernels on GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .run_config import RunConfig
 
-__all__ = ["choose_kernels"]
+__all__ = ["choose_kernels", "memory_format"]
 
 
 def choose_kernels(config: RunConfig, device: torch.device) -> None:
@@ -22,6 +22,24 @@ def choose_kernels(config: RunConfig, device: torch.device) -> None:
         return
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     _allow_tf32(config.precision != "fp32")
+
+
+def memory_format(config: RunConfig, device: torch.device) -> torch.memory_format:
+    """The memory format of weights and images of convolutions: that for channels innermost, or the
+    contiguous one.
+
+    Args:
+        config: the run's settings: ``model.channels_last``.
+        device: this rank's device.
+    """
+    pays = (
+        device.type == "cuda"
+        and config.precision != "fp32"
+        and config.distributed.backend != "deepspeed"
+    )
+    choice = config.model.channels_last
+    is_last = choice == "on" or (choice == "auto" and pays)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _allow_tf32(allow: bool) -> None:
