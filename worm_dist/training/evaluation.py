@@ -16,6 +16,7 @@ from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.progress import Progress
 from ..groups.forward import in_eval
 from .data.batches import batches
+from .precision import autocast
 
 __all__ = [
     "EvalResult",
@@ -89,6 +90,7 @@ def evaluate(
     device: torch.device,
     stop: StopCoordinator,
     progress: Progress,
+    precision: str,
 ) -> EvalResult:
     """Evaluate the network on the test split, each rank on its share.  Collective.
 
@@ -102,6 +104,7 @@ def evaluate(
         device: the device to compute on.
         stop: checked after every batch.
         progress: told after every batch that this rank is at work.
+        precision: the run's; what is tested is what trains.
 
     Raises:
         Stopped: a rank received a stop request during the evaluation; raised on every rank.
@@ -117,7 +120,9 @@ def evaluate(
                 break
             progress.at_work()
             targets = targets.to(device, non_blocking=True)
-            logits = network(inputs.to(device, dtype, non_blocking=True)).float()
+            with autocast(precision, network):
+                logits = network(inputs.to(device, dtype, non_blocking=True))
+            logits = logits.float()
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.argmax(dim=1) == targets).sum()
             varies = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()

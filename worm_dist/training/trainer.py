@@ -26,6 +26,7 @@ from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_ove
 from .flops import count_flops
 from .nonfinite import FiniteCheck
 from .parallelize import averaged_gradients, backward, num_passes, step
+from .precision import autocast
 from .rank_state import (
     Position,
     gathered_on_rank_zero,
@@ -321,6 +322,7 @@ class Trainer:
             self._device,
             self._stop,
             self._progress,
+            self._config.precision,
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -396,9 +398,7 @@ class Trainer:
         return logits.float().mean() + self.engine.penalty()
 
     def _autocast(self) -> torch.autocast:
-        """The precision of this run's forward passes."""
-        bf16 = self._config.precision == "bf16" and self._parts.sample.dtype == torch.float32
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16)
+        return autocast(self._config.precision, self._parts.network)
 
     def _newest_inputs(self, count: int) -> list[Tensor]:
         """The inputs of the newest passes, oldest first."""
