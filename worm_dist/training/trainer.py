@@ -21,7 +21,6 @@ from .build import build
 from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
-from .data.batches import batches
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
 from .flops import count_flops
 from .nonfinite import FiniteCheck
@@ -30,7 +29,7 @@ from .precision import autocast
 from .rank_state import (
     Position,
     gathered_on_rank_zero,
-    newest_inputs,
+    newest_images,
     num_inputs,
     rank_state,
     restore_random,
@@ -154,7 +153,7 @@ class Trainer:
             self._draw()
         self._speed = Speed()
         self._reach("the next batch")
-        for inputs, targets in batches(loader):
+        for inputs, targets in self._parts.placement.batches(loader):
             loss = self._train_step(inputs, targets)
             self._progress.started()
             self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
@@ -222,9 +221,11 @@ class Trainer:
         position.at_chance = evaluation.is_chance
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Take one optimizer step; return this rank's data loss, a detached scalar."""
-        inputs = inputs.to(self._device, self._parts.sample.dtype, non_blocking=True)
-        targets = targets.to(self._device, non_blocking=True)
+        """Take one optimizer step; return this rank's data loss, a detached scalar.
+
+        Args:
+            inputs, targets: a batch on the device.
+        """
         self._reach("the gradients")
         passes = num_passes(self.engine)
         total = torch.zeros((), device=self._device)
@@ -317,7 +318,7 @@ class Trainer:
     def _evaluate(self) -> EvalResult:
         return evaluate(
             self._parts.network,
-            self._parts.test_loader,
+            self._parts.placement.batches(self._parts.test_loader),
             self.model_arguments["num_classes"],
             self._device,
             self._stop,
@@ -392,9 +393,9 @@ class Trainer:
 
     def _one_pass(self) -> Tensor:
         position = self._position
-        (inputs,) = newest_inputs(self._parts.train_loader, position.epoch, position.batch, 1)
+        (inputs,) = newest_images(self._parts.train_loader, position.epoch, position.batch, 1)
         with self._autocast():  # or it would need more memory than any step of the run
-            logits: Tensor = self.engine.model(inputs.to(self._device, self._parts.sample.dtype))
+            logits: Tensor = self.engine.model(self._parts.placement.inputs(inputs))
         return logits.float().mean() + self.engine.penalty()
 
     def _autocast(self) -> torch.autocast:
@@ -404,11 +405,11 @@ class Trainer:
         """The inputs of the newest passes, oldest first."""
         passes = num_passes(self.engine)
         position, num_batches = self._position, -(-count // passes)
-        batches = newest_inputs(
+        batches = newest_images(
             self._parts.train_loader, position.epoch, position.batch, num_batches
         )
         parts = [
-            part for batch in batches for part in batch.to(self._parts.sample.dtype).chunk(passes)
+            part for batch in batches for part in self._parts.placement.inputs(batch).chunk(passes)
         ]
         return parts[len(parts) - count :]
 
