@@ -322,7 +322,7 @@ def test_other_settings_of_deepspeed(path: Path, data: st.DataObject) -> None:
         content = data.draw(other_bytes(content))
     file = path.with_name("deepspeed.json")
     file.write_bytes(content)
-    precision = data.draw(st.sampled_from(["fp32", "bf16"]))
+    precision = data.draw(st.sampled_from(["fp32", "tf32", "bf16"]))
     config = RunConfig(
         precision=precision, distributed={"backend": "deepspeed", "deepspeed": str(file)}
     )

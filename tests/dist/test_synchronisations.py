@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _ExperimentalConfig
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
-from torch.profiler import ProfilerActivity, profile
 
 import worm_dist
 from tests.nets import Residual, random_images
+from tests.operations import num_operations
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.synchronisations import as_on_device, on_device, synchronisations
@@ -23,14 +22,6 @@ from worm_dist.comm_hooks.packing import Packing
 from worm_dist.engine import usage_errors
 from worm_dist.groups.freeze_plan import Block
 from worm_dist.truncation import slices
-
-_HOST_ONLY = {
-    "aten::alias", "aten::as_strided", "aten::detach", "aten::empty", "aten::empty_like",
-    "aten::empty_strided", "aten::expand", "aten::flatten", "aten::narrow", "aten::new_empty",
-    "aten::permute", "aten::reshape", "aten::resize_", "aten::result_type", "aten::select",
-    "aten::slice", "aten::split", "aten::split_with_sizes", "aten::squeeze", "aten::t", "aten::to",
-    "aten::transpose", "aten::unsqueeze", "aten::view", "aten::view_as",
-}  # fmt: skip
 
 
 def _engine(truncation: dict[str, Any]) -> Engine:
@@ -113,22 +104,6 @@ def test_packing_does_not_wait() -> None:
     assert not waits
 
 
-def _num_operations(model: torch.nn.Module, optimizer: Optimizer, engine: Engine | None) -> int:
-    """Operations in a step that launch something; one over many tensors counts once."""
-    with profile(
-        activities=[ProfilerActivity.CPU],
-        experimental_config=_ExperimentalConfig(profile_all_threads=True),
-    ) as profiled:
-        _step(model, optimizer, engine)
-
-    def count(event: Any) -> int:
-        if event.name.startswith("aten::") and event.name not in _HOST_ONLY:
-            return 1
-        return sum(map(count, event.cpu_children))
-
-    return sum(count(event) for event in profiled.events() if event.cpu_parent is None)
-
-
 def _operations() -> dict[str, int]:
     """Operations of a step beyond those of DistributedDataParallel, as an accelerator has them."""
     packing._SHORT_ROW, slices._MERGED_ON_CPU = 2**62, slices._MERGED
@@ -136,20 +111,24 @@ def _operations() -> dict[str, int]:
     optimizer = SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for _ in range(3):
         _step(plain, optimizer, None)
-    of_ddp = _num_operations(plain, optimizer, None)
+    of_ddp = num_operations(lambda: _step(plain, optimizer, None))
     found = {}
+
+    def step() -> None:
+        _step(engine.model, engine.optimizer, engine)
+
     engine = _engine({"frozen_weights": "hold"})
     for generation in range(5):
         engine.truncate(mask_dropping(engine.groups, *range(1 + generation % 2)))
         for _ in range(3):
-            _step(engine.model, engine.optimizer, engine)
-        more = _num_operations(engine.model, engine.optimizer, engine) - of_ddp
+            step()
+        more = num_operations(step) - of_ddp
         found[f"held, generation {generation}"] = more
     engine = _engine({"removal": {"duration": "2ba", "fade_steps": 2}})
     engine.truncate(mask_dropping(engine.groups, 0))
     for _ in range(12):
-        _step(engine.model, engine.optimizer, engine)
-    found["removed"] = _num_operations(engine.model, engine.optimizer, engine) - of_ddp
+        step()
+    found["removed"] = num_operations(step) - of_ddp
     return found
 
 

@@ -52,8 +52,9 @@ def _gone_on_with(folder: Path, settings: Mapping[str, Any], steps: list[int]) -
             [3, 5, 11],
         ),
         (2, {"data.num_workers": 2, "truncation.frozen_weights": "hold"}, [5]),
+        (2, {"model.channels_last": "on", "optimizer.fused": "on"}, [5, 8]),
     ],
-    ids=["worm", "three", "powersgd", "loaders"],
+    ids=["worm", "three", "powersgd", "loaders", "kernels"],
 )
 def test_gone_on_with_from_any_step_it_ends_the_same(
     ranks: Ranks, tmp_path: Path, world_size: int, settings: dict[str, Any], steps: list[int]

@@ -62,7 +62,7 @@ def _precisions() -> list[torch.dtype]:
     trainer._parts.network.train()
     trainer._train_step(*next(iter(trainer._parts.train_loader)))
     trainer._position.batch = 1
-    trainer._one_pass().backward()
+    trainer._state.one_pass().backward()
     return seen
 
 

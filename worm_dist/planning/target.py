@@ -45,7 +45,7 @@ class Target:
         arguments: additional arguments of the model's constructor.
         batch_size: samples in an optimizer step over all ranks; None if not set.
         optimizer: name of the optimizer.
-        precision: ``fp32`` or ``bf16``, which is torch's autocast.
+        precision: ``bf16`` for torch's autocast; the others are float32.
         remarks: notes on what the figures do not include with these settings.
     """
 

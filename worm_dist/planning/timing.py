@@ -45,7 +45,7 @@ def measure(
             spoils their statistics and gradients.
         sample_shape: shape of one input.
         num_samples: samples in a batch.
-        precision: ``fp32``, or ``bf16`` for torch's autocast.
+        precision: ``bf16`` for torch's autocast; the others are float32.
 
     Raises:
         ConfigError: a network cannot be trained on such a batch.

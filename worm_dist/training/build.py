@@ -19,9 +19,10 @@ from ..engine.engine import Engine
 from ..groups.gates import gated
 from ..models import build_model
 from .consistency import require_same_data
-from .data import load_data, test_loader, train_loader
+from .data import Placement, load_data, test_loader, train_loader
 from .evaluation import count_parameters
 from .flops import count_flops
+from .kernels import memory_format
 from .optim import build_optimizer, build_schedule
 from .parallelize import backend_name, parallelize
 from .rank_state import seed_all
@@ -39,7 +40,8 @@ class TrainingParts:
         network: the bare network, on the device; always the same object.
         engine: the engine, attached to the wrapped network.
         schedule: the learning rate schedule, stepped once per optimizer step.
-        train_loader, test_loader: the loaders of this rank's samples.
+        train_loader, test_loader: the loaders of this rank's samples, on the host.
+        placement: puts their batches on the device.
         sample: zeros ``[1, *sample shape]``, of the network's dtype on its device.
         model_arguments: keyword arguments of ``build_model`` that rebuild the dense network.
         result: the run's figures; filled with those of the dense network.
@@ -50,6 +52,7 @@ class TrainingParts:
     schedule: LRScheduler
     train_loader: DataLoader[Any]
     test_loader: DataLoader[Any]
+    placement: Placement
     sample: Tensor
     model_arguments: dict[str, Any]
     result: Result
@@ -90,9 +93,13 @@ def build(
         "arguments": config.model.arguments,
     }
     network = gated(build_model(**model_arguments), config.search).to(device)
+    layout = memory_format(config, device)
+    if layout is not torch.contiguous_format:
+        network.to(memory_format=layout)
     optimizer = build_optimizer(config.optimizer, network)
     model = parallelize(network, optimizer, config, rank_info.world_size, device)
     dtype = next(network.parameters()).dtype  # DeepSpeed may have changed it
+    placement = Placement(device, dtype, layout, data.normalization)
     sample = torch.zeros(1, *data.sample_shape, device=device, dtype=dtype)
     schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
     engine = worm_dist.attach(
@@ -111,4 +118,6 @@ def build(
     )
     result.parameters.dense = count_parameters(network)
     result.flops.dense = count_flops(network, sample)
-    return TrainingParts(network, engine, schedule, loader, tests, sample, model_arguments, result)
+    return TrainingParts(
+        network, engine, schedule, loader, tests, placement, sample, model_arguments, result
+    )

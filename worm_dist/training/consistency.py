@@ -95,9 +95,8 @@ def require_same_network(
     Each rank reads its network once where it is, copies one number per tensor to the host, and the
     ranks all-reduce one digest.
 
-    The running statistics of norms are left out: between two steps they differ from rank to rank.
-    DistributedDataParallel overwrites them with rank zero's at the next step, and ``evaluate`` does
-    so too, so they cannot diverge for longer than a step.
+    The running statistics of norms are left out: they differ from rank to rank, as each follows its
+    own batches, and no weight depends on them.  ``evaluate`` overwrites them with rank zero's.
 
     Args:
         network: the network without its wrapper.

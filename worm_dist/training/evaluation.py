@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.progress import Progress
 from ..groups.forward import in_eval
-from .data.batches import batches
+from .precision import autocast
 
 __all__ = [
     "EvalResult",
@@ -84,40 +83,42 @@ class Speed:
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
-    loader: DataLoader[Any],
+    batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
     device: torch.device,
     stop: StopCoordinator,
     progress: Progress,
+    precision: str,
 ) -> EvalResult:
     """Evaluate the network on the test split, each rank on its share.  Collective.
 
-    All ranks use rank zero's BatchNorm statistics, as DistributedDataParallel does at its next
-    training step; between two steps the statistics differ from rank to rank.
+    All ranks use rank zero's BatchNorm statistics, which are those that are saved; in training the
+    statistics differ from rank to rank.
 
     Args:
         network: the network without its wrapper.
-        loader: this rank's share of the test split.
+        batches: inputs and classes of this rank's share of the test split, on the device.
         num_classes: number of classes.
         device: the device to compute on.
         stop: checked after every batch.
         progress: told after every batch that this rank is at work.
+        precision: the run's; what is tested is what trains.
 
     Raises:
         Stopped: a rank received a stop request during the evaluation; raised on every rank.
     """
     broadcast_buffers(network)
-    dtype = next(network.parameters()).dtype
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
     with in_eval(network):
-        for inputs, targets in batches(loader):
+        for inputs, targets in batches:
             if stop.requested:
                 totals[3] = 1  # the other ranks learn of it in the all-reduce below
                 break
             progress.at_work()
-            targets = targets.to(device, non_blocking=True)
-            logits = network(inputs.to(device, dtype, non_blocking=True)).float()
+            with autocast(precision, network):
+                logits = network(inputs)
+            logits = logits.float()
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.argmax(dim=1) == targets).sum()
             varies = (logits - logits[:1]).abs().max() > _TOLERANCE * logits.abs().max()

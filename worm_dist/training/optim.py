@@ -15,7 +15,11 @@ __all__ = ["build_optimizer", "build_schedule"]
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """Build the optimizer over all parameters of the network."""
+    """Build the optimizer over all parameters of the network, which is on its device."""
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    # None is torch's own choice, which is one operation for each kind of arithmetic; False would be
+    # a loop over the parameters.
+    fused = True if config.fused == "on" or (config.fused == "auto" and on_gpu) else None
     builders: Mapping[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(
             network.parameters(),
@@ -23,10 +27,13 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=fused,
         ),
-        "adam": lambda: Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+        "adam": lambda: Adam(
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+        ),
         "adamw": lambda: AdamW(
-            network.parameters(), lr=config.lr, weight_decay=config.weight_decay
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
         ),
     }
     return builders[config.name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import sys
@@ -66,7 +67,27 @@ def parallelize(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         bucket_cap_mb=config.distributed.bucket_cap_mb,
+        **_fewer_copies(),
     )
+
+
+def _fewer_copies() -> dict[str, Any]:
+    """Arguments of DistributedDataParallel that save work and change no weight.
+
+    ``gradient_as_bucket_view``: averaged gradients stay in the buckets, one copy of each less, in
+    time and memory.  The copy into the buckets remains, because ``zero_grad`` drops the views; to
+    keep, zero and add to them would cost as much.
+
+    ``forward_sync_buffers``: buffers are not broadcast before each forward pass, so running
+    statistics differ from rank to rank, as they do under DeepSpeed.  No weight depends on them:
+    norms in training mode use those of the batch, and what a draw needs is estimated from batches
+    of all ranks.  Rank zero's, which are tested and saved, are its own with and without the
+    broadcast; ``evaluate`` hands them to all ranks.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    # torch 2.14 renamed the argument and warns about the old name.
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, sync: False}
 
 
 def _require_valid(deepspeed: Any, settings: dict[str, Any], path: str | None) -> None:

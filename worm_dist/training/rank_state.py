@@ -29,7 +29,7 @@ __all__ = [
     "PositionSchema",
     "RankStateSchema",
     "gathered_on_rank_zero",
-    "newest_inputs",
+    "newest_images",
     "num_inputs",
     "rank_state",
     "restore_random",
@@ -194,7 +194,7 @@ def with_inputs(state: Mapping[str, Any], inputs: Sequence[Tensor]) -> dict[str,
 
     Args:
         state: this rank's state.
-        inputs: the recorded input batches, on the CPU, one for every recorded pass.
+        inputs: the recorded input batches, on the network's device, one for every recorded pass.
 
     Raises:
         CheckpointError: there are fewer.
@@ -229,8 +229,8 @@ def restore_random(state: Any, seed: int, step: int) -> None:
         restore_random_state(state)
 
 
-def newest_inputs(loader: DataLoader[Any], epoch: int, batch: int, count: int) -> list[Tensor]:
-    """Load the inputs of this rank's newest batches again, oldest first.
+def newest_images(loader: DataLoader[Any], epoch: int, batch: int, count: int) -> list[Tensor]:
+    """Load the images of this rank's newest batches again, oldest first, on the host.
 
     Args:
         loader: the loader of the training split.

@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
 from .consistency import require_same_start
+from .kernels import choose_kernels
 from .newest_checkpoint import newest_checkpoint
 from .preemption import exit_code_of_stopped, stop_on_signals
 from .put_aside import RESULT, TICKET
@@ -66,6 +67,7 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
     ):
         assert dist.group.WORLD is not None
         require_same_start(config, ProcessGroupComm(dist.group.WORLD, device))
+        choose_kernels(config, device)
         progress.reach("opening the run's folder")
         with _run_folder(config, out, resume) as folder:
             return _train(config, out, folder, rank_info, device, progress, stop, install_handlers)

@@ -34,6 +34,10 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
 """Limited because sockets count milliseconds in 32 bits, which is 24 days."""
 
 
+OnGpus = Literal["auto", "on", "off"]
+"""``auto``: where it is known to pay, on GPUs."""
+
+
 class DataConfig(Settings):
     """The data set."""
 
@@ -63,6 +67,9 @@ class ModelConfig(Settings):
     """A model of worm_dist.models, or any classification model of torchvision."""
     arguments: dict[str, JsonValue] = Field(default={})
     """Additional keyword arguments of the model's constructor."""
+    channels_last: OnGpus = "auto"
+    """Whether weights of convolutions, and images, have their channels innermost in memory, as
+    tensor cores take them.  ``auto``: on GPUs, but neither in ``fp32`` nor under DeepSpeed."""
 
 
 class OptimizerConfig(Settings):
@@ -73,6 +80,8 @@ class OptimizerConfig(Settings):
     nesterov: bool = False
     """SGD only."""
     weight_decay: Factor = Field(default=5e-4, ge=0)
+    fused: OnGpus = "auto"
+    """Whether a step is one operation over all parameters.  ``auto``: on GPUs."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -151,7 +160,11 @@ class RunConfig(WormParts):
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
     seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: Count = Field(default=20, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """``tf32``: float32; GPUs that can round the inputs of convolutions and matrix products to ten
+    mantissa bits, CPUs do not.  ``fp32``: no rounding.  ``bf16``: autocast to bfloat16."""
+    cudnn_benchmark: bool = True
+    """Whether cuDNN tries its kernels on each new size of input and keeps the fastest."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -159,6 +172,15 @@ class RunConfig(WormParts):
     distributed: DistributedConfig = DistributedConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _deepspeed_flattens(self) -> Self:
+        if self.model.channels_last == "on" and self.distributed.backend == "deepspeed":
+            raise ValueError(
+                "model.channels_last 'on' contradicts distributed.backend 'deepspeed', which keeps "
+                "weights in flat buffers; choose 'auto'"
+            )
+        return self
 
     def __init__(self, /, **values: Any) -> None:
         preset = values.get("preset", "worm")

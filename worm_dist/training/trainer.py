@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,32 +20,17 @@ from .build import build
 from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
-from .data.batches import batches
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
 from .flops import count_flops
 from .nonfinite import FiniteCheck
 from .parallelize import averaged_gradients, backward, num_passes, step
-from .rank_state import (
-    Position,
-    gathered_on_rank_zero,
-    newest_inputs,
-    num_inputs,
-    rank_state,
-    restore_random,
-    with_inputs,
-)
+from .precision import autocast
+from .rank_state import Position
 from .reporting.not_found import why_not_found
-from .reporting.phase_stats import PhaseStats
 from .reporting.reporter import Report
 from .reporting.result import Result
 from .run_config import RunConfig
-from .run_state import (
-    FORMAT,
-    require_network,
-    require_options,
-    require_position,
-    schedule_state,
-)
+from .training_state import TrainingState
 
 __all__ = ["Trainer"]
 
@@ -102,14 +86,16 @@ class Trainer:
         self._save_every = config.checkpoint.every.steps(steps_per_epoch)
         self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
         self._finite_check = FiniteCheck(self._ranks)
-        self._position = Position()
-        self._losses = torch.zeros(2, dtype=torch.float64, device=device)
-        self._phase_stats = PhaseStats(self.result)
+        self._state = TrainingState(config, self._parts, device)
 
     @property
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``build_model`` that rebuild the dense network."""
         return self._parts.model_arguments
+
+    @property
+    def _position(self) -> Position:
+        return self._state.position
 
     def run(self) -> Result:
         """Run all phases: search, truncate, draw, and train the ticket.  Collective.
@@ -136,7 +122,7 @@ class Trainer:
         return self.result
 
     def _complete(self) -> None:
-        self._phase_stats.complete(self.engine.phase, self.engine.traffic)
+        self._state.phase_stats.complete(self.engine.phase, self.engine.traffic)
         self.result.status = self._status()
         if self.result.status == "not_found":
             self.result.reason = why_not_found(self.result, self._config, self.engine.history)
@@ -153,12 +139,13 @@ class Trainer:
             self._draw()
         self._speed = Speed()
         self._reach("the next batch")
-        for inputs, targets in batches(loader):
+        for inputs, targets in self._parts.placement.batches(loader):
             loss = self._train_step(inputs, targets)
             self._progress.started()
-            self._losses += torch.stack([loss.double(), torch.ones_like(self._losses[0])])
+            losses = self._state.losses
+            losses += torch.stack([loss.double(), torch.ones_like(losses[0])])
             position.batch += 1
-            self._phase_stats.count(self.engine.phase, self.engine.traffic, self._flops)
+            self._state.phase_stats.count(self.engine.phase, self.engine.traffic, self._flops)
             self._speed.count(self._config.data.batch_size)
             self._report.step(self.engine, float(self._parts.schedule.get_last_lr()[0]), loss)
             if self.engine.step % self._compare_every == 0:
@@ -174,7 +161,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluate after the last step of the epoch, report, and advance to the next epoch."""
         speed, position = self._speed.images_per_second, self._position
-        loss_sum, count = total_over_ranks(self._losses.clone()).tolist()
+        loss_sum, count = total_over_ranks(self._state.losses.clone()).tolist()
         if not torch.isfinite(torch.tensor(loss_sum)):
             raise NonFiniteError(
                 f"epoch {position.epoch + 1}, step {self.engine.step}: the training loss is "
@@ -185,7 +172,7 @@ class Trainer:
         self.result.accuracy.final = evaluation.accuracy
         self._require_better_than_chance(evaluation, loss_sum / count)
         position.epoch, position.batch = position.epoch + 1, 0
-        self._losses.zero_()
+        self._state.losses.zero_()
         self._report.trained(self.engine.step, loss_sum / count, speed)
         self._report.epoch(position.epoch, self.engine, evaluation)
         if self.engine.step % self._save_every == 0 or position.epoch == self._config.epochs:
@@ -221,14 +208,16 @@ class Trainer:
         position.at_chance = evaluation.is_chance
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Take one optimizer step; return this rank's data loss, a detached scalar."""
-        inputs = inputs.to(self._device, self._parts.sample.dtype, non_blocking=True)
-        targets = targets.to(self._device, non_blocking=True)
+        """Take one optimizer step; return this rank's data loss, a detached scalar.
+
+        Args:
+            inputs, targets: a batch on the device.
+        """
         self._reach("the gradients")
         passes = num_passes(self.engine)
         total = torch.zeros((), device=self._device)
         for part, labels in zip(inputs.chunk(passes), targets.chunk(passes), strict=True):
-            with self._autocast():
+            with autocast(self._config.precision, self._parts.network):
                 loss = nn.functional.cross_entropy(self.engine.model(part), labels)
             self.engine.watch(loss)
             backward(self.engine, loss + self.engine.penalty())
@@ -275,7 +264,7 @@ class Trainer:
             self.result.checks += 1
             self._report.check(epoch, self.engine, verdict)
         if verdict.phase is not before:
-            self._phase_stats.close(before)
+            self._state.phase_stats.close(before)
             self.result.elbow_epoch = epoch
             self._report.phase(epoch, self.engine)
         if verdict.phase is Phase.TRUNCATE:
@@ -298,7 +287,7 @@ class Trainer:
         self._progress.reach(f"the draw at step {self.engine.step}")
         if self.engine.phase is not Phase.TICKET:
             result.accuracy.before_draw = self._evaluate().accuracy
-            self._phase_stats.close(self.engine.phase)
+            self._state.phase_stats.close(self.engine.phase)
             self.engine.draw()
             result.ticket_epoch = epoch
             self._measure_network()
@@ -316,11 +305,12 @@ class Trainer:
     def _evaluate(self) -> EvalResult:
         return evaluate(
             self._parts.network,
-            self._parts.test_loader,
+            self._parts.placement.batches(self._parts.test_loader),
             self.model_arguments["num_classes"],
             self._device,
             self._stop,
             self._progress,
+            self._config.precision,
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -334,83 +324,13 @@ class Trainer:
         self._checkpointer.save(state, self.engine.step, str(self.engine.phase), accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """The complete state on rank zero, an incomplete one on other ranks.  Collective.
-
-        The tensors are the live ones, not copies.
-        """
-        engine = self.engine.state_dict()
-        optimizer = self.engine.optimizer_state()
-        rank_states = gathered_on_rank_zero(rank_state(self._losses, engine), self._device)
-        return {
-            "format": FORMAT,
-            "position": asdict(self._position),
-            "engine": {key: part for key, part in engine.items() if key != "rank"},
-            "network": self._parts.network.state_dict(),
-            "optimizer": optimizer,
-            "schedule": self._parts.schedule.state_dict(),
-            "ranks": rank_states,
-            "result": self.result.as_dict(),
-            "phase_stats": self._phase_stats.state_dict(),
-            "report": self._report.state_dict(self.engine),
-        }
+        """See ``TrainingState.state_dict``.  Collective."""
+        return self._state.state_dict(self._report.state_dict(self.engine))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state; this trainer must not have trained yet.  Collective.
-
-        With the same world size the run continues bit-identically.  With another one each step
-        has the same samples, but sums of floats have another order.
-
-        Args:
-            state: rank zero's state dict, as ``require_valid`` accepts it and ``share_state``
-                returns it: in place of ``ranks`` it has this rank's own state, ``rank``.
-
-        Raises:
-            CheckpointError, ConfigError: the state belongs to another run.
-        """
-        self._position = Position(**state["position"])
-        require_position(self._position, len(self._parts.train_loader))
-        own_state = state["rank"]
-        rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
-        self.engine.load_state_dict({**state["engine"], "rank": rank})
+        """See ``TrainingState.load_state_dict``.  Collective."""
+        self._state.load_state_dict(state)
         self._measure_network()
-        require_network(state["network"], self._parts.network)
-        self._parts.network.load_state_dict(state["network"])
-        require_options(state["optimizer"], self.engine.optimizer)
-        self.engine.load_optimizer_state(state["optimizer"])
-        fresh, num_groups = self._parts.schedule.state_dict(), len(state["optimizer"]["groups"])
-        schedule = schedule_state(fresh, state["schedule"], num_groups)
-        self._parts.schedule.load_state_dict(schedule)
-        self._losses = torch.tensor(own_state["losses"], dtype=torch.float64, device=self._device)
-        self.result.restore(state["result"])
-        self._phase_stats.load_state_dict(state["phase_stats"])
-        restore_random(own_state["random"], self._config.seed, self.engine.step)
-        if self.engine.step:
-            self._parts.network.train()
-            self.engine.restore_bucket_order(self._one_pass)
-
-    def _one_pass(self) -> Tensor:
-        position = self._position
-        (inputs,) = newest_inputs(self._parts.train_loader, position.epoch, position.batch, 1)
-        with self._autocast():  # or it would need more memory than any step of the run
-            logits: Tensor = self.engine.model(inputs.to(self._device, self._parts.sample.dtype))
-        return logits.float().mean() + self.engine.penalty()
-
-    def _autocast(self) -> torch.autocast:
-        """The precision of this run's forward passes."""
-        bf16 = self._config.precision == "bf16" and self._parts.sample.dtype == torch.float32
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16)
-
-    def _newest_inputs(self, count: int) -> list[Tensor]:
-        """The inputs of the newest passes, oldest first."""
-        passes = num_passes(self.engine)
-        position, num_batches = self._position, -(-count // passes)
-        batches = newest_inputs(
-            self._parts.train_loader, position.epoch, position.batch, num_batches
-        )
-        parts = [
-            part for batch in batches for part in batch.to(self._parts.sample.dtype).chunk(passes)
-        ]
-        return parts[len(parts) - count :]
 
     # ---- figures ---------------------------------------------------------------------------------
 

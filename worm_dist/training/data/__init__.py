@@ -12,8 +12,9 @@ from ...errors import ConfigError
 from ..run_config import DataConfig
 from .dataset import Data
 from .loaders import test_loader, train_loader
+from .placement import Placement
 
-__all__ = ["Data", "load_data", "test_loader", "train_loader"]
+__all__ = ["Data", "Placement", "load_data", "test_loader", "train_loader"]
 
 # Imported on demand: torchvision and scikit-learn each take a second.
 LOADERS: Mapping[str, tuple[str, str]] = {

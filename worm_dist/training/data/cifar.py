@@ -13,14 +13,15 @@ from torchvision import datasets, transforms
 from ...errors import ConfigError
 from ..run_config import DataConfig
 from .dataset import Data, folder
+from .normalization import Normalization
 
 __all__: list[str] = []
 
 SIDE = 32
 
 # Mean and standard deviation of each channel of the training splits, with bytes scaled to 0..1.
-CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+CIFAR10_STATISTICS = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100_STATISTICS = Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
 def load_cifar10(config: DataConfig) -> Data:
@@ -45,11 +46,11 @@ def _load(
     config: DataConfig,
     kind: type[datasets.CIFAR10],
     title: str,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    statistics: Normalization,
 ) -> Data:
     root = folder(config)
     _check_files(root, kind, title)
-    steps = [transforms.ToTensor(), transforms.Normalize(*statistics)]
+    steps = [transforms.PILToTensor()]
     augmentation: list[Any] = [
         transforms.RandomCrop(SIDE, padding=4),
         transforms.RandomHorizontalFlip(),
@@ -66,6 +67,7 @@ def _load(
         num_classes=len(train.classes),
         sample_shape=(3, SIDE, SIDE),
         description=f"{title}: {len(train)} train / {len(test)} test, from {root}",
+        normalization=statistics,
     )
 
 

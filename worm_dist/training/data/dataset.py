@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ...errors import ConfigError
 from ..run_config import DataConfig
+from .normalization import Normalization
 
 __all__ = ["Data", "Samples", "folder"]
 
@@ -24,9 +25,10 @@ class Samples(Protocol):
 class Data:
     """Training and test split of a data set; samples are (image, class) pairs.
 
-    An image is a normalised float32 tensor of shape ``sample_shape``; a class is an integer in
-    ``[0, num_classes)``.  Only the training split is augmented, and the augmentation uses torch's
-    random state only.
+    An image is a tensor of shape ``sample_shape``: of bytes, to which ``normalization`` is applied
+    in batches on the training's device, or of float32 that is normalised already.  A class is an
+    integer in ``[0, num_classes)``.  Only the training split is augmented, and the augmentation
+    uses torch's random state only.
     """
 
     train: Samples
@@ -36,6 +38,8 @@ class Data:
     """Channels, height, width."""
     description: str
     """One line that describes the data set and its split."""
+    normalization: Normalization | None = None
+    """That of images in bytes."""
 
 
 def folder(config: DataConfig) -> Path:

@@ -26,6 +26,7 @@ from torchvision import transforms
 from ...errors import ConfigError
 from ..run_config import DataConfig
 from .dataset import Data, folder
+from .normalization import Normalization
 
 __all__: list[str] = []
 
@@ -33,7 +34,7 @@ _UNSIGNED_BYTE = 8
 """The type of elements in a header."""
 NUM_CLASSES = 10
 SIDE = 28
-MEAN, STD = 0.2860, 0.3530
+NORMALIZATION = Normalization((0.2860,), (0.3530,))
 """Pixel statistics of the training split, with bytes scaled to 0..1."""
 
 
@@ -65,20 +66,20 @@ def load(config: DataConfig) -> Data:
         ConfigError: a file is missing or damaged; names its expected path.
     """
     root = folder(config)
-    steps = [transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)]
     augmentation: list[Any] = [
         transforms.RandomCrop(SIDE, padding=2),
         transforms.RandomHorizontalFlip(),
     ]
-    train_steps = [*(augmentation if config.augment else []), *steps]
+    train_steps = augmentation if config.augment else []
     train = _Images(*_read(root, "train"), transforms.Compose(train_steps))
-    test = _Images(*_read(root, "t10k"), transforms.Compose(steps))
+    test = _Images(*_read(root, "t10k"), transforms.Compose([]))
     return Data(
         train=train,
         test=test,
         num_classes=NUM_CLASSES,
         sample_shape=(1, SIDE, SIDE),
         description=f"Fashion-MNIST: {len(train)} train / {len(test)} test, from {root}",
+        normalization=NORMALIZATION,
     )
 
 

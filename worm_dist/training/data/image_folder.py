@@ -15,11 +15,12 @@ from torchvision.datasets.folder import pil_loader
 from ...errors import ConfigError
 from ..run_config import DataConfig
 from .dataset import Data, folder
+from .normalization import Normalization
 from .validation import DamagedSampleError
 
 __all__: list[str] = []
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RESIZE_OVER_CROP = 256 / 224
 
 
@@ -44,11 +45,11 @@ def load(config: DataConfig) -> Data:
         DamagedSampleError: raised during iteration by a sample that cannot be decoded.
     """
     root, size = folder(config), config.image_size
-    normalize = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    as_bytes = transforms.PILToTensor()
     centre_crop = [transforms.Resize(int(size * RESIZE_OVER_CROP)), transforms.CenterCrop(size)]
     augmentation = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    train = _split(root / "train", [*(augmentation if config.augment else centre_crop), *normalize])
-    test = _split(root / "val", [*centre_crop, *normalize])
+    train = _split(root / "train", [*(augmentation if config.augment else centre_crop), as_bytes])
+    test = _split(root / "val", [*centre_crop, as_bytes])
     _check_same_classes(train, test)
     return Data(
         train=train,
@@ -59,6 +60,7 @@ def load(config: DataConfig) -> Data:
             f"images in folders: {len(train)} train / {len(test)} test, "
             f"{len(train.classes)} classes, from {root}"
         ),
+        normalization=NORMALIZATION,
     )
 
 

@@ -57,7 +57,7 @@ class ValidatedSamples(Dataset[Any]):
                 f"{self._name_of(index)} has class {int(target)}, but the valid classes are "
                 f"0 to {self.num_classes - 1}; correct its class or remove it"
             )
-        if not math.isfinite(image.sum()):
+        if image.is_floating_point() and not math.isfinite(image.sum()):
             raise DamagedSampleError(
                 f"{self._name_of(index)} has pixels that are not finite; replace or remove it"
             )
