@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -365,3 +366,35 @@ def test_a_killed_ledger_goes_on_and_is_written_again_from_its_rows(
     (out / "course.png").unlink()
     assert main(words) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+
+
+def test_a_sweep_is_one_command(tmp_path: Path) -> None:
+    """All rows are there, so nothing is trained; the page says how it is written again."""
+    sweep = Selection(
+        subjects=["vgg, digits"],
+        rules=["dense", "worm"],
+        ratios=[0.3, 0.7],
+        seeds=[1],
+        controls=[],
+        of=[],
+        triggers=[5, 45],
+        importances=["weight_norm"],
+        epochs=3,
+    )
+    out = tmp_path / "out"
+    for spec in sweep.specs():
+        row = _row(spec.rule.name, 1, 0.5, 0.8, 0.9, ratio=spec.prune_ratio)
+        append(out / "ledger.jsonl", row)
+    words = ["--rule", "dense", "--rule", "worm", "--subject", "vgg, digits", "--no-controls"]
+    words += ["--ratio", "0.3", "--ratio", "0.7", "--seed", "1", "--epochs", "3"]
+    words += ["--trigger", "5", "--trigger", "45", "--importance", "weight_norm"]
+    assert main(["bench", "ledger", *words, "--out", str(out)]) == 0
+    page = (out / "ledger.md").read_text()
+    for title in ("## vgg, digits, p = 0.3, 3 epochs", "## vgg, digits, p = 0.7, 3 epochs"):
+        assert title in page
+    assert page.count("| worm, trigger 45 %, weight_norm | 1 | 0.9000 |") == 2
+    assert not (out / "journal.jsonl").exists()
+    command = next(line for line in page.splitlines() if line.startswith("python "))
+    (out / "ledger.md").unlink()
+    assert main(shlex.split(command)[3:]) == 0
+    assert (out / "ledger.md").read_text() == page

@@ -38,6 +38,7 @@ def add_parsers(benchmarks: Any) -> None:
         help="rule, or variant of a rule, whose ticket all controls are compared with; every other "
         f"one is compared with the uniform network at equal FLOPs only; default: {_OF}",
     )
+    ledger.add_argument("--no-controls", action="store_true", help="the rules only, as in a sweep")
     _add_repeated(ledger, "--seed", type=int, help="default: 1, 2 and 3")
     _add_repeated(
         ledger,
@@ -119,7 +120,7 @@ def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:
         rules=_known(options.rule, RULES, "rule"),
         ratios=options.ratio or (_RATIO,),
         seeds=options.seed or (_SEEDS[:1] if options.quick else _SEEDS),
-        controls=_known(options.control, CONTROLS, "control"),
+        controls=[] if options.no_controls else _known(options.control, CONTROLS, "control"),
         of=options.of or (_OF,),
         triggers=options.trigger,
         importances=options.importance,
@@ -139,7 +140,7 @@ def _command(options: argparse.Namespace, folder: Path) -> str:
         if name in ("command", "benchmark", "out", "workers") or value in (None, False, []):
             continue
         if value is True:
-            words.append(f"--{name}")
+            words.append(f"--{name.replace('_', '-')}")
         else:
             for each in value if isinstance(value, list) else [value]:
                 words += [f"--{name}", f"{each}"]

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .control import CONTROLS, EQUAL_FLOPS
+from .control import CONTROLS
 from .row import Row
 from .table import parts_of
 
@@ -30,6 +30,7 @@ def trade_off(rows: Sequence[Row]) -> Figure:
     figure, grid = _figure(len(parts), 1)
     for (axes,), (cell, part) in zip(grid, parts.items()):
         for rule, here in _by_rule(part).items():
+            number = _number(rule, part)
             accuracies, costs = [row.final for row in here], [row.run_flops for row in here]
             axes.errorbar(
                 statistics.mean(costs),
@@ -37,7 +38,8 @@ def trade_off(rows: Sequence[Row]) -> Figure:
                 xerr=_deviation(costs),
                 yerr=_deviation(accuracies),
                 marker=_MARKERS.get(rule.partition(": ")[2], "o"),
-                color=_colour(rule, part),
+                color=_colour(number),
+                fillstyle="full" if number < len(_COLOURS) else "none",
                 markersize=7,
                 elinewidth=1,
                 capsize=2.5,
@@ -52,7 +54,8 @@ def trade_off(rows: Sequence[Row]) -> Figure:
 
 
 def course(rows: Sequence[Row]) -> Figure:
-    """Plot accuracy, payload and FLOPs over the epochs, as means over seeds; controls are dashed.
+    """Plot accuracy, payload and FLOPs over the epochs, as means over seeds, of the dense network
+    and the rules; controls that prune are dashed.
 
     The accuracies have re-estimated BatchNorm statistics.  One line of panels for every subject,
     ratio and number of epochs.
@@ -74,13 +77,13 @@ def _curves(
     axes: Axes, part: Sequence[Row], curve: Callable[[Row], Sequence[float]], label: str
 ) -> None:
     for rule, here in _by_rule(part).items():
-        kind = rule.partition(": ")[2]
-        if kind not in ("", EQUAL_FLOPS, "random channels"):
-            continue  # a flat line, or nearly that of equal FLOPs
+        if ": " in rule and all(row.ticket_epoch is None for row in here):
+            continue  # the straight lines of thinner networks
         means = [statistics.mean(values) for values in zip(*map(curve, here), strict=True)]
-        style = {"": "-", EQUAL_FLOPS: ":"}.get(kind, "--")
+        number = _number(rule, part)
+        style = "--" if ": " in rule else "-" if number < len(_COLOURS) else "-."
         epochs = range(1, len(means) + 1)
-        axes.plot(epochs, means, style, color=_colour(rule, part), linewidth=1.4, label=rule)
+        axes.plot(epochs, means, style, color=_colour(number), linewidth=1.4, label=rule)
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -98,12 +101,15 @@ def _by_rule(part: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def _colour(rule: str, part: Sequence[Row]) -> str:
-    """A rule and its controls have one colour."""
+def _number(rule: str, part: Sequence[Row]) -> int:
+    """The number of a rule in a panel, that of its controls too; -1 for the dense network."""
     parents = dict.fromkeys(row.key.rule.partition(": ")[0] for row in part)
     parents.pop("dense", None)
-    name = rule.partition(": ")[0]
-    return _GREY if name == "dense" else _COLOURS[list(parents).index(name) % len(_COLOURS)]
+    return -1 if rule == "dense" else list(parents).index(rule.partition(": ")[0])
+
+
+def _colour(number: int) -> str:
+    return _GREY if number < 0 else _COLOURS[number % len(_COLOURS)]
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -53,6 +53,8 @@ def run(specs: Sequence[RunSpec], folder: Path, num_workers: int) -> list[Row]:
         running = set[Future[Row]]()
         while waiting or running:
             ready = [spec for spec in waiting if spec.parent is None or spec.parent in rows]
+            # No more than there are workers, so that controls come before the next seed.
+            ready = ready[: num_workers - len(running)]
             waiting = [spec for spec in waiting if spec not in ready]
             running |= {pool.submit(_row, spec, _parent(spec, rows)) for spec in ready}
             done, running = wait(running, return_when=FIRST_COMPLETED)
