@@ -238,6 +238,10 @@ def test_outcomes_are_told_apart() -> None:
         (["--importance", "luck"], "search.importance"),
         (["--ratio", "0.95"], "prune_ratio 0.95 and min_keep_ratio 0.1 contradict"),
         (["--epochs", "0"], "--epochs 0; give at least 1"),
+        (["--quick", "--subject", "vgg, fashion 10k"], "no subject is left; --quick takes"),
+        (["--trigger", "0"], "--trigger 0; give more than 0 and less than 100"),
+        (["--trigger", "100"], "--trigger 100; give more than 0 and less than 100"),
+        (["--ratio", "0"], "--ratio 0; give more than 0 and less than 1"),
     ],
 )
 def test_what_does_not_exist_is_told(
@@ -398,3 +402,16 @@ def test_a_sweep_is_one_command(tmp_path: Path) -> None:
     (out / "ledger.md").unlink()
     assert main(shlex.split(command)[3:]) == 0
     assert (out / "ledger.md").read_text() == page
+
+
+def test_the_grid_is_written_from_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spec in grid_specs(["vgg, digits"], [3], [0.9]):
+        row = _row("", 1, 0.8, ticket_epoch=1.0)
+        append(tmp_path / "ledger.jsonl", replace(row, key=spec.key))
+    words = ["--quick", "--subject", "vgg, digits", "--ratio", "0.9", "--out", str(tmp_path)]
+    assert main(["bench", "grid", *words]) == 0
+    table = (tmp_path / "ledger.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| vgg, digits | at once | 1 | 1 trains on | 0.800, 0.800 |" in table

@@ -113,8 +113,6 @@ def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:
     from .rule import RULES
     from .spec import Selection
 
-    if options.epochs is not None and options.epochs < 1:
-        raise ConfigError(f"bench: --epochs {options.epochs}; give at least 1")
     selection = Selection(
         subjects=subjects,
         rules=_known(options.rule, RULES, "rule"),
@@ -125,11 +123,9 @@ def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:
         triggers=options.trigger,
         importances=options.importance,
         thresholds=options.threshold,
-        epochs=options.epochs or (_QUICK_EPOCHS if options.quick else None),
+        epochs=_QUICK_EPOCHS if options.quick and options.epochs is None else options.epochs,
     )
-    pruning_rules = selection.pruning_rules
-    if options.of:
-        _known(options.of, pruning_rules, "pruning rule")
+    _known(options.of, selection.pruning_rules, "pruning rule")
     return selection
 
 

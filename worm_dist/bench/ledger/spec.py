@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ...errors import ConfigError
 from .control import EQUAL_FLOPS, Control
 from .row import Key
 from .rule import DENSE, RULES, Rule, triggered_at
@@ -52,6 +53,10 @@ class Selection:
         importances, thresholds: values of these settings of the ``worm`` rules; empty for the
             preset's.
         epochs: number of epochs; None for the subject's.
+
+    Raises:
+        ConfigError: there is no subject, a number is out of range, or a setting of a variant does
+            not exist or contradicts a ratio.
     """
 
     subjects: Sequence[str]
@@ -65,17 +70,30 @@ class Selection:
     thresholds: Sequence[str] = ()
     epochs: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise ConfigError("bench: no subject is left; --quick takes those on the digits only")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"bench: --epochs {self.epochs}; give at least 1")
+        for name, values, most in (("ratio", self.ratios, 1), ("trigger", self.triggers, 100)):
+            for value in values:
+                if not 0 < value < most:
+                    raise ConfigError(
+                        f"bench: --{name} {value:g}; give more than 0 and less than {most}"
+                    )
+        for rule, ratio in product(self._pruning_rules, self.ratios):
+            rule.config(ratio)
+
     @property
     def pruning_rules(self) -> list[str]:
-        """Names of the rules that prune, with their variants.
+        """Names of the rules that prune, with their variants."""
+        return [rule.name for rule in self._pruning_rules]
 
-        Raises:
-            ConfigError: a setting of a variant does not exist, or contradicts a ratio.
-        """
-        rules = [rule for rule in self._rules(SUBJECTS[self.subjects[0]].epochs) if rule.prunes]
-        for rule, ratio in product(rules, self.ratios):
-            rule.config(ratio)
-        return [rule.name for rule in rules]
+    @property
+    def _pruning_rules(self) -> list[Rule]:
+        """With the epochs of the first subject."""
+        epochs = self.epochs or SUBJECTS[self.subjects[0]].epochs
+        return [rule for rule in self._rules(epochs) if rule.prunes]
 
     def specs(self) -> Iterator[RunSpec]:
         """The specifications, each after the one that it depends on, the first seed first."""
