@@ -159,6 +159,10 @@ def test_a_table_compares_seed_by_seed() -> None:
     assert worm["deepest under dense (points)"] == "2.5 ± 3.5"
     assert cells["dense"]["to dense"] == "–" and cells["dense"]["accuracy"] == "0.8500 ± 0.0707"
     assert cells["worm: random channels"]["to uniform at equal FLOPs"] == "-1.00 (1)"
+    assert [line for line in table.splitlines() if line.startswith("| worm | ")][1:] == [
+        "| worm | uniform at equal FLOPs | +2.00 (1) | +10.00 (1) |",
+        "| worm | random channels | +3.00 (1) | – |",
+    ]
     # A run that an error ended is not in the means.
     assert cells["early"]["seeds"] == "1" and cells["early"]["accuracy"] == "0.9000"
     assert "- early, seed 1: CollapseError: why" in table.splitlines()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
-from .control import EQUAL_FLOPS, control_name
+from .control import CONTROLS, EQUAL_FLOPS, control_name
 from .row import Key, Row
 
 __all__ = ["markdown", "parts_of"]
@@ -115,43 +116,72 @@ def parts_of(rows: Sequence[Row]) -> Mapping[tuple[str, float, int], list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for every subject, ratio and number of epochs."""
+    """Two tables for every subject, ratio and number of epochs: all runs, and what each rule gains
+    over its controls; and what has failed."""
     parts = []
     for (subject, ratio, epochs), here in parts_of(rows).items():
-        by_key = {row.key: row for row in here}
-        lines = [f"## {subject}, p = {ratio:g}, {epochs} epochs", ""]
-        lines.append("| run | seeds | " + " | ".join(column.title for column in _COLUMNS) + " |")
-        lines.append("|---" * (len(_COLUMNS) + 2) + "|")
-        for rule in dict.fromkeys(row.key.rule for row in here):
-            complete = [row for row in here if row.key.rule == rule and not row.error]
-            pairs = [_pair(row, by_key) for row in complete]
-            cells = [_cell([column.figure(p) for p in pairs], column) for column in _COLUMNS]
-            lines.append(f"| {rule} | {len(complete)} | " + " | ".join(cells) + " |")
+        complete = [row for row in here if not row.error]
         failures = [
             f"- {row.key.rule}, seed {row.key.seed}: {row.error}" for row in here if row.error
         ]
-        parts.append("\n".join([*lines, *([""] if failures else []), *failures]))
+        parts.append(f"## {subject}, p = {ratio:g}, {epochs} epochs")
+        for lines in (_runs(here, complete), _gains(complete), failures):
+            if lines:
+                parts.append("\n".join(lines))
     return "\n\n".join([*parts, LEGEND])
 
 
+def _runs(rows: Sequence[Row], complete: Sequence[Row]) -> list[str]:
+    by_key = {row.key: row for row in complete}
+    lines = _header(["run", "seeds", *(column.title for column in _COLUMNS)])
+    for rule in dict.fromkeys(row.key.rule for row in rows):
+        pairs = [_pair(row, by_key) for row in complete if row.key.rule == rule]
+        cells = [
+            _spread([column.figure(pair) for pair in pairs], column.digits, column.is_difference)
+            for column in _COLUMNS
+        ]
+        lines.append(f"| {rule} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _gains(complete: Sequence[Row]) -> list[str]:
+    """Differences of every rule to each of its controls; empty without controls."""
+    by_key = {row.key: row for row in complete}
+    lines = []
+    for rule, kind in product(dict.fromkeys(row.key.rule for row in complete), CONTROLS):
+        name = control_name(kind, rule)
+        pairs = [
+            (row, other)
+            for row in complete
+            if row.key.rule == rule
+            if (other := by_key.get(replace(row.key, rule=name)))
+        ]
+        if pairs:
+            cells = [
+                _spread([_points(accuracy, *pair) for pair in pairs], 2, is_difference=True)
+                for accuracy in (_final, _test)
+            ]
+            lines.append(f"| {rule} | {kind} | " + " | ".join(cells) + " |")
+    return [*_header(["rule", "difference to", "accuracy", "test"]), *lines] if lines else []
+
+
+def _header(titles: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
 def _pair(row: Row, by_key: Mapping[Key, Row]) -> _Pair:
-    """A row and its counterparts that have been trained without an error."""
-    keys = (
-        replace(row.key, rule="dense", prune_ratio=0.0),
-        replace(row.key, rule=control_name(EQUAL_FLOPS, row.key.rule.partition(": ")[0])),
-    )
-    dense, uniform = (
-        None if other is None or other.error else other for other in map(by_key.get, keys)
-    )
-    return _Pair(row, dense, uniform)
+    rule = row.key.rule.partition(": ")[0]
+    uniform = replace(row.key, rule=control_name(EQUAL_FLOPS, rule))
+    dense = replace(row.key, rule="dense", prune_ratio=0.0)
+    return _Pair(row, by_key.get(dense), by_key.get(uniform))
 
 
-def _cell(values: Sequence[float | None], column: _Column) -> str:
+def _spread(values: Sequence[float | None], digits: int, is_difference: bool) -> str:
+    """Mean and standard deviation; the number of values where it may not be that of the seeds."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    sign = "+" if column.is_difference else ""
-    text = f"{statistics.mean(known):{sign}.{column.digits}f}"
+    text = f"{statistics.mean(known):{'+' if is_difference else ''}.{digits}f}"
     if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.{column.digits}f}"
-    return f"{text} ({len(known)})" if len(known) < len(values) or column.is_difference else text
+        text += f" ± {statistics.stdev(known):.{digits}f}"
+    return f"{text} ({len(known)})" if len(known) < len(values) or is_difference else text
