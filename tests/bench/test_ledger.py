@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +22,21 @@ from worm_dist.__main__ import main
 from worm_dist.bench.ledger.grid import grid_specs, outcome, summary
 from worm_dist.bench.ledger.row import Key, Row, append, read_rows
 from worm_dist.bench.ledger.rule import RULES, triggered_at
-from worm_dist.bench.ledger.run import RunSpec, one_rank, run
-from worm_dist.bench.ledger.subject import SUBJECTS
+from worm_dist.bench.ledger.run import missing, one_rank
+from worm_dist.bench.ledger.spec import Selection
 from worm_dist.bench.ledger.table import markdown
 from worm_dist.bench.ledger.training import train
+from worm_dist.errors import CheckpointError
 from worm_dist.models.vgg import Vgg
+
+QUICK = ("bench", "ledger", "--quick", "--subject", "vgg, digits", "--epochs", "3")
 
 
 def _cells(subject: str) -> list[Row]:
     """A part of the grid."""
     with one_rank():
         return [
-            train(SUBJECTS[spec.subject], spec.rule, spec.prune_ratio, spec.seed, epochs=10)
+            train(replace(spec, epochs=10))
             for spec in grid_specs([subject], [3], [0.9])
             if not spec.rule.name.startswith("four epochs")
         ]
@@ -99,57 +108,112 @@ def test_an_epoch_of_400_steps_ends_with_a_network_that_has_learnt(ranks: Ranks)
     assert accuracy > 0.75
 
 
-def _row(rule: str, seed: int, *accuracies: float, **figures: Any) -> Row:
-    both = list(accuracies)
-    return Row(Key("vgg, digits", rule, 0.5, seed), both, both, **figures)
+def _row(rule: str, seed: int, *accuracies: float, ratio: float = 0.5, **figures: Any) -> Row:
+    both, epochs = list(accuracies), range(1, 1 + len(accuracies))
+    key = Key("vgg, digits", rule, 0.0 if rule == "dense" else ratio, seed, epochs=3)
+    as_dense = {"sent": list(map(float, epochs)), "computed": list(map(float, epochs))}
+    return Row(key, both, both, **{**as_dense, **figures})
+
+
+def _cells_of(table: str) -> dict[str, dict[str, str]]:
+    """The cells of the first table, by run and column."""
+    header, _, *lines = table.split("\n\n")[1].splitlines()
+    columns = [column.strip() for column in header.split("|")[1:-1]]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {line[0]: dict(zip(columns, line, strict=True)) for line in cells}
 
 
 def test_a_table_compares_seed_by_seed() -> None:
-    drawn = {"elbow_epoch": 1.0, "ticket_epoch": 2.0, "after_draw": 0.70, "run_flops": 0.4}
+    drawn: dict[str, Any] = {"elbow_epoch": 1.0, "ticket_epoch": 2.0}
+    drawn |= {"before_pruning": 0.74, "after_draw": 0.70}
+    computed: dict[str, Any] = {"computed": [1.0, 1.1, 1.2], "test_accuracy": 0.8}
+    rows = [
+        _row("dense", 1, 0.5, 0.8, 0.9, test_accuracy=0.85),
+        _row("dense", 2, 0.5, 0.7, 0.8, test_accuracy=0.85),
+        _row("worm", 1, 0.74, 0.75, 0.89, **drawn, **computed),
+        _row("worm", 2, 0.74, 0.70, 0.81, **drawn, **computed),
+        _row("worm: uniform at equal FLOPs", 1, 0.9, 0.9, 0.87, test_accuracy=0.7),
+        _row("worm: random channels", 1, 0.9, 0.9, 0.86, **drawn),
+        _row("early", 1, 0.9, error="CollapseError: why"),
+        _row("early", 2, 0.9, 0.9, 0.9),
+    ]
+    table = markdown(rows)
+    cells = _cells_of(table)
+    worm = cells["worm"]
+    assert list(worm)[2:9] == [
+        "accuracy",
+        "to dense",
+        "to uniform at equal FLOPs",
+        "run FLOPs",
+        "run bytes",
+        "FLOPs",
+        "parameters",
+    ]
+    assert worm["seeds"] == "2" and worm["accuracy"] == "0.8500 ± 0.0566"
+    assert worm["to dense"] == "+0.00 ± 1.41 (2)"
+    assert worm["to uniform at equal FLOPs"] == "+2.00 (1)"
+    assert worm["run FLOPs"] == "0.400 ± 0.000" and worm["run bytes"] == "1.000 ± 0.000"
+    assert worm["test to dense"] == "-5.00 ± 0.00 (2)"
+    assert worm["test to uniform at equal FLOPs"] == "+10.00 (1)"
+    assert worm["epochs to recover"] == "1.00 ± 0.00"
+    assert worm["deepest under dense (points)"] == "2.5 ± 3.5"
+    assert cells["dense"]["to dense"] == "–" and cells["dense"]["accuracy"] == "0.8500 ± 0.0707"
+    assert cells["worm: random channels"]["to uniform at equal FLOPs"] == "-1.00 (1)"
+    assert [line for line in table.splitlines() if line.startswith("| worm | ")][1:] == [
+        "| worm | uniform at equal FLOPs | +2.00 (1) | +10.00 (1) |",
+        "| worm | random channels | +3.00 (1) | – |",
+    ]
+    # A run that an error ended is not in the means.
+    assert cells["early"]["seeds"] == "1" and cells["early"]["accuracy"] == "0.9000"
+    assert "- early, seed 1: CollapseError: why" in table.splitlines()
+
+
+def test_every_ratio_is_compared_with_the_one_dense_run() -> None:
     rows = [
         _row("dense", 1, 0.5, 0.8, 0.9),
-        _row("dense", 2, 0.5, 0.7, 0.8),
-        _row("worm", 1, 0.74, 0.75, 0.89, **drawn),
-        _row("worm", 2, 0.74, 0.70, 0.81, **drawn),
-        _row("early", 1, error="CollapseError: why"),
+        _row("worm", 1, 0.7, 0.75, 0.89, ratio=0.3),
+        _row("worm", 1, 0.7, 0.75, 0.88, ratio=0.7),
     ]
-    header, _, *lines = markdown(rows).splitlines()[2:]
-    columns = [column.strip() for column in header.split("|")[1:-1]]
-    dense, worm, early, _, failure = lines
-    cells = dict(zip(columns, (cell.strip() for cell in worm.split("|")[1:-1]), strict=True))
-    assert cells["seeds"] == "2" and cells["final"] == "0.8500 (0.8100 to 0.8900)"
-    assert cells["to dense (points)"] == "0.00 (-1.00 to 1.00)"
-    assert cells["deepest under dense"] == "2.5 (0.0 to 5.0)"
-    assert cells["fall within the epoch before"] == "4.0"
-    assert cells["run FLOPs"] == "0.400"
-    assert dense.startswith("| dense | 2 | – | – | 0.8500")
-    assert early.startswith("| early | 1 |") and failure == "- early, seed 1: CollapseError: why"
+    assert [line for line in markdown(rows).splitlines() if line.startswith("##")] == [
+        "## vgg, digits, p = 0.3, 3 epochs",
+        "## vgg, digits, p = 0.7, 3 epochs",
+    ]
+    assert _cells_of(markdown(rows))["worm"]["to dense"] == "-1.00 (1)"
+    assert list(_cells_of(markdown(rows[:1]))) == ["dense"]
+
+
+def test_recovery_counts_from_the_draw() -> None:
+    drawn = {"ticket_epoch": 1.5, "before_pruning": 0.8, "after_draw": 0.5}
+    assert _row("worm", 1, 0.8, 0.7, 0.8, **drawn).recovery == 1.5
+    assert _row("worm", 1, 0.8, 0.7, 0.79, **drawn).recovery is None
+    assert _row("worm", 1, 0.8, 0.7, 0.7, **{**drawn, "after_draw": 0.8}).recovery == 0
+    assert _row("worm", 1, 0.8, 0.7, 0.8).recovery is None
 
 
 def test_rows_are_read_back_and_a_line_cut_short_is_not_one(tmp_path: Path) -> None:
+    """The first row after a kill was appended to the line that the kill had cut short, and lost."""
     path = tmp_path / "new" / "ledger.jsonl"
     assert read_rows(path) == []
-    rows = [_row("worm", 1, 0.5, 0.6, losses=[1.0, 0.5]), _row("worm", 2, 0.4)]
-    for row in rows:
+    rows = [
+        _row("worm", 1, 0.5, 0.6, losses=[1.0, 0.5], widths={"conv1": 8}),
+        _row("worm", 2, 0.4),
+        _row("worm", 3, 0.3),
+    ]
+    for row in rows[:2]:
         append(path, row)
     with path.open("a") as file:
         file.write('{"key": {"subject": "vgg')
+    assert read_rows(path) == rows[:2]
+    append(path, rows[2])
     assert read_rows(path) == rows
 
 
-@pytest.mark.slow("trains whole runs")
-@pytest.mark.timeout(150)
-def test_what_is_there_is_not_trained_again(tmp_path: Path) -> None:
-    specs = [
-        RunSpec("vgg, digits", RULES[rule], 0.5, seed=1, epochs=4) for rule in ("dense", "one shot")
-    ]
-    there = _row("dense", 1, 0.5, 0.6)
-    append(tmp_path / "ledger.jsonl", there)
-    both = run(specs, tmp_path, num_workers=1)
-    assert both[0] == there and [row.key.rule for row in both] == ["dense", "one shot"]
-    assert both[1].ticket_epoch == 3 and both[1].run_flops < 1 > both[1].run_bytes
-    assert "| one shot | 1 |" in (tmp_path / "ledger.md").read_text()
-    assert run(specs, tmp_path, num_workers=1) == both
+def test_rows_of_another_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    key = '{"subject": "vgg, digits", "rule": "worm", "prune_ratio": 0.5, "seed": 1}'
+    path.write_text(f'{{"key": {key}, "accuracies": [0.5]}}\n')
+    with pytest.raises(CheckpointError, match=r"not written by this version .*'epochs'"):
+        read_rows(path)
 
 
 def test_outcomes_are_told_apart() -> None:
@@ -169,6 +233,189 @@ def test_outcomes_are_told_apart() -> None:
     assert line.endswith("| 0.100, 0.675 |")
 
 
-def test_unknown_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "ledger", "--rule", "warm"]) == 2
-    assert "there is no rule 'warm'; there are dense, " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rule", "warm"], "there is no rule 'warm'; there are dense, "),
+        (["--control", "none"], "there is no control 'none'; there are uniform at equal FLOPs, "),
+        (["--of", "worm, trigger 5 %"], "there is no pruning rule 'worm, trigger 5 %'; there are "),
+        (["--importance", "luck"], "search.importance"),
+        (["--ratio", "0.95"], "prune_ratio 0.95 and min_keep_ratio 0.1 contradict"),
+        (["--epochs", "0"], "--epochs 0; give at least 1"),
+        (["--quick", "--subject", "vgg, fashion 10k"], "no subject is left; --quick takes"),
+        (["--trigger", "0"], "--trigger 0; give more than 0 and less than 100"),
+        (["--trigger", "100"], "--trigger 100; give more than 0 and less than 100"),
+        (["--ratio", "0"], "--ratio 0; give more than 0 and less than 1"),
+    ],
+)
+def test_what_does_not_exist_is_told(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "ledger", "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _selection(**changes: Any) -> Selection:
+    plain = Selection(
+        subjects=["vgg, digits"],
+        rules=["dense", "worm", "worm, at once"],
+        ratios=[0.5],
+        seeds=[1],
+        controls=["uniform at equal FLOPs", "ticket from scratch"],
+        of=["worm"],
+        epochs=20,
+    )
+    return replace(plain, **changes)
+
+
+def test_controls_come_after_the_rules_that_they_are_matched_to(tmp_path: Path) -> None:
+    specs = list(_selection(ratios=[0.3, 0.5]).specs())
+    assert [(spec.rule.name, spec.prune_ratio) for spec in specs] == [
+        ("dense", 0.0),
+        ("worm", 0.3),
+        ("worm, at once", 0.3),
+        ("worm", 0.5),
+        ("worm, at once", 0.5),
+        ("worm: uniform at equal FLOPs", 0.3),
+        ("worm: ticket from scratch", 0.3),
+        ("worm, at once: uniform at equal FLOPs", 0.3),
+        ("worm: uniform at equal FLOPs", 0.5),
+        ("worm: ticket from scratch", 0.5),
+        ("worm, at once: uniform at equal FLOPs", 0.5),
+    ]
+    seen = set[Key]()
+    for spec in specs:
+        assert spec.parent is None or spec.parent in seen
+        seen.add(spec.key)
+    assert len(seen) == len(specs) and missing(specs, tmp_path) == specs
+
+
+def test_variants_are_those_of_the_worm_rules() -> None:
+    variants = _selection(
+        rules=["early-bird", "worm"],
+        triggers=[5, 30],
+        importances=["weight_norm"],
+        thresholds=["global", "layer"],
+        controls=[],
+    )
+    specs = {spec.rule.name: spec for spec in variants.specs()}
+    assert list(specs) == ["early-bird", *variants.pruning_rules[1:]]
+    assert variants.pruning_rules[1:] == [
+        f"worm, trigger {trigger} %, weight_norm, {threshold} threshold"
+        for trigger in (5, 30)
+        for threshold in ("global", "layer")
+    ]
+    rule = specs["worm, trigger 30 %, weight_norm, layer threshold"].rule
+    assert not hasattr(rule, "of")
+    search = rule.config(0.5).search
+    assert (search.importance, search.threshold) == ("weight_norm", "layer")
+    assert (search.every.count, search.elbow.min_masks) == (1.0, 6)  # 30 % of 20 epochs
+    assert RULES["worm"].config(0.5).search.threshold == "global"
+
+
+@pytest.mark.parametrize("epoch", [0.8, 1.0, 2.4, 4.8, 7.2])
+def test_a_trigger_is_met_to_half_a_step_of_each_check(epoch: float) -> None:
+    search = RULES["worm"].changed("pinned", triggered_at(epoch)).config(0.5).search
+    assert search.elbow.min_masks >= 2
+    num_masks = search.elbow.min_masks
+    steps = num_masks * search.every.steps(1000)
+    assert steps == pytest.approx(1000 * epoch, abs=num_masks / 2)
+
+
+@pytest.mark.slow("trains a ledger, twice from the start and once from its rows")
+@pytest.mark.timeout(300)
+def test_a_killed_ledger_goes_on_and_is_written_again_from_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [*QUICK, "--rule", "dense", "--rule", "worm, at once", "--of", "worm, at once"]
+    words += ["--control", "uniform at equal FLOPs", "--control", "random channels"]
+    words += ["--workers", "1", "--trigger", "40", "--out", str(out)]
+    words[words.index("--of") + 1] = "worm, at once, trigger 40 %"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "worm_dist", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if "dense" in line)  # the first row is done
+    os.killpg(process.pid, signal.SIGKILL)  # its worker too
+    process.wait()
+    process.stdout.close()
+    (dense,) = read_rows(out / "ledger.jsonl")
+    assert not (out / "ledger.md").exists()
+
+    assert main(words) == 0
+    capsys.readouterr()
+    rows = {row.key.rule: row for row in read_rows(out / "ledger.jsonl")}
+    name = "worm, at once, trigger 40 %"
+    assert list(rows) == [
+        "dense",
+        name,
+        f"{name}: uniform at equal FLOPs",
+        f"{name}: random channels",
+    ]
+    assert rows["dense"] == dense and not any(row.error for row in rows.values())
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written.keys() == {
+        "ledger.jsonl",
+        "ledger.md",
+        "journal.jsonl",
+        "trade-off.png",
+        "course.png",
+    }
+    assert written["journal.jsonl"].count(b"\n") == 2
+    command = next(line for line in written["ledger.md"].decode().splitlines() if "python" in line)
+    assert "--trigger 40.0 --epochs 3" in command and command.endswith(f"--out {out}")
+
+    (out / "ledger.md").unlink()
+    (out / "course.png").unlink()
+    assert main(words) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+
+
+def test_a_sweep_is_one_command(tmp_path: Path) -> None:
+    """All rows are there, so nothing is trained; the page says how it is written again."""
+    sweep = Selection(
+        subjects=["vgg, digits"],
+        rules=["dense", "worm"],
+        ratios=[0.3, 0.7],
+        seeds=[1],
+        controls=[],
+        of=[],
+        triggers=[5, 45],
+        importances=["weight_norm"],
+        epochs=3,
+    )
+    out = tmp_path / "out"
+    for spec in sweep.specs():
+        row = _row(spec.rule.name, 1, 0.5, 0.8, 0.9, ratio=spec.prune_ratio)
+        append(out / "ledger.jsonl", row)
+    words = ["--rule", "dense", "--rule", "worm", "--subject", "vgg, digits", "--no-controls"]
+    words += ["--ratio", "0.3", "--ratio", "0.7", "--seed", "1", "--epochs", "3"]
+    words += ["--trigger", "5", "--trigger", "45", "--importance", "weight_norm"]
+    assert main(["bench", "ledger", *words, "--out", str(out)]) == 0
+    page = (out / "ledger.md").read_text()
+    for title in ("## vgg, digits, p = 0.3, 3 epochs", "## vgg, digits, p = 0.7, 3 epochs"):
+        assert title in page
+    assert page.count("| worm, trigger 45 %, weight_norm | 1 | 0.9000 |") == 2
+    assert not (out / "journal.jsonl").exists()
+    command = next(line for line in page.splitlines() if line.startswith("python "))
+    (out / "ledger.md").unlink()
+    assert main(shlex.split(command)[3:]) == 0
+    assert (out / "ledger.md").read_text() == page
+
+
+def test_the_grid_is_written_from_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spec in grid_specs(["vgg, digits"], [3], [0.9]):
+        row = _row("", 1, 0.8, ticket_epoch=1.0)
+        append(tmp_path / "ledger.jsonl", replace(row, key=spec.key))
+    words = ["--quick", "--subject", "vgg, digits", "--ratio", "0.9", "--out", str(tmp_path)]
+    assert main(["bench", "grid", *words]) == 0
+    table = (tmp_path / "ledger.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| vgg, digits | at once | 1 | 1 trains on | 0.800, 0.800 |" in table

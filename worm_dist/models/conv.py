@@ -17,5 +17,10 @@ def conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) ->
     It has no bias, since the BatchNorm that follows has a shift.
     """
     layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    initialize(layer)
     return layer
+
+
+def initialize(layer: nn.Conv2d) -> None:
+    """Draw the weights of a convolution anew, for its present shape."""
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

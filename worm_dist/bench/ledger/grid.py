@@ -10,7 +10,7 @@ from typing import Any
 from ...config import merge
 from .row import Row
 from .rule import Rule, triggered_at
-from .run import RunSpec
+from .spec import RunSpec
 
 __all__ = ["PACES", "RATIOS", "TRIGGERS", "grid_specs", "outcome", "summary"]
 

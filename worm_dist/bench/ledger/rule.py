@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...config import WormConfig, merge
+import torch
 
-__all__ = ["RULES", "Rule", "triggered_at"]
+from ...config import WormConfig, merge
+from .recipe import Recipe
+from .row import Row
+from .subject import Subject
+
+__all__ = ["DENSE", "RULES", "Rule", "triggered_at"]
 
 
 @dataclass(frozen=True)
@@ -19,43 +24,66 @@ class Rule:
         name: name in rows and tables.
         preset: preset of the settings.
         changes: changes to the preset.
-        width: width of the network relative to the dense one; other than 1 it is a thinner network,
-            trained from scratch.
     """
 
     name: str
     preset: str = "worm"
     changes: Mapping[str, Any] = field(default_factory=dict)
-    width: float = 1.0
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the rule searches a ticket."""
+        return self.preset != "dense"
 
     def config(self, prune_ratio: float) -> WormConfig:
+        """The settings with a share of the channels to drop; the dense rule takes 0."""
         changes = merge({"search": {"prune_ratio": prune_ratio}}, self.changes)
         return WormConfig.preset(self.preset, **changes)
 
     def changed(self, name: str, changes: Mapping[str, Any]) -> Rule:
         """A copy with another name and further changes."""
-        return Rule(name, self.preset, merge(self.changes, changes), self.width)
+        return Rule(name, self.preset, merge(self.changes, changes))
+
+    def recipe(
+        self, subject: Subject, prune_ratio: float, seed: int, parent: Row | None = None
+    ) -> Recipe:
+        """What to train: the dense network, under the settings."""
+        torch.manual_seed(seed)
+        return Recipe(subject.build(1.0), self.config(prune_ratio))
 
 
 def triggered_at(epoch: float) -> dict[str, Any]:
-    """Settings that start truncation after a number of epochs, whatever the masks are."""
-    every = 0.5 if epoch < 2 else 1.0
-    elbow = {"min_masks": round(epoch / every), "margin": 1.0}
-    return {"search": {"every": f"{every:g}ep", "elbow": elbow}}
+    """Settings that start truncation after a number of epochs, whatever the masks are.
+
+    The masks before are about an epoch apart; there are at least two, which the elbow needs.
+    """
+    num_masks = max(2, round(epoch))
+    every = f"{epoch / num_masks:.6f}ep"
+    return {"search": {"every": every, "elbow": {"min_masks": num_masks, "margin": 1.0}}}
 
 
+_AT_ONCE = {"truncation": {"removal": {"schedule": "one_shot"}}}
+
+DENSE = Rule("dense", "dense")
 RULES: Mapping[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("dense", "dense"),
-        Rule("uniform half", "dense", width=0.5),
-        Rule("uniform .36", "dense", width=0.36),
-        Rule("worm", changes=triggered_at(3)),
+        DENSE,
+        Rule("early-bird", "early-bird"),
         Rule(
-            "one shot",
-            changes=merge(triggered_at(3), {"truncation": {"removal": {"schedule": "one_shot"}}}),
+            "early-bird, elbow",
+            "early-bird",
+            # Draws at the elbow; until then nothing is truncated.
+            merge(
+                {"truncation": {"mode": "hard", "scope": "producer", "frozen_weights": "remove"}},
+                _AT_ONCE,
+            ),
         ),
-        Rule("worm, elbow"),
+        Rule("worm-paper", "worm-paper"),
+        Rule("worm"),
+        Rule("worm, at once", changes=_AT_ONCE),
     )
 }
-"""``worm`` and ``one shot`` start truncation at the same epoch; ``worm, elbow`` at the elbow."""
+"""``early-bird`` draws when the masks have settled, ``early-bird, elbow`` at the elbow.  ``worm, at
+once`` removes all dropped channels at the elbow, ``worm`` one after another from there on: with one
+seed both are the same run until then."""

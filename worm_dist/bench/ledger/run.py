@@ -6,9 +6,8 @@ import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import rich.progress
@@ -17,68 +16,81 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from .row import Key, Row, append, read_rows
-from .rule import Rule
-from .subject import SUBJECTS
-from .table import markdown
+from .spec import RunSpec
 from .training import train
 
-__all__ = ["RunSpec", "one_rank", "run"]
+__all__ = ["ROWS", "missing", "one_rank", "run"]
 
-_ROWS, _TABLE = "ledger.jsonl", "ledger.md"
+ROWS = "ledger.jsonl"
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """Specification of a run; ``epochs`` defaults to the subject's."""
+def missing(specs: Sequence[RunSpec], folder: Path) -> list[RunSpec]:
+    """The runs that have no row in the folder yet.
 
-    subject: str
-    rule: Rule
-    prune_ratio: float
-    seed: int
-    epochs: int | None = None
-
-    @property
-    def key(self) -> Key:
-        return Key(self.subject, self.rule.name, self.prune_ratio, self.seed)
+    Raises:
+        CheckpointError: another version has written its rows.
+    """
+    existing = {row.key for row in read_rows(folder / ROWS)}
+    return [spec for spec in specs if spec.key not in existing]
 
 
 def run(specs: Sequence[RunSpec], folder: Path, num_workers: int) -> list[Row]:
-    """Train the runs that are missing in the folder, and write the table.
+    """Train the runs that are missing in the folder; each begins when the row that it depends on is
+    there.
 
     Args:
-        specs: the specifications of all runs.
-        folder: folder of ``ledger.jsonl`` and ``ledger.md``.
+        specs: the specifications of all runs, with those that they depend on.
+        folder: folder of ``ledger.jsonl``.
         num_workers: number of processes, each with one thread.
 
     Returns:
         The rows of all runs, in the order of ``specs``.
     """
-    existing = {row.key for row in read_rows(folder / _ROWS)}
-    missing = [spec for spec in specs if spec.key not in existing]
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(num_workers, context) as pool,
-        rich.progress.Progress() as progress,
-    ):
-        task = progress.add_task("rows", total=len(missing))
-        for done in as_completed(pool.submit(_row, spec) for spec in missing):
-            row = done.result()
-            append(folder / _ROWS, row)
-            final = f"{row.final:.4f}" if row.accuracies else "-"
-            progress.console.print(f"{row.key}: {final} in {row.seconds:.0f} s {row.error}")
-            progress.advance(task)
-    keys = [spec.key for spec in specs]
-    rows = [row for row in read_rows(folder / _ROWS) if row.key in keys]
-    rows.sort(key=lambda row: keys.index(row.key))
-    (folder / _TABLE).write_text(markdown(rows))
-    return rows
+    rows = {row.key: row for row in read_rows(folder / ROWS)}
+    waiting = missing(specs, folder)
+    with rich.progress.Progress() as progress, _workers(num_workers) as pool:
+        task = progress.add_task("rows", total=len(waiting))
+        running = set[Future[Row]]()
+        while waiting or running:
+            ready = [spec for spec in waiting if spec.parent is None or spec.parent in rows]
+            # No more than there are workers, so that controls come before the next seed.
+            ready = ready[: num_workers - len(running)]
+            waiting = [spec for spec in waiting if spec not in ready]
+            running |= {pool.submit(_row, spec, _parent(spec, rows)) for spec in ready}
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for row in (each.result() for each in done):
+                append(folder / ROWS, row)
+                rows[row.key] = row
+                progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+                progress.advance(task)
+    return [rows[spec.key] for spec in specs]
 
 
-def _row(spec: RunSpec) -> Row:
+def _line(row: Row) -> str:
+    key, final = row.key, f"{row.final:.4f}" if row.accuracies else "–"
+    run = f"{key.subject}, p = {key.prune_ratio:g}, seed {key.seed}, {key.rule}"
+    return f"{run}: {row.error or final} in {row.seconds:.0f} s"
+
+
+def _parent(spec: RunSpec, rows: dict[Key, Row]) -> Row | None:
+    return None if spec.parent is None else rows[spec.parent]
+
+
+@contextmanager
+def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that begin no further run after an error."""
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _row(spec: RunSpec, parent: Row | None) -> Row:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with one_rank():
-        return train(SUBJECTS[spec.subject], spec.rule, spec.prune_ratio, spec.seed, spec.epochs)
+        return train(spec, parent)
 
 
 @contextmanager

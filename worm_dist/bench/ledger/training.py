@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,38 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import update_bn
 
-from ... import attach
+from ... import Phase, Verdict, attach
 from ...engine.engine import Engine
 from ...errors import WormError
 from ...groups.forward import in_eval
+from ...groups.mask import Mask
 from ...training.evaluation import count_parameters
 from ...training.flops import count_flops
-from .row import Key, Row
-from .rule import Rule
-from .subject import Samples, Subject
+from .row import Row
+from .spec import RunSpec
+from .subject import SUBJECTS, Samples
 
 __all__ = ["train"]
 
-_VALIDATION_BATCH = 500
-"""Validation samples in a forward pass."""
+_EVALUATION_BATCH = 500
+"""Samples in a forward pass of an evaluation."""
 _STATISTICS_BATCHES = 8
-"""Batches from which BatchNorm statistics are re-estimated after an epoch."""
+"""Batches from which BatchNorm statistics are re-estimated for an evaluation."""
 
 
-def train(subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int | None) -> Row:
+def train(spec: RunSpec, parent: Row | None = None) -> Row:
     """Train on one rank; gradients are packed as on many ranks, so that traffic is counted.
 
     Args:
-        subject: network, data and training recipe.
-        rule: the settings.
-        prune_ratio: share of the channels to drop.
-        seed: seed of the weights and the order of the samples.
-        epochs: number of epochs; None for the subject's.
+        spec: what to train.
+        parent: the row that the specification depends on, if any.
     """
-    row = Row(Key(subject.name, rule.name, prune_ratio, seed))
+    row = Row(spec.key)
+    if parent is not None and parent.widths is None:
+        row.error = f"no ticket: {parent.key.rule} has drawn none"
+        return row
     start_time = time.perf_counter()
-    run = _Run(subject, rule, prune_ratio, seed, epochs or subject.epochs, row)
+    run = _Run(spec, parent, row)
     try:
         run.train()
     except WormError as error:
@@ -54,20 +55,18 @@ def train(subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: i
 
 
 class _Run:
-    def __init__(
-        self, subject: Subject, rule: Rule, prune_ratio: float, seed: int, epochs: int, row: Row
-    ) -> None:
+    def __init__(self, spec: RunSpec, parent: Row | None, row: Row) -> None:
+        subject = SUBJECTS[spec.subject]
+        self._spec = spec
         self._row = row
-        self._seed = seed
-        self._epochs = epochs
         self._samples: Samples = subject.samples()
         self._batch_size = subject.batch_size
-        torch.manual_seed(seed)
-        dense = subject.build(1.0)
+        self._steps = len(self._samples.images) // subject.batch_size
         sample = self._samples.images[:1]
+        dense = subject.build(1.0)
         self._dense = count_parameters(dense), count_flops(dense, sample)
-        torch.manual_seed(seed)
-        self._network = subject.build(rule.width)
+        self._recipe = spec.rule.recipe(subject, spec.prune_ratio, spec.seed, parent)
+        self._network = self._recipe.network
         self._network_flops = count_flops(self._network, sample)
         model = DistributedDataParallel(self._network)
         optimizer: Optimizer = (
@@ -75,32 +74,33 @@ class _Run:
             if subject.adamw
             else SGD(model.parameters(), subject.learning_rate, momentum=0.9, weight_decay=5e-4)
         )
-        self._steps = len(self._samples.images) // subject.batch_size
-        self._schedule = CosineAnnealingLR(optimizer, epochs * self._steps)
+        self._schedule = CosineAnnealingLR(optimizer, spec.epochs * self._steps)
         self._engine: Engine = attach(
             model,
             optimizer,
-            rule.config(prune_ratio),
+            self._recipe.config,
             example_inputs=sample,
             steps_per_epoch=self._steps,
         )
+        self._newest_batches = deque[Tensor](maxlen=_STATISTICS_BATCHES)
         self._num_steps = 0
         self._flops = 0
 
     def train(self) -> None:
-        for epoch in range(self._epochs):
-            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
+        row = self._row
+        for epoch in range(self._spec.epochs):
+            generator = torch.Generator().manual_seed(1000 * self._spec.seed + epoch)
             order = torch.randperm(len(self._samples.images), generator=generator)
-            batches = order.split(self._batch_size)[: self._steps]
-            losses = [self._step(batch) for batch in batches]
-            self._row.losses.append(round(sum(losses) / len(losses), 4))
-            self._row.accuracies.append(self._accuracy())
-            self._row.estimated_accuracies.append(
-                self._estimated_accuracy(batches[-_STATISTICS_BATCHES:])
-            )
+            losses = [self._step(batch) for batch in order.split(self._batch_size)[: self._steps]]
+            parameters, flops = self._dense
+            row.losses.append(round(sum(losses) / len(losses), 4))
+            row.accuracies.append(self._accuracy())
+            row.estimated_accuracies.append(self._estimated_accuracy())
+            row.computed.append(self._flops / (self._steps * flops))
+            row.sent.append(self._engine.traffic.total_sent_bytes / (self._steps * 4 * parameters))
 
     def _step(self, batch: Tensor) -> float:
-        engine, row = self._engine, self._row
+        engine = self._engine
         logits = engine.model(self._samples.images[batch])
         loss = nn.functional.cross_entropy(logits, self._samples.classes[batch])
         engine.watch(loss)
@@ -108,43 +108,78 @@ class _Run:
         engine.optimizer.step()
         engine.optimizer.zero_grad()
         self._schedule.step()
-        self._num_steps += 1
-        self._flops += self._network_flops
-        before = engine.phase
+        self._count(batch)
+        self._remove_at_random()
         verdict = engine.check()
-        row.paused_steps += verdict.paused
-        row.removed_fraction = max(row.removed_fraction, verdict.removed_fraction)
-        if verdict.phase != before:
-            row.elbow_epoch = engine.step / self._steps
+        self._record(verdict)
         if engine.phase != "ticket" and (verdict.stage or verdict.ticket):
             self._draw(last=verdict.ticket)
         return float(loss.detach())
 
-    def _draw(self, last: bool) -> None:
+    def _count(self, batch: Tensor) -> None:
+        self._num_steps += 1
+        self._flops += self._network_flops
+        self._newest_batches.append(batch)
+
+    def _remove_at_random(self) -> None:
+        """Drop random channels at the step at which the search would drop others."""
+        removal = self._recipe.random_removal
+        if removal is None or self._num_steps != round(removal.epoch * self._steps):
+            return
+        mask = removal.mask(self._engine.groups)
+        if removal.gradual:
+            self._engine.truncate(mask)
+        else:
+            self._draw(last=True, mask=mask)
+
+    def _record(self, verdict: Verdict) -> None:
+        row = self._row
+        row.paused_steps += verdict.paused
+        row.removed_fraction = max(row.removed_fraction, verdict.removed_fraction)
+        if verdict.phase is Phase.TRUNCATE and row.elbow_epoch is None:
+            row.elbow_epoch = self._epochs
+            if self._engine.config.truncation.removes:
+                row.before_pruning = self._estimated_accuracy()
+        if row.ticket_epoch is not None and self._num_steps == self._steps + round(
+            row.ticket_epoch * self._steps
+        ):
+            row.after_one_epoch = self._estimated_accuracy()
+
+    def _draw(self, last: bool, mask: Mask | None = None) -> None:
         engine, row = self._engine, self._row
-        before = self._logits()
-        engine.draw()
-        after = self._logits()
+        if row.before_pruning is None:
+            row.before_pruning = self._estimated_accuracy()
+        before = self._logits(self._samples.validation_images)
+        engine.draw(mask)
+        after = self._logits(self._samples.validation_images)
         row.change_at_draw = max(row.change_at_draw, float((before - after).abs().max()))
         self._network_flops = count_flops(self._network, self._samples.images[:1])
         if last:
-            row.ticket_epoch = engine.step / self._steps
-            row.before_draw, row.after_draw = self._accuracy_of(before), self._accuracy_of(after)
+            assert engine.mask is not None
+            row.ticket_epoch = self._epochs
+            row.widths = {name: int(kept.sum()) for name, kept in engine.mask.items()}
+            classes = self._samples.validation_classes
+            row.before_draw = _share_right(before, classes)
+            row.after_draw = _share_right(after, classes)
+
+    @property
+    def _epochs(self) -> float:
+        """Epochs trained so far."""
+        return self._num_steps / self._steps
 
     def complete(self) -> None:
-        """Fill in the figures relative to a dense run."""
-        row, traffic = self._row, self._engine.traffic
+        """Fill in the figures of the final network."""
+        row = self._row
+        row.num_parameters, row.num_flops = count_parameters(self._network), self._network_flops
         parameters, flops = self._dense
-        row.parameters = count_parameters(self._network) / parameters
-        row.flops = self._network_flops / flops
-        if self._num_steps:
-            row.run_flops = self._flops / self._num_steps / flops
-            row.run_bytes = traffic.total_sent_bytes / (self._num_steps * 4 * parameters)
+        row.parameters, row.flops = row.num_parameters / parameters, row.num_flops / flops
+        if not row.error:
+            samples = self._samples
+            row.test_accuracy = _share_right(
+                self._logits(samples.test_images), samples.test_classes
+            )
 
-    def _accuracy(self) -> float:
-        return self._accuracy_of(self._logits())
-
-    def _estimated_accuracy(self, batches: Sequence[Tensor]) -> float:
+    def _estimated_accuracy(self) -> float:
         """Accuracy with BatchNorm statistics of the newest batches; the network is restored.
 
         The engine has already recorded these batches, so its recorded inputs do not change.
@@ -153,18 +188,21 @@ class _Run:
             m for m in self._network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
         saved = [copy.deepcopy(norm.state_dict()) for norm in norms]
-        update_bn([self._samples.images[batch] for batch in batches], self._network)
+        update_bn([self._samples.images[batch] for batch in self._newest_batches], self._network)
         accuracy = self._accuracy()
         for norm, state in zip(norms, saved):
             norm.load_state_dict(state)
         return accuracy
 
-    def _accuracy_of(self, logits: Tensor) -> float:
-        right = logits.argmax(dim=1) == self._samples.validation_classes
-        return round(float(right.float().mean()), 4)
+    def _accuracy(self) -> float:
+        logits = self._logits(self._samples.validation_images)
+        return _share_right(logits, self._samples.validation_classes)
 
     @torch.no_grad()
-    def _logits(self) -> Tensor:
-        batches = self._samples.validation_images.split(_VALIDATION_BATCH)
+    def _logits(self, images: Tensor) -> Tensor:
         with in_eval(self._network):
-            return torch.cat([self._network(images) for images in batches])
+            return torch.cat([self._network(each) for each in images.split(_EVALUATION_BATCH)])
+
+
+def _share_right(logits: Tensor, classes: Tensor) -> float:
+    return round(float((logits.argmax(dim=1) == classes).float().mean()), 4)

@@ -1,0 +1,136 @@
+"""Specifications of runs, and all those that a ledger compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from ...errors import ConfigError
+from .control import EQUAL_FLOPS, Control
+from .row import Key
+from .rule import DENSE, RULES, Rule, triggered_at
+from .subject import SUBJECTS
+
+__all__ = ["RunSpec", "Selection"]
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Specification of a run."""
+
+    subject: str
+    rule: Rule | Control
+    prune_ratio: float
+    seed: int
+    epochs: int
+
+    @property
+    def key(self) -> Key:
+        return self._key(self.rule)
+
+    @property
+    def parent(self) -> Key | None:
+        """The run that has to be complete before this one can begin."""
+        return self._key(self.rule.of) if isinstance(self.rule, Control) else None
+
+    def _key(self, rule: Rule | Control) -> Key:
+        return Key(self.subject, rule.name, self.prune_ratio, self.seed, self.epochs)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a ledger compares.
+
+    Attributes:
+        subjects, ratios, seeds: all combinations of these.
+        rules: names of rules.
+        controls: kinds of controls; those at equal FLOPs for every rule that prunes.
+        of: names of the rules that have the other controls too; with the suffix of a variant.
+        triggers: percentages of the schedule at which the ``worm`` rules start to remove channels;
+            empty for their elbow.
+        importances, thresholds: values of these settings of the ``worm`` rules; empty for the
+            preset's.
+        epochs: number of epochs; None for the subject's.
+
+    Raises:
+        ConfigError: there is no subject, a number is out of range, or a setting of a variant does
+            not exist or contradicts a ratio.
+    """
+
+    subjects: Sequence[str]
+    rules: Sequence[str]
+    ratios: Sequence[float]
+    seeds: Sequence[int]
+    controls: Sequence[str]
+    of: Sequence[str]
+    triggers: Sequence[float] = ()
+    importances: Sequence[str] = ()
+    thresholds: Sequence[str] = ()
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise ConfigError("bench: no subject is left; --quick takes those on the digits only")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"bench: --epochs {self.epochs}; give at least 1")
+        for name, values, most in (("ratio", self.ratios, 1), ("trigger", self.triggers, 100)):
+            for value in values:
+                if not 0 < value < most:
+                    raise ConfigError(
+                        f"bench: --{name} {value:g}; give more than 0 and less than {most}"
+                    )
+        for rule, ratio in product(self._pruning_rules, self.ratios):
+            rule.config(ratio)
+
+    @property
+    def pruning_rules(self) -> list[str]:
+        """Names of the rules that prune, with their variants."""
+        return [rule.name for rule in self._pruning_rules]
+
+    @property
+    def _pruning_rules(self) -> list[Rule]:
+        """With the epochs of the first subject."""
+        epochs = self.epochs or SUBJECTS[self.subjects[0]].epochs
+        return [rule for rule in self._rules(epochs) if rule.prunes]
+
+    def specs(self) -> Iterator[RunSpec]:
+        """The specifications, each after the one that it depends on, the first seed first."""
+        for subject, seed in product(self.subjects, self.seeds):
+            epochs = self.epochs or SUBJECTS[subject].epochs
+            rules = self._rules(epochs)
+            if DENSE in rules:
+                yield RunSpec(subject, DENSE, 0.0, seed, epochs)
+            for ratio, rule in product(self.ratios, rules):
+                if rule.prunes:
+                    yield RunSpec(subject, rule, ratio, seed, epochs)
+            for ratio, rule, kind in product(self.ratios, rules, self.controls):
+                if rule.prunes and (kind == EQUAL_FLOPS or rule.name in self.of):
+                    yield RunSpec(subject, Control(kind, rule), ratio, seed, epochs)
+
+    def _rules(self, epochs: int) -> list[Rule]:
+        return [variant for name in self.rules for variant in self._variants(RULES[name], epochs)]
+
+    def _variants(self, rule: Rule, epochs: int) -> Iterator[Rule]:
+        if rule.preset != "worm":
+            yield rule
+            return
+        for variant in product(
+            _options(self.triggers, lambda percent: _triggered(percent, epochs)),
+            _options(self.importances, lambda name: (name, {"importance": name})),
+            _options(self.thresholds, lambda name: (f"{name} threshold", {"threshold": name})),
+        ):
+            changed = rule
+            for suffix, search in variant:
+                name = f"{changed.name}, {suffix}" if suffix else changed.name
+                changed = changed.changed(name, {"search": search})
+            yield changed
+
+
+def _options(values: Sequence[Any], described: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [described(value) for value in values] or [("", {})]
+
+
+def _triggered(percent: float, epochs: int) -> tuple[str, dict[str, Any]]:
+    return f"trigger {percent:g} %", triggered_at(epochs * percent / 100)["search"]
