@@ -28,9 +28,9 @@ __all__ = ["Packing", "with_parameter_strides"]
 
 _LARGE = 2**20
 """Elements of a gradient that is copied alone."""
-_ROWS_AT_ONCE = 2**19
+_ROWS_AT_ONCE = 2**21
 """Elements of the rows from which columns are selected at once: the size of a scratch buffer that
-is kept for each bucket that needs one."""
+is kept for each bucket that needs one.  With fewer, launches would take longer than copies."""
 _SHORT_ROW = 64
 """Elements of a row that a CPU copies no faster than as many single elements."""
 
