@@ -26,10 +26,10 @@ from ..pruning.agreement import agreed_mask, require_live_survivors, require_rev
 from ..pruning.exactness import agreed_groups
 from ..pruning.surgery import cuts_of, shapes_of, ungated
 from ..search.convergence import CheckRecord, History
-from ..search.ranking import Ranking
 from ..search.removal_order import removal_order
 from ..ticket.file import save_ticket
 from ..verdict import Phase, Verdict
+from .agreed_ranking import agreed_ranking
 from .check_schedule import CheckSchedule
 from .collective_calls import CollectiveCalls
 from .context import TrainingContext
@@ -77,13 +77,13 @@ class Engine:
         self._settings = agreed_settings(self._comm, config, score, steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         network = self._training.network
-        any_group, optional = score is not None, not may_draw
         self.groups: Groups = agreed_groups(
-            network, example_inputs, self._comm, search, any_group=any_group, optional=optional
+            network, example_inputs, self._comm, search, score is not None, optional=not may_draw
         )
         self._training.require_optimized(self.groups)
         if self.groups:
-            self._ranking = Ranking(config, network, self.groups, score)
+            inputs = (network, self.groups, score, example_inputs, self._comm)
+            self._ranking = agreed_ranking(config, *inputs)
         ranking = self._ranking if self.groups else None
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0

@@ -15,6 +15,7 @@ from ..groups.freeze_plan import FreezePlan
 from ..groups.gates import gated
 from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
+from ..pruning.predicted_cost import predicted_cost
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
 from .costs import Costs, costs_of, truncated
@@ -75,6 +76,8 @@ class Forecast:
         others: modules with parameters that belong to no group, and such parameters outside any
             submodule.
         estimate: estimated step times; None if not requested.
+        budget_reached: what the ticket takes of the dense network of what the budget limits, 0 to
+            1; None without a budget.
     """
 
     target: Target
@@ -84,6 +87,7 @@ class Forecast:
     costs: Mapping[Stage, Costs]
     others: Sequence[str]
     estimate: Estimate | None
+    budget_reached: float | None = None
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -103,6 +107,7 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         """The complete forecast as JSON values."""
         target, estimate = self.target, self.estimate
+        budget = target.worm.search.budget.chosen if self.ticket is None else None
         return {
             "model": {
                 "name": target.model,
@@ -113,8 +118,10 @@ class Forecast:
             "settings": target.worm.model_dump(mode="json"),
             "dropped": {
                 "by": "settings" if self.ticket is None else "ticket",
-                "prune_ratio": target.worm.search.prune_ratio if self.ticket is None else None,
+                "prune_ratio": None if self.ticket or budget else target.worm.search.prune_ratio,
                 "ratio_reached": ratio_reached(self.mask),
+                "budget": dict([budget]) if budget else None,
+                "budget_reached": self.budget_reached,
                 "ticket": None if self.ticket is None else str(self.ticket),
                 "mask_digest": None if self.ticket is None else self.mask.digest,
                 "num_channels": self.mask.num_channels,
@@ -165,8 +172,12 @@ def forecast(
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
     groups = find_drawable_groups(network, sample, target.worm.search)
+    budget_reached = None
     if ticket is None:
-        mask = equal_shares(Ranking(target.worm, network, groups, None), groups)
+        cost = predicted_cost(target.worm, network, groups, sample)
+        ranking = Ranking(target.worm, network, groups, None, cost)
+        mask = equal_shares(ranking, groups)
+        budget_reached = ranking.budget.share_of(mask) if ranking.budget else None
     else:
         mask = mask_of_ticket(ticket, groups)
     ticket_network, ticket_groups = drawn(network, groups, mask)
@@ -185,7 +196,7 @@ def forecast(
         measured = measure((network, ticket_network), shape, num_samples, precision)
         estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
     others = _others(ticket_network, ticket_groups)
-    return Forecast(target, ticket, groups, mask, costs, others, estimate)
+    return Forecast(target, ticket, groups, mask, costs, others, estimate, budget_reached)
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:

@@ -15,6 +15,7 @@ from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..errors import CollapseError, NonFiniteError
+from ..groups.flops import count_flops
 from ..pruning.collapse import REMEDY
 from ..verdict import Phase
 from .build import build
@@ -23,7 +24,6 @@ from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
 from .data.batches import batches
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
-from .flops import count_flops
 from .nonfinite import FiniteCheck
 from .parallelize import averaged_gradients, backward, num_passes, step
 from .rank_state import (

@@ -16,9 +16,9 @@ from torch.optim.swa_utils import update_bn
 from ... import attach
 from ...engine.engine import Engine
 from ...errors import WormError
+from ...groups.flops import count_flops
 from ...groups.forward import in_eval
 from ...training.evaluation import count_parameters
-from ...training.flops import count_flops
 from .row import Key, Row
 from .rule import Rule
 from .subject import Samples, Subject
