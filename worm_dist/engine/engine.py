@@ -53,6 +53,7 @@ class Engine:
     Attributes:
         config: the settings.
         groups: the channel groups of the dense network, each with name, num_channels, members.
+        budget: the limit that masks meet; None unless ``search.budget`` is given.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class Engine:
         )
         self._training.require_optimized(self.groups)
         if self.groups:
-            inputs = (network, self.groups, score, example_inputs, self._comm)
-            self._ranking = agreed_ranking(config, *inputs)
+            self._ranking = agreed_ranking(config, network, self.groups, score, inputs, self._comm)
         ranking = self._ranking if self.groups else None
+        self.budget = None if ranking is None else ranking.budget
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
         self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
