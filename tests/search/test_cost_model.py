@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tests.families.families import FAMILIES
 from tests.nets import Attentive, Concatenating, Flattening, Grouped, Plain, Residual, Separable
@@ -175,6 +176,24 @@ def test_what_cannot_be_predicted_is_refused_in_one_line() -> None:
     for quantity in _QUANTITIES[1:]:
         predicted = subject.model(quantity).of(mask.num_kept_by_group)
         assert predicted == subject.counted(quantity, mask)
+
+
+class _Refusing(nn.Conv2d):
+    """Refuses to run under a dispatch mode, as what is compiled or written in C++ may do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _get_current_dispatch_mode() is not None:
+            raise RuntimeError("not under a mode\nand so on")
+        return super().forward(input)
+
+
+def test_what_cannot_be_counted_is_refused_in_one_line() -> None:
+    network = Plain()
+    network.conv2 = _Refusing(6, 8, 3, padding=1)
+    subject = _Subject(network, _IMAGES)
+    with pytest.raises(ConfigError, match=r"\(RuntimeError: not under a mode\); limit") as error:
+        subject.model("flops")
+    assert "\n" not in str(error.value)
 
 
 def test_an_index_that_goes_with_two_channels_is_refused() -> None:

@@ -71,11 +71,12 @@ def predicted_cost(
             raise ConfigError(
                 f"{predicted:,} were predicted of a drawn network, which has {drawn:,}"
             )
-    except ConfigError as reason:
+    except Exception as error:  # under torch's counter the network may raise anything
+        text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"search.budget.{quantity}: cannot be predicted exactly for this network ({reason}); "
-            "limit something else, or give search.prune_ratio"
-        ) from reason
+            f"search.budget.{quantity}: cannot be predicted exactly for this network "
+            f"({text.splitlines()[0]}); limit something else, or give search.prune_ratio"
+        ) from error
     return model
 
 
