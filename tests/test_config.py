@@ -178,3 +178,51 @@ def test_settings_are_frozen() -> None:
 def test_settings_round_trip_through_plain_values() -> None:
     config = WormConfig.preset("worm-paper", search={"every": "0.5ep"})
     assert WormConfig(**config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"search": {"budget": {"flops": 0.25}, "prune_ratio": 0.5}},
+            "search: budget flops 0.25 contradicts prune_ratio 0.5: it determines how many "
+            "channels are dropped; give only one",
+        ),
+        (
+            {"search": {"budget": {"bytes": 0.25}, "ratios": {"a": 0.5}}},
+            "search: budget bytes 0.25 contradicts ratios {'a': 0.5}: it determines how many "
+            "channels are dropped; give only one",
+        ),
+        (
+            {"search": {"budget": {"channels": 0.25}, "grouping": "layer"}},
+            "search: budget channels 0.25 contradicts grouping 'layer': where the norms of a "
+            "channel disagree it is kept, so no share of them meets a budget",
+        ),
+        (
+            {"search": {"budget": {"flops": 0.25, "parameters": 0.5}}},
+            "search.budget: flops 0.25, parameters 0.5 contradict: give exactly one of them",
+        ),
+        (
+            {"search": {"budget": {"flops": 0.0}}},
+            "search.budget.flops: Input should be greater than 0, got 0.0",
+        ),
+        (
+            {"search": {"budget": {"flop": 0.5}}},
+            "search.budget.flop: unknown key; did you mean search.budget.flops?",
+        ),
+        (
+            {"search": {"budget": {"bytes": 0.5}}, "truncation": {"compression": "powersgd"}},
+            "config: search.budget.bytes contradicts truncation.compression 'powersgd', whose "
+            "bytes are not in proportion to the elements; give search.budget.parameters",
+        ),
+    ],
+)
+def test_a_budget_stands_alone(changes: dict[str, Any], message: str) -> None:
+    assert _mistakes(**changes) == [message]
+
+
+def test_a_budget_leaves_the_default_ratio_out_of_account() -> None:
+    """With a floor of 0.6 half of the channels cannot be dropped, but nobody asks for that."""
+    config = WormConfig(search={"budget": {"flops": 0.9}, "min_keep_ratio": 0.6})
+    assert config.search.budget.chosen == ("flops", 0.9)
+    assert WormConfig().search.budget.chosen is None

@@ -153,6 +153,10 @@ def test_a_state_of_another_network_is_refused() -> None:
     ("settings", "said"),
     [
         ({"search": {"every": "2ba", "prune_ratio": 0.3}}, "search.prune_ratio: 0.5 -> 0.3"),
+        (
+            {"search": {"every": "2ba", "budget": {"flops": 0.5}}},
+            "search.budget.flops: None -> 0.5",
+        ),
         ({"search": {"every": "3ba"}}, "search.every: '2ba' -> '3ba'"),
         (
             {"truncation": {"frozen_weights": "hold"}},

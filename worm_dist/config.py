@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,9 +28,11 @@ from .interval import Interval
 
 __all__ = [
     "PRESETS",
+    "BudgetConfig",
     "Count",
     "ElbowConfig",
     "Factor",
+    "Quantity",
     "RemovalConfig",
     "SearchConfig",
     "Settings",
@@ -79,6 +81,10 @@ Factor = Annotated[float, Field(le=1e6)]
 """A factor of weights or gradients.  Bounded, because torch raises in the middle of a step for a
 value that float32 cannot represent."""
 
+Quantity = Literal["flops", "parameters", "bytes", "channels"]
+"""What a budget limits."""
+_Share = Annotated[float, Field(gt=0, le=1)]
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
     "worm-paper": {
@@ -126,6 +132,35 @@ class ElbowConfig(Settings):
     """No rule fires before this many masks are in the history."""
 
 
+class BudgetConfig(Settings):
+    """A limit on the ticket, as a share of the dense network, above 0 to 1; at most one of them."""
+
+    flops: _Share | None = None
+    """Of the floating point operations of a forward pass on ``attach``'s ``example_inputs``."""
+    parameters: _Share | None = None
+    """Of the elements of all parameters, gates included; the ticket has no gates."""
+    bytes: _Share | None = None
+    """Of the gradient bytes of a step, uncompressed; those of the ticket are counted as
+    ``truncation.compression`` sends them."""
+    channels: _Share | None = None
+    """Of the searched channels."""
+
+    @property
+    def chosen(self) -> tuple[Quantity, float] | None:
+        """What is limited, and its share; None without a budget."""
+        quantities: tuple[Quantity, ...] = get_args(Quantity)
+        shares = ((quantity, getattr(self, quantity)) for quantity in quantities)
+        return next(((quantity, share) for quantity, share in shares if share is not None), None)
+
+    @model_validator(mode="after")
+    def _only_one(self) -> Self:
+        given = {key: share for key, share in self if share is not None}
+        if len(given) > 1:
+            shares = ", ".join(f"{key} {share:g}" for key, share in given.items())
+            raise ValueError(f"{shares} contradict: give exactly one of them")
+        return self
+
+
 class SearchConfig(Settings):
     """The search: how channels are ranked and masked, and when the masks have settled."""
 
@@ -143,8 +178,13 @@ class SearchConfig(Settings):
     dense, as EB Train does."""
     prune_ratio: float = Field(default=0.5, ge=0, lt=1)
     """Share p of all channels that the mask drops, 0 to 1."""
+    budget: BudgetConfig = BudgetConfig()
+    """Instead of ``prune_ratio``: the lowest channels are dropped until the ticket costs no more
+    than this share of the dense network."""
     threshold: Literal["global", "layer"] = "global"
-    """Whether p is the share of all channels together, or of each group's."""
+    """Whether p is the share of all channels together, or of each group's.  With a budget: whether
+    channels are ordered by their importance, or by their rank within their group, so that all
+    groups lose about the same share."""
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
     """Shares for single groups, by patterns of their names such as ``layer4.*``; with grouping
     ``layer``, of the norms' names.  The first matching pattern counts."""
@@ -163,8 +203,33 @@ class SearchConfig(Settings):
     """Weight of the L1 penalty on the scales."""
 
     @model_validator(mode="after")
+    def _budget_stands_alone(self) -> Self:
+        if self.budget.chosen is None:
+            return self
+        quantity, share = self.budget.chosen
+        contradicting = [
+            text
+            for text, is_given in (
+                (f"prune_ratio {self.prune_ratio:g}", "prune_ratio" in self.model_fields_set),
+                (f"ratios {self.ratios}", bool(self.ratios)),
+            )
+            if is_given
+        ]
+        if contradicting:
+            raise ValueError(
+                f"budget {quantity} {share:g} contradicts {' and '.join(contradicting)}: it "
+                "determines how many channels are dropped; give only one"
+            )
+        if self.grouping == "layer":
+            raise ValueError(
+                f"budget {quantity} {share:g} contradicts grouping 'layer': where the norms of a "
+                "channel disagree it is kept, so no share of them meets a budget"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ratios_fit_together(self) -> Self:
-        if self.prune_ratio + self.min_keep_ratio > 1:
+        if self.budget.chosen is None and self.prune_ratio + self.min_keep_ratio > 1:
             raise ValueError(
                 f"prune_ratio {self.prune_ratio:g} and min_keep_ratio {self.min_keep_ratio:g} "
                 "contradict: together they exceed 1"
@@ -284,8 +349,8 @@ class TicketConfig(Settings):
     they are larger, but always the last one."""
     round_to: Count = Field(default=8, ge=1)
     """Groups of more than four times this many channels keep a multiple of it, for efficient
-    kernels; the search's masks are rounded up or down, as close to p as possible.  1 turns it
-    off."""
+    kernels; the search's masks are rounded up or down, as close to p as possible, and never above
+    a budget.  1 turns it off."""
 
 
 class WormParts(Settings):
@@ -294,6 +359,15 @@ class WormParts(Settings):
     search: SearchConfig = SearchConfig()
     truncation: TruncationConfig = TruncationConfig()
     ticket: TicketConfig = TicketConfig()
+
+    @model_validator(mode="after")
+    def _bytes_are_known(self) -> Self:
+        if self.search.budget.bytes is not None and self.truncation.compression == "powersgd":
+            raise ValueError(
+                "search.budget.bytes contradicts truncation.compression 'powersgd', whose bytes "
+                "are not in proportion to the elements; give search.budget.parameters"
+            )
+        return self
 
     def __init__(self, /, **values: Any) -> None:
         try:

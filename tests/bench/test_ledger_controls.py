@@ -16,10 +16,10 @@ from worm_dist.bench.ledger.scratch import ticket_from_scratch
 from worm_dist.bench.ledger.spec import RunSpec
 from worm_dist.bench.ledger.subject import SUBJECTS
 from worm_dist.bench.ledger.training import train
+from worm_dist.groups.flops import count_flops
 from worm_dist.models.vgg import Vgg
 from worm_dist.pruning.exactness import find_drawable_groups
 from worm_dist.training.evaluation import count_parameters
-from worm_dist.training.flops import count_flops
 
 VGG = SUBJECTS["vgg, digits"]
 

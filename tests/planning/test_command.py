@@ -79,6 +79,21 @@ def test_a_name_is_planned_for_with_its_input(capsys: pytest.CaptureFixture[str]
     assert plan["estimate"] is None
 
 
+def test_a_budget_shows_the_widths_that_meet_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Instead of the file's prune_ratio."""
+    plan = _json(capsys, DIGITS, "--budget", "flops=0.25")
+    dropped, totals = plan["dropped"], plan["total"]
+    assert dropped["budget"] == {"flops": 0.25} and dropped["prune_ratio"] is None
+    reached = totals["ticket"]["flops"] / totals["dense"]["flops"]
+    assert dropped["budget_reached"] == reached
+    assert 0.23 < reached <= 0.25
+    widths = [group["num_kept"] for group in plan["groups"]]
+    assert all(width % 8 == 0 for width in widths[2:])
+    assert _plan(DIGITS, "--budget", "flops=0.25") == 0
+    text = capsys.readouterr().out
+    assert f"25 % of the FLOPs; {100 * reached:.4g} % after rounding to 8" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,6 +109,13 @@ def test_a_name_is_planned_for_with_its_input(capsys: pytest.CaptureFixture[str]
         (("vgg_small", "--bandwidth", "1Gbit/s"), "needs both"),
         (("vgg_small", "--batch", "8"), "--batch"),
         (("vgg_small", "--ticket", "x", "--ratio", "0.5"), "--ratio"),
+        (("vgg_small", "--budget", "flops=0.5", "--ratio", "0.5"), "--ratio: --budget determines"),
+        (("vgg_small", "--budget", "0.5"), "--budget: '0.5' is not a share of something"),
+        (("vgg_small", "--budget", "flops=much"), "--budget: 'flops=much' is not a share"),
+        (("vgg_small", "--budget", "speed=0.5"), "search.budget.speed: unknown key"),
+        (("vgg_small", "--budget", "flops=1.5"), "search.budget.flops: .* less than or equal to 1"),
+        (("vgg_small", "--budget", "flops=0.001"), "search.budget.flops: 0.001 cannot be met"),
+        ((DIGITS, "--budget", "flops=0.001"), "search.budget.flops: 0.001 cannot be met"),
         (("vgg_small", "--ticket", "nowhere"), "is this the folder of a ticket"),
         ((DIGITS, "--world", "3", "--bandwidth", "1Gbit/s"), "not divisible by 3"),
         (("vgg_small", "--input", "3x2x2"), "does not run"),

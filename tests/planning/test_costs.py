@@ -12,13 +12,13 @@ from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Up
 from tests.oracles import live_flags
 from worm_dist import Mask, add_gates
 from worm_dist.groups.channel_groups import ChannelGroup, Groups
+from worm_dist.groups.flops import count_flops
 from worm_dist.groups.freeze_plan import FreezePlan
 from worm_dist.models import build_model
 from worm_dist.planning.costs import Costs, costs_of, truncated
 from worm_dist.planning.hypothetical import drawn
 from worm_dist.pruning.exactness import find_drawable_groups
 from worm_dist.training.evaluation import count_parameters
-from worm_dist.training.flops import count_flops
 
 Scope = Literal["norm", "producer", "coupled"]
 

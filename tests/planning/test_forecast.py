@@ -16,13 +16,13 @@ from tests.nets import random_images
 from tests.ranks import Ranks
 from tests.settings import at_once
 from worm_dist import Mask, WormConfig
+from worm_dist.groups.flops import count_flops
 from worm_dist.groups.gates import gated
 from worm_dist.models import build_model
 from worm_dist.planning.forecast import forecast, members_of
 from worm_dist.planning.step_time import Link
 from worm_dist.planning.target import Target
 from worm_dist.training.evaluation import count_parameters
-from worm_dist.training.flops import count_flops
 
 pytestmark = pytest.mark.slow("forecasts beside whole engines, ten seconds")
 

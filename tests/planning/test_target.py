@@ -14,12 +14,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_a_name_gets_the_images_it_is_made_for() -> None:
-    own, theirs = (target_of(name, None, None, None) for name in ("resnet18", "mobilenet_v2"))
+    own, theirs = (target_of(name, None, None) for name in ("resnet18", "mobilenet_v2"))
     assert (own.sample_shape, own.num_classes) == ((3, 32, 32), 10)
     assert (theirs.sample_shape, theirs.num_classes) == ((3, 224, 224), 1000)
-    of_one_size = target_of("vit_small", None, None, None)
+    of_one_size = target_of("vit_small", None, None)
     assert (of_one_size.sample_shape, of_one_size.num_classes) == ((1, 8, 8), 10)
-    other = target_of("resnet18", (1, 8, 8), 7, 0.3)
+    other = target_of("resnet18", (1, 8, 8), 7, {"prune_ratio": 0.3})
     assert (other.sample_shape, other.num_classes) == ((1, 8, 8), 7)
     assert other.worm.search.prune_ratio == 0.3
     assert other.build()(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
@@ -28,13 +28,13 @@ def test_a_name_gets_the_images_it_is_made_for() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_settings_of_a_run_say_it_all_but_the_classes_in_folders(path: Path) -> None:
     classes = 1000 if path.stem == "resnet50" else None
-    target = target_of_config(path, None, classes, None)
+    target = target_of_config(path, None, classes)
     target.build()
     assert target.batch_size is not None and target.samples_per_rank(2) * 2 == target.batch_size
 
 
 def test_samples_are_what_the_data_are() -> None:
-    target = target_of_config(CONFIGS / "digits.yaml", None, None, None)
+    target = target_of_config(CONFIGS / "digits.yaml", None, None)
     data = load_data(DataConfig())
     assert target.sample_shape == data.sample_shape
     assert target.num_classes == data.num_classes
@@ -44,23 +44,23 @@ def test_classes_are_counted_where_the_folders_are(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{name: image-folder, root: {tmp_path}, image_size: 64}}\n")
     with pytest.raises(ConfigError, match="give --classes"):
-        target_of_config(path, None, None, None)
+        target_of_config(path, None, None)
     for name in ("cat", "dog", "eel"):
         (tmp_path / "train" / name).mkdir(parents=True)
-    target = target_of_config(path, None, None, None)
+    target = target_of_config(path, None, None)
     assert (target.num_classes, target.sample_shape) == (3, (3, 64, 64))
-    assert target_of_config(path, None, 5, None).num_classes == 5
+    assert target_of_config(path, None, 5).num_classes == 5
 
 
 def test_a_run_without_a_search_has_nothing_to_plan(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("preset: dense\n")
     with pytest.raises(ConfigError, match="drops nothing"):
-        target_of_config(path, None, None, None)
+        target_of_config(path, None, None)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    target = target_of_config(CONFIGS / "digits.yaml", None, None, None)
+    target = target_of_config(CONFIGS / "digits.yaml", None, None)
     assert target.samples_per_rank(4) == 16
     with pytest.raises(ConfigError, match="64 is not divisible by 3 ranks"):
         target.samples_per_rank(3)
@@ -69,4 +69,4 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
 def test_deepspeed_sends_more_than_gradients(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("distributed: {backend: deepspeed}\n")
-    assert "ZeRO" in " ".join(target_of_config(path, None, None, None).remarks)
+    assert "ZeRO" in " ".join(target_of_config(path, None, None).remarks)

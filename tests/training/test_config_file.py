@@ -254,3 +254,32 @@ def test_a_mapping_on_the_command_line_takes_the_place_of_the_old_one(tmp_path: 
     assert read(("model.arguments.d.e", "2")) == (old, 4, {"c": 1, "d": {"e": 2}})
     assert read(("search", "{ratios: {c: 0.3}}"))[:2] == ([("c", 0.3)], 4), "a part is changed"
     assert read(("search.ratios", "{}"), ("search.ratios.c", "0.3"))[0] == [("c", 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "ratio", "budget"),
+    [
+        ("search.prune_ratio: 0.3", ("search.budget.flops", "0.25"), 0.5, ("flops", 0.25)),
+        ("search.prune_ratio: 0.3", ("search", "{budget: {bytes: 0.5}}"), 0.5, ("bytes", 0.5)),
+        ("search: {budget: {flops: 0.25}, window: 4}", ("search.prune_ratio", "0.3"), 0.3, None),
+        ("search.budget.flops: 0.25", ("search.budget.flops", "0.5"), 0.5, ("flops", 0.5)),
+        ("search.budget.flops: 0.25", ("search.budget.flops", "null"), 0.5, None),
+    ],
+)
+def test_on_the_command_line_a_budget_replaces_the_ratio_of_the_file_and_vice_versa(
+    text: str,
+    override: tuple[str, str],
+    ratio: float,
+    budget: tuple[str, float] | None,
+    tmp_path: Path,
+) -> None:
+    search = read_run_config(_file(tmp_path, text), [override]).search
+    assert (search.prune_ratio, search.budget.chosen) == (ratio, budget)
+    assert search.window == (4 if "window" in text else 5)
+
+
+def test_both_on_the_command_line_or_both_in_the_file_contradict(tmp_path: Path) -> None:
+    both = [("search.prune_ratio", "0.3"), ("search.budget.flops", "0.25")]
+    for text, overrides in (("", both), ("search: {prune_ratio: 0.3, budget.flops: 0.25}", [])):
+        with pytest.raises(ConfigError, match=r"budget flops 0\.25 contradicts prune_ratio 0\.3"):
+            read_run_config(_file(tmp_path, text), overrides)

@@ -26,10 +26,10 @@ from ..pruning.agreement import agreed_mask, require_live_survivors, require_rev
 from ..pruning.exactness import agreed_groups
 from ..pruning.surgery import cuts_of, shapes_of, ungated
 from ..search.convergence import CheckRecord, History
-from ..search.ranking import Ranking
 from ..search.removal_order import removal_order
 from ..ticket.file import save_ticket
 from ..verdict import Phase, Verdict
+from .agreed_ranking import agreed_ranking
 from .check_schedule import CheckSchedule
 from .collective_calls import CollectiveCalls
 from .context import TrainingContext
@@ -54,6 +54,7 @@ class Engine:
     Attributes:
         config: the settings.
         groups: the channel groups of the dense network, each with name, num_channels, members.
+        budget: the limit that masks meet; None unless ``search.budget`` is given.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class Engine:
         self._settings = agreed_settings(self._comm, config, score, steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         network = self._training.network
-        any_group, optional = score is not None, not may_draw
         self.groups: Groups = agreed_groups(
-            network, example_inputs, self._comm, search, any_group=any_group, optional=optional
+            network, example_inputs, self._comm, search, score is not None, optional=not may_draw
         )
         require_optimized(self._training.optimizer_view, network, self.groups)
         if self.groups:
-            self._ranking = Ranking(config, network, self.groups, score)
+            self._ranking = agreed_ranking(config, network, self.groups, score, inputs, self._comm)
         ranking = self._ranking if self.groups else None
+        self.budget = None if ranking is None else ranking.budget
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
         self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)

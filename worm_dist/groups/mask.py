@@ -57,6 +57,11 @@ class Mask(Mapping[str, Tensor]):
     def num_kept(self) -> int:
         return int(self.keep.sum())
 
+    @property
+    def num_kept_by_group(self) -> Tensor:
+        """The number of kept channels of each group, int64 ``[groups]``."""
+        return torch.stack([kept.sum() for kept in self._split.values()])
+
     @cached_property
     def digest(self) -> str:
         return digest_of([list(self._sizes.items()), self.keep]).hex()

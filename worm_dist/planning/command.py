@@ -37,6 +37,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="CxHxW", help="shape of one image, such as 3x224x224")
     parser.add_argument("--classes", type=int, help="number of classes")
     parser.add_argument("--ratio", type=float, help="share of all channels to drop")
+    parser.add_argument(
+        "--budget",
+        metavar="WHAT=SHARE",
+        help="drop until the ticket takes this share of the dense network's flops, parameters, "
+        "bytes or channels: flops=0.25",
+    )
     parser.add_argument("--ticket", type=Path, metavar="DIR", help="drop what this ticket dropped")
     parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
     parser.add_argument("--bandwidth", help="bandwidth of a rank's connection: 10Gbit/s, 1.25GB/s")
@@ -65,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
     link = None
     if options.world is not None:
         link = Link.parse(options.world, options.bandwidth)
-    overrides = (_shape(options.input), options.classes, options.ratio)
+    changes = _search_changes(options.ratio, options.budget)
+    overrides = (_shape(options.input), options.classes, changes)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         target = target_of_config(path, *overrides)
@@ -88,13 +95,30 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.batch is not None and options.world is None:
         raise ConfigError("--batch: only for the time of a step; give --world and --bandwidth too")
-    if options.ratio is not None and options.ticket is not None:
+    determining = [
+        name for name in ("ratio", "budget", "ticket") if getattr(options, name) is not None
+    ]
+    if len(determining) > 1:
+        first, *others = (f"--{name}" for name in determining)
         raise ConfigError(
-            "--ratio: --ticket determines the dropped channels; give only one of them"
+            f"{first}: {' and '.join(others)} determines the dropped channels too; give only one"
         )
     for name in ("classes", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name}: {getattr(options, name)} is too small; give at least 1")
+
+
+def _search_changes(ratio: float | None, budget: str | None) -> dict[str, Any]:
+    """The settings of the search that the options replace."""
+    if budget is not None:
+        quantity, _, share = budget.partition("=")
+        try:
+            return {"budget": {quantity: float(share)}}
+        except ValueError:
+            raise ConfigError(
+                f"--budget: {budget!r} is not a share of something; write flops=0.25"
+            ) from None
+    return {} if ratio is None else {"prune_ratio": ratio}
 
 
 def _shape(text: str | None) -> Shape | None:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.channel_groups import ChannelGroup, Groups, Member
+from ..groups.flops import count_flops_by_module
 from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask
-from ..training.flops import count_flops_by_module
+from ..pruning.predicted_cost import gradient_bytes
 
 __all__ = ["Cost", "Costs", "costs_of", "truncated"]
-
-_COMPRESSED_BYTES = {"bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def costs_of(
     """
     parameters = dict(network.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
-    bytes_each = _bytes_each(parameters, compression)
+    bytes_each = gradient_bytes(parameters, compression)
     flops = count_flops_by_module(network, sample)
     by_group = {}
     for group in groups:
@@ -122,7 +121,7 @@ def truncated(
         name: plan.blocks[p].live_shape if p in plan.blocks else tuple(p.shape)
         for name, p in parameters.items()
     }
-    bytes_each = _bytes_each(parameters, compression)
+    bytes_each = gradient_bytes(parameters, compression)
     by_group = {}
     for group in groups:
         live = {
@@ -148,15 +147,6 @@ def _modules_of(members: Sequence[Member]) -> dict[str, Member]:
         module: member
         for member in members
         for module in (member.module, member.parameters[0][0].rpartition(".")[0])
-    }
-
-
-def _bytes_each(parameters: Mapping[str, nn.Parameter], compression: str) -> dict[str, int]:
-    """Bytes of one gradient element of each parameter; 0 if it is not trained."""
-    return {
-        name: min(p.element_size(), _COMPRESSED_BYTES.get(compression, p.element_size()))
-        * p.requires_grad
-        for name, p in parameters.items()
     }
 
 

@@ -15,6 +15,7 @@ from ..groups.freeze_plan import FreezePlan
 from ..groups.gates import gated
 from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
+from ..pruning.predicted_cost import predicted_cost
 from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
@@ -79,6 +80,8 @@ class Forecast:
         memory: the engine's memory on a rank in these stages.
         weight_bytes: bytes of the dense network's parameters.
         estimate: estimated step times; None if not requested.
+        budget_reached: what the ticket takes of the dense network of what the budget limits, 0 to
+            1; None without a budget.
     """
 
     target: Target
@@ -90,6 +93,7 @@ class Forecast:
     memory: Mapping[str, Memory]
     weight_bytes: int
     estimate: Estimate | None
+    budget_reached: float | None = None
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -109,6 +113,7 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         """The complete forecast as JSON values."""
         target, estimate = self.target, self.estimate
+        budget = target.worm.search.budget.chosen if self.ticket is None else None
         return {
             "model": {
                 "name": target.model,
@@ -119,8 +124,10 @@ class Forecast:
             "settings": target.worm.model_dump(mode="json"),
             "dropped": {
                 "by": "settings" if self.ticket is None else "ticket",
-                "prune_ratio": target.worm.search.prune_ratio if self.ticket is None else None,
+                "prune_ratio": None if self.ticket or budget else target.worm.search.prune_ratio,
                 "ratio_reached": ratio_reached(self.mask),
+                "budget": dict([budget]) if budget else None,
+                "budget_reached": self.budget_reached,
                 "ticket": None if self.ticket is None else str(self.ticket),
                 "mask_digest": None if self.ticket is None else self.mask.digest,
                 "num_channels": self.mask.num_channels,
@@ -175,8 +182,12 @@ def forecast(
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
     groups = find_drawable_groups(network, sample, target.worm.search)
+    budget_reached = None
     if ticket is None:
-        mask = equal_shares(Ranking(target.worm, network, groups, None), groups)
+        cost = predicted_cost(target.worm, network, groups, sample)
+        ranking = Ranking(target.worm, network, groups, None, cost)
+        mask = equal_shares(ranking, groups)
+        budget_reached = ranking.budget.share_of(mask) if ranking.budget else None
     else:
         mask = mask_of_ticket(ticket, groups)
     ticket_network, ticket_groups = drawn(network, groups, mask)
@@ -197,7 +208,9 @@ def forecast(
         estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
     others = _others(ticket_network, ticket_groups)
     weight_bytes = sum(p.nbytes for p in network.parameters())
-    return Forecast(target, ticket, groups, mask, costs, others, memory, weight_bytes, estimate)
+    return Forecast(
+        target, ticket, groups, mask, costs, others, memory, weight_bytes, estimate, budget_reached
+    )
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:

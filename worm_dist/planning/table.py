@@ -9,9 +9,7 @@ from typing import TextIO
 import rich.console
 from rich.table import Table
 
-from ..config import WormConfig
 from ..groups.channel_groups import ChannelGroup, Groups
-from ..groups.mask import Mask
 from ..groups.selection import importance_of
 from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
@@ -98,18 +96,24 @@ def _head(forecast: Forecast) -> list[str]:
     if forecast.ticket is not None:
         why = f"Drops {share}, those that the ticket in {forecast.ticket} has dropped."
     else:
-        why = f"Drops {share}: {_shares(target.worm, mask)}"
+        why = f"Drops {share}: {_shares(forecast)}"
     return [name, f"Input {shape}, {target.num_classes} classes.", why]
 
 
-def _shares(worm: WormConfig, mask: Mask) -> str:
+def _shares(forecast: Forecast) -> str:
     """Describe the requested share, the share reached and its distribution over the groups."""
-    search, round_to = worm.search, worm.ticket.round_to
-    asked = f"{100 * search.prune_ratio:g} % asked"
-    if search.ratios:
-        asked += ", others by search.ratios"
+    search, round_to = forecast.target.worm.search, forecast.target.worm.ticket.round_to
     how = f"after rounding to {round_to}" if round_to > 1 else "reached"
-    text = f"{asked}, {100 * ratio_reached(mask):.3g} % {how}."
+    if search.budget.chosen is not None and forecast.budget_reached is not None:
+        quantity, share = search.budget.chosen
+        of_what = "FLOPs" if quantity == "flops" else quantity
+        reached = f"{100 * forecast.budget_reached:.4g} % {how}"
+        text = f"the ticket may take {100 * share:g} % of the {of_what}; {reached}."
+    else:
+        asked = f"{100 * search.prune_ratio:g} % asked"
+        if search.ratios:
+            asked += ", others by search.ratios"
+        text = f"{asked}, {100 * ratio_reached(forecast.mask):.3g} % {how}."
     if search.threshold == "global":
         other = "other " if search.ratios else ""
         # With layer grouping, norms that share channels may each drop different ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,10 @@ class Target:
 
 
 def target_of(
-    model: str, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
+    model: str,
+    sample_shape: Shape | None,
+    num_classes: int | None,
+    search: Mapping[str, Any] | None = None,
 ) -> Target:
     """Target of a model name, with the default settings.
 
@@ -94,32 +98,34 @@ def target_of(
         sample_shape, num_classes: shape of one input and number of classes; the default is that of
             CIFAR-10 for models of worm_dist, of the digits for ``vit_small``, and of ImageNet for
             torchvision's models.
-        prune_ratio: share of the channels to drop; the default is that of ``WormConfig``.
+        search: settings of the search that differ from the defaults.
 
     Raises:
-        ConfigError: the ratio is invalid.
+        ConfigError: these settings are invalid.
     """
     small = _FIXED_SIZE.get(model, _SMALL_IMAGES)
     shape, classes = small if model in BUILDERS else _LARGE_IMAGES
-    changes = {} if prune_ratio is None else {"search": {"prune_ratio": prune_ratio}}
-    worm = WormConfig.preset("worm", **changes)
+    worm = WormConfig.preset("worm", search=search or {})
     return Target(model, sample_shape or shape, num_classes or classes, worm)
 
 
 def target_of_config(
-    path: Path, sample_shape: Shape | None, num_classes: int | None, prune_ratio: float | None
+    path: Path,
+    sample_shape: Shape | None,
+    num_classes: int | None,
+    search: Mapping[str, Any] | None = None,
 ) -> Target:
     """Target of a run's settings; the data need not be present.
 
     Args:
         path: the YAML file of a run.
-        sample_shape, num_classes, prune_ratio: overrides of the settings; None to keep them.
+        sample_shape, num_classes, search: overrides of the settings; None to keep them.
 
     Raises:
         ConfigError: the file cannot be read or is invalid, the run has no search, or the number of
             classes is unknown.
     """
-    overrides = [] if prune_ratio is None else [("search.prune_ratio", repr(prune_ratio))]
+    overrides = [(f"search.{key}", json.dumps(value)) for key, value in (search or {}).items()]
     config = read_run_config(path, overrides)
     if not config.search.enabled:
         raise ConfigError(

@@ -1,24 +1,34 @@
-"""Budgets: pools of groups that are ranked together, and the share of channels each pool drops.
+"""Budgets: groups that are ranked together, and where to stop dropping their channels.
 
-With one global threshold all groups form one pool; a group that is pruned by itself is its own.
+Channels are dropped in a total order, up to a count or a cost.  With one global threshold all
+groups form one pool; a group that is pruned by itself is its own.
 """
 
 from __future__ import annotations
 
 import difflib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
+from functools import cached_property
+from math import ceil
 from typing import Literal
 
-from ..errors import ConfigError
+import torch
+from torch import Tensor
 
-__all__ = ["Pool", "pools_of"]
+from ..errors import ConfigError
+from ..groups.cost_model import CostModel
+from ..groups.mask import Mask
+
+__all__ = ["Budget", "Pool", "pools_of"]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Groups whose channels are ranked together.
+    """Groups whose channels are ranked together, up to a count.
 
     Attributes:
         ratio: the share of the pool's channels to drop, 0 to below 1.
@@ -44,9 +54,101 @@ class Pool:
         (0.29 * 100 is 29, not 28.999999999999996)."""
         return int(round(self.ratio * num_channels, 9))
 
+    def prefix(self, droppable: Tensor, num_channels: int, floor: float) -> int:
+        """Return how many of the droppable channels to drop, the lowest first.
+
+        Args:
+            droppable: int64, the pool's channels that may be dropped, in the order of dropping.
+            num_channels: the number of all channels of the pool.
+            floor: the share of its channels that every group keeps at least.
+
+        Raises:
+            ConfigError: the floor leaves fewer than the ratio asks for.
+        """
+        num_dropped = self.num_dropped(num_channels)
+        if droppable.numel() < num_dropped:
+            raise ConfigError(
+                f"search.min_keep_ratio: {floor:g} protects so many channels of {self} that only "
+                f"{droppable.numel()} of {num_channels} may be dropped, but the ratio "
+                f"{self.ratio:g} asks for {num_dropped}; lower one of them"
+            )
+        return num_dropped
+
     def __str__(self) -> str:
         first, *others = self.groups
         return f"groups {first} and {len(others)} more" if others else f"group {first}"
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """All groups, ranked together, up to a cost: the fewest channels are dropped that meet it.
+
+    Attributes:
+        quantity: what is limited: ``flops``, ``parameters``, ``bytes`` or ``channels``.
+        share: the most that the ticket costs, as a share of the dense network.
+        cost: the cost of the network as a function of the kept channels.
+        sizes: the number of channels of each group, in the order of the cost model.
+    """
+
+    quantity: str
+    share: float
+    cost: CostModel
+    sizes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        assert 0 < self.share <= 1, self.share
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
+
+    @cached_property
+    def limit(self) -> int:
+        """The highest cost that meets the budget; the share is a decimal number, and exact."""
+        return int(Fraction(str(self.share)) * self.cost.dense)
+
+    def is_met(self, kept: Tensor) -> bool:
+        """Whether a ticket meets the budget that keeps so many channels of each group, int64
+        ``[G]``."""
+        return self.cost.of(kept) <= self.limit
+
+    def share_of(self, mask: Mask) -> float:
+        """Return the cost of the ticket of a mask, as a share of the dense network."""
+        return self.cost.of(mask.num_kept_by_group) / self.cost.dense
+
+    def prefix(self, droppable: Tensor, num_channels: int, floor: float) -> int:
+        """Return how many of the droppable channels to drop, the lowest first.
+
+        Args:
+            droppable: int64, the channels that may be dropped, in the order of dropping.
+            num_channels: the number of all channels.
+            floor: the share of its channels that every group keeps at least.
+
+        Raises:
+            ConfigError: the floors alone exceed the budget.
+        """
+        sizes = torch.tensor(list(self.sizes.values()))
+        group_of_N = torch.arange(len(sizes)).repeat_interleave(sizes)
+
+        def kept_after(num_dropped: int) -> Tensor:
+            dropped = group_of_N[droppable[:num_dropped]]
+            return sizes - dropped.bincount(minlength=len(sizes))
+
+        # A longer prefix never costs more.
+        counts = range(droppable.numel() + 1)
+        num_dropped = bisect_left(counts, True, key=lambda count: self.is_met(kept_after(count)))
+        if num_dropped == len(counts):
+            least = self.cost.of(kept_after(droppable.numel())) / self.cost.dense
+            raise ConfigError(
+                f"search.budget.{self.quantity}: {self.share:g} cannot be met: with "
+                f"search.min_keep_ratio {floor:g} the smallest ticket takes {_rounded_up(least)} "
+                "of the dense network; raise the one or lower the other"
+            )
+        return num_dropped
+
+
+def _rounded_up(share: float) -> float:
+    return ceil(share * 1e4) / 1e4
 
 
 def pools_of(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..config import WormConfig
+from ..config import SearchConfig, WormConfig
 from ..errors import NonFiniteError
 from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.cost_model import CostModel
 from ..groups.mask import Mask
-from .budgets import pools_of
+from .budgets import Budget, Pool, pools_of
 from .importance import importance_measure
 from .rounding import rounded
-from .select import select_channels
+from .select import quantiles, select_channels
 
 __all__ = ["Ranking"]
 
@@ -30,10 +31,15 @@ class Ranking:
         network: the unwrapped network.
         groups: the searched groups of the dense network.
         custom: the user's score function, or None.
+        cost: the cost of what ``search.budget`` limits, as a function of the kept channels; None
+            without a budget.
+
+    Attributes:
+        budget: the budget that masks meet; None without one.
 
     Raises:
-        ConfigError: the ratios and the floor contradict each other on this network, or a pattern
-            of ``search.ratios`` has no effect.
+        ConfigError: ratios or budget contradict the floor on this network, or a pattern of
+            ``search.ratios`` has no effect.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Ranking:
         network: nn.Module,
         groups: Groups,
         custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+        cost: CostModel | None = None,
     ) -> None:
         search = config.search
         self._config = config
@@ -50,8 +57,13 @@ class Ranking:
         self._importance = importance_measure(search, network, groups, custom)
         self._candidates = self._importance.candidates
         self._removed = torch.zeros(self._candidates.number, dtype=torch.bool)
-        self._pools = pools_of(self.sizes, search.prune_ratio, search.threshold, search.ratios)
-        # Raises now, rather than after the first epoch, if ratios and floor contradict each other.
+        self.budget = _budget(search, cost, groups)
+        self._pools: Sequence[Pool | Budget] = (
+            pools_of(self.sizes, search.prune_ratio, search.threshold, search.ratios)
+            if self.budget is None
+            else [self.budget]
+        )
+        # Raises now, rather than after the first epoch, if the floor contradicts the others.
         none_irreversible = torch.zeros(groups.num_channels, dtype=torch.bool)
         self.select(torch.zeros(self._candidates.number), none_irreversible)
 
@@ -108,14 +120,12 @@ class Ranking:
             NonFiniteError: a score is NaN or infinite.
         """
         search, candidates = self._config.search, self._candidates
-        scores = self._over_dense_candidates(scores)
+        scores, gone = self._over_dense_candidates(scores), candidates.flags(irreversible)
+        by_rank = self.budget is not None and search.threshold == "layer"
         try:
+            order = quantiles(scores, candidates.sizes, gone) if by_rank else scores
             kept, floored = select_channels(
-                scores,
-                candidates.sizes,
-                self._pools,
-                search.min_keep_ratio,
-                candidates.flags(irreversible),
+                order, candidates.sizes, self._pools, search.min_keep_ratio, gone
             )
         except NonFiniteError as error:
             raise self._importance.failure or error from None
@@ -134,4 +144,10 @@ class Ranking:
     def _rounded(self, mask: Mask, scores: Tensor, irreversible: Tensor) -> Mask:
         importance, widths = self._candidates.importance(scores), self._groups.widths
         floor, round_to = self._config.search.min_keep_ratio, self._config.ticket.round_to
-        return rounded(mask, importance, round_to, floor, irreversible, widths)
+        return rounded(mask, importance, round_to, floor, irreversible, widths, self.budget)
+
+
+def _budget(search: SearchConfig, cost: CostModel | None, groups: Groups) -> Budget | None:
+    chosen = search.budget.chosen
+    assert (chosen is None) == (cost is None)
+    return None if chosen is None or cost is None else Budget(*chosen, cost, groups.sizes)

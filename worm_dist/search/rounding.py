@@ -2,19 +2,20 @@
 
 Matrix units work in blocks of 8 or 16 channels; a layer of 37 takes as long as one of 40.  Each
 group is rounded up or down to a multiple near its count, such that the total stays the same: the
-largest remainder method.
+largest remainder method.  With a budget the total is the cost, which is met from below.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import lcm
 
 import torch
 from torch import Tensor
 
 from ..groups.mask import Mask
+from .budgets import Budget
 from .select import comparable, num_protected
 
 __all__ = ["is_rounded", "ratio_reached", "rounded"]
@@ -29,6 +30,7 @@ def rounded(
     floor: float,
     irreversible: Tensor | None = None,
     widths: Mapping[str, int] | None = None,
+    budget: Budget | None = None,
 ) -> Mask:
     """Round the kept counts to multiples of ``round_to`` in every group of more than four blocks.
 
@@ -38,6 +40,9 @@ def rounded(
     fewer channels are kept.  Blocks move between all groups, also between pools: the total is
     preserved, not the count of each pool.  A group whose count changes loses its lowest-scoring
     channels or gains the highest-scoring dropped ones.  A mask that is already rounded is returned.
+
+    With a budget the cost takes the place of the total: it stays within the budget, and no group
+    can keep another block.  If no multiples meet it, because of floors, the mask is returned.
 
     Args:
         mask: the mask to round.
@@ -49,6 +54,7 @@ def rounded(
         widths: the number of network channels that one channel of each group stands for, default
             one.  Blocks and totals are counted in network channels; if the width does not divide
             the block, the block is the least common multiple.
+        budget: the budget that the mask meets, or None.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the group.
@@ -69,7 +75,16 @@ def rounded(
                 for count in range(num_protected(floor, size), size - int(gone.sum()) + 1)
                 if count * width % round_to == 0 or count == size
             ] or [current[name]]
-    near = _largest_remainders(current, allowed_counts)
+    if budget is None:
+        near = _largest_remainders(current, allowed_counts)
+    else:
+        num_kept = dict(zip(sizes, mask.num_kept_by_group.tolist()))
+
+        def is_met(counts: Mapping[str, int]) -> bool:
+            resized = {name: count // widths[name] for name, count in counts.items()}
+            return budget.is_met(torch.tensor(list({**num_kept, **resized}.values())))
+
+        near = _most_within(current, allowed_counts, is_met)
     changed = {name: near[name] // widths[name] for name in near if near[name] != current[name]}
     if not changed:
         return mask
@@ -101,10 +116,7 @@ def _largest_remainders(
         current: the current count of each group, in network channels.
         allowed_counts: the allowed counts of each group, ascending.
     """
-    positions = {
-        name: max(0, bisect_right(allowed, current[name]) - 1)
-        for name, allowed in allowed_counts.items()
-    }
+    positions = _positions_below(current, allowed_counts)
     shortfall = {
         name: current[name] - allowed_counts[name][position] for name, position in positions.items()
     }
@@ -129,6 +141,60 @@ def _largest_remainders(
         shortfall[furthest] -= steps[furthest]
         missing -= steps[furthest]
     return {name: allowed_counts[name][position] for name, position in positions.items()}
+
+
+def _most_within(
+    current: Mapping[str, int],
+    allowed_counts: Mapping[str, Sequence[int]],
+    is_met: Callable[[Mapping[str, int]], bool],
+) -> dict[str, int]:
+    """Choose an allowed count for each group such that the budget is met, and no group can move to
+    the next allowed count.
+
+    Each group starts as in ``_largest_remainders``.  As long as the budget is exceeded, because of
+    groups whose least allowed count is above their current one, the group furthest above or least
+    below its current count moves to the allowed count below.  Then the group furthest below its
+    current count moves to the next allowed count, or stays if that exceeds the budget; and so on.
+    Of equally distant groups the first one moves.
+
+    Args:
+        current: the current count of each group, in network channels; they meet the budget.
+        allowed_counts: the allowed counts of each group, ascending.
+        is_met: whether such counts meet the budget; if they do, lower ones do.
+    """
+    positions = _positions_below(current, allowed_counts)
+
+    def counts_at(positions: Mapping[str, int]) -> dict[str, int]:
+        return {name: allowed_counts[name][position] for name, position in positions.items()}
+
+    def shortfall(name: str) -> int:
+        return current[name] - allowed_counts[name][positions[name]]
+
+    while not is_met(counts_at(positions)):
+        lowerable = [name for name, position in positions.items() if position > 0]
+        if not lowerable:
+            return dict(current)
+        positions[min(lowerable, key=shortfall)] -= 1
+    growing = list(positions)
+    while growing:
+        name = max(growing, key=shortfall)
+        above = {**positions, name: positions[name] + 1}
+        if above[name] < len(allowed_counts[name]) and is_met(counts_at(above)):
+            positions = above
+        else:  # what exceeds the budget now does so when other groups have grown
+            growing.remove(name)
+    return counts_at(positions)
+
+
+def _positions_below(
+    current: Mapping[str, int], allowed_counts: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """Return the position of the largest allowed count that does not exceed the current one, or of
+    the least."""
+    return {
+        name: max(0, bisect_right(allowed, current[name]) - 1)
+        for name, allowed in allowed_counts.items()
+    }
 
 
 def _resized(kept: Tensor, scores: Tensor, count: int) -> Tensor:

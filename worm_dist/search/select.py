@@ -1,4 +1,4 @@
-"""Selection: computes from scores the mask that drops exactly the share of each pool.
+"""Selection: computes from scores the mask that drops the lowest channels, up to a count or a cost.
 
 The order of the channels is total: by score, then by group, then by channel.  So ties are resolved
 in the same way on all ranks and in all runs.
@@ -12,41 +12,41 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import NonFiniteError
 from ..groups.mask import Mask
-from .budgets import Pool
+from .budgets import Budget, Pool
 
-__all__ = ["comparable", "num_protected", "select_channels"]
+__all__ = ["comparable", "num_protected", "quantiles", "select_channels"]
 
 
 def select_channels(
     scores: Tensor,
     sizes: Mapping[str, int],
-    pools: float | Sequence[Pool],
+    pools: float | Sequence[Pool | Budget],
     floor: float,
     irreversible: Tensor | None = None,
 ) -> tuple[Mask, tuple[str, ...]]:
-    """Drop the ``int(ratio * channels)`` lowest channels of each pool that the floor does not
-    protect.
+    """Drop the lowest channels of each pool that the floor does not protect: ``int(ratio *
+    channels)``, or the fewest that meet a budget.
 
     In every group the best ``max(1, ceil(floor * channels))`` are protected; other groups of the
-    pool lose more channels instead, so that the pool's count stays exact.
+    pool lose more channels instead, so that the pool's count or cost stays exact.
 
     Args:
         scores: ``[N]`` floats, the scores of all groups in the order of ``sizes``.
         sizes: the number of channels of each group.
-        pools: the pools, a partition of the groups in any order; a float is the ratio of a single
-            pool of all groups.
+        pools: the pools, a partition of the groups in any order; a budget is a pool of all groups,
+            and a float is the ratio of a single one.
         floor: the share of its channels that every group keeps at least.
         irreversible: bool ``[N]``, channels that cannot be kept any more; they are dropped first,
-            even if they exceed the pool's share.
+            even if they exceed what is asked for.
 
     Returns:
         The mask, and the names of the groups in which the floor kept a channel.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the group.
-        ConfigError: the floors leave a pool fewer channels than have to be dropped.
+        ConfigError: the floors leave fewer channels than have to be dropped.
     """
     if not isinstance(pools, Sequence):
         pools = (Pool(pools, tuple(sizes)),)
@@ -68,14 +68,10 @@ def select_channels(
     keep = torch.ones_like(irreversible)
     spared = torch.zeros_like(irreversible)
     for pool, members in zip(pools, _split(ascending, pool_of_N)):
-        num_dropped = max(pool.num_dropped(members.numel()), int(irreversible[members].sum()))
         droppable = members[~protected[members]]
-        if droppable.numel() < num_dropped:
-            raise ConfigError(
-                f"search.min_keep_ratio: {floor:g} protects so many channels of {pool} that only "
-                f"{droppable.numel()} of {members.numel()} may be dropped, but the ratio "
-                f"{pool.ratio:g} asks for {num_dropped}; lower one of them"
-            )
+        num_dropped = max(
+            pool.prefix(droppable, members.numel(), floor), int(irreversible[members].sum())
+        )
         keep[droppable[:num_dropped]] = False
         lowest = members[:num_dropped]
         spared[lowest] = protected[lowest]
@@ -100,6 +96,21 @@ def comparable(scores: Tensor, sizes: Mapping[str, int], irreversible: Tensor) -
             "learning rate"
         )
     return scores.masked_fill(irreversible, -torch.inf)
+
+
+def quantiles(scores: Tensor, sizes: Mapping[str, int], irreversible: Tensor) -> Tensor:
+    """Return the rank of every channel within its group as scores, float64 ``[N]``, between 0 for
+    the lowest and 1 for the highest.  In their order all groups lose about the same share.
+
+    Args:
+        scores, sizes, irreversible: as in ``select_channels``.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite; the message names the group.
+    """
+    ranked = comparable(scores, sizes, irreversible).split(list(sizes.values()))
+    ranks = [group.argsort(stable=True).argsort() for group in ranked]
+    return torch.cat([(rank.double() + 0.5) / rank.numel() for rank in ranks])
 
 
 def num_protected(floor: float, size: int) -> int:

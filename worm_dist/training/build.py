@@ -16,12 +16,12 @@ from ..distributed.collectives import Communicator
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..engine.engine import Engine
+from ..groups.flops import count_flops
 from ..groups.gates import gated
 from ..models import build_model
 from .consistency import require_same_data
 from .data import Placement, load_data, test_loader, train_loader
 from .evaluation import count_parameters
-from .flops import count_flops
 from .kernels import memory_format
 from .optim import build_optimizer, build_schedule
 from .parallelize import backend_name, parallelize

@@ -14,6 +14,7 @@ from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..errors import CollapseError, NonFiniteError
+from ..groups.flops import count_flops
 from ..pruning.collapse import REMEDY
 from ..verdict import Phase
 from .build import build
@@ -21,7 +22,6 @@ from .checkpointer import Checkpointer
 from .consistency import require_same_network
 from .data.augmentation_rng import EpochSampler
 from .evaluation import EvalResult, Speed, count_parameters, evaluate, total_over_ranks
-from .flops import count_flops
 from .nonfinite import FiniteCheck
 from .parallelize import averaged_gradients, backward, num_passes, step
 from .precision import autocast

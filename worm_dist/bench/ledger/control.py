@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...groups.flops import count_flops
 from ...groups.gates import remove_gates
 from ...training.evaluation import count_parameters
-from ...training.flops import count_flops
 from .recipe import RandomRemoval, Recipe
 from .row import Row
 from .rule import DENSE, Rule

@@ -16,10 +16,10 @@ from torch.optim.swa_utils import update_bn
 from ... import Phase, Verdict, attach
 from ...engine.engine import Engine
 from ...errors import WormError
+from ...groups.flops import count_flops
 from ...groups.forward import in_eval
 from ...groups.mask import Mask
 from ...training.evaluation import count_parameters
-from ...training.flops import count_flops
 from .row import Row
 from .spec import RunSpec
 from .subject import SUBJECTS, Samples

@@ -35,7 +35,14 @@ class Journal:
         """Size of the file in bytes."""
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def check(self, epoch: float, record: CheckRecord, mask: Mask, verdict: Verdict) -> None:
+    def check(
+        self,
+        epoch: float,
+        record: CheckRecord,
+        mask: Mask,
+        verdict: Verdict,
+        budget_reached: float | None,
+    ) -> None:
         self._write(
             event="check",
             epoch=epoch,
@@ -51,6 +58,7 @@ class Journal:
             phase=verdict.phase,
             generation=verdict.generation,
             live_fraction=verdict.live_fraction,
+            budget_reached=budget_reached,
             mask_digest=mask.digest,
             floored=record.floored,
         )

@@ -115,8 +115,9 @@ class RankZeroReport(Report):
         )
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
-        record = engine.history[-1]
-        args = (epoch, record, engine.mask, verdict)
+        record, budget, mask = engine.history[-1], engine.budget, engine.mask
+        reached = None if budget is None or mask is None else budget.share_of(mask)
+        args = (epoch, record, mask, verdict, reached)
         self._failed_writes.best_effort(JOURNAL, self._journal.check, *args)
         values = {
             "search/distance_mean": record.distance_mean,
@@ -124,6 +125,7 @@ class RankZeroReport(Report):
             "search/settled_threshold": self._config.search.settled,
             "search/elbow_threshold": record.threshold,
             "search/live_fraction": verdict.live_fraction,
+            "search/budget_reached": reached,
         }
         self._tensorboard.scalars(
             engine.step, {key: value for key, value in values.items() if value is not None}

@@ -9,8 +9,8 @@ from torchvision.models import SwinTransformer
 
 from tests.nets import Concatenating, Flattening, Plain, Residual, Separable, Upsampling
 from worm_dist import add_gates
+from worm_dist.groups.flops import count_flops, count_flops_by_module
 from worm_dist.models import build_model
-from worm_dist.training.flops import count_flops, count_flops_by_module
 
 SAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -1,0 +1,47 @@
+"""Agreed ranking: the ranking of all ranks, with the same cost model if there is a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import WormConfig
+from ..digest import digest_of
+from ..distributed.collectives import Communicator, refused_on_all_ranks
+from ..groups.channel_groups import ChannelGroup, Groups
+from ..pruning.predicted_cost import predicted_cost
+from ..search.ranking import Ranking
+
+__all__ = ["agreed_ranking"]
+
+
+def agreed_ranking(
+    config: WormConfig,
+    network: nn.Module,
+    groups: Groups,
+    custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+    example_inputs: Any,
+    ranks: Communicator,
+) -> Ranking:
+    """Build the ranking, and compare its cost model across the ranks.  Collective.
+
+    Args:
+        config, network, groups, custom: as for ``Ranking``.
+        example_inputs: inputs as for ``forward.run``.
+        ranks: the communicator of the ranks to compare.
+
+    Raises:
+        ConfigError: as in ``Ranking`` and ``predicted_cost``.
+        DivergenceError: the ranks predict different costs, or it failed on another rank.
+    """
+    if config.search.budget.chosen is None:
+        return Ranking(config, network, groups, custom)
+    with refused_on_all_ranks(ranks, "attach"):
+        cost = predicted_cost(config, network, groups, example_inputs)
+        ranking = Ranking(config, network, groups, custom, cost)
+    assert cost is not None
+    parts = [cost.dense, cost.coefficients, cost.fixed, cost.per_channel]
+    ranks.assert_equal({"state": {"search.budget": digest_of(parts)}}, "attach")
+    return ranking
