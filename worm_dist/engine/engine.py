@@ -570,8 +570,7 @@ class Engine:
         self._training.set_step_listeners([self._calls, *dropped.step_listeners])
 
     def _before_pass(self) -> None:
-        is_due = self._searching and self._schedule.has_just_become_due(self.step)
-        self._calls.before_pass(is_due)
+        self._calls.before_pass(self._searching and self._schedule.has_just_become_due(self.step))
 
     def _offered_mask(self) -> Mask:
         """The mask of the draw that the verdict offers."""
