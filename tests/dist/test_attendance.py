@@ -196,3 +196,23 @@ def test_all_ranks_may_check_where_they_like(ranks: Ranks, how: str, checks: int
     told = ranks(2, _unusual_loops, how)
     assert told[0][0] >= checks
     assert told[0][1] == told[1][1]
+
+
+def _num_keys_after_checks() -> list[int]:
+    engine = _engine()
+    store = dist.distributed_c10d._get_default_store()
+    found = []
+    for _ in range(6):
+        for _ in range(_STEPS):
+            _step(engine)
+        engine.check()
+        dist.barrier()
+        found.append(store.num_keys())
+        dist.barrier()
+    return found
+
+
+def test_the_marks_of_earlier_checks_are_deleted(ranks: Ranks) -> None:
+    """A store would else keep some keys for each rank and check: millions in a long run."""
+    for found in ranks(2, _num_keys_after_checks):
+        assert found[2:] == found[1:2] * 4, found

@@ -6,7 +6,7 @@ store of their process group: a rank that enters such a call marks that it is pr
 the others before the first collective; a rank that begins another forward pass although the call is
 due marks that it has skipped it.  Each writes before it reads, so of two ranks at least one sees
 the other's mark.  That costs a few store operations for each check that is due, and nothing for a
-pass.
+pass.  Once all ranks are in a call, the marks of the call before it are deleted: all have left it.
 
 A rank that has skipped a step does not know that the call is due.  It never comes, and after the
 timeout of the group it is named.
@@ -44,6 +44,7 @@ class Attendance:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._store: Store | None = None
         self._num_calls = 0
+        self._previous_keys: list[str] = []
         number = next(_numbers)
         if group is not None and dist.get_world_size(group) > 1:
             self._group = group
@@ -85,6 +86,11 @@ class Attendance:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             num_present = store.add(number, 0)
+        for key in self._previous_keys:
+            store.delete_key(key)
+        self._previous_keys = [f"{number} of {self._rank}"]
+        if self._rank == 0:
+            self._previous_keys += [number, f"{call}: present", f"{call}: skipped"]
         yield
 
     def _not_all_came(self, store: Store, call: str, number: str, seconds: float) -> BackendError:
