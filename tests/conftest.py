@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the ranks
@@ -15,6 +16,9 @@ from tests.matrix.table import Table
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+# Ranks inherit what nohup or a shell's & ignores, and then rightly ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # How long an example takes says something of the machine's other work, not of the code.
 hypothesis.settings.register_profile("worm_dist", deadline=None)
 hypothesis.settings.load_profile("worm_dist")
