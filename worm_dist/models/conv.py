@@ -22,5 +22,5 @@ def conv(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) ->
 
 
 def initialize(layer: nn.Conv2d) -> None:
-    """Draw the weights of a convolution anew, for its present shape."""
+    """Initialise the weights of a convolution again, for its present shape."""
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     if still_missing := missing(specs, folder):
         record(folder, command, len(still_missing))
     print(write(folder, train_rows(specs, folder, num_workers), command))
-    print(f"files: {folder}, written anew from its rows by\n{command}")
+    print(f"files: {folder}, rewritten from its rows by\n{command}")
 
 
 def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:

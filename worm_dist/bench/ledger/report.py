@@ -26,8 +26,8 @@ _PAGE = """\
 {command}
 ```
 
-The command trains rows that are missing.  Where all are there, it writes this page and the pictures
-anew.
+The command trains rows that are missing.  Where none is, it only rewrites this page and the
+pictures.
 
 ![Accuracy against the FLOPs of the run](trade-off.png)
 

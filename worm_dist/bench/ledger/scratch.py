@@ -32,7 +32,7 @@ def ticket_from_scratch(
     """
     network = subject.build(1.0)
     groups = find_drawable_groups(network, subject.samples().images[:1], search)
-    # Any channels will do: all weights are drawn anew.
+    # Any channels will do: all weights are initialised again.
     mask = Mask(
         {group.name: torch.arange(group.num_channels) < widths[group.name] for group in groups}
     )

@@ -70,7 +70,7 @@ class Placement:
 
 
 class _CopyStream:
-    """Copies from pinned memory on a stream of its own, while a GPU trains on the batch before.
+    """Copies from pinned memory on a separate stream, while a GPU trains on the batch before.
 
     The host asks for the next batch as soon as it has enqueued the step on the newest one, which
     the GPU has then hardly begun.  In the training's own stream the copy would wait for the end of
