@@ -246,6 +246,8 @@ def test_outcomes_are_told_apart() -> None:
         (["--trigger", "0"], "--trigger 0; give more than 0 and less than 100"),
         (["--trigger", "100"], "--trigger 100; give more than 0 and less than 100"),
         (["--ratio", "0"], "--ratio 0; give more than 0 and less than 1"),
+        (["--budget", "flops"], "--budget: 'flops' is not a share of something; write flops=0.25"),
+        (["--budget", "flops=2"], "search.budget.flops: Input should be less than or equal to 1"),
     ],
 )
 def test_what_does_not_exist_is_told(
@@ -312,6 +314,26 @@ def test_variants_are_those_of_the_worm_rules() -> None:
     assert (search.importance, search.threshold) == ("weight_norm", "layer")
     assert (search.every.count, search.elbow.min_masks) == (1.0, 6)  # 30 % of 20 epochs
     assert RULES["worm"].config(0.5).search.threshold == "global"
+
+
+def test_a_budget_takes_the_place_of_the_ratios() -> None:
+    selection = _selection(
+        rules=["dense", "early-bird", "worm"],
+        ratios=[0.3, 0.5],
+        budgets=["flops=0.25", "parameters=0.5"],
+        controls=["uniform at equal FLOPs"],
+    )
+    specs = list(selection.specs())
+    rules = [(spec.rule.name, spec.prune_ratio) for spec in specs]
+    assert rules[:5] == [
+        ("dense", 0.0),
+        ("early-bird", 0.3),
+        ("early-bird", 0.5),
+        ("worm, flops=0.25", 0.0),
+        ("worm, parameters=0.5", 0.0),
+    ]
+    assert rules[5:] == [(f"{name}: uniform at equal FLOPs", p) for name, p in rules[1:5]]
+    assert specs[3].rule.has_budget and specs[3].rule.config(0.0).search.budget.flops == 0.25
 
 
 @pytest.mark.parametrize("epoch", [0.8, 1.0, 2.4, 4.8, 7.2])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..budget_argument import parse_budget
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,13 +112,7 @@ def _check(options: argparse.Namespace) -> None:
 def _search_changes(ratio: float | None, budget: str | None) -> dict[str, Any]:
     """The settings of the search that the options replace."""
     if budget is not None:
-        quantity, _, share = budget.partition("=")
-        try:
-            return {"budget": {quantity: float(share)}}
-        except ValueError:
-            raise ConfigError(
-                f"--budget: {budget!r} is not a share of something; write flops=0.25"
-            ) from None
+        return {"budget": parse_budget(budget)}
     return {} if ratio is None else {"prune_ratio": ratio}
 
 

@@ -50,6 +50,12 @@ def add_parsers(benchmarks: Any) -> None:
     )
     _add_repeated(ledger, "--importance", help="variants with this search.importance")
     _add_repeated(ledger, "--threshold", help="variants with this search.threshold")
+    _add_repeated(
+        ledger,
+        "--budget",
+        metavar="WHAT=SHARE",
+        help="variants with this search.budget instead of the ratio: flops=0.25",
+    )
     ledger.add_argument("--epochs", type=int, help="default: the subject's")
     grid = benchmarks.add_parser(
         "grid",
@@ -123,6 +129,7 @@ def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:
         triggers=options.trigger,
         importances=options.importance,
         thresholds=options.threshold,
+        budgets=options.budget,
         epochs=_QUICK_EPOCHS if options.quick and options.epochs is None else options.epochs,
     )
     _known(options.of, selection.pruning_rules, "pruning rule")

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .control import CONTROLS
 from .row import Row
-from .table import parts_of
+from .table import parts_of, title_of
 
 __all__ = ["course", "trade_off"]
 
@@ -124,9 +124,7 @@ def _figure(lines: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
 
 
 def _finish(axes: Axes, cell: tuple[str, float, int], legend: Axes | None = None) -> None:
-    subject, ratio, epochs = cell
-    title = f"{subject}, p = {ratio:g}, {epochs} epochs"
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(title_of(*cell), loc="left", fontsize=11, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     (legend or axes).legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9

@@ -15,7 +15,7 @@ __all__ = ["Key", "Row", "append", "read_rows"]
 
 @dataclass(frozen=True)
 class Key:
-    """Unique key of a run; ``prune_ratio`` is 0 for the dense one, which all ratios share."""
+    """Unique key of a run; ``prune_ratio`` is 0 for the dense one and with a budget."""
 
     subject: str
     rule: str

@@ -35,10 +35,15 @@ class Rule:
         """Whether the rule searches a ticket."""
         return self.preset != "dense"
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget determines how many channels are dropped, and not a ratio."""
+        return "budget" in self.changes.get("search", {})
+
     def config(self, prune_ratio: float) -> WormConfig:
-        """The settings with a share of the channels to drop; the dense rule takes 0."""
-        changes = merge({"search": {"prune_ratio": prune_ratio}}, self.changes)
-        return WormConfig.preset(self.preset, **changes)
+        """The settings with a share of the channels to drop; 0 with a budget, and for dense."""
+        ratio = {} if self.has_budget else {"search": {"prune_ratio": prune_ratio}}
+        return WormConfig.preset(self.preset, **merge(ratio, self.changes))
 
     def changed(self, name: str, changes: Mapping[str, Any]) -> Rule:
         """A copy with another name and further changes."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ...budget_argument import parse_budget
 from ...errors import ConfigError
 from .control import EQUAL_FLOPS, Control
 from .row import Key
@@ -52,6 +53,8 @@ class Selection:
             empty for their elbow.
         importances, thresholds: values of these settings of the ``worm`` rules; empty for the
             preset's.
+        budgets: budgets of the ``worm`` rules, such as ``flops=0.25``, instead of the ratios; empty
+            for the ratios.
         epochs: number of epochs; None for the subject's.
 
     Raises:
@@ -68,6 +71,7 @@ class Selection:
     triggers: Sequence[float] = ()
     importances: Sequence[str] = ()
     thresholds: Sequence[str] = ()
+    budgets: Sequence[str] = ()
     epochs: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +85,7 @@ class Selection:
                     raise ConfigError(
                         f"bench: --{name} {value:g}; give more than 0 and less than {most}"
                     )
-        for rule, ratio in product(self._pruning_rules, self.ratios):
+        for rule, ratio in self._with_ratios(self._pruning_rules):
             rule.config(ratio)
 
     @property
@@ -102,12 +106,22 @@ class Selection:
             rules = self._rules(epochs)
             if DENSE in rules:
                 yield RunSpec(subject, DENSE, 0.0, seed, epochs)
-            for ratio, rule in product(self.ratios, rules):
-                if rule.prunes:
-                    yield RunSpec(subject, rule, ratio, seed, epochs)
-            for ratio, rule, kind in product(self.ratios, rules, self.controls):
-                if rule.prunes and (kind == EQUAL_FLOPS or rule.name in self.of):
+            pruning = list(self._with_ratios(rule for rule in rules if rule.prunes))
+            for rule, ratio in pruning:
+                yield RunSpec(subject, rule, ratio, seed, epochs)
+            for (rule, ratio), kind in product(pruning, self.controls):
+                if kind == EQUAL_FLOPS or rule.name in self.of:
                     yield RunSpec(subject, Control(kind, rule), ratio, seed, epochs)
+
+    def _with_ratios(self, rules: Iterable[Rule]) -> Iterator[tuple[Rule, float]]:
+        """The rules with every ratio, and last those with a budget."""
+        with_budget, others = [], []
+        for rule in rules:
+            (with_budget if rule.has_budget else others).append(rule)
+        for ratio, rule in product(self.ratios, others):
+            yield rule, ratio
+        for rule in with_budget:
+            yield rule, 0.0
 
     def _rules(self, epochs: int) -> list[Rule]:
         return [variant for name in self.rules for variant in self._variants(RULES[name], epochs)]
@@ -120,6 +134,7 @@ class Selection:
             _options(self.triggers, lambda percent: _triggered(percent, epochs)),
             _options(self.importances, lambda name: (name, {"importance": name})),
             _options(self.thresholds, lambda name: (f"{name} threshold", {"threshold": name})),
+            _options(self.budgets, lambda text: (text, {"budget": parse_budget(text)})),
         ):
             changed = rule
             for suffix, search in variant:

