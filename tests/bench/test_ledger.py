@@ -246,6 +246,7 @@ def test_outcomes_are_told_apart() -> None:
         (["--trigger", "0"], "--trigger 0; give more than 0 and less than 100"),
         (["--trigger", "100"], "--trigger 100; give more than 0 and less than 100"),
         (["--ratio", "0"], "--ratio 0; give more than 0 and less than 1"),
+        (["--duration", "100"], "--duration 100; give more than 0 and less than 100"),
         (["--budget", "flops"], "--budget: 'flops' is not a share of something; write flops=0.25"),
         (["--budget", "flops=2"], "search.budget.flops: Input should be less than or equal to 1"),
     ],
@@ -297,6 +298,7 @@ def test_variants_are_those_of_the_worm_rules() -> None:
     variants = _selection(
         rules=["early-bird", "worm"],
         triggers=[5, 30],
+        durations=[25],
         importances=["weight_norm"],
         thresholds=["global", "layer"],
         controls=[],
@@ -304,16 +306,19 @@ def test_variants_are_those_of_the_worm_rules() -> None:
     specs = {spec.rule.name: spec for spec in variants.specs()}
     assert list(specs) == ["early-bird", *variants.pruning_rules[1:]]
     assert variants.pruning_rules[1:] == [
-        f"worm, trigger {trigger} %, weight_norm, {threshold} threshold"
+        f"worm, trigger {trigger} %, duration 25 %, weight_norm, {threshold} threshold"
         for trigger in (5, 30)
         for threshold in ("global", "layer")
     ]
-    rule = specs["worm, trigger 30 %, weight_norm, layer threshold"].rule
+    rule = specs["worm, trigger 30 %, duration 25 %, weight_norm, layer threshold"].rule
     assert not hasattr(rule, "of")
     search = rule.config(0.5).search
     assert (search.importance, search.threshold) == ("weight_norm", "layer")
     assert (search.every.count, search.elbow.min_masks) == (1.0, 6)  # 30 % of 20 epochs
+    assert str(rule.config(0.5).truncation.removal.duration) == "5ep"
     assert RULES["worm"].config(0.5).search.threshold == "global"
+    at_once = _selection(rules=["worm, at once"], durations=[25, 50])
+    assert at_once.pruning_rules == ["worm, at once"]  # has no duration
 
 
 def test_a_budget_takes_the_place_of_the_ratios() -> None:
@@ -333,7 +338,9 @@ def test_a_budget_takes_the_place_of_the_ratios() -> None:
         ("worm, parameters=0.5", 0.0),
     ]
     assert rules[5:] == [(f"{name}: uniform at equal FLOPs", p) for name, p in rules[1:5]]
-    assert specs[3].rule.has_budget and specs[3].rule.config(0.0).search.budget.flops == 0.25
+    rule = specs[3].rule
+    assert not hasattr(rule, "of")
+    assert rule.config(0.0).search.budget.flops == 0.25
 
 
 @pytest.mark.parametrize("epoch", [0.8, 1.0, 2.4, 4.8, 7.2])

@@ -48,6 +48,13 @@ def add_parsers(benchmarks: Any) -> None:
         help="variants of the worm rules that start to remove channels at this percentage of the "
         "schedule, not at the elbow",
     )
+    _add_repeated(
+        ledger,
+        "--duration",
+        type=float,
+        metavar="PERCENT",
+        help="variants of the worm rules whose gradual removal takes this percentage",
+    )
     _add_repeated(ledger, "--importance", help="variants with this search.importance")
     _add_repeated(ledger, "--threshold", help="variants with this search.threshold")
     _add_repeated(
@@ -127,6 +134,7 @@ def _selection(options: argparse.Namespace, subjects: Sequence[str]) -> Any:
         controls=[] if options.no_controls else _known(options.control, CONTROLS, "control"),
         of=options.of or (_OF,),
         triggers=options.trigger,
+        durations=options.duration,
         importances=options.importance,
         thresholds=options.threshold,
         budgets=options.budget,

@@ -123,13 +123,11 @@ def _from_scratch(ticket: _Ticket) -> Recipe:
 
 
 def _random_channels(ticket: _Ticket) -> Recipe:
-    config, row = ticket.rule.config(ticket.prune_ratio), ticket.row
-    removal = config.truncation.removal
-    gradual = config.truncation.removes and removal.schedule == "gradual"
-    epoch = row.elbow_epoch if gradual else row.ticket_epoch
+    rule, row = ticket.rule, ticket.row
+    epoch = row.elbow_epoch if rule.is_gradual else row.ticket_epoch
     assert epoch is not None
-    dense = ticket.subject.build(1.0)
-    return Recipe(dense, config, RandomRemoval(epoch, ticket.widths, ticket.seed, gradual))
+    removal = RandomRemoval(epoch, ticket.widths, ticket.seed, rule.is_gradual)
+    return Recipe(ticket.subject.build(1.0), rule.config(ticket.prune_ratio), removal)
 
 
 EQUAL_FLOPS = "uniform at equal FLOPs"

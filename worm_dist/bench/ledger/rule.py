@@ -36,6 +36,12 @@ class Rule:
         return self.preset != "dense"
 
     @property
+    def is_gradual(self) -> bool:
+        """Whether dropped channels are removed one after another."""
+        truncation = self.config(0.5).truncation
+        return truncation.removes and truncation.removal.schedule == "gradual"
+
+    @property
     def has_budget(self) -> bool:
         """Whether a budget determines how many channels are dropped, and not a ratio."""
         return "budget" in self.changes.get("search", {})

@@ -16,6 +16,9 @@ from .subject import SUBJECTS
 
 __all__ = ["RunSpec", "Selection"]
 
+_Option = tuple[str, dict[str, Any]]
+"""Suffix of a rule's name, and changes to its settings."""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -51,6 +54,7 @@ class Selection:
         of: names of the rules that have the other controls too; with the suffix of a variant.
         triggers: percentages of the schedule at which the ``worm`` rules start to remove channels;
             empty for their elbow.
+        durations: percentages of the schedule that gradual removal takes; empty for the preset's.
         importances, thresholds: values of these settings of the ``worm`` rules; empty for the
             preset's.
         budgets: budgets of the ``worm`` rules, such as ``flops=0.25``, instead of the ratios; empty
@@ -69,6 +73,7 @@ class Selection:
     controls: Sequence[str]
     of: Sequence[str]
     triggers: Sequence[float] = ()
+    durations: Sequence[float] = ()
     importances: Sequence[str] = ()
     thresholds: Sequence[str] = ()
     budgets: Sequence[str] = ()
@@ -79,7 +84,12 @@ class Selection:
             raise ConfigError("bench: no subject is left; --quick takes those on the digits only")
         if self.epochs is not None and self.epochs < 1:
             raise ConfigError(f"bench: --epochs {self.epochs}; give at least 1")
-        for name, values, most in (("ratio", self.ratios, 1), ("trigger", self.triggers, 100)):
+        shares = (
+            ("ratio", self.ratios, 1),
+            ("trigger", self.triggers, 100),
+            ("duration", self.durations, 100),
+        )
+        for name, values, most in shares:
             for value in values:
                 if not 0 < value < most:
                     raise ConfigError(
@@ -115,13 +125,13 @@ class Selection:
 
     def _with_ratios(self, rules: Iterable[Rule]) -> Iterator[tuple[Rule, float]]:
         """The rules with every ratio, and last those with a budget."""
-        with_budget, others = [], []
+        rules = list(rules)
+        for ratio, rule in product(self.ratios, rules):
+            if not rule.has_budget:
+                yield rule, ratio
         for rule in rules:
-            (with_budget if rule.has_budget else others).append(rule)
-        for ratio, rule in product(self.ratios, others):
-            yield rule, ratio
-        for rule in with_budget:
-            yield rule, 0.0
+            if rule.has_budget:
+                yield rule, 0.0
 
     def _rules(self, epochs: int) -> list[Rule]:
         return [variant for name in self.rules for variant in self._variants(RULES[name], epochs)]
@@ -132,20 +142,32 @@ class Selection:
             return
         for variant in product(
             _options(self.triggers, lambda percent: _triggered(percent, epochs)),
-            _options(self.importances, lambda name: (name, {"importance": name})),
-            _options(self.thresholds, lambda name: (f"{name} threshold", {"threshold": name})),
-            _options(self.budgets, lambda text: (text, {"budget": parse_budget(text)})),
+            _options(
+                self.durations if rule.is_gradual else (), lambda percent: _lasting(percent, epochs)
+            ),
+            _options(self.importances, lambda name: _searched(name, importance=name)),
+            _options(self.thresholds, lambda name: _searched(f"{name} threshold", threshold=name)),
+            _options(self.budgets, lambda text: _searched(text, budget=parse_budget(text))),
         ):
             changed = rule
-            for suffix, search in variant:
+            for suffix, changes in variant:
                 name = f"{changed.name}, {suffix}" if suffix else changed.name
-                changed = changed.changed(name, {"search": search})
+                changed = changed.changed(name, changes)
             yield changed
 
 
-def _options(values: Sequence[Any], described: Any) -> list[tuple[str, dict[str, Any]]]:
+def _options(values: Sequence[Any], described: Any) -> list[_Option]:
     return [described(value) for value in values] or [("", {})]
 
 
-def _triggered(percent: float, epochs: int) -> tuple[str, dict[str, Any]]:
-    return f"trigger {percent:g} %", triggered_at(epochs * percent / 100)["search"]
+def _triggered(percent: float, epochs: int) -> _Option:
+    return f"trigger {percent:g} %", triggered_at(epochs * percent / 100)
+
+
+def _lasting(percent: float, epochs: int) -> _Option:
+    removal = {"duration": f"{epochs * percent / 100:.6f}ep"}
+    return f"duration {percent:g} %", {"truncation": {"removal": removal}}
+
+
+def _searched(suffix: str, **changes: Any) -> _Option:
+    return suffix, {"search": changes}
