@@ -116,6 +116,7 @@ def test_a_budget_shows_the_widths_that_meet_it(capsys: pytest.CaptureFixture[st
         (("vgg_small", "--budget", "flops=1.5"), "search.budget.flops: .* less than or equal to 1"),
         (("vgg_small", "--budget", "flops=0.001"), "search.budget.flops: 0.001 cannot be met"),
         ((DIGITS, "--budget", "flops=0.001"), "search.budget.flops: 0.001 cannot be met"),
+        (("vgg_small", "--ticket", "x", "--weights", "y"), "--weights: --ticket determines"),
         (("vgg_small", "--ticket", "nowhere"), "is this the folder of a ticket"),
         ((DIGITS, "--world", "3", "--bandwidth", "1Gbit/s"), "not divisible by 3"),
         (("vgg_small", "--input", "3x2x2"), "does not run"),

@@ -45,6 +45,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "bytes or channels: flops=0.25",
     )
     parser.add_argument("--ticket", type=Path, metavar="DIR", help="drop what this ticket dropped")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="drop what has the lowest scores in this trained dense network: a checkpoint's "
+        "folder, a .safetensors file, or a state dict of torch.save",
+    )
     parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
     parser.add_argument("--bandwidth", help="bandwidth of a rank's connection: 10Gbit/s, 1.25GB/s")
     parser.add_argument("--batch", type=int, help="samples in one rank's share of a step")
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: an option, the settings or the model is invalid.
-        CheckpointError: the ticket cannot be read.
+        CheckpointError: the ticket or the weights cannot be read, or do not fit.
     """
     _check(options)
     # Imported late: torchvision and torch-pruning take seconds; mistakes are reported first.
@@ -79,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         target = target_of_config(path, *overrides)
     else:
         target = target_of(options.model, *overrides)
-    result = forecast(target, options.ticket, link, options.batch)
+    result = forecast(target, options.ticket, link, options.batch, options.weights)
     if options.json:
         json.dump(result.as_dict(), sys.stdout, indent=2, allow_nan=False)
         print()
@@ -96,6 +103,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.batch is not None and options.world is None:
         raise ConfigError("--batch: only for the time of a step; give --world and --bandwidth too")
+    if options.ticket is not None and options.weights is not None:
+        raise ConfigError("--weights: --ticket determines the dropped channels; give only one")
     determining = [
         name for name in ("ratio", "budget", "ticket") if getattr(options, name) is not None
     ]

@@ -25,6 +25,7 @@ from .memory import Memory, memory_of_stages
 from .step_time import FORMULA, Link, StepTime, ring_seconds
 from .target import Target
 from .timing import Measured, measure
+from .weights import load_weights
 
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
 
@@ -70,7 +71,8 @@ class Forecast:
 
     Attributes:
         target: the network and its settings.
-        ticket: folder of the ticket that determines the dropped channels; None if the settings do,
+        ticket: folder of the ticket that determines the dropped channels; None if the settings do.
+        weights: weights of the trained network whose scores decide; None if there are no scores,
             and all groups lose about the same share.
         groups: the channel groups of the dense network.
         mask: the channels that are kept.
@@ -86,6 +88,7 @@ class Forecast:
 
     target: Target
     ticket: Path | None
+    weights: Path | None
     groups: Groups
     mask: Mask
     costs: Mapping[Stage, Costs]
@@ -114,6 +117,7 @@ class Forecast:
         """The complete forecast as JSON values."""
         target, estimate = self.target, self.estimate
         budget = target.worm.search.budget.chosen if self.ticket is None else None
+        by_settings = self.ticket is None and self.weights is None
         return {
             "model": {
                 "name": target.model,
@@ -123,13 +127,14 @@ class Forecast:
             },
             "settings": target.worm.model_dump(mode="json"),
             "dropped": {
-                "by": "settings" if self.ticket is None else "ticket",
+                "by": "settings" if by_settings else "scores" if self.weights else "ticket",
                 "prune_ratio": None if self.ticket or budget else target.worm.search.prune_ratio,
                 "ratio_reached": ratio_reached(self.mask),
                 "budget": dict([budget]) if budget else None,
                 "budget_reached": self.budget_reached,
                 "ticket": None if self.ticket is None else str(self.ticket),
-                "mask_digest": None if self.ticket is None else self.mask.digest,
+                "weights": None if self.weights is None else str(self.weights),
+                "mask_digest": None if by_settings else self.mask.digest,
                 "num_channels": self.mask.num_channels,
                 "num_kept": self.mask.num_kept,
             },
@@ -164,7 +169,11 @@ class Forecast:
 
 
 def forecast(
-    target: Target, ticket: Path | None, link: Link | None, num_samples: int | None
+    target: Target,
+    ticket: Path | None,
+    link: Link | None,
+    num_samples: int | None,
+    weights: Path | None = None,
 ) -> Forecast:
     """Build the network with the gates that a run would add, draw a copy, and count the costs.
 
@@ -173,20 +182,24 @@ def forecast(
         ticket: folder of a ticket; None to drop about the same share of every group.
         link: the network to estimate step times for; None for no estimate and no measurement.
         num_samples: samples per rank for the estimate; None for the value of the settings.
+        weights: weights of the trained dense network, whose scores then decide; see
+            ``weights.load_weights``.
 
     Raises:
         ConfigError: the network cannot be built or has no channel group, or the settings, the
             ticket or the batch do not fit.
-        CheckpointError: the ticket does not exist or is damaged.
+        CheckpointError: the ticket or the weights do not exist, are damaged, or do not fit.
     """
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
+    if weights is not None:
+        load_weights(network, weights)
     groups = find_drawable_groups(network, sample, target.worm.search)
     budget_reached = None
     if ticket is None:
         cost = predicted_cost(target.worm, network, groups, sample)
         ranking = Ranking(target.worm, network, groups, None, cost)
-        mask = equal_shares(ranking, groups)
+        mask = equal_shares(ranking, groups) if weights is None else _by_scores(ranking, groups)
         budget_reached = ranking.budget.share_of(mask) if ranking.budget else None
     else:
         mask = mask_of_ticket(ticket, groups)
@@ -209,8 +222,24 @@ def forecast(
     others = _others(ticket_network, ticket_groups)
     weight_bytes = sum(p.nbytes for p in network.parameters())
     return Forecast(
-        target, ticket, groups, mask, costs, others, memory, weight_bytes, estimate, budget_reached
+        target=target,
+        ticket=ticket,
+        weights=weights,
+        groups=groups,
+        mask=mask,
+        costs=costs,
+        others=others,
+        memory=memory,
+        weight_bytes=weight_bytes,
+        estimate=estimate,
+        budget_reached=budget_reached,
     )
+
+
+def _by_scores(ranking: Ranking, groups: Groups) -> Mask:
+    none_removed = torch.zeros(groups.num_channels, dtype=torch.bool)
+    _, mask, _ = ranking.select(ranking.scores(), none_removed)
+    return mask
 
 
 def _others(network: nn.Module, groups: Groups) -> Sequence[str]:

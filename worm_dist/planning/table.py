@@ -114,7 +114,9 @@ def _shares(forecast: Forecast) -> str:
         if search.ratios:
             asked += ", others by search.ratios"
         text = f"{asked}, {100 * ratio_reached(forecast.mask):.3g} % {how}."
-    if search.threshold == "global":
+    if forecast.weights is not None:
+        text += f" The scores are those of {forecast.weights}."
+    elif search.threshold == "global":
         other = "other " if search.ratios else ""
         # With layer grouping, norms that share channels may each drop different ones.
         what = "norm" if search.grouping == "layer" else "group"

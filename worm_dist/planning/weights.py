@@ -1,0 +1,66 @@
+"""Weights of a trained dense network, whose scores a forecast ranks the channels by."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import CheckpointError
+from ..training.checkpointer import RUN
+
+__all__ = ["load_weights"]
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load weights into the dense network.
+
+    Args:
+        network: the network, with the gates that a run would add.
+        path: a checkpoint's folder, a ``.safetensors`` file, or a file that ``torch.save`` wrote
+            of a state dict.
+
+    Raises:
+        CheckpointError: the weights cannot be read, or are of another network.
+    """
+    found, wanted = _read(path), network.state_dict()
+    differing = [
+        name
+        for name in sorted(found.keys() | wanted.keys())
+        if _shape(found, name) != _shape(wanted, name)
+    ]
+    if differing:
+        name = differing[0]
+        more = f", and {len(differing) - 1} more differ" if differing[1:] else ""
+        raise CheckpointError(
+            f"--weights: {path} is of another network, or of one whose channels have been removed: "
+            f"{name} is {_shape(found, name)}, not {_shape(wanted, name)}{more}"
+        )
+    network.load_state_dict(found)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    try:
+        if path.is_dir():
+            state: Any = Checkpoint(path).read(RUN)["network"]
+        elif path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"--weights: {path} cannot be read: {first}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise CheckpointError(f"--weights: {path} holds no state dict of tensors")
+    return state
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return f"{list(state[name].shape)}" if name in state else "missing"
