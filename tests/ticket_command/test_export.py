@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +59,8 @@ def test_onnx_computes_what_the_network_does(ticket: Path, tmp_path: Path) -> No
 def test_a_missing_package_names_the_extra(
     ticket: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)  # which then cannot be imported
     assert main(["ticket", "export", str(ticket), "--onnx", "x.onnx"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "onnx and onnxruntime and onnxscript are not installed" in line
