@@ -1,5 +1,5 @@
-"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
-``bench``."""
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan``, ``ticket``
+and ``bench``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .distributed.launchers import started_by
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
+from .ticket_command.command import add_parser as add_ticket_parser
+from .ticket_command.command import run as run_ticket
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, replaced = _parse(arguments)
         if options.command == "plan":
             return _plan(options)
+        if options.command == "ticket":
+            return run_ticket(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -88,6 +92,7 @@ def _parse(
         help="only check the settings; exit code 0 if they are valid, else 2",
     )
     planner = add_parser(commands)
+    ticket = add_ticket_parser(commands)
     bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP on two ranks, or whole runs",
@@ -102,7 +107,7 @@ def _parse(
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
-    strict = {"bench": bench, "plan": planner}
+    strict = {"bench": bench, "plan": planner, "ticket": ticket}
     if options.command in strict:
         if rest:
             strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")

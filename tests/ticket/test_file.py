@@ -159,8 +159,8 @@ def test_something_else_is_no_ticket(ticket: Path, content: bytes) -> None:
 
 
 def test_a_later_format_is_refused(ticket: Path) -> None:
-    _change(ticket, lambda content: content.update(format_version=5))
-    with pytest.raises(CheckpointError, match="format 5"):
+    _change(ticket, lambda content: content.update(format_version=6))
+    with pytest.raises(CheckpointError, match="format 6"):
         load_ticket(ticket, Residual)
 
 

@@ -386,7 +386,8 @@ class Engine:
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError("save_ticket: no ticket has been drawn yet")
         cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
-        save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
+        parts = self.groups, self.mask, cuts, self._training.example_inputs, self.config
+        save_ticket(Path(folder), self._training.network, *parts, model)
 
     def detach(self) -> nn.Module:
         """Remove all hooks.  Collective if a communication hook was registered: torch cannot
