@@ -1,5 +1,5 @@
-"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
-``bench``."""
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``init``, ``plan``
+and ``bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .bench.ledger.command import add_parsers as add_ledger_parsers
@@ -22,6 +22,7 @@ from .planning.command import run as plan
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
+from .training.settings_template import settings_template
 
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
@@ -34,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     secure_standard_streams()
     try:
         options, replaced = _parse(arguments)
+        if options.command == "init":
+            return _until_closed(lambda: _print_template(options.preset))
         if options.command == "plan":
-            return _plan(options)
+            return _until_closed(lambda: plan(options))
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -87,6 +90,16 @@ def _parse(
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
     )
+    template = commands.add_parser(
+        "init",
+        help="print a settings file to fill in",
+        description="A settings file with every setting, its default and what it means, to the "
+        "standard output. As it is, it trains on the digits.",
+        allow_abbrev=False,
+    )
+    template.add_argument(
+        "--preset", default="worm", help="worm (default), worm-paper, early-bird or dense"
+    )
     planner = add_parser(commands)
     bench = commands.add_parser(
         "bench",
@@ -102,7 +115,7 @@ def _parse(
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
-    strict = {"bench": bench, "plan": planner}
+    strict = {"bench": bench, "init": template, "plan": planner}
     if options.command in strict:
         if rest:
             strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -151,9 +164,14 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     return run(config, out, resume_argument(options.resume))
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _print_template(preset: str) -> int:
+    print(settings_template(preset), end="", flush=True)
+    return 0
+
+
+def _until_closed(command: Callable[[], int]) -> int:
     try:
-        return plan(options)
+        return command()
     except (BrokenPipeError, SystemExit):  # the latter by rich
         return 0  # the reader has seen enough, as in plan ... | head
 

@@ -42,6 +42,7 @@ class DataConfig(Settings):
     """The data set."""
 
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
+    """The data set."""
     root: PathText | None = None
     """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn."""
     batch_size: Count = Field(default=64, ge=1)
@@ -73,13 +74,18 @@ class ModelConfig(Settings):
 
 
 class OptimizerConfig(Settings):
+    """The optimizer."""
+
     name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """One of torch's."""
     lr: Factor = Field(default=0.1, gt=0)
+    """The learning rate, of which the schedule takes a part at each step."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
     nesterov: bool = False
     """SGD only."""
     weight_decay: Factor = Field(default=5e-4, ge=0)
+    """Weight decay: for ``adamw`` decoupled from the gradients."""
     fused: OnGpus = "auto"
     """Whether a step is one operation over all parameters.  ``auto``: on GPUs."""
 
@@ -91,11 +97,16 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
+    """The learning rate's schedule."""
+
     name: Literal["constant", "cosine", "step"] = "cosine"
+    """``cosine`` falls to zero at the end of the run."""
     warmup_epochs: Count = Field(default=0, ge=0)
+    """Epochs at the start in which the learning rate rises linearly."""
     milestones: list[Annotated[Count, Field(ge=1)]] = Field(default=[])
     """``step`` only: epochs at which the learning rate is multiplied by ``gamma``."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
+    """``step`` only."""
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:
@@ -107,6 +118,8 @@ class ScheduleConfig(Settings):
 
 
 class DistributedConfig(Settings):
+    """How the ranks work together."""
+
     backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
     """``auto``: DistributedDataParallel over nccl if every rank has a GPU, otherwise over gloo.
     ``deepspeed``: DeepSpeed's engine over the same transport."""
@@ -141,6 +154,7 @@ class CheckpointConfig(Settings):
     """Checkpoints to resume from."""
 
     every: IntervalField = Interval(1, "ep")
+    """Interval between them; the end of the run is always saved."""
     keep_last: Count = Field(default=3, ge=2)
     """Number of newest checkpoints that are kept: at least two, as the newest may be damaged.  The
     checkpoint with the best accuracy is kept in addition."""
@@ -158,8 +172,13 @@ class RunConfig(WormParts):
     name: str = Field(default="run", pattern=r"^[\w-][\w.-]*$", max_length=200)
     """Name of the run's folder in ``runs``; restricted to valid folder names."""
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
+    """The method: its settings are the defaults of the others.  ``worm``: dropped channels leave
+    the all-reduce, then the network, one after another.  ``worm-paper``: the published rule.
+    ``early-bird``: search only.  ``dense``: no search."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initial weights, shuffling and augmentation."""
     epochs: Count = Field(default=20, ge=1)
+    """Length of the training."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     """``tf32``: float32; GPUs that can round the inputs of convolutions and matrix products to ten
     mantissa bits, CPUs do not.  ``fp32``: no rounding.  ``bf16``: autocast to bfloat16."""
