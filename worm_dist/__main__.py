@@ -23,6 +23,7 @@ from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 from .training.settings_template import settings_template
+from .training.user_functions import require_user_functions
 
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
@@ -149,6 +150,7 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
+    require_user_functions(config)
     if options.check:
         for line in ineffective_settings(config):
             sys.stderr.write(f"worm_dist: warning: {line}\n")

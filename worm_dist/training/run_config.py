@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,8 +11,10 @@ from typing_extensions import Self
 
 from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
 from ..interval import Interval
+from ..user_function import is_user_function
 
 __all__ = [
+    "DATA_SETS",
     "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
@@ -34,6 +37,20 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
 """Limited because sockets count milliseconds in 32 bits, which is 24 days."""
 
 
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
+
+
+def _require_data(name: str) -> str:
+    if name in DATA_SETS or is_user_function(name):
+        return name
+    near = difflib.get_close_matches(name, DATA_SETS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(DATA_SETS)}"
+    raise ValueError(
+        f"there is no {name[:100]!r}; {hint}; or name a function of yours as "
+        "package.module:function"
+    )
+
+
 OnGpus = Literal["auto", "on", "off"]
 """``auto``: where it is known to pay, on GPUs."""
 
@@ -41,10 +58,13 @@ OnGpus = Literal["auto", "on", "off"]
 class DataConfig(Settings):
     """The data set."""
 
-    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
-    """The data set."""
+    name: Annotated[str, AfterValidator(_require_data)] = "digits"
+    """``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``image-folder``; or a function
+    of yours, ``package.module:function``, which is called with these settings of ``data`` and
+    returns ``(training split, test split)`` or a ``worm_dist.training.data.Data``."""
     root: PathText | None = None
-    """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn."""
+    """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn, and by
+    a function of yours only if it reads it."""
     batch_size: Count = Field(default=64, ge=1)
     """Samples in one optimizer step, summed over all ranks."""
     augment: bool = True
@@ -56,7 +76,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _root_where_needed(self) -> Self:
-        if self.name != "digits" and self.root is None:
+        if self.name in DATA_SETS and self.name != "digits" and self.root is None:
             raise ValueError(f"root is needed for {self.name!r}: the folder that holds the data")
         return self
 
@@ -65,9 +85,12 @@ class ModelConfig(Settings):
     """The network."""
 
     name: str = "vgg_small"
-    """A model of worm_dist.models, or any classification model of torchvision."""
+    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56`` or ``vit_small``; any
+    classification model of torchvision; ``timm/NAME``; or a function of yours,
+    ``package.module:function``, which is called with ``num_classes``, ``in_channels`` and
+    ``model.arguments`` by keyword and returns a module."""
     arguments: dict[str, JsonValue] = Field(default={})
-    """Additional keyword arguments of the model's constructor."""
+    """Further keyword arguments of the model's constructor or function."""
     channels_last: OnGpus = "auto"
     """Whether weights of convolutions, and images, have their channels innermost in memory, as
     tensor cores take them.  ``auto``: on GPUs, but neither in ``fp32`` nor under DeepSpeed."""
