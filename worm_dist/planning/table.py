@@ -16,11 +16,11 @@ from ..search.rounding import ratio_reached
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
 from .formatting import column, column_widths, listed, mebibytes, seconds, short
+from .report_console import report_console
 from .step_time import FORMULA
 
 __all__ = ["show"]
 
-_WIDTH_OF_A_LOG = 100
 _GAP = 2
 """Number of spaces between columns."""
 
@@ -38,17 +38,7 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         forecast: the forecast to print.
         file: the stream to write to; the default is the standard output.
     """
-    file = file or sys.stdout
-    is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
-    console = rich.console.Console(
-        file=file,
-        force_terminal=not is_log,
-        color_system=None if is_log else "auto",
-        width=_WIDTH_OF_A_LOG if is_log else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    console = report_console(file or sys.stdout)
     console.print(*_head(forecast), sep="\n")
     _print(console, _ranked_by(forecast), _members(forecast, console.width))
     if max(forecast.groups.widths.values()) > 1:
