@@ -1,5 +1,5 @@
-"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``init``, ``plan``
-and ``bench``."""
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``init``, ``plan``,
+``doctor`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .bench.ledger.command import run as run_ledger
 from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
+from .doctor.command import add_parser as add_doctor_parser
+from .doctor.command import run as diagnose
 from .errors import ConfigError, WormError
 from .planning.command import add_parser
 from .planning.command import run as plan
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _until_closed(lambda: _print_template(options.preset))
         if options.command == "plan":
             return _until_closed(lambda: plan(options))
+        if options.command == "doctor":
+            return _until_closed(lambda: diagnose(options, replaced))
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -102,6 +106,7 @@ def _parse(
         "--preset", default="worm", help="worm (default), worm-paper, early-bird or dense"
     )
     planner = add_parser(commands)
+    add_doctor_parser(commands)
     bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP on two ranks, or whole runs",
