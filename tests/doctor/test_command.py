@@ -74,6 +74,37 @@ def test_a_rank_that_is_missing_is_a_problem_within_the_timeout(tmp_path: Path) 
     )
 
 
+@pytest.mark.slow("starts programs on two ranks")
+@pytest.mark.timeout(110)
+@pytest.mark.parametrize(
+    ("body", "seconds", "said"),
+    [
+        ("raise OSError('no disk')", 60, "rank 1: data.name: mine:data raised OSError: no disk"),
+        ("time.sleep(600)", 5, "the start of the run has not returned within 5 seconds"),
+    ],
+)
+@pytest.mark.fault(21, "doctor: a rank that fails or hangs")
+def test_a_rank_that_fails_or_hangs_alone_is_told_by_rank_zero(
+    tmp_path: Path, body: str, seconds: int, said: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n"
+        "from worm_dist.training.data import load_data\n"
+        "from worm_dist.training.run_config import DataConfig\n\n"
+        "def data(config):\n"
+        f"    if os.environ['RANK'] == '1':\n        {body}\n"
+        "    return load_data(DataConfig())\n"
+    )
+    limit = f"--distributed.startup_timeout_seconds={seconds}"
+    words = [*DOCTOR, CONFIG, "--data.name", "mine:data", "--json", limit]
+    first, second = call(words, tmp_path, variables_of_ranks(2))
+    assert (first.exitcode, second.exitcode) == (1, 1), first.err + second.err
+    report = json.loads(first.out)
+    told = _texts(report, "data", "problem") + _texts(report, "backend", "problem")
+    assert told.startswith(said)
+    assert [place["rank"] for place in report["ranks"]] == [0, 1]
+
+
 @pytest.mark.slow("starts torchrun")
 @pytest.mark.timeout(150)
 def test_ranks_under_torchrun_reach_one_another(tmp_path: Path) -> None:

@@ -100,10 +100,12 @@ class Start:
                 )
             )
         findings += _rest("groups", "coupled by sums", len(coupled))
-        dense = self.groups.dense
-        for name, reason in list(dense.items())[:_MOST_NAMED]:
-            findings.append(note("groups", f"{name} stays dense: {reason}"))
-        return findings + _rest("groups", "that stay dense", len(dense))
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.groups.dense.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in list(by_reason.items())[:_MOST_NAMED]:
+            findings.append(note("groups", f"stays dense: {_listed(names)}: {reason}"))
+        return findings + _rest("groups", "reasons to stay dense", len(by_reason))
 
     def as_dict(self) -> dict[str, Any]:
         """The groups as JSON values."""
