@@ -366,7 +366,7 @@ def test_swapped_weights_are_refused(
         (lambda: None, "build returned a NoneType; let it return the dense network"),
         (lambda: Residual, "build returned a type"),
         (Residual(), "build is a Residual; give a function"),
-        ("Residual", "build is a str; give a function"),
+        ("Residual", "build is 'Residual', but"),
         (lambda: Residual().to("meta"), "build returned a network on the meta device"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def test_masks_are_compared_channel_by_channel(
     assert weight["difference"] is None and bias["difference"] > 0
 
 
+def _fill(value: float, tensors: dict[str, Tensor]) -> None:
+    tensors["head.bias"].fill_(value)
+
+
 def _add(tensors: dict[str, Tensor]) -> None:
     tensors["head.weight"].view(-1)[0] += 0.25
 
@@ -72,9 +77,7 @@ def test_equal_is_bit_for_bit(
     ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, zero in (("one", 0.0), ("other", -0.0)):
-        change_weights(
-            copied(ticket, tmp_path / name), lambda tensors, z=zero: tensors["head.bias"].fill_(z)
-        )
+        change_weights(copied(ticket, tmp_path / name), partial(_fill, zero))
     found = _diff(capsys, tmp_path / "one", tmp_path / "other", exit_code=1)
     assert not found["equal"] and found["largest_difference"] == 0
 

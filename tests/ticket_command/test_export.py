@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ _BLOCKED = (
 @pytest.mark.slow("torch.export, and a process that imports torch")
 def test_the_example_needs_no_worm_dist(tmp_path: Path) -> None:
     """Which cannot be imported in its process."""
-    model = {"name": "vgg_small", "num_classes": 10, "in_channels": 1}
+    model: dict[str, Any] = {"name": "vgg_small", "num_classes": 10, "in_channels": 1}
     drawn(build_model(**model), shape=(1, 8, 8)).save_ticket(tmp_path, model)
     program = tmp_path / "small.pt2"
     assert main(["ticket", "export", str(tmp_path), "--torch-export", str(program)]) == 0

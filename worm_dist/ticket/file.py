@@ -24,6 +24,7 @@ from ..groups.mask import Mask
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
 from ..schema import first_problem
+from ..user_function import is_user_function
 from .meta_init import build_on_meta
 from .metadata import METADATA, CutRecord, GroupRecord, ModelRecord, Record, read_metadata
 from .weights import open_weights, write_weights
@@ -94,14 +95,16 @@ def _model_record(model: Mapping[str, Any]) -> ModelRecord:
         ) from error
 
 
-def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load_ticket(path: str | Path, build: Callable[[], nn.Module] | str | None = None) -> nn.Module:
     """Load a drawn network, such as in a fresh process.
 
     Args:
         path: the folder that holds ``ticket.json`` and ``ticket.safetensors``.
         build: a function that returns the dense network that the ticket was drawn from, with any
             weights; not needed for tickets of the command line, which name a model of
-            ``worm_dist.models``.
+            ``worm_dist.models``.  If its network was built by a function of yours, give the name
+            of that function, ``package.module:function``: it is called with the arguments that the
+            ticket records.  A ticket alone never decides what code runs.
 
     Returns:
         The network with its weights, on the CPU, in training mode like any new module.
@@ -109,10 +112,13 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the network; or weights are
             NaN or infinite.
-        ConfigError: ``build`` is not a function that returns a network.
+        ConfigError: ``build`` is not a function that returns a network, or is the name of another
+            one than the ticket's.
     """
     folder = Path(path)
     record = read_metadata(folder)
+    if isinstance(build, str):
+        build = _named(build, record.model, folder)
     built = None if build is None else _built(build)
     with open_weights(folder / WEIGHTS, record.weights) as weights:
         try:
@@ -126,6 +132,22 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | None = None) 
             network.to_empty(device="cpu")
         weights.fill(network)
     return network
+
+
+def _named(name: str, model: ModelRecord | None, folder: Path) -> Callable[[], nn.Module]:
+    """The function that builds the recorded network.
+
+    Raises:
+        ConfigError: the ticket records another one, or none.
+    """
+    if model is None or model.name != name:
+        recorded = "no model" if model is None else f"the model {model.name[:100]!r}"
+        raise ConfigError(
+            f"load_ticket: build is {name[:100]!r}, but {folder / METADATA} records {recorded}; "
+            "give a function that returns the dense network: load_ticket(path, build=lambda: "
+            "Net(...))"
+        )
+    return partial(build_model, **dict(model))
 
 
 def _built(build: Callable[[], object]) -> nn.Module:
@@ -167,6 +189,12 @@ def dense_network_on_meta(model: ModelRecord | None, num_tensors: int) -> nn.Mod
         raise ConfigError(
             "it does not say how to build the dense network; call load_ticket(path, build=...) "
             "with a function that returns it"
+        )
+    if is_user_function(model.name):
+        raise ConfigError(
+            f"its dense network is built by {model.name[:100]!r}, a function of the user's, and "
+            "loading runs no code that only a file names; call load_ticket(path, build="
+            f"{model.name[:100]!r}) where that function can be imported"
         )
     # Most layers have one or two tensors; activations and containers have none.
     network = build_on_meta(partial(build_model, **dict(model)), limit=10 * num_tensors + 100)

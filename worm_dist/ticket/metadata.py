@@ -45,7 +45,10 @@ _Indices = Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class ModelRecord(Schema):
-    """The arguments of ``worm_dist.models.build_model``: a known name and plain values."""
+    """The arguments of ``worm_dist.models.build_model``: a name and plain values.
+
+    The name may be that of a user's function, which loading does not call by itself.
+    """
 
     name: str
     num_classes: int
