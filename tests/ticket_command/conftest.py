@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.nets import Residual
 from tests.ticket_command.tickets import NAMED, drawn
@@ -13,6 +14,7 @@ from worm_dist.models import build_model
 def ticket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ticket of a named model; not to be changed."""
     folder = tmp_path_factory.mktemp("named") / "ticket"
+    torch.manual_seed(0)
     drawn(build_model(**NAMED)).save_ticket(folder, model=NAMED)
     return folder
 
