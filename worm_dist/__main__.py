@@ -1,5 +1,5 @@
-"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
-``bench``."""
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan``,
+``replay`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .analysis import replay_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
 from .errors import ConfigError, WormError
-from .planning.command import add_parser
-from .planning.command import run as plan
+from .planning import command as plan_command
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 
+_PRINTING = {"plan": plan_command, "replay": replay_command}
+"""Commands that start no training."""
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
 _INTERRUPTED = 128 + signal.SIGINT
@@ -34,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     secure_standard_streams()
     try:
         options, replaced = _parse(arguments)
-        if options.command == "plan":
-            return _plan(options)
+        if options.command in _PRINTING:
+            return _printed(options)
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -87,8 +89,8 @@ def _parse(
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
     )
-    planner = add_parser(commands)
-    bench = commands.add_parser(
+    strict = {name: module.add_parser(commands) for name, module in _PRINTING.items()}
+    strict["bench"] = bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP on two ranks, or whole runs",
         allow_abbrev=False,
@@ -102,7 +104,6 @@ def _parse(
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
-    strict = {"bench": bench, "plan": planner}
     if options.command in strict:
         if rest:
             strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -151,9 +152,9 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     return run(config, out, resume_argument(options.resume))
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _printed(options: argparse.Namespace) -> int:
     try:
-        return plan(options)
+        return _PRINTING[options.command].run(options)
     except (BrokenPipeError, SystemExit):  # the latter by rich
         return 0  # the reader has seen enough, as in plan ... | head
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TextIO
 
@@ -13,6 +12,7 @@ from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.selection import importance_of
 from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
+from ..terminal import console_of
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
 from .formatting import column, column_widths, listed, mebibytes, seconds, short
@@ -20,7 +20,6 @@ from .step_time import FORMULA
 
 __all__ = ["show"]
 
-_WIDTH_OF_A_LOG = 100
 _GAP = 2
 """Number of spaces between columns."""
 
@@ -38,17 +37,7 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         forecast: the forecast to print.
         file: the stream to write to; the default is the standard output.
     """
-    file = file or sys.stdout
-    is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
-    console = rich.console.Console(
-        file=file,
-        force_terminal=not is_log,
-        color_system=None if is_log else "auto",
-        width=_WIDTH_OF_A_LOG if is_log else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    console = console_of(file)
     console.print(*_head(forecast), sep="\n")
     _print(console, _ranked_by(forecast), _members(forecast, console.width))
     if max(forecast.groups.widths.values()) > 1:
