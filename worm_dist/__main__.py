@@ -1,5 +1,5 @@
 """Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan``,
-``replay`` and ``bench``."""
+``replay``, ``report`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .analysis import replay_command
+from .analysis import replay_command, report_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
@@ -23,7 +23,7 @@ from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 
-_PRINTING = {"plan": plan_command, "replay": replay_command}
+_PRINTING = {"plan": plan_command, "replay": replay_command, "report": report_command}
 """Commands that start no training."""
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
