@@ -154,7 +154,8 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
 
 def _printed(options: argparse.Namespace) -> int:
     try:
-        return _PRINTING[options.command].run(options)
+        code: int = _PRINTING[options.command].run(options)
+        return code
     except (BrokenPipeError, SystemExit):  # the latter by rich
         return 0  # the reader has seen enough, as in plan ... | head
 

@@ -126,7 +126,7 @@ def test_only_settings_that_differ_are_shown(
     text, _ = _written(capsys, tmp_path / "report.html", runs["worm"], runs["dense"])
     rows = _Page(text).texts
     assert rows["preset"] == ["worm", "dense"]
-    assert rows["search.enabled"] == ["True", "False"]
+    assert rows["search.enabled"] == ["true", "false"]
     assert "optimizer.lr" not in rows and "epochs" not in rows
     read = [read_run(runs[name], name) for name in ("worm", "dense")]
     assert differing_settings(read[:1]) == []

@@ -36,7 +36,7 @@ def page(runs: Sequence[RunFiles], notes: Sequence[str]) -> str:
     return templates.get_template(_TEMPLATE).render(
         title=one if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         version=version("worm_dist"),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        date=datetime.now(timezone.utc).replace(microsecond=0),
         notes=notes,
         runs=[
             {

@@ -90,9 +90,9 @@ def _read(folders: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
         runs.append(found)
         if found.result is None:
             notes.append(f"{name} has not finished: it has no figures yet")
-        elif found.result["reason"] is not None:
+        elif found.result.get("reason"):
             notes.append(f"{name}: {found.result['reason']}")
-        if found.result is not None and found.result["at_chance"]:
+        elif found.result.get("at_chance"):
             notes.append(f"{name}: its network is no better than a constant answer")
     if not runs:
         if damaged:

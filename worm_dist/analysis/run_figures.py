@@ -23,7 +23,8 @@ DASHES = ("", "6 2", "2 2")
 """Of the lines of runs, one after another when the colours have all been used; as in SVG."""
 _SIZE = (5.4, 3.4)
 """Inches: a phone shows it almost in full size."""
-_TICKS = 10
+_FONT = 11
+"""Size of the labels in points."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,22 @@ class _Comparison:
     def figure(self, runs: Sequence[RunFiles], formatter: PercentFormatter | None) -> Figure:
         figure, axes = new_figure(*_SIZE)
         for number, run in enumerate(runs):
-            self._draw(axes, run, number)
+            # Where lines lie on one another, the first is still seen: it is the widest.
+            self._draw(axes, run, number, 2 + 1.5 * (1 - (number + 1) / len(runs)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch", fontsize=_TICKS)
-        axes.tick_params(labelsize=_TICKS)
+        axes.set_xlabel("epoch", fontsize=_FONT)
+        axes.tick_params(which="both", length=0, labelsize=_FONT)
         axes.grid(axis="y", color="#E6E6E6")
         axes.set_axisbelow(True)
         if self.is_log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         if formatter is not None:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(formatter)
         return figure
 
-    def _draw(self, axes: Axes, run: RunFiles, number: int) -> None:
+    def _draw(self, axes: Axes, run: RunFiles, number: int, width: float) -> None:
         colour = COLOURS[number % len(COLOURS)]
         dashes = DASHES[number // len(COLOURS) % len(DASHES)]
         style = (0, [float(length) for length in dashes.split()]) if dashes else "-"
@@ -152,9 +155,9 @@ class _Comparison:
                 values,
                 color=colour,
                 linestyle=style,
-                linewidth=2 if is_first else 0.8,
+                linewidth=width if is_first else 0.8,
                 marker="o" if is_first and len(values) <= 40 else "",
-                markersize=4,
+                markersize=2.2 * width,
             )
 
     def ends(self, runs: Sequence[RunFiles]) -> str:

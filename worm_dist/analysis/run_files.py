@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,10 @@ def _read_result(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         problem = re.sub(r"\s+", " ", first_problem(error))
         raise CheckpointError(f"{path}: damaged: {problem}") from error
-    return asdict(found)
+    in_file = json.loads(content)  # what another version did not write must not get a default
+    if "status" not in in_file:
+        raise CheckpointError(f"{path}: damaged: it has no status")
+    return {key: value for key, value in asdict(found).items() if key in in_file}
 
 
 def _read_curves(folder: Path) -> dict[str, Curve]:

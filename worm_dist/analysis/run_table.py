@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,8 +160,10 @@ def differing_settings(runs: Sequence[RunFiles]) -> list[Row]:
 def _setting(settings: Mapping[str, Any] | None, key: str) -> str:
     if settings is None:
         return "not known"
-    value = settings.get(key)
-    return _NONE if value is None else str(value)
+    if key not in settings:
+        return _NONE
+    value = settings[key]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def environment(runs: Sequence[RunFiles]) -> list[Row]:
