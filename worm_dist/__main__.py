@@ -1,5 +1,5 @@
 """Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``init``, ``plan``,
-``doctor``, ``ticket`` and ``bench``."""
+``doctor``, ``ticket``, ``replay``, ``report`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .analysis import replay_command, report_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
@@ -19,16 +21,21 @@ from .distributed.launchers import started_by
 from .doctor.command import add_parser as add_doctor_parser
 from .doctor.command import run as diagnose
 from .errors import ConfigError, WormError
-from .planning.command import add_parser
-from .planning.command import run as plan
-from .ticket_command.command import add_parser as add_ticket_parser
-from .ticket_command.command import run as run_ticket
+from .planning import command as plan_command
+from .ticket_command import command as ticket_command
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 from .training.settings_template import settings_template
 from .training.user_functions import require_user_functions
 
+_PRINTING: Mapping[str, Any] = {
+    "plan": plan_command,
+    "ticket": ticket_command,
+    "replay": replay_command,
+    "report": report_command,
+}
+"""Commands that start no training."""
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
 _INTERRUPTED = 128 + signal.SIGINT
@@ -42,12 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, replaced = _parse(arguments)
         if options.command == "init":
             return _until_closed(lambda: _print_template(options.preset))
-        if options.command == "plan":
-            return _until_closed(lambda: plan(options))
         if options.command == "doctor":
             return _until_closed(lambda: diagnose(options, replaced))
-        if options.command == "ticket":
-            return run_ticket(options)
+        if options.command in _PRINTING:
+            return _until_closed(lambda: _PRINTING[options.command].run(options))
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -109,10 +114,10 @@ def _parse(
     template.add_argument(
         "--preset", default="worm", help="worm (default), worm-paper, early-bird or dense"
     )
-    planner = add_parser(commands)
     add_doctor_parser(commands)
-    ticket = add_ticket_parser(commands)
-    bench = commands.add_parser(
+    strict = {name: module.add_parser(commands) for name, module in _PRINTING.items()}
+    strict["init"] = template
+    strict["bench"] = bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP on two ranks, or whole runs",
         allow_abbrev=False,
@@ -126,7 +131,6 @@ def _parse(
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
-    strict = {"bench": bench, "init": template, "plan": planner, "ticket": ticket}
     if options.command in strict:
         if rest:
             strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")

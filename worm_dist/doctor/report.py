@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..planning.console import console_for
+from ..terminal import console_of
 from .finding import Finding, Level
 from .ranks import Reach
 from .start import Start
@@ -63,7 +63,7 @@ class Report:
         for finding in self.findings:
             style = _STYLES.get(finding.level)
             table.add_row(finding.level, finding.topic, finding.text, style=style)
-        console = console_for()
+        console = console_of()
         console.print(table)
         notes = sum(finding.level == "note" for finding in self.findings)
         console.print(f"{_counted(self.num_problems, 'problem')}, {_counted(notes, 'note')}")

@@ -11,7 +11,8 @@ from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.selection import importance_of
 from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
-from .console import GAP, console_for, plain_table, print_table
+from ..terminal import console_of
+from .console import GAP, plain_table, print_table
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
 from .formatting import column, column_widths, compared, listed, mebibytes, seconds, short
@@ -33,7 +34,7 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         forecast: the forecast to print.
         file: the stream to write to; the default is the standard output.
     """
-    console = console_for(file)
+    console = console_of(file)
     console.print(*_head(forecast), sep="\n")
     print_table(console, _ranked_by(forecast), _members(forecast, console.width))
     if max(forecast.groups.widths.values()) > 1:

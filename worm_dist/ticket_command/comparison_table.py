@@ -7,8 +7,9 @@ from typing import TextIO
 
 from rich.table import Table
 
-from ..planning.console import GAP, console_for, plain_table, print_table
+from ..planning.console import GAP, plain_table, print_table
 from ..planning.formatting import column
+from ..terminal import console_of
 from .comparison import Comparison, TensorComparison
 
 __all__ = ["show"]
@@ -23,7 +24,7 @@ def show(comparison: Comparison, file: TextIO | None = None) -> None:
         comparison: the comparison to print.
         file: the stream to write to; the default is the standard output.
     """
-    console = console_for(file)
+    console = console_of(file)
     console.print(*_head(comparison), sep="\n")
     if comparison.groups:
         print_table(console, "Channels of each group, kept by", _groups(comparison))

@@ -11,8 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ..config import shortened
-from ..planning.console import GAP, console_for, plain_table, print_table
+from ..planning.console import GAP, plain_table, print_table
 from ..planning.formatting import column, compared
+from ..terminal import console_of
 from .contents import Contents
 from .speed import Speed
 
@@ -29,7 +30,7 @@ def show(contents: Contents, file: TextIO | None = None) -> None:
         contents: the contents to print.
         file: the stream to write to; the default is the standard output.
     """
-    console = console_for(file)
+    console = console_of(file)
     console.print(*_head(contents), sep="\n")
     print_table(console, "Kept channels", _groups(contents, console))
     if contents.parameters is not None:
