@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +189,9 @@ def _require_onnx() -> None:
 def _print(
     options: argparse.Namespace, as_dict: Callable[[], dict[str, Any]], show: Callable[[], None]
 ) -> None:
-    """Print as JSON or as tables; a reader that has seen enough, as in ``| head``, is no error."""
-    with suppress(BrokenPipeError, SystemExit):  # the latter by rich
-        if options.json:
-            json.dump(as_dict(), sys.stdout, indent=2, allow_nan=False)
-            print()
-        else:
-            show()
+    """Print as JSON or as tables."""
+    if options.json:
+        json.dump(as_dict(), sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        show()
