@@ -1,0 +1,109 @@
+"""The engine in a Lightning Trainer, on one process and on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.integrations.training import (
+    BATCH, CONFIG, EPOCHS, NUM_STEPS, begin, data, digest, network, on_ranks,
+)
+from tests.ranks import NO_GROUP, Ranks
+
+pytest.importorskip("lightning.pytorch", reason="the extra worm_dist[lightning] is not installed")
+pytestmark = pytest.mark.slow("imports lightning in every rank")
+
+
+def _fit(
+    folder: str, name: str, world_size: int, passes: int = 1, resumed_from: Path | None = None
+) -> tuple[Any, Any, Any]:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    from worm_dist.integrations.lightning import WormCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+            self.example_input_array = torch.zeros(1, 1, 8, 8)
+            self.scheduled: list[float] = []
+
+        def forward(self, x: Tensor) -> Any:
+            return self.network(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = nn.functional.cross_entropy(self(x), y)
+            self.log("loss", loss)
+            self.scheduled.append(self.optimizers().param_groups[0]["lr"])
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    module, callback = Module(), WormCallback(CONFIG)
+    checkpoints = Path(folder) / f"checkpoints-{name}"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=max(1, world_size),
+        strategy="ddp" if world_size else "auto",
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=passes,
+        callbacks=[callback, ModelCheckpoint(checkpoints, "{epoch}", save_top_k=-1)],
+        logger=CSVLogger(folder, f"logs-{name}", version=0),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    dataset = TensorDataset(*data(max(1, world_size), passes))
+    trainer.fit(module, DataLoader(dataset, BATCH), ckpt_path=resumed_from)
+    return module, callback, trainer
+
+
+def _state(module: Any, callback: Any, trainer: Any) -> dict[str, Any]:
+    return {
+        "weights": digest(module.state_dict()),
+        "optimizer": digest(trainer.optimizers[0].state_dict()),
+        "phase": str(callback.engine.phase),
+        "steps": callback.engine.step,
+        "rates": module.scheduled[-NUM_STEPS:],
+        "width": module.network[0].out_channels,
+    }
+
+
+def _course(folder: str, world_size: int) -> dict[str, Any]:
+    begin(world_size)
+    fitted = _fit(folder, "unbroken", world_size)
+    found = {"unbroken": _state(*fitted)}
+    for epoch in range(EPOCHS - 1):
+        path = Path(folder) / "checkpoints-unbroken" / f"epoch={epoch}.ckpt"
+        found[f"from {epoch}"] = _state(*_fit(folder, f"from-{epoch}", world_size, 1, path))
+    accumulated = _state(*_fit(folder, "accumulated", world_size, 2))
+    found["accumulated"] = accumulated
+    return found
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+def test_it_draws_and_resumes_to_the_same_bits(
+    ranks: Ranks, tmp_path: Path, world_size: int
+) -> None:
+    found = on_ranks(ranks, world_size, _course, tmp_path)
+    unbroken = found["unbroken"]
+    assert unbroken["phase"] == "ticket" and unbroken["width"] < 8
+    assert unbroken["steps"] == EPOCHS * NUM_STEPS
+    assert unbroken["rates"] == [0.025] * NUM_STEPS
+    assert found["from 0"] == unbroken
+    assert found["from 1"] == unbroken
+    assert found["accumulated"]["phase"] == "ticket"
+    assert found["accumulated"]["steps"] == EPOCHS * NUM_STEPS
+    logged = (tmp_path / "logs-unbroken" / "version_0" / "metrics.csv").read_text()
+    assert "worm/live_fraction" in logged.splitlines()[0]

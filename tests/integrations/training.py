@@ -1,0 +1,93 @@
+"""What the trainings of all trainers have in common: settings, data and what is compared."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.ranks import NO_GROUP, RankFailure, Ranks
+from worm_dist import WormConfig
+from worm_dist.digest import digest_of
+
+__all__ = [
+    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "begin", "data", "digest", "network", "on_ranks",
+]
+
+EPOCHS = 3
+NUM_STEPS = 8
+"""Optimizer steps in an epoch."""
+BATCH = 4
+"""Images of a rank in a step."""
+CONFIG = WormConfig(
+    search={
+        "every": "2ba",
+        "window": 3,
+        "settled": 0.3,
+        "elbow": {"min_masks": 2, "margin": 0.3},
+        "prune_ratio": 0.4,
+        "l1": 0.05,
+    },
+    truncation={"removal": {"duration": "8ba", "fade_steps": 2, "stage": 0.3}},
+    ticket={"recalibrate_batches": 3},
+)
+"""Truncates in the first epoch, draws stages in the second, and the ticket before the third."""
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 4),
+    )
+
+
+def data(world_size: int, passes: int = 1) -> tuple[Tensor, Tensor]:
+    """Images ``[N, 1, 8, 8]`` and classes of one epoch of ``NUM_STEPS`` steps of all ranks."""
+    generator = torch.Generator().manual_seed(1)
+    size = NUM_STEPS * BATCH * world_size * passes
+    classes = torch.randint(4, (size,), generator=generator)
+    images = torch.randn(size, 1, 8, 8, generator=generator) + classes.view(-1, 1, 1, 1)
+    return images, classes
+
+
+def begin(world_size: int) -> None:
+    """Tell trainers in the environment what a launcher would, and ignore their warnings."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    if world_size == NO_GROUP:
+        return
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank)
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # joined already; never used
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Of tensors and plain values, to the bit."""
+    return digest_of(dict(values)).hex()
+
+
+def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:
+    """What the function returns on every rank, which has to be the same; importing a trainer may
+    take long on a busy machine."""
+    outcomes = ranks.outcomes(
+        world_size, function, str(folder), world_size, group_timeout=60, wall_limit=200
+    )
+    if any(outcome.exitcode != 0 for outcome in outcomes):
+        raise RankFailure("\n".join(map(str, outcomes)))
+    first, *others = (outcome.value for outcome in outcomes)
+    assert all(other == first for other in others)
+    return first
