@@ -17,7 +17,8 @@ from worm_dist import WormConfig
 from worm_dist.digest import digest_of
 
 __all__ = [
-    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "begin", "data", "digest", "network", "on_ranks",
+    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "PHASES", "STATISTICS", "begin", "data", "digest",
+    "network", "on_ranks",
 ]
 
 EPOCHS = 3
@@ -38,6 +39,11 @@ CONFIG = WormConfig(
     ticket={"recalibrate_batches": 3},
 )
 """Truncates in the first epoch, draws stages in the second, and the ticket before the third."""
+
+PHASES = ["truncate 8", "truncate 8", "ticket 6"]
+"""The phase at the end of each epoch, and the width of the first layer."""
+STATISTICS = "statistics"
+"""Key of what each rank has to itself: BatchNorm's statistics after the last pass."""
 
 
 def network() -> nn.Sequential:
@@ -88,6 +94,12 @@ def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:
     )
     if any(outcome.exitcode != 0 for outcome in outcomes):
         raise RankFailure("\n".join(map(str, outcomes)))
-    first, *others = (outcome.value for outcome in outcomes)
+    first, *others = (_shared(outcome.value) for outcome in outcomes)
     assert all(other == first for other in others)
-    return first
+    return outcomes[0].value
+
+
+def _shared(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: _shared(value) for key, value in found.items() if key != STATISTICS}
+    return found
