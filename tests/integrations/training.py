@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.ranks import NO_GROUP, RankFailure, Ranks
-from worm_dist import WormConfig
+from worm_dist import Engine, WormConfig
 from worm_dist.digest import digest_of
 
 __all__ = [
-    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "PHASES", "STATISTICS", "begin", "data", "digest",
-    "network", "on_ranks",
+    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "STATISTICS", "begin", "data", "digest", "network",
+    "on_ranks", "progress", "require_all_phases",
 ]
 
-EPOCHS = 3
+EPOCHS = 4
 NUM_STEPS = 8
 """Optimizer steps in an epoch."""
 BATCH = 4
@@ -35,7 +35,7 @@ CONFIG = WormConfig(
         "prune_ratio": 0.4,
         "l1": 0.05,
     },
-    truncation={"removal": {"duration": "8ba", "fade_steps": 2, "stage": 0.3}},
+    truncation={"removal": {"duration": "20ba", "fade_steps": 2, "stage": 0.3}},
     ticket={"recalibrate_batches": 3},
 )
 """Truncates in the first epoch, draws stages in the second, and the ticket before the third."""
@@ -81,6 +81,22 @@ def begin(world_size: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # joined already; never used
 
 
+def progress(engine: Engine) -> tuple[str, int]:
+    """The phase, and the number of parameters."""
+    return str(engine.phase), sum(parameter.numel() for parameter in engine.model.parameters())
+
+
+def require_all_phases(ends: Sequence[tuple[str, int]]) -> None:
+    """Require that the epochs ended before a stage, after one, and with the ticket.
+
+    Args:
+        ends: ``progress`` at the end of each epoch.
+    """
+    phases, sizes = zip(*ends, strict=True)
+    assert phases == ("truncate", "truncate", "ticket", "ticket")
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """Of tensors and plain values, to the bit."""
     return digest_of(dict(values)).hex()
@@ -90,7 +106,7 @@ def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:
     """What the function returns on every rank, which has to be the same; importing a trainer may
     take long on a busy machine."""
     outcomes = ranks.outcomes(
-        world_size, function, str(folder), world_size, group_timeout=60, wall_limit=200
+        world_size, function, str(folder), world_size, group_timeout=120, wall_limit=280
     )
     if any(outcome.exitcode != 0 for outcome in outcomes):
         raise RankFailure("\n".join(map(str, outcomes)))

@@ -13,7 +13,6 @@ from ..config import WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
-from .prepared_model import PreparedModel
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
 
@@ -83,7 +82,6 @@ class AcceleratedEngine:
             score=score,
         )
         self._accelerator = accelerator
-        self._prepared = PreparedModel(accelerator, self.engine)
         self._progress = Progress(self.engine)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
@@ -111,7 +109,6 @@ class AcceleratedEngine:
             See ``Engine.check`` and ``Engine.draw``.
         """
         figures = self._progress.after_pass()
-        self._prepared.follow()
         if figures is not None:
             self._accelerator.log(figures, step=self.engine.step)
 
@@ -119,11 +116,8 @@ class AcceleratedEngine:
         save_engine_state(self.engine, folder)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
-        """Restore the engine before the weights, which Accelerate loads into ``models``."""
-        if not has_engine_state(folder):
-            return
-        old = self.engine.model
-        load_engine_state(self.engine, folder)
-        self._prepared.follow()
-        self._progress = Progress(self.engine)
-        models[:] = [self.engine.model if model is old else model for model in models]
+        """Restore the engine before Accelerate loads the weights: into the network itself, which
+        stays the same object, and not into its wrapper."""
+        if has_engine_state(folder):
+            load_engine_state(self.engine, folder)
+            self._progress = Progress(self.engine)

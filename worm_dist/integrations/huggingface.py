@@ -15,7 +15,6 @@ from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
 from ..groups.nested import mapped
-from .prepared_model import PreparedModel
 from .pretrained import note_ticket, restore_ticket
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
@@ -101,7 +100,6 @@ class WormTrainerCallback(TrainerCallback):
             steps_per_epoch=self._steps_per_epoch or _steps_per_epoch(trainer),
             score=self._score,
         )
-        self._prepared = PreparedModel(trainer.accelerator, self.engine)
         if self._checkpoint is not None:
             load_engine_state(self.engine, self._checkpoint)
             self._follow()
@@ -125,8 +123,8 @@ class WormTrainerCallback(TrainerCallback):
         save_engine_state(self.engine, folder)
 
     def _follow(self) -> None:
-        """Let the trainer go on with the engine's present model."""
-        self._prepared.follow()
+        """Let the trainer go on with the engine's present model.  Its ``model``, which it evaluates
+        and saves, and its accelerator's are the network itself, which stays the same object."""
         self._trainer.model_wrapped = self.engine.model
         note_ticket(self.engine, self._trainer.model)
 
