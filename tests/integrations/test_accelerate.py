@@ -11,7 +11,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.integrations.training import (
-    BATCH, CONFIG, EPOCHS, NUM_STEPS, STATISTICS, begin, data, digest, network, on_ranks, progress,
+    BATCH,
+    CONFIG,
+    EPOCHS,
+    NUM_STEPS,
+    STATISTICS,
+    begin,
+    data,
+    digest,
+    network,
+    on_ranks,
+    plain_loop,
+    progress,
     require_all_phases,
 )
 from tests.ranks import NO_GROUP, Ranks
@@ -40,7 +51,10 @@ def _train(
 
     figures: list[Any] = []
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=passes, log_with=Tracker(), step_scheduler_with_optimizer=False
+        cpu=True,
+        gradient_accumulation_steps=passes,
+        log_with=Tracker(),
+        step_scheduler_with_optimizer=False,
     )
     accelerator.init_trackers("test")
     dense = network()
@@ -98,6 +112,7 @@ def test_it_draws_and_resumes_to_the_same_bits(
     unbroken = found["unbroken"]
     require_all_phases(unbroken["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS
+    assert world_size or unbroken["optimizer"] == plain_loop()
     assert unbroken["rate"] == [0.00625]
     assert unbroken["figures"][0][1] == 1.0 > unbroken["figures"][-1][1]
     for epoch in (2, 3):

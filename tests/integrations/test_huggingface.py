@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from tests.integrations.training import (
-    BATCH, CONFIG, EPOCHS, NUM_STEPS, STATISTICS, begin, data, digest, on_ranks, progress,
+    BATCH,
+    CONFIG,
+    EPOCHS,
+    NUM_STEPS,
+    STATISTICS,
+    begin,
+    data,
+    digest,
+    on_ranks,
+    progress,
     require_all_phases,
 )
 from tests.ranks import NO_GROUP, Ranks
@@ -20,10 +29,19 @@ pytestmark = pytest.mark.slow("imports transformers in every rank")
 
 
 def _train(
-    folder: str, name: str, world_size: int, passes: int = 1, resumed_from: str | None = None
+    folder: str,
+    name: str,
+    world_size: int,
+    passes: int = 1,
+    resumed_from: str | None = None,
+    **arguments: Any,
 ) -> tuple[Any, Any, list[Any]]:
     from transformers import (
-        ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments,
+        ResNetConfig,
+        ResNetForImageClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
     )
 
     from worm_dist.integrations.huggingface import WormTrainerCallback
@@ -58,6 +76,7 @@ def _train(
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
+            **arguments,
         ),
         train_dataset=[
             {"pixel_values": image, "labels": label}
@@ -128,3 +147,23 @@ def test_it_draws_resumes_and_is_read_to_the_same_bits(
     assert found["accumulated"]["end"][0] == "ticket"
     assert found["accumulated"]["steps"] == EPOCHS * NUM_STEPS
     assert found["read"] == {key: unbroken[key] for key in found["read"]}
+
+
+def _refused(folder: str, world_size: int) -> str:
+    from worm_dist import ConfigError
+
+    begin(world_size)
+    with pytest.raises(ConfigError) as refused:
+        _train(
+            folder,
+            "refused",
+            world_size,
+            eval_strategy="epoch",
+            load_best_model_at_end=True,
+        )
+    return str(refused.value)
+
+
+@pytest.mark.timeout(300)
+def test_the_best_model_cannot_be_loaded_at_the_end(ranks: Ranks, tmp_path: Path) -> None:
+    assert "load_best_model_at_end" in on_ranks(ranks, NO_GROUP, _refused, tmp_path)

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.integrations.training import (
-    BATCH, CONFIG, EPOCHS, NUM_STEPS, STATISTICS, begin, data, digest, network, on_ranks, progress,
+    BATCH,
+    CONFIG,
+    EPOCHS,
+    NUM_STEPS,
+    STATISTICS,
+    begin,
+    data,
+    digest,
+    network,
+    on_ranks,
+    plain_loop,
+    progress,
     require_all_phases,
 )
 from tests.ranks import NO_GROUP, Ranks
@@ -105,6 +116,7 @@ def test_it_draws_and_resumes_to_the_same_bits(
     unbroken = found["unbroken"]
     require_all_phases(found["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS
+    assert world_size or unbroken["optimizer"] == plain_loop()
     assert unbroken["rates"] == [0.0125] * NUM_STEPS
     assert found["from 1"] == unbroken
     assert found["from 2"] == unbroken
@@ -112,3 +124,60 @@ def test_it_draws_and_resumes_to_the_same_bits(
     assert found["accumulated"]["steps"] == EPOCHS * NUM_STEPS
     logged = (tmp_path / "logs-unbroken" / "version_0" / "metrics.csv").read_text()
     assert "worm/live_fraction" in logged.splitlines()[0]
+
+
+def _refused(folder: str, world_size: int) -> dict[str, str]:
+    import lightning.pytorch as pl
+
+    from worm_dist import ConfigError
+    from worm_dist.integrations.lightning import WormCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self, calls_itself: bool, is_automatic: bool) -> None:
+            super().__init__()
+            self.network = network()
+            self.calls_itself = calls_itself
+            self.automatic_optimization = is_automatic
+
+        def forward(self, x: Tensor) -> Any:
+            return self.network(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self(x) if self.calls_itself else self.network(x), y)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    begin(world_size)
+    loader = DataLoader(TensorDataset(*data(1)), BATCH)
+    images = torch.zeros(1, 1, 8, 8)
+    found = {}
+    for name, module, inputs in (
+        ("manual", Module(True, False), images),
+        ("inputs", Module(True, True), None),
+        ("call", Module(False, True), images),
+    ):
+        callback = WormCallback(CONFIG, example_inputs=inputs)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with pytest.raises(ConfigError) as refused:
+            trainer.fit(module, loader)
+        found[name] = str(refused.value)
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_what_does_not_fit_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    found = on_ranks(ranks, NO_GROUP, _refused, tmp_path)
+    assert "automatic_optimization" in found["manual"]
+    assert "example_input_array" in found["inputs"]
+    assert "does not call self(...)" in found["call"]

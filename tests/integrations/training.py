@@ -12,13 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import worm_dist
 from tests.ranks import NO_GROUP, RankFailure, Ranks
 from worm_dist import Engine, WormConfig
 from worm_dist.digest import digest_of
 
 __all__ = [
-    "BATCH", "CONFIG", "EPOCHS", "NUM_STEPS", "STATISTICS", "begin", "data", "digest", "network",
-    "on_ranks", "progress", "require_all_phases",
+    "BATCH",
+    "CONFIG",
+    "EPOCHS",
+    "NUM_STEPS",
+    "STATISTICS",
+    "begin",
+    "data",
+    "digest",
+    "network",
+    "on_ranks",
+    "plain_loop",
+    "progress",
+    "require_all_phases",
 ]
 
 EPOCHS = 4
@@ -95,6 +107,29 @@ def require_all_phases(ends: Sequence[tuple[str, int]]) -> None:
     phases, sizes = zip(*ends, strict=True)
     assert phases == ("truncate", "truncate", "ticket", "ticket")
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
+
+
+def plain_loop() -> str:
+    """The digest of the optimizer's state at the end of a loop without a trainer."""
+    dense = network()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    images, classes = data(1)
+    engine = worm_dist.attach(
+        dense, optimizer, CONFIG, example_inputs=images[:1], steps_per_epoch=NUM_STEPS
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(EPOCHS):
+        for x, y in zip(images.split(BATCH), classes.split(BATCH), strict=True):
+            loss = nn.functional.cross_entropy(dense(x), y)
+            engine.watch(loss)
+            (loss + engine.penalty()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            verdict = engine.check()
+            if verdict.stage or verdict.ticket:
+                engine.draw()
+        scheduler.step()
+    return digest(optimizer.state_dict())
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -70,7 +70,8 @@ def restore_ticket(network: nn.Module, folder: str | Path) -> nn.Module:
     known = {state[name].data_ptr() for name in weights if name in state}
     missing = [name for name, value in state.items() if value.data_ptr() not in known]
     unfit = [
-        name for name, value in weights.items()
+        name
+        for name, value in weights.items()
         if name not in state or state[name].shape != value.shape
     ]
     for name in (*missing, *unfit):
