@@ -26,7 +26,7 @@ def _trained(truncation: dict[str, Any], how: str) -> list[Tensor]:
 
         def closure(step: int = step) -> Tensor:
             optimizer.zero_grad()
-            loss = network(random_images(4, seed=step)).square().mean()
+            loss: Tensor = network(random_images(4, seed=step)).square().mean()
             (loss + engine.penalty()).backward()
             return loss
 

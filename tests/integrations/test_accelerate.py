@@ -39,7 +39,7 @@ def _train(
 
     from worm_dist.integrations.accelerate import AcceleratedEngine
 
-    class Tracker(GeneralTracker):  # type: ignore[misc]
+    class Tracker(GeneralTracker):
         name = "kept"
         requires_logging_directory = False
         tracker = None

@@ -128,7 +128,7 @@ class WormTrainerCallback(TrainerCallback):
         self._trainer.model_wrapped = self.engine.model
         note_ticket(self.engine, self._trainer.model)
 
-    def _training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def _training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The trainer's step with the engine's model: its loop keeps the one that it began with."""
         if self._progress is None or model is self.engine.model:
             return self._class_step(model, *args, **kwargs)
@@ -137,7 +137,7 @@ class WormTrainerCallback(TrainerCallback):
         with nullcontext() if syncs else present.no_sync():
             return self._class_step(present, *args, **kwargs)
 
-    def _backward(self, loss: Tensor, **kwargs: Any) -> None:
+    def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
         """The accelerator's backward pass of the loss, which is a share of a step's, and the same
         share of the penalty."""
         if self._progress is None:
@@ -181,7 +181,8 @@ def _require_fit(trainer: Trainer) -> None:
 def _steps_per_epoch(trainer: Trainer) -> int | None:
     """Optimizer steps in an epoch; None if the data loader has no length."""
     try:
-        num_batches = len(trainer.callback_handler.train_dataloader)
+        num_batches: int = len(trainer.callback_handler.train_dataloader)
     except TypeError:
         return None
-    return max(1, -(-num_batches // trainer.args.gradient_accumulation_steps))
+    num_passes: int = trainer.args.gradient_accumulation_steps
+    return max(1, -(-num_batches // num_passes))
