@@ -35,5 +35,5 @@ if trainer.is_world_process_zero():
     model = ResNetForImageClassification.from_pretrained(
         "runs/huggingface/small", ignore_mismatched_sizes=True
     )
-    restore_ticket(model, "runs/huggingface/small")
+    model = restore_ticket(model, "runs/huggingface/small")
     print(callback.engine.phase, model.num_parameters())

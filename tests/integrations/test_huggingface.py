@@ -125,7 +125,7 @@ def _read(folder: str) -> dict[str, Any]:
     from worm_dist.integrations.huggingface import restore_ticket
 
     model = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True)
-    restore_ticket(model, folder)
+    model = restore_ticket(model, folder)
     return {
         "weights": digest(dict(model.named_parameters())),
         STATISTICS: digest(dict(model.named_buffers())),

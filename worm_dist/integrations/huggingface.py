@@ -15,7 +15,7 @@ from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
 from ..groups.nested import mapped
-from .pretrained import note_ticket, restore_ticket
+from .pretrained import CUTS, note_ticket, restore_ticket
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
 
@@ -175,6 +175,11 @@ def _require_fit(trainer: Trainer) -> None:
         raise ConfigError(
             "WormTrainerCallback: load_best_model_at_end would load weights of before a draw into "
             "the smaller network; set it to False"
+        )
+    if hasattr(getattr(trainer.model, "config", None), CUTS):
+        raise ConfigError(
+            "WormTrainerCallback: the network is a ticket already; train it without this callback, "
+            "or search in the dense network"
         )
 
 
