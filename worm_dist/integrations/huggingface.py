@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..groups.nested import mapped
 from .pretrained import CUTS, note_ticket, restore_ticket
 from .progress import Progress
@@ -103,6 +103,7 @@ class WormTrainerCallback(TrainerCallback):
         if self._checkpoint is not None:
             load_engine_state(self.engine, self._checkpoint)
             self._follow()
+            trainer._issue_warnings_after_load = self._require_loaded
             self._class_load(self._checkpoint)
             self._class_load_optimizer(self._checkpoint)
         self._progress = Progress(self.engine)
@@ -153,6 +154,23 @@ class WormTrainerCallback(TrainerCallback):
             self._checkpoint = checkpoint
         else:
             self._class_load(checkpoint, model)
+
+    def _require_loaded(self, result: Any) -> None:
+        """Refuse to go on with initial weights, of which the trainer itself only warns: it looks
+        for the network's own names, but ``save_pretrained`` writes other ones for some models.
+
+        Raises:
+            CheckpointError: a weight has not been found in the checkpoint.
+        """
+        state, missing = self._trainer.model.state_dict(), set(result.missing_keys)
+        loaded = {value.data_ptr() for name, value in state.items() if name not in missing}
+        for name in result.missing_keys:
+            if state[name].data_ptr() not in loaded:  # a tied weight is saved once
+                raise CheckpointError(
+                    f"{self._checkpoint}: the trainer has not found {name} and "
+                    f"{len(missing) - 1} others in it; its version of transformers cannot resume "
+                    "this model, because save_pretrained renames the weights"
+                )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let the optimizer's state wait, too."""
