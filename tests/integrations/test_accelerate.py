@@ -14,6 +14,7 @@ from tests.integrations.training import (
     BATCH,
     CONFIG,
     EPOCHS,
+    FIGURES,
     NUM_STEPS,
     STATISTICS,
     begin,
@@ -89,7 +90,7 @@ def _train(
         "steps": worm.engine.step,
         "rate": scheduler.get_last_lr(),
         "ends": ends,
-        "figures": figures,
+        FIGURES: figures,
     }
 
 
@@ -114,10 +115,10 @@ def test_it_draws_and_resumes_to_the_same_bits(
     assert unbroken["steps"] == EPOCHS * NUM_STEPS
     assert world_size or unbroken["optimizer"] == plain_loop()
     assert unbroken["rate"] == [0.00625]
-    assert unbroken["figures"][0][1] == 1.0 > unbroken["figures"][-1][1]
+    assert unbroken[FIGURES][0][1] == 1.0 > unbroken[FIGURES][-1][1]
     for epoch in (2, 3):
         resumed = found[f"from {epoch}"]
-        since = [figures for figures in unbroken["figures"] if figures[0] > epoch * NUM_STEPS]
-        assert resumed == {**unbroken, "ends": unbroken["ends"][epoch:], "figures": since}
+        since = [figures for figures in unbroken[FIGURES] if figures[0] > epoch * NUM_STEPS]
+        assert resumed == {**unbroken, "ends": unbroken["ends"][epoch:], FIGURES: since}
     assert found["accumulated"]["ends"][-1][0] == "ticket"
     assert found["accumulated"]["steps"] == EPOCHS * NUM_STEPS

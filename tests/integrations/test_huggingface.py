@@ -12,6 +12,7 @@ from tests.integrations.training import (
     BATCH,
     CONFIG,
     EPOCHS,
+    FIGURES,
     NUM_STEPS,
     STATISTICS,
     begin,
@@ -63,6 +64,10 @@ def _train(
             num_labels=4,
         )
     )
+    rows = [
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(images, classes.tolist(), strict=True)
+    ]
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -78,10 +83,8 @@ def _train(
             disable_tqdm=True,
             **arguments,
         ),
-        train_dataset=[
-            {"pixel_values": image, "labels": label}
-            for image, label in zip(images, classes.tolist(), strict=True)
-        ],
+        train_dataset=rows,
+        eval_dataset=rows,
         callbacks=[Ends()],
     )
     callback = WormTrainerCallback(trainer, CONFIG, example_inputs={"pixel_values": images[:1]})
@@ -97,7 +100,7 @@ def _state(trainer: Any, callback: Any, ends: list[Any]) -> dict[str, Any]:
         "steps": callback.engine.step,
         "rate": trainer.lr_scheduler.get_last_lr(),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "figures": [
+        FIGURES: [
             line["worm/live_fraction"]
             for line in trainer.state.log_history
             if "worm/live_fraction" in line
@@ -141,7 +144,7 @@ def test_it_draws_resumes_and_is_read_to_the_same_bits(
     unbroken = found["unbroken"]
     require_all_phases(found["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS == len(unbroken["losses"])
-    assert unbroken["figures"][0] == 1.0 > unbroken["figures"][-1]
+    assert unbroken[FIGURES][0] == 1.0 > unbroken[FIGURES][-1]
     assert found["from 2"] == unbroken
     assert found["from 3"] == unbroken
     assert found["accumulated"]["end"][0] == "ticket"

@@ -21,6 +21,7 @@ __all__ = [
     "BATCH",
     "CONFIG",
     "EPOCHS",
+    "FIGURES",
     "NUM_STEPS",
     "STATISTICS",
     "begin",
@@ -55,7 +56,9 @@ CONFIG = WormConfig(
 PHASES = ["truncate 8", "truncate 8", "ticket 6"]
 """The phase at the end of each epoch, and the width of the first layer."""
 STATISTICS = "statistics"
-"""Key of what each rank has to itself: BatchNorm's statistics after the last pass."""
+FIGURES = "figures"
+"""Keys of what each rank has to itself: BatchNorm's statistics after the last pass, and what its
+logger has seen."""
 
 
 def network() -> nn.Sequential:
@@ -152,5 +155,7 @@ def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:
 
 def _shared(found: Any) -> Any:
     if isinstance(found, dict):
-        return {key: _shared(value) for key, value in found.items() if key != STATISTICS}
+        return {
+            key: _shared(value) for key, value in found.items() if key not in (STATISTICS, FIGURES)
+        }
     return found
