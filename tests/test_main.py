@@ -133,6 +133,8 @@ def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]
         "search/live_fraction",
         "traffic/sent_bytes_per_step",
         "traffic/dense_bytes_per_step",
+        "compute/flops_per_sample",
+        "compute/dense_flops_per_sample",
     } <= set(tags["scalars"])
     assert set(tags["images"]) == {
         "search/masks",
@@ -143,6 +145,9 @@ def test_tensorboard_shows_curves_pictures_and_settings(digits: tuple[Path, str]
     traffic = _result(digits)["traffic"]
     assert sent[22] == traffic["dense_bytes_per_step"]
     assert sent[352] == traffic["ticket_bytes_per_step"]
+    flops = _curve(digits, "compute/flops_per_sample")
+    counted = _result(digits)["flops"]
+    assert (flops[22], flops[352]) == (counted["dense"], counted["ticket"])
     assert shown.PluginTagToContent("hparams")
 
 

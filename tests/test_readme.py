@@ -64,7 +64,7 @@ def test_every_command_is_one_that_exists() -> None:
             assert os.access(ROOT / words[0], os.X_OK), line
         if "worm_dist" in words:
             options, replaced = _parse(words[words.index("worm_dist") + 1 :])
-            if "config" in options:  # of a training
+            if getattr(options, "config", None) is not None:  # of a training
                 read_run_config(ROOT / options.config, replaced)
 
 

@@ -1,5 +1,5 @@
-"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``plan`` and
-``bench``."""
+"""Command line: ``python -m worm_dist train CONFIG [--key.subkey value ...]``, ``init``, ``plan``,
+``doctor``, ``ticket``, ``replay``, ``report`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,34 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .analysis import replay_command, report_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
 from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
+from .doctor.command import add_parser as add_doctor_parser
+from .doctor.command import run as diagnose
 from .errors import ConfigError, WormError
-from .planning.command import add_parser
-from .planning.command import run as plan
+from .planning import command as plan_command
+from .ticket_command import command as ticket_command
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
+from .training.settings_template import settings_template
+from .training.user_functions import require_user_functions
 
+_PRINTING: Mapping[str, Any] = {
+    "plan": plan_command,
+    "ticket": ticket_command,
+    "replay": replay_command,
+    "report": report_command,
+}
+"""Commands that start no training."""
 _REPORT_SECONDS = 5
 """Time for the first rank of a host to print an error of the settings."""
 _INTERRUPTED = 128 + signal.SIGINT
@@ -34,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     secure_standard_streams()
     try:
         options, replaced = _parse(arguments)
-        if options.command == "plan":
-            return _plan(options)
+        if options.command == "init":
+            return _until_closed(lambda: _print_template(options.preset))
+        if options.command == "doctor":
+            return _until_closed(lambda: diagnose(options, replaced))
+        if options.command in _PRINTING:
+            return _until_closed(lambda: _PRINTING[options.command].run(options))
         return _bench(options) if options.command == "bench" else _train(options, replaced)
     except AlreadyReported as error:
         return error.exit_code
@@ -87,8 +104,20 @@ def _parse(
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
     )
-    planner = add_parser(commands)
-    bench = commands.add_parser(
+    template = commands.add_parser(
+        "init",
+        help="print a settings file to fill in",
+        description="A settings file with every setting, its default and what it means, to the "
+        "standard output. As it is, it trains on the digits.",
+        allow_abbrev=False,
+    )
+    template.add_argument(
+        "--preset", default="worm", help="worm (default), worm-paper, early-bird or dense"
+    )
+    add_doctor_parser(commands)
+    strict = {name: module.add_parser(commands) for name, module in _PRINTING.items()}
+    strict["init"] = template
+    strict["bench"] = bench = commands.add_parser(
         "bench",
         help="measure side by side with plain DDP on two ranks, or whole runs",
         allow_abbrev=False,
@@ -102,7 +131,6 @@ def _parse(
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
-    strict = {"bench": bench, "plan": planner}
     if options.command in strict:
         if rest:
             strict[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -136,6 +164,7 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
+    require_user_functions(config)
     if options.check:
         for line in ineffective_settings(config):
             sys.stderr.write(f"worm_dist: warning: {line}\n")
@@ -151,9 +180,14 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     return run(config, out, resume_argument(options.resume))
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _print_template(preset: str) -> int:
+    print(settings_template(preset), end="", flush=True)
+    return 0
+
+
+def _until_closed(command: Callable[[], int]) -> int:
     try:
-        return plan(options)
+        return command()
     except (BrokenPipeError, SystemExit):  # the latter by rich
         return 0  # the reader has seen enough, as in plan ... | head
 

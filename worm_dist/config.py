@@ -104,10 +104,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Settings(BaseModel):
-    """A strict, frozen part of a configuration."""
+    """A strict, frozen part of a configuration.
+
+    The string under a field describes it, also to programs: pydantic has it as the field's
+    ``description``.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     @classmethod
@@ -127,7 +136,9 @@ class ElbowConfig(Settings):
     """``margin``: mean distance below ``search.settled + margin`` (the paper's).  ``relative``:
     below ``fraction`` of the largest mean so far.  ``kneedle``: the kneed library's knee."""
     margin: float = Field(default=0.05, ge=0, le=1)
+    """``margin`` only."""
     fraction: float = Field(default=0.5, gt=0, lt=1)
+    """``relative`` only."""
     min_masks: Count = Field(default=3, ge=2)
     """No rule fires before this many masks are in the history."""
 
@@ -165,6 +176,7 @@ class SearchConfig(Settings):
     """The search: how channels are ranked and masked, and when the masks have settled."""
 
     enabled: bool = True
+    """Whether there is a search at all."""
     importance: Literal["auto", "norm_scale", "gate", "weight_norm"] = "auto"
     """What ranks channels.  ``auto``: the scales of norms and gates, or the norms of the producing
     weights in a network that has neither; the others: only scales of norms, only gates, or only

@@ -142,7 +142,7 @@ def test_rules_are_one_run_until_the_elbow(ranks: Ranks) -> None:
     assert outcome.exitcode == 0, str(outcome)
     gradual, at_once, early_bird, at_its_elbow = outcome.value
     elbow = round(gradual.elbow_epoch)
-    assert at_once.ticket_epoch == elbow and early_bird.ticket_epoch is None
+    assert at_once.elbow_epoch == at_once.ticket_epoch == elbow and early_bird.ticket_epoch is None
     assert gradual.losses[:elbow] == at_once.losses[:elbow]
     assert at_once.losses[elbow] != gradual.losses[elbow]
     assert gradual.before_pruning == at_once.before_pruning

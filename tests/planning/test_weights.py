@@ -76,12 +76,14 @@ def test_all_three_kinds_of_files_are_read(tmp_path: Path) -> None:
     [
         (None, "nothing.pt cannot be read: .*No such file"),
         (b"not a file of torch", "nothing.pt cannot be read"),
+        (b"not one of these", "nothing.safetensors cannot be read"),
         ([1, 2], "nothing.pt holds no state dict"),
         ({"head.weight": torch.zeros(10, 64)}, "features.0.weight is missing, not .32, 1, 3, 3."),
     ],
 )
 def test_other_weights_are_refused(content: object, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "nothing.pt"
+    path = tmp_path / message.partition(" ")[0]
+    path = path if path.suffix == ".safetensors" else tmp_path / "nothing.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:

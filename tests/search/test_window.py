@@ -28,12 +28,3 @@ def test_distances_are_from_the_newest_to_each_older_mask() -> None:
 def test_only_the_newest_masks_stay() -> None:
     window = _window(3, 1, 2, 3, 4)
     assert window.masks == (_mask(2), _mask(3), _mask(4))
-
-
-def test_is_settled_only_when_full_and_every_distance_is_below() -> None:
-    assert not _window(3, 5, 5).settled(0.1)
-    assert _window(3, 5, 5, 5).settled(0.1)
-    assert _window(3, 1, 5, 5, 5).settled(0.1)
-    # The oldest is as far as the threshold: not below it.
-    assert not _window(3, 4, 5, 5).settled(0.1)
-    assert not _window(3, 5, 4, 5).settled(0.1)

@@ -17,7 +17,7 @@ from worm_dist.errors import ConfigError
 from worm_dist.training import data
 from worm_dist.training.data import Data
 from worm_dist.training.data.dataset import Samples
-from worm_dist.training.run_config import DataConfig
+from worm_dist.training.run_config import DATA_SETS, DataConfig
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,10 @@ def _image(loaded: Data) -> torch.Tensor:
     assert image.dtype == (torch.uint8 if in_bytes else torch.float32)
     assert 0 <= int(target) < loaded.num_classes
     return image  # type: ignore[no-any-return]
+
+
+def test_every_data_set_that_settings_may_name_has_its_loader() -> None:
+    assert sorted(data.LOADERS) == sorted(DATA_SETS)
 
 
 # --- digits -----------------------------------------------------------------------------------

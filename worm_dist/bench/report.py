@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-import rich.console
 from rich.table import Table
 
 from ..checkpoint.durable_io import write_json
 from ..errors import CheckpointError
+from ..terminal import console_of
 from .plot import picture
 from .results import Panel, Spread
 
 __all__ = ["read_panels", "show", "write_panels"]
 
 _FILE = "bench.json"
-_WIDTH_OF_A_LOG = 100
 _KINDS = ("wire", "step", "overhead", "zero", "checkpoint")
 
 
@@ -61,14 +59,7 @@ def _position(panel: Panel) -> tuple[int, float]:
 
 def show(panel: Panel, file: TextIO | None = None) -> None:
     """Print the table of a panel."""
-    file = file or sys.stdout
-    console = rich.console.Console(
-        file=file,
-        width=None if file.isatty() else _WIDTH_OF_A_LOG,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    console = console_of(file)
     console.print()
     console.print(_table(panel))
     for line in (*panel.lines, *(f"{name}: {value}" for name, value in panel.setting.items())):

@@ -6,7 +6,7 @@ import resource
 
 from ..errors import BackendError
 
-__all__ = ["require_file_descriptors"]
+__all__ = ["needed_file_descriptors", "require_file_descriptors"]
 
 _PER_RANK, _PER_RANK_ON_RANK_ZERO = 1, 3
 """Connections to each rank: those of gloo; on rank zero also those of store and monitor.  Counted
@@ -14,6 +14,12 @@ with 2, 4 and 8 ranks: 13 + 1 a rank, and 24 + 3 a rank on rank zero."""
 _FOR_ITSELF = 64
 _SPARE = 1024
 """For loader processes and further process groups, where the hard limit permits."""
+
+
+def needed_file_descriptors(rank: int, world_size: int) -> int:
+    """The number of open files that a rank needs in a run of so many ranks."""
+    per_rank = _PER_RANK_ON_RANK_ZERO if rank == 0 else _PER_RANK
+    return _FOR_ITSELF + per_rank * world_size
 
 
 def require_file_descriptors(rank: int, world_size: int) -> None:
@@ -28,8 +34,7 @@ def require_file_descriptors(rank: int, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    per_rank = _PER_RANK_ON_RANK_ZERO if rank == 0 else _PER_RANK
-    needed = _FOR_ITSELF + per_rank * world_size
+    needed = needed_file_descriptors(rank, world_size)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     is_unlimited = hard == resource.RLIM_INFINITY
     if not is_unlimited and hard < needed:

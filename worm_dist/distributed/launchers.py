@@ -25,6 +25,7 @@ __all__ = [
     "SRUN",
     "TORCHRUN",
     "Launcher",
+    "launchers_seen",
     "read_int",
     "require_agreement",
     "started_by",
@@ -63,6 +64,15 @@ def started_by(environment: Mapping[str, str]) -> Launcher | None:
     if any(name in environment for name in TORCHRUN[1:]):
         return TORCHRUN
     return _outer_launcher(environment)
+
+
+def launchers_seen(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The variables of each launcher that are set, by its name, whether it is used or not."""
+    found = {
+        launcher.name: {name: environment[name] for name in launcher[1:] if name in environment}
+        for launcher in (TORCHRUN, OPEN_MPI, HYDRA, SRUN)
+    }
+    return {name: variables for name, variables in found.items() if variables}
 
 
 def require_agreement(environment: Mapping[str, str]) -> None:

@@ -36,7 +36,8 @@ from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
 from .requirements import require_alike, require_optimized
-from .state import FORMAT, DenseNetwork, agreed_settings, digests_of, rank_state_of, require_valid
+from .saved_state import SavedState
+from .state import DenseNetwork, agreed_settings
 from .traffic import Traffic
 from .usage_errors import UsageErrors, require_alone
 
@@ -76,8 +77,7 @@ class Engine:
         self._training.backend.require_fit(truncation)
         self._comm = self._training.comm
         self._calls = CollectiveCalls(self._training.backend.process_group)
-        self._settings = agreed_settings(self._comm, config, score, steps_per_epoch)
-        self._steps_per_epoch = steps_per_epoch
+        settings = agreed_settings(self._comm, config, score, steps_per_epoch)
         network = self._training.network
         self.groups: Groups = agreed_groups(
             network, example_inputs, self._comm, search, score is not None, optional=not may_draw
@@ -102,6 +102,16 @@ class Engine:
         self._training.register_hooks(self._before_pass)
         parts = self._training, self.groups, self._schedule, self._penalty
         self._dropped = DroppedChannels(truncation, *parts)
+        self._saved = SavedState(
+            self._comm,
+            settings,
+            steps_per_epoch,
+            self._dense,
+            self._training,
+            self._schedule,
+            self._history,
+            self._dropped,
+        )
         self._follow_network()
 
     # ---- the algorithm -------------------------------------------------------------------------
@@ -376,7 +386,8 @@ class Engine:
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError("save_ticket: no ticket has been drawn yet")
         cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
-        save_ticket(Path(folder), self._training.network, self.groups, self.mask, cuts, model)
+        parts = self.groups, self.mask, cuts, self._training.example_inputs, self.config
+        save_ticket(Path(folder), self._training.network, *parts, model)
 
     def detach(self) -> nn.Module:
         """Remove all hooks.  Collective if a communication hook was registered: torch cannot
@@ -413,27 +424,7 @@ class Engine:
             ConfigError: the engine has been detached.
         """
         self._require_not_detached("state_dict")
-        with uncounted(comm := self._comm):
-            dropped = self._dropped.state_dict()
-        return {
-            "format": FORMAT,
-            "shared": {
-                "settings": dict(self._settings),
-                "groups": {name: digest.hex() for name, digest in self.groups.digests.items()},
-                "verdict": self._verdict.as_dict(),
-                "checks_dropped": self._checks_dropped.clone(),
-                "schedule": self._schedule.state_dict(),
-                "training": self._training.state_dict(),
-                "dropped": dropped,
-            },
-            "history": self._history.state_dict() if comm.rank == 0 else None,
-            "rank": {
-                "number": comm.rank,
-                "world_size": comm.size,
-                "losses": self._dropped.guard.rank_state(),
-                "training": self._training.rank_state(),
-            },
-        }
+        return self._saved.as_dict(self._verdict, self._checks_dropped)
 
     def load_state_dict(self, state: Mapping[str, Any], copies: Sequence[nn.Module] = ()) -> None:
         """Restore a state of ``state_dict``, to continue bit for bit.  Collective.
@@ -464,32 +455,10 @@ class Engine:
                 Nothing has been changed then.
             DivergenceError: the ranks have different states.
         """
-        comm, training, where = self._comm, self._training, "load_state_dict"
-        with refused_on_all_ranks(comm, where):
+        where = "load_state_dict"
+        with refused_on_all_ranks(self._comm, where):
             self._require_new(where)
-            require_valid(state, self._settings, self._dense, self._steps_per_epoch, comm)
-            require_alike(training.network, copies, where)
-        comm.assert_equal({"state": digests_of(state)}, where)
-        shared, own = state["shared"], rank_state_of(state, comm.rank, comm.size)
-        inputs = None if own is None else own["training"]["inputs"]
-        device = next(training.network.parameters()).device
-        if comm.any(torch.tensor([float(inputs is None)], device=device)):
-            inputs = None  # statistics must be estimated from as many inputs on every rank
-        training.load_state_dict(
-            shared["training"], state["rank"]["training"]["traffic"], inputs or ()
-        )
-        with uncounted(comm):
-            self._dropped.load_state_dict(shared["dropped"], copies)
-        if own is not None:
-            self._dropped.guard.load_rank_state(own["losses"], device)
-        training.load_wrapper_state(
-            shared["training"], None if own is None else own["training"]["reducer"]
-        )
-        self._schedule.load_state_dict(shared["schedule"])
-        self._checks_dropped = shared["checks_dropped"].to("cpu", copy=True)
-        self._verdict = Verdict.from_dict(shared["verdict"])
-        if comm.rank == 0:
-            self._history.load_state_dict(state["history"])
+        self._verdict, self._checks_dropped = self._saved.restore(state, copies, where)
         self._calls.after_step(self.step)
         self._follow_network()
 

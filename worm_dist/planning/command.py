@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..budget_argument import parse_budget
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .target import Shape
+from .image_shape import parse_image_shape
 
 __all__ = ["add_parser", "run"]
 
@@ -80,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     if options.world is not None:
         link = Link.parse(options.world, options.bandwidth)
     changes = _search_changes(options.ratio, options.budget)
-    overrides = (_shape(options.input), options.classes, changes)
+    shape = None if options.input is None else parse_image_shape(options.input)
+    overrides = (shape, options.classes, changes)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         target = target_of_config(path, *overrides)
@@ -123,12 +121,3 @@ def _search_changes(ratio: float | None, budget: str | None) -> dict[str, Any]:
     if budget is not None:
         return {"budget": parse_budget(budget)}
     return {} if ratio is None else {"prune_ratio": ratio}
-
-
-def _shape(text: str | None) -> Shape | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise ConfigError(f"--input: {text!r} is not an image shape; write 3x224x224")
-    return int(match[1]), int(match[2]), int(match[3])

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["column", "column_widths", "listed", "mebibytes", "seconds", "short", "shortened"]
+__all__ = [
+    "column",
+    "column_widths",
+    "compared",
+    "listed",
+    "mebibytes",
+    "seconds",
+    "short",
+    "shortened",
+]
 
 
 def short(value: int) -> str:
@@ -27,6 +36,11 @@ def seconds(value: float) -> str:
     if value >= 1:
         return f"{value:,.2f} s"
     return f"{1e3 * value:.1f} ms" if value >= 1e-3 or value == 0 else f"{1e6 * value:.0f} us"
+
+
+def compared(value: str, ratio: float) -> str:
+    """Format a value with its ratio to another one: ``72,666  25.2 %``."""
+    return f"{value} {100 * ratio:5.1f} %"
 
 
 def shortened(name: str, width: int) -> str:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-import rich.console
 from rich.table import Table
 
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.selection import importance_of
 from ..models import BUILDERS, TORCHVISION
 from ..search.rounding import ratio_reached
+from ..terminal import console_of
+from .console import GAP, plain_table, print_table
 from .costs import Cost
 from .forecast import Estimate, Forecast, Stage, members_of
-from .formatting import column, column_widths, listed, mebibytes, seconds, short
+from .formatting import column, column_widths, compared, listed, mebibytes, seconds, short
 from .step_time import FORMULA
 
 __all__ = ["show"]
-
-_WIDTH_OF_A_LOG = 100
-_GAP = 2
-"""Number of spaces between columns."""
 
 _MEANING: Mapping[Stage, str] = {
     "truncated": "dropped channels have left the all-reduce",
@@ -38,31 +34,21 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         forecast: the forecast to print.
         file: the stream to write to; the default is the standard output.
     """
-    file = file or sys.stdout
-    is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
-    console = rich.console.Console(
-        file=file,
-        force_terminal=not is_log,
-        color_system=None if is_log else "auto",
-        width=_WIDTH_OF_A_LOG if is_log else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    console = console_of(file)
     console.print(*_head(forecast), sep="\n")
-    _print(console, _ranked_by(forecast), _members(forecast, console.width))
+    print_table(console, _ranked_by(forecast), _members(forecast, console.width))
     if max(forecast.groups.widths.values()) > 1:
         console.print("N x k: N channels, each of which takes k places.")
-    _print(
+    print_table(
         console, "Costs, of what makes the channels of each group", _costs(forecast, console.width)
     )
     if forecast.groups.dense:
-        _print(console, "What stays dense", _dense(forecast, console.width))
-    _print(console, "The whole network", _totals(forecast))
+        print_table(console, "What stays dense", _dense(forecast, console.width))
+    print_table(console, "The whole network", _totals(forecast))
     for stage in forecast.costs:
         if stage in _MEANING:
             console.print(f"{stage}: {_MEANING[stage]}.")
-    _print(console, "The engine's memory on a rank, in MiB", _memory(forecast))
+    print_table(console, "The engine's memory on a rank, in MiB", _memory(forecast))
     console.print(
         "Held: copies of frozen weights and of their optimizer state. Inputs: those from which "
         "BatchNorm's statistics are estimated, whole batches unless --world divides them. On a "
@@ -71,20 +57,10 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
     if any(group.gates for group in forecast.groups):
         console.print("The ticket has no gates: they are folded into the weights.")
     if forecast.estimate is not None:
-        _print(console, _setting(forecast.estimate), _times(forecast.estimate))
+        print_table(console, _setting(forecast.estimate), _times(forecast.estimate))
         console.print(_method(forecast.estimate))
     for remark in forecast.remarks:
         console.print(f"Note: {remark}.")
-
-
-def _print(console: rich.console.Console, title: str, table: Table) -> None:
-    console.print()
-    console.print(title, style="bold")
-    console.print(table)
-
-
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
 
 
 def _head(forecast: Forecast) -> list[str]:
@@ -154,14 +130,14 @@ def _members(forecast: Forecast, width: int) -> Table:
     names = _names(forecast)
     needed = [max(map(len, (heading, *column(cells, width)))) for heading, cells in names.items()]
     taken = sum(max(map(len, (heading, *cells))) for heading, cells in numbers.items())
-    room = width - taken - _GAP * (len(numbers) + len(names))
+    room = width - taken - GAP * (len(numbers) + len(names))
     texts = {
         heading: column(cells, size)
         for (heading, cells), size in zip(names.items(), column_widths(needed, room), strict=True)
     }
     first, *others = texts
     columns = texts | numbers
-    table = _table()
+    table = plain_table()
     for heading in (first, *numbers, *others):
         table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     for row in zip(*(columns[heading] for heading in (first, *numbers, *others)), strict=True):
@@ -198,12 +174,12 @@ def _costs(forecast: Forecast, width: int) -> Table:
         ("FLOPs a sample", "flops", ends),
         ("bytes a step", "payload_bytes", stages),
     )
-    table = _table()
+    table = plain_table()
     table.add_column("group", no_wrap=True)
     for heading, _, shown in columns:
         names = "".join(f"{stage:>{_cell(stage)}}" for stage in shown)
         table.add_column(f"{heading}\n{names}", justify="right", no_wrap=True)
-    room = width - sum(sum(map(_cell, shown)) + _GAP for *_, shown in columns) - _GAP
+    room = width - sum(sum(map(_cell, shown)) + GAP for *_, shown in columns) - GAP
 
     def add(name: str, costs: Mapping[Stage, Cost], style: str | None = None) -> None:
         cells = (
@@ -231,7 +207,7 @@ def _dense(forecast: Forecast, width: int) -> Table:
     norms: dict[str, list[str]] = {}
     for norm, reason in forecast.groups.dense.items():
         norms.setdefault(reason, []).append(norm)
-    table = _table()
+    table = plain_table()
     table.show_header = False
     table.add_column("norms", no_wrap=True)
     table.add_column("why")
@@ -242,7 +218,7 @@ def _dense(forecast: Forecast, width: int) -> Table:
 
 def _totals(forecast: Forecast) -> Table:
     """Table of the whole network's costs, with exact numbers."""
-    table = _table()
+    table = plain_table()
     table.add_column("")
     for heading in ("parameters", "FLOPs a sample", "bytes a step"):
         table.add_column(heading, justify="right")
@@ -251,16 +227,16 @@ def _totals(forecast: Forecast) -> Table:
         total = costs.total
         table.add_row(
             stage,
-            _compared(f"{total.parameters:,}", total.parameters / dense.parameters),
-            _compared(f"{total.flops:,}", total.flops / dense.flops),
-            _compared(f"{total.payload_bytes:,}", total.payload_bytes / dense.payload_bytes),
+            compared(f"{total.parameters:,}", total.parameters / dense.parameters),
+            compared(f"{total.flops:,}", total.flops / dense.flops),
+            compared(f"{total.payload_bytes:,}", total.payload_bytes / dense.payload_bytes),
         )
     return table
 
 
 def _memory(forecast: Forecast) -> Table:
     """Table of what the engine holds in every stage, also as a share of the dense weights."""
-    table = _table()
+    table = plain_table()
     table.add_column("")
     for heading in ("held weights", "held state", "packing", "indices", "inputs", "all"):
         table.add_column(heading, justify="right")
@@ -268,7 +244,7 @@ def _memory(forecast: Forecast) -> Table:
         parts = memory.truncation
         cells = (parts.weights, parts.moments, parts.buffers, parts.indices, memory.inputs)
         share = memory.total / forecast.weight_bytes
-        table.add_row(stage, *map(mebibytes, cells), _compared(mebibytes(memory.total), share))
+        table.add_row(stage, *map(mebibytes, cells), compared(mebibytes(memory.total), share))
     return table
 
 
@@ -282,7 +258,7 @@ def _setting(estimate: Estimate) -> str:
 
 
 def _times(estimate: Estimate) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("")
     for heading in ("computing", "all-reduce", "both at once", "one after the other"):
         table.add_column(heading, justify="right")
@@ -293,8 +269,8 @@ def _times(estimate: Estimate) -> Table:
             stage,
             seconds(step.compute_seconds),
             seconds(step.all_reduce_seconds),
-            _compared(seconds(shortest), shortest / dense.shortest_seconds),
-            _compared(seconds(longest), longest / dense.longest_seconds),
+            compared(seconds(shortest), shortest / dense.shortest_seconds),
+            compared(seconds(longest), longest / dense.longest_seconds),
         )
     return table
 
@@ -306,7 +282,3 @@ def _method(estimate: Estimate) -> str:
         f"median of {measured.rounds}). All-reduce: a ring's {FORMULA}. A real step lies between "
         "the two sums, plus latency, packing, optimizer and input, which are left out."
     )
-
-
-def _compared(value: str, ratio: float) -> str:
-    return f"{value} {100 * ratio:5.1f} %"

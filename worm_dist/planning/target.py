@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..models import BUILDERS, build_model
 from ..training.config_file import read_run_config
 from ..training.run_config import DataConfig
+from ..user_function import is_user_function
 
 __all__ = ["Shape", "Target", "target_of", "target_of_config"]
 
@@ -97,12 +98,17 @@ def target_of(
         model: model name for ``worm_dist.models.build_model``.
         sample_shape, num_classes: shape of one input and number of classes; the default is that of
             CIFAR-10 for models of worm_dist, of the digits for ``vit_small``, and of ImageNet for
-            torchvision's models.
+            torchvision's and timm's models.  A function of the user's has no default.
         search: settings of the search that differ from the defaults.
 
     Raises:
         ConfigError: these settings are invalid.
     """
+    if is_user_function(model):
+        missing = {"--input": sample_shape, "--classes": num_classes}
+        absent = [option for option, value in missing.items() if value is None]
+        if absent:
+            raise ConfigError(f"plan: {model} is a function of yours; give {' and '.join(absent)}")
     small = _FIXED_SIZE.get(model, _SMALL_IMAGES)
     shape, classes = small if model in BUILDERS else _LARGE_IMAGES
     worm = WormConfig.preset("worm", search=search or {})
@@ -115,15 +121,16 @@ def target_of_config(
     num_classes: int | None,
     search: Mapping[str, Any] | None = None,
 ) -> Target:
-    """Target of a run's settings; the data need not be present.
+    """Target of a run's settings; the data need not be present, unless a function of the user's
+    returns them and shape and classes are not given.
 
     Args:
         path: the YAML file of a run.
         sample_shape, num_classes, search: overrides of the settings; None to keep them.
 
     Raises:
-        ConfigError: the file cannot be read or is invalid, the run has no search, or the number of
-            classes is unknown.
+        ConfigError: the file cannot be read or is invalid, the run has no search, the number of
+            classes is unknown, or the user's function fails.
     """
     overrides = [(f"search.{key}", json.dumps(value)) for key, value in (search or {}).items()]
     config = read_run_config(path, overrides)
@@ -131,7 +138,7 @@ def target_of_config(
         raise ConfigError(
             f"{path}: search.enabled is false, so this run drops nothing; plan another preset"
         )
-    shape, classes = _sample(config.data, num_classes)
+    shape, classes = _sample(config.data, sample_shape, num_classes)
     remarks = []
     if config.distributed.backend == "deepspeed":
         remarks.append(
@@ -140,7 +147,7 @@ def target_of_config(
     return Target(
         model=config.model.name,
         arguments=config.model.arguments,
-        sample_shape=sample_shape or shape,
+        sample_shape=shape,
         num_classes=classes,
         worm=config.worm,
         batch_size=config.data.batch_size,
@@ -150,12 +157,21 @@ def target_of_config(
     )
 
 
-def _sample(data: DataConfig, num_classes: int | None) -> tuple[Shape, int]:
+def _sample(
+    data: DataConfig, sample_shape: Shape | None, num_classes: int | None
+) -> tuple[Shape, int]:
+    if sample_shape is not None and num_classes is not None:
+        return sample_shape, num_classes
     if data.name in _SAMPLES:
         shape, known = _SAMPLES[data.name]
-        return shape, num_classes or known
+        return sample_shape or shape, num_classes or known
+    if is_user_function(data.name):
+        from ..training.data import load_data  # takes seconds, and is not needed otherwise
+
+        loaded = load_data(data)
+        return sample_shape or loaded.sample_shape, num_classes or loaded.num_classes
     assert data.root is not None  # DataConfig requires it
-    shape = (3, data.image_size, data.image_size)
+    shape = sample_shape or (3, data.image_size, data.image_size)
     folder = Path(data.root).expanduser() / "train"
     num_classes = num_classes or sum(path.is_dir() for path in folder.glob("*"))
     if not num_classes:

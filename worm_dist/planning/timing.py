@@ -1,4 +1,4 @@
-"""Measures the time of a forward and backward pass on this machine."""
+"""Measures the time of a pass on this machine: forward, or forward and backward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ class Measured:
 
 
 def measure(
-    networks: Sequence[nn.Module], sample_shape: Shape, num_samples: int, precision: str
+    networks: Sequence[nn.Module],
+    sample_shape: Shape,
+    num_samples: int,
+    precision: str,
+    *,
+    trains: bool = True,
 ) -> Measured:
     """Time the networks in turn, so that a busy machine slows all of them alike.
 
@@ -46,39 +51,47 @@ def measure(
         sample_shape: shape of one input.
         num_samples: samples in a batch.
         precision: ``bf16`` for torch's autocast; the others are float32.
+        trains: True for forward and backward passes in training mode, False for forward passes in
+            eval mode.
 
     Raises:
-        ConfigError: a network cannot be trained on such a batch.
+        ConfigError: a network does not accept such a batch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = torch.randn(num_samples, *sample_shape, device=device)
     rounds: list[list[float]] = []
     try:
         for network in networks:
-            network.to(device).train()
-            _seconds(network, inputs, precision)  # the first pass allocates and chooses kernels
+            network.to(device).train(trains)
+            _seconds(
+                network, inputs, precision, trains
+            )  # the first pass allocates and chooses kernels
         began = time.perf_counter()
         while len(rounds) < _FEWEST_ROUNDS or (
             len(rounds) < _MOST_ROUNDS and time.perf_counter() - began < _SECONDS
         ):
-            rounds.append([_seconds(network, inputs, precision) for network in networks])
+            rounds.append([_seconds(network, inputs, precision, trains) for network in networks])
     except (RuntimeError, ValueError) as error:  # such as BatchNorm on a single value
+        what = "be trained" if trains else "run"
         raise ConfigError(
-            f"--batch: the network cannot be trained on batches of {num_samples}: {error}"
+            f"--batch: the network cannot {what} on batches of {num_samples}: {error}"
         ) from error
     medians = tuple(statistics.median(seconds) for seconds in zip(*rounds))
     return Measured(medians, len(rounds), _name_of(device))
 
 
-def _seconds(network: nn.Module, inputs: Tensor, precision: str) -> float:
+def _seconds(network: nn.Module, inputs: Tensor, precision: str, trains: bool) -> float:
     bf16 = precision == "bf16"
     network.zero_grad(set_to_none=True)
     _wait(inputs.device)
     began = time.perf_counter()
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=bf16):
+    autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=bf16)
+    with autocast, torch.set_grad_enabled(trains):
         logits = network(inputs)
-        loss = nn.functional.cross_entropy(logits, logits.detach().argmax(dim=1))
-    loss.backward()
+        if trains:
+            loss = nn.functional.cross_entropy(logits, logits.detach().argmax(dim=1))
+    if trains:
+        loss.backward()
     _wait(inputs.device)
     return time.perf_counter() - began
 

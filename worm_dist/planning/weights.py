@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..training.checkpointer import RUN
 
 __all__ = ["load_weights"]
@@ -29,6 +27,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
     Raises:
         CheckpointError: the weights cannot be read, or are of another network.
+        ConfigError: the file needs a package that is not installed.
     """
     found, wanted = _read(path), network.state_dict()
     differing = [
@@ -51,15 +50,31 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         if path.is_dir():
             state: Any = Checkpoint(path).read(RUN)["network"]
         elif path.suffix == ".safetensors":
-            state = load_file(path)
+            state = _read_safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(f"--weights: {path} cannot be read: {first}") from error
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"--weights: {path} holds no state dict of tensors")
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Imported here: it is not among the dependencies.
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ConfigError(
+            f"--weights: {path} needs safetensors, which is not installed here; pip install "
+            "safetensors, or give a state dict of torch.save"
+        ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ..config import SearchConfig
 from ..groups.mask import Mask
 from ..schema import Count, Finite, Schema
-from .elbow import elbow_reached, elbow_threshold
+from .decision import decide, mean
 from .window import Window
 
 __all__ = ["CheckRecord", "History", "HistorySchema"]
@@ -73,7 +73,7 @@ class CheckRecord:
 
     @property
     def distance_mean(self) -> float | None:
-        return sum(self.distances) / len(self.distances) if self.distances else None
+        return mean(self.distances)
 
     @property
     def distance_max(self) -> float | None:
@@ -92,17 +92,14 @@ class History:
         """Add a check and evaluate the elbow and settled rules; settled implies elbow."""
         self._window.push(mask)
         distances = self._window.distances
-        means = [f.distance_mean for f in self._records if f.distance_mean is not None]
-        if distances:
-            means.append(sum(distances) / len(distances))
-        settled = self._window.settled(self._config.settled)
+        decision = decide(self._config, [*(r.distances for r in self._records), distances])
         record = CheckRecord(
             step=step,
             mask=mask,
             distances=distances,
-            threshold=elbow_threshold(self._config, means),
-            elbow=settled or elbow_reached(self._config, means),
-            settled=settled,
+            threshold=decision.threshold,
+            elbow=decision.elbow,
+            settled=decision.settled,
             floored=floored,
         )
         self._records.append(record)

@@ -26,7 +26,9 @@ __all__ = ["METADATA", "CutRecord", "GroupRecord", "ModelRecord", "Record", "rea
 
 METADATA = "ticket.json"
 
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
+_FIELDS_SINCE_5 = frozenset({"input_shape", "settings"})
+"""Tickets of format 4, which are read too, do not have these."""
 _MAX_BYTES = 64 << 20
 """The largest accepted file in bytes; 100 times what torchvision's largest networks need."""
 _MAX_CHANNELS = 1 << 24
@@ -43,7 +45,10 @@ _Indices = Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class ModelRecord(Schema):
-    """The arguments of ``worm_dist.models.build_model``: a known name and plain values."""
+    """The arguments of ``worm_dist.models.build_model``: a name and plain values.
+
+    The name may be that of a user's function, which loading does not call by itself.
+    """
 
     name: str
     num_classes: int
@@ -121,6 +126,10 @@ class Record(Schema):
 
     Attributes:
         model: the dense network's builder arguments; None if it is not in ``worm_dist.models``.
+        input_shape: the shape of one sample of the network's input, without the batch dimension;
+            None if it has several inputs, or inputs that are not floats.
+        settings: the engine's settings when the ticket was drawn, as JSON values; not validated,
+            as those of other versions differ.
         mask_digest: the digest of the drawn mask.
         groups: the kept channels of the dense network's groups.
         cuts: the cuts of the dense network's parameters, at most one for each dimension.
@@ -131,6 +140,8 @@ class Record(Schema):
 
     format_version: int = _FORMAT_VERSION
     model: ModelRecord | None
+    input_shape: list[Annotated[int, Field(ge=1, le=_MAX_CHANNELS)]] | None = None
+    settings: dict[str, Any] | None = None
     mask_digest: str
     groups: list[GroupRecord]
     cuts: list[CutRecord]
@@ -148,7 +159,8 @@ class Record(Schema):
 
     def signed(self) -> Self:
         """Return a copy with the digest of its content."""
-        content = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        later = _FIELDS_SINCE_5 if self.format_version == 4 else frozenset()
+        content = json.dumps(self.model_dump(exclude={"digest", *later}), sort_keys=True)
         return self.model_copy(update={"digest": sha256_of([content.encode()])})
 
 
@@ -175,11 +187,10 @@ def read_metadata(folder: Path) -> Record:
     content = read_small(path, _MAX_BYTES)
     try:
         found = _Format.model_validate_json(content).format_version
-        if found != _FORMAT_VERSION:
+        if found not in (4, _FORMAT_VERSION):
             raise CheckpointError(
-                f"{path}: format {found}, but this version of worm_dist reads format "
-                f"{_FORMAT_VERSION}, in which digests are computed otherwise; load it with the "
-                "version that wrote it"
+                f"{path}: format {found}, but this version of worm_dist reads formats 4 and "
+                f"{_FORMAT_VERSION}; load it with the version that wrote it"
             )
         record = Record.model_validate_json(content)
     except ValidationError as error:
@@ -194,6 +205,8 @@ def read_metadata(folder: Path) -> Record:
 
 
 def _contradictions(record: Record) -> Iterator[str]:
+    if record.format_version == 4 and record.model_fields_set & _FIELDS_SINCE_5:
+        yield f"format 4 has no {min(record.model_fields_set & _FIELDS_SINCE_5)}"
     if sum(group.num_channels for group in record.groups) > _MAX_CHANNELS:
         yield f"its groups have more than {_MAX_CHANNELS} channels"
     groups = {group.name: group for group in record.groups}

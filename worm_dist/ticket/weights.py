@@ -69,6 +69,23 @@ class Weights:
     def __len__(self) -> int:
         return len(self._file.names)
 
+    @property
+    def metadata(self) -> dict[str, TensorMetadata]:
+        """The dtype and shape of every tensor, by name in alphabetical order.
+
+        Raises:
+            CheckpointError: torch has no such dtype or shape.
+        """
+        return {name: self._file.metadata(name) for name in sorted(self._file.names)}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, or not enough memory.
+        """
+        return self._file.read(name, self._file.metadata(name))
+
     def check(self, network: nn.Module) -> None:
         """Compare names, shapes and dtypes with the network, without reading weights.
 
@@ -102,7 +119,7 @@ class Weights:
         state = network.state_dict()  # keeps the layers' version metadata, which some need
         finite = finite_names(network)
         for name in _unique_state(network):
-            state[name] = self._file.read(name, self._file.metadata(name))
+            state[name] = self.read(name)
             if name in finite and not bool(state[name].isfinite().all()):
                 raise CheckpointError(
                     f"{self._path}: {name[:100]!r} has NaN or infinite elements; it is of no use"

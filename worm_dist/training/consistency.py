@@ -17,6 +17,7 @@ from .data import Data
 from .reporting.result import versions
 from .resume_config import fixed_settings
 from .run_config import RunConfig
+from .user_functions import require_user_functions, user_sources
 
 __all__ = ["require_same_data", "require_same_network", "require_same_start"]
 
@@ -30,15 +31,17 @@ def require_same_start(config: RunConfig, ranks: Communicator) -> None:
     """Compare settings and installed software across the ranks.  Collective.
 
     The source code is compared too, because an editable installation keeps its version across a
-    pull.  Patch releases of Python may differ.
+    pull; so are the files of the user's functions.  Patch releases of Python may differ.
 
     Args:
         config: this rank's settings.
         ranks: all ranks.
 
     Raises:
+        ConfigError: a function of the user's cannot be imported on this rank.
         DivergenceError: the ranks differ; raised on every rank.
     """
+    require_user_functions(config)
     flat = config.flat()
     found = {key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()}
     for key in _MAY_DIFFER_BY_HOST:
@@ -46,6 +49,8 @@ def require_same_start(config: RunConfig, ranks: Communicator) -> None:
     found |= {f"the version of {name}": number for name, number in versions().items()}
     del found["the version of python"]
     found["the code of worm_dist"] = _code_digest(Path(worm_dist.__file__).parent)
+    for name, source in user_sources(config).items():
+        found[f"the code of {name}"] = digest_of({name: source}).hex()[:16]
     differences = ranks.compare(found)
     if differences:
         raise DivergenceError(

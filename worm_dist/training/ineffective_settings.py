@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..config import RemovalConfig
 from ..interval import Interval
+from ..user_function import is_user_function
 from .run_config import RunConfig
 
 __all__ = ["ineffective_settings"]
@@ -107,7 +108,11 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
         ("optimizer.momentum", config.optimizer.name == "sgd", "for sgd only"),
         ("schedule.gamma", config.schedule.name == "step", "for schedule step only"),
         ("data.root", config.data.name != "digits", "the digits need no folder"),
-        ("data.image_size", config.data.name == "image-folder", "for image-folder only"),
+        (
+            "data.image_size",
+            config.data.name == "image-folder" or is_user_function(config.data.name),
+            "for image-folder only",
+        ),
         (
             "distributed.bucket_cap_mb",
             config.distributed.backend != "deepspeed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,8 +11,10 @@ from typing_extensions import Self
 
 from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
 from ..interval import Interval
+from ..user_function import is_user_function
 
 __all__ = [
+    "DATA_SETS",
     "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
@@ -34,6 +37,20 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
 """Limited because sockets count milliseconds in 32 bits, which is 24 days."""
 
 
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
+
+
+def _require_data(name: str) -> str:
+    if name in DATA_SETS or is_user_function(name):
+        return name
+    near = difflib.get_close_matches(name, DATA_SETS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(DATA_SETS)}"
+    raise ValueError(
+        f"there is no {name[:100]!r}; {hint}; or name a function of yours as "
+        "package.module:function"
+    )
+
+
 OnGpus = Literal["auto", "on", "off"]
 """``auto``: where it is known to pay, on GPUs."""
 
@@ -41,9 +58,13 @@ OnGpus = Literal["auto", "on", "off"]
 class DataConfig(Settings):
     """The data set."""
 
-    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
+    name: Annotated[str, AfterValidator(_require_data)] = "digits"
+    """``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``image-folder``; or a function
+    of yours, ``package.module:function``, which is called with these settings of ``data`` and
+    returns ``(training split, test split)`` or a ``worm_dist.training.data.Data``."""
     root: PathText | None = None
-    """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn."""
+    """Folder that holds the data; not needed for ``digits``, which ships with scikit-learn, and by
+    a function of yours only if it reads it."""
     batch_size: Count = Field(default=64, ge=1)
     """Samples in one optimizer step, summed over all ranks."""
     augment: bool = True
@@ -55,7 +76,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _root_where_needed(self) -> Self:
-        if self.name != "digits" and self.root is None:
+        if self.name in DATA_SETS and self.name != "digits" and self.root is None:
             raise ValueError(f"root is needed for {self.name!r}: the folder that holds the data")
         return self
 
@@ -64,22 +85,30 @@ class ModelConfig(Settings):
     """The network."""
 
     name: str = "vgg_small"
-    """A model of worm_dist.models, or any classification model of torchvision."""
+    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56`` or ``vit_small``; any
+    classification model of torchvision; ``timm/NAME``; or a function of yours,
+    ``package.module:function``, which is called with ``num_classes``, ``in_channels`` and
+    ``model.arguments`` by keyword and returns a module."""
     arguments: dict[str, JsonValue] = Field(default={})
-    """Additional keyword arguments of the model's constructor."""
+    """Further keyword arguments of the model's constructor or function."""
     channels_last: OnGpus = "auto"
     """Whether weights of convolutions, and images, have their channels innermost in memory, as
     tensor cores take them.  ``auto``: on GPUs, but neither in ``fp32`` nor under DeepSpeed."""
 
 
 class OptimizerConfig(Settings):
+    """The optimizer."""
+
     name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """One of torch's."""
     lr: Factor = Field(default=0.1, gt=0)
+    """The learning rate, of which the schedule takes a part at each step."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
     nesterov: bool = False
     """SGD only."""
     weight_decay: Factor = Field(default=5e-4, ge=0)
+    """Weight decay: for ``adamw`` decoupled from the gradients."""
     fused: OnGpus = "auto"
     """Whether a step is one operation over all parameters.  ``auto``: on GPUs."""
 
@@ -91,11 +120,16 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
+    """The learning rate's schedule."""
+
     name: Literal["constant", "cosine", "step"] = "cosine"
+    """``cosine`` falls to zero at the end of the run."""
     warmup_epochs: Count = Field(default=0, ge=0)
+    """Epochs at the start in which the learning rate rises linearly."""
     milestones: list[Annotated[Count, Field(ge=1)]] = Field(default=[])
     """``step`` only: epochs at which the learning rate is multiplied by ``gamma``."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
+    """``step`` only."""
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:
@@ -107,6 +141,8 @@ class ScheduleConfig(Settings):
 
 
 class DistributedConfig(Settings):
+    """How the ranks work together."""
+
     backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
     """``auto``: DistributedDataParallel over nccl if every rank has a GPU, otherwise over gloo.
     ``deepspeed``: DeepSpeed's engine over the same transport."""
@@ -141,6 +177,7 @@ class CheckpointConfig(Settings):
     """Checkpoints to resume from."""
 
     every: IntervalField = Interval(1, "ep")
+    """Interval between them; the end of the run is always saved."""
     keep_last: Count = Field(default=3, ge=2)
     """Number of newest checkpoints that are kept: at least two, as the newest may be damaged.  The
     checkpoint with the best accuracy is kept in addition."""
@@ -158,8 +195,13 @@ class RunConfig(WormParts):
     name: str = Field(default="run", pattern=r"^[\w-][\w.-]*$", max_length=200)
     """Name of the run's folder in ``runs``; restricted to valid folder names."""
     preset: Literal["worm", "worm-paper", "early-bird", "dense"] = "worm"
+    """The method: its settings are the defaults of the others.  ``worm``: dropped channels leave
+    the all-reduce, then the network, one after another.  ``worm-paper``: the published rule.
+    ``early-bird``: search only.  ``dense``: no search."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initial weights, shuffling and augmentation."""
     epochs: Count = Field(default=20, ge=1)
+    """Length of the training."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     """``tf32``: float32; GPUs that can round the inputs of convolutions and matrix products to ten
     mantissa bits, CPUs do not.  ``fp32``: no rounding.  ``bf16``: autocast to bfloat16."""

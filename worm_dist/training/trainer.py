@@ -174,7 +174,7 @@ class Trainer:
         position.epoch, position.batch = position.epoch + 1, 0
         self._state.losses.zero_()
         self._report.trained(self.engine.step, loss_sum / count, speed)
-        self._report.epoch(position.epoch, self.engine, evaluation)
+        self._report.epoch(position.epoch, self.engine, evaluation, self._flops)
         if self.engine.step % self._save_every == 0 or position.epoch == self._config.epochs:
             self._save(evaluation.accuracy)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ...training.reporting.result import versions
+from ...training.reporting.run_description import machine
 from .plot import course, trade_off
 from .row import Row
 from .table import markdown
@@ -50,7 +49,7 @@ def record(folder: Path, command: str, num_missing: int) -> None:
         "command": command,
         "rows": num_missing,
         "versions": versions(),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "machine": machine(),
     }
     with (folder / _JOURNAL).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -38,7 +38,8 @@ class Row:
         losses: mean training loss of every epoch.
         sent, computed: bytes sent and FLOPs of the forward passes up to the end of every epoch, in
             those of one epoch of the dense network.
-        elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
+        elbow_epoch, ticket_epoch: epochs trained at the elbow, or when truncation started without
+            one, and when the ticket was drawn.
         before_pruning: estimated validation accuracy when the first channel began to leave, by
             gradual removal or by a draw.
         before_draw, after_draw: validation accuracies right before and after the last stage of the

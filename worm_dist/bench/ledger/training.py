@@ -137,7 +137,8 @@ class _Run:
         row = self._row
         row.paused_steps += verdict.paused
         row.removed_fraction = max(row.removed_fraction, verdict.removed_fraction)
-        if verdict.phase is Phase.TRUNCATE and row.elbow_epoch is None:
+        is_elbow = verdict.elbow or verdict.phase is Phase.TRUNCATE
+        if is_elbow and row.elbow_epoch is None:
             row.elbow_epoch = self._epochs
             if self._engine.config.truncation.removes:
                 row.before_pruning = self._estimated_accuracy()
@@ -152,7 +153,6 @@ class _Run:
             row.before_pruning = self._estimated_accuracy()
         before = self._logits(self._samples.validation_images)
         engine.draw(mask)
-        self._network.to(memory_format=torch.channels_last)
         after = self._logits(self._samples.validation_images)
         row.change_at_draw = max(row.change_at_draw, float((before - after).abs().max()))
         self._network_flops = count_flops(self._network, self._samples.images[:1])

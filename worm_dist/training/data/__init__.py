@@ -1,6 +1,7 @@
 """Data sets, and the data loaders of each rank.
 
 Each family of data sets has its own module.  All of them read local files; nothing is downloaded.
+A function of the user's takes their place where the settings name one.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from ...errors import ConfigError
+from ...user_function import is_user_function
 from ..run_config import DataConfig
 from .dataset import Data
 from .loaders import test_loader, train_loader
 from .placement import Placement
+from .user_data import load_user_data
 
 __all__ = ["Data", "Placement", "load_data", "test_loader", "train_loader"]
 
@@ -30,8 +33,11 @@ def load_data(config: DataConfig) -> Data:
     """Load both splits of the data set ``config.name``.
 
     Raises:
-        ConfigError: files are missing or damaged; names their expected paths.
+        ConfigError: files are missing or damaged; names their expected paths.  Or the user's
+            function raises an exception, or returns something else than data.
     """
+    if is_user_function(config.name):
+        return load_user_data(config)
     try:
         module, function = LOADERS[config.name]
         data = getattr(import_module(module, __name__), function)(config)

@@ -48,7 +48,7 @@ def folder(config: DataConfig) -> Path:
     Raises:
         ConfigError: the path begins with the home directory of an unknown user.
     """
-    assert config.root is not None  # DataConfig allows None for digits only
+    assert config.root is not None  # DataConfig requires it of the data sets that call this
     try:
         return Path(config.root).expanduser().absolute()
     except RuntimeError as error:

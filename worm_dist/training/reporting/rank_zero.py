@@ -22,6 +22,7 @@ from .failed_writes import FailedWrites
 from .journal import Journal
 from .reporter import Report
 from .result import Result
+from .run_description import DESCRIPTION, write_description
 from .tensorboard import TensorBoardLog
 
 __all__ = ["RankZeroReport"]
@@ -62,12 +63,17 @@ class RankZeroReport(Report):
         self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
         self._loss = float("nan")
         self._images_per_second = 0.0
+        self._dense_flops: int | None = None
 
     def _print(self, write: Callable[..., None], *args: Any) -> None:
         """Write to the console; a job's log on a full disk must not stop the run."""
         self._failed_writes.best_effort(_CONSOLE, write, *args)
 
     def start(self, result: Result, epochs: int, steps_per_epoch: int, engine: Engine) -> None:
+        device = next(engine.model.parameters()).device
+        described = (self._folder, self._config, device)
+        self._failed_writes.best_effort(DESCRIPTION, write_description, *described)
+        self._dense_flops = result.flops.dense
         self._print(
             self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
@@ -93,17 +99,17 @@ class RankZeroReport(Report):
         self._loss, self._images_per_second = loss, images_per_second
         self._tensorboard.scalars(step, {"train/images_per_second": images_per_second})
 
-    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult) -> None:
+    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult, flops: int) -> None:
         traffic = engine.traffic
-        self._tensorboard.scalars(
-            engine.step,
-            {
-                "test/accuracy": evaluation.accuracy,
-                "test/loss": evaluation.loss,
-                "traffic/sent_bytes_per_step": traffic.sent_bytes,
-                "traffic/dense_bytes_per_step": traffic.dense_bytes,
-            },
-        )
+        values = {
+            "test/accuracy": evaluation.accuracy,
+            "test/loss": evaluation.loss,
+            "traffic/sent_bytes_per_step": traffic.sent_bytes,
+            "traffic/dense_bytes_per_step": traffic.dense_bytes,
+            "compute/flops_per_sample": flops,
+            "compute/dense_flops_per_sample": self._dense_flops,
+        }
+        self._tensorboard.scalars(engine.step, _present(values))
         self._print(
             self._console.epoch,
             epoch,
@@ -127,9 +133,7 @@ class RankZeroReport(Report):
             "search/live_fraction": verdict.live_fraction,
             "search/budget_reached": reached,
         }
-        self._tensorboard.scalars(
-            engine.step, {key: value for key, value in values.items() if value is not None}
-        )
+        self._tensorboard.scalars(engine.step, _present(values))
         num_checks = len(engine.history)
         if num_checks >= 8 and num_checks.bit_count() == 1:
             # In a long search plots are drawn at checks 8, 16, 32, ..., which bounds their cost.
@@ -225,3 +229,7 @@ class RankZeroReport(Report):
 
     def _plot(self, engine: Engine) -> None:
         self._tensorboard.figures(engine.step, engine.history, self._config.search.settled)
+
+
+def _present(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -32,8 +32,9 @@ class Report:
     def trained(self, step: int, loss: float, images_per_second: float) -> None:
         """The last step of an epoch is done; ``loss`` is the mean over all ranks."""
 
-    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult) -> None:
-        """An epoch is done, including its test."""
+    def epoch(self, epoch: int, engine: Engine, evaluation: EvalResult, flops: int) -> None:
+        """An epoch is done, including its test; ``flops`` are those that a sample now takes, in a
+        forward pass."""
 
     def check(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         """A check is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,10 +19,40 @@ _GREY = "#666666"
 _MOST_CHECKS = 100
 _MOST_LABELS = 10
 
-__all__ = ["checks", "label_steps", "new_figure", "newest", "stacked", "thinned", "title"]
+_Check = TypeVar("_Check")
+
+__all__ = [
+    "CheckDistances",
+    "checks",
+    "label_steps",
+    "new_figure",
+    "newest",
+    "stacked",
+    "thinned",
+    "title",
+]
 
 
-def newest(records: Sequence[CheckRecord]) -> Sequence[CheckRecord]:
+class CheckDistances(Protocol):
+    """What a check has, with its mask or without: a record, or a line of a journal."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def distances(self) -> tuple[float, ...]: ...
+    @property
+    def distance_mean(self) -> float | None: ...
+    @property
+    def distance_max(self) -> float | None: ...
+    @property
+    def threshold(self) -> float | None: ...
+    @property
+    def elbow(self) -> bool: ...
+    @property
+    def settled(self) -> bool: ...
+
+
+def newest(records: Sequence[_Check]) -> Sequence[_Check]:
     """The newest records, at most 100."""
     if not records:
         raise ValueError("there is nothing to draw before the first check")

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ....search.convergence import CheckRecord
-from .common import new_figure, newest, thinned, title
+from .common import CheckDistances, new_figure, newest, thinned, title
 
 # From the colour-blind safe palette of Okabe and Ito.
 _MEAN, _MAX, _SETTLED, _ELBOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
@@ -25,12 +24,12 @@ _Lines = dict[str, tuple[str, list[float | None]]]
 __all__ = ["distance_curve"]
 
 
-def distance_curve(records: Sequence[CheckRecord], settled: float) -> Figure:
+def distance_curve(records: Sequence[CheckDistances], settled: float | None) -> Figure:
     """Plot the mean and largest distance of each mask to the older ones in its window.
 
     Args:
         records: the records of all checks, oldest first.
-        settled: the distance, 0 to 1, below which masks count as settled.
+        settled: the distance, 0 to 1, below which masks count as settled; None if it is not known.
 
     Raises:
         ValueError: there are no records.
@@ -108,7 +107,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> Non
         )
 
 
-def _mark_verdicts(axes: Axes, records: Sequence[CheckRecord]) -> None:
+def _mark_verdicts(axes: Axes, records: Sequence[CheckDistances]) -> None:
     """Mark the checks of the elbow and of the first settled masks, annotated above the curve."""
     elbow = next((i for i, record in enumerate(records, 1) if record.elbow), None)
     settled = next((i for i, record in enumerate(records, 1) if record.settled), None)
@@ -121,7 +120,12 @@ def _mark_verdicts(axes: Axes, records: Sequence[CheckRecord]) -> None:
 
 
 def _mark(
-    axes: Axes, label: str, check: int, records: Sequence[CheckRecord], colour: str, height: float
+    axes: Axes,
+    label: str,
+    check: int,
+    records: Sequence[CheckDistances],
+    colour: str,
+    height: float,
 ) -> None:
     record = records[check - 1]
     late = check > len(records) / 2

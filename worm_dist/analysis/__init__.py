@@ -1,0 +1,1 @@
+"""Analysis of runs from their files, without training."""

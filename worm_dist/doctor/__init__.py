@@ -1,0 +1,1 @@
+"""Doctor: is this environment fit for a run, before a long job is queued."""

@@ -1,0 +1,1 @@
+"""The ``ticket`` command: shows, verifies, compares and exports tickets."""
