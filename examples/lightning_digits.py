@@ -1,8 +1,11 @@
 """Digits with Lightning, on two processes of this machine: python examples/lightning_digits.py"""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import worm_dist as worm
@@ -11,19 +14,19 @@ from worm_dist.models import build_model
 
 
 class Digits(LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.network = build_model("vgg_small", num_classes=10, in_channels=1)
         self.example_input_array = torch.zeros(1, 1, 8, 8)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.network(x)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return torch.nn.functional.cross_entropy(self(x), y)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
