@@ -8,7 +8,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-import worm_dist as worm
 from worm_dist.integrations.lightning import WormCallback
 from worm_dist.models import build_model
 
@@ -33,7 +32,7 @@ class Digits(LightningModule):
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
 loader = DataLoader(TensorDataset(images, torch.tensor(digits.target)), 32, shuffle=True)
-callback = WormCallback(worm.WormConfig(search={"prune_ratio": 0.5}))
+callback = WormCallback()
 trainer = Trainer(max_epochs=8, accelerator="cpu", devices=2, strategy="ddp", callbacks=[callback])
 trainer.fit(Digits(), loader)
 if trainer.is_global_zero:
