@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -115,17 +115,31 @@ class OptimizerView:
         """Register hooks around every optimizer step.
 
         Args:
-            before: called before the step.
+            before: called before the step; if a closure computes its gradients, after the closure.
             hold: called with the stepped tensors right after they have changed and before they
                 are used or copied; possibly several times per step.
             after: called after the step.
         """
+
+        def stepping(_: object, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            # The arguments begin with the optimizer.
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                before()
+                return None
+
+            def closure_and_before() -> Any:
+                loss = closure()
+                before()
+                return loss
+
+            return args[:1], {**kwargs, "closure": closure_and_before}
 
         def stepped(*_: object) -> None:
             hold(None)
             after()
 
         return [
-            self.optimizer.register_step_pre_hook(lambda *_: before()),
+            self.optimizer.register_step_pre_hook(stepping),
             self.optimizer.register_step_post_hook(stepped),
         ]

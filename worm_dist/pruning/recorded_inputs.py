@@ -133,7 +133,7 @@ class RecordedInputs:
         return [call for call in self._calls if call.is_intact]
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not network.training or not self.is_on:
+        if not network.training or not self.is_on or _is_redirected(network):
             return
         new_tensors = list(tensors_in((args, kwargs)))
         unaffected = self._not_overlapping(new_tensors)
@@ -188,6 +188,12 @@ class RecordedInputs:
 
     def __reduce__(self) -> tuple[type[RecordedInputs], tuple[int, int, bool]]:
         return RecordedInputs, (0, 0, False)
+
+
+def _is_redirected(network: nn.Module) -> bool:
+    """Whether the call runs another method than ``forward``: Lightning calls ``training_step``
+    through the wrapper, whose arguments are a batch and its number."""
+    return "_ForwardRedirection" in getattr(vars(network).get("forward"), "__qualname__", "")
 
 
 def most_recorded_bytes(num_calls: int, most_bytes: int, bytes_of_a_call: int) -> int:

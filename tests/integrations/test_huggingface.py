@@ -1,0 +1,172 @@
+"""The engine in Hugging Face's Trainer, on one process and on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.training import (
+    BATCH,
+    CONFIG,
+    EPOCHS,
+    FIGURES,
+    NUM_STEPS,
+    STATISTICS,
+    begin,
+    data,
+    digest,
+    on_ranks,
+    progress,
+    require_all_phases,
+)
+from tests.ranks import NO_GROUP, Ranks
+
+for _package in ("transformers", "accelerate"):
+    pytest.importorskip(_package, reason="the extra worm_dist[hf] is not installed")
+pytestmark = pytest.mark.slow("imports transformers in every rank")
+
+
+def _train(
+    folder: str,
+    name: str,
+    world_size: int,
+    passes: int = 1,
+    resumed_from: str | None = None,
+    **arguments: Any,
+) -> tuple[Any, Any, list[Any]]:
+    from transformers import (
+        ResNetConfig,
+        ResNetForImageClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from worm_dist.integrations.huggingface import WormTrainerCallback
+
+    class Ends(TrainerCallback):
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(progress(callback.engine))
+
+    ends: list[Any] = []
+    images, classes = data(max(1, world_size), passes)
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=[8, 12],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=4,
+        )
+    )
+    rows = [
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(images, classes.tolist(), strict=True)
+    ]
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            f"{folder}/{name}",
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=passes,
+            num_train_epochs=EPOCHS,
+            learning_rate=0.01,
+            save_strategy="epoch",
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[Ends()],
+    )
+    callback = WormTrainerCallback(trainer, CONFIG, example_inputs={"pixel_values": images[:1]})
+    trainer.train(resume_from_checkpoint=resumed_from)
+    return trainer, callback, ends
+
+
+def _state(trainer: Any, callback: Any, ends: list[Any]) -> dict[str, Any]:
+    return {
+        "weights": digest(dict(trainer.model.named_parameters())),
+        STATISTICS: digest(dict(trainer.model.named_buffers())),
+        "optimizer": digest(trainer.optimizer.state_dict()),
+        "steps": callback.engine.step,
+        "rate": trainer.lr_scheduler.get_last_lr(),
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        FIGURES: [
+            line["worm/live_fraction"]
+            for line in trainer.state.log_history
+            if "worm/live_fraction" in line
+        ],
+        "end": ends[-1],
+    }
+
+
+def _course(folder: str, world_size: int) -> dict[str, Any]:
+    begin(world_size)
+    trained = _train(folder, "unbroken", world_size)
+    found = {"unbroken": _state(*trained), "ends": trained[2]}
+    trained[0].save_model(f"{folder}/small")
+    for epoch in (2, 3):
+        path = f"{folder}/unbroken/checkpoint-{epoch * NUM_STEPS}"
+        found[f"from {epoch}"] = _state(*_train(folder, f"from-{epoch}", world_size, 1, path))
+    found["accumulated"] = _state(*_train(folder, "accumulated", world_size, 2))
+    found["read"] = _read(f"{folder}/small")
+    return found
+
+
+def _read(folder: str) -> dict[str, Any]:
+    from transformers import AutoModelForImageClassification
+
+    from worm_dist.integrations.huggingface import restore_ticket
+
+    model = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True)
+    model = restore_ticket(model, folder)
+    return {
+        "weights": digest(dict(model.named_parameters())),
+        STATISTICS: digest(dict(model.named_buffers())),
+    }
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+def test_it_draws_resumes_and_is_read_to_the_same_bits(
+    ranks: Ranks, tmp_path: Path, world_size: int
+) -> None:
+    found = on_ranks(ranks, world_size, _course, tmp_path)
+    unbroken = found["unbroken"]
+    require_all_phases(found["ends"])
+    assert unbroken["steps"] == EPOCHS * NUM_STEPS == len(unbroken["losses"])
+    assert unbroken[FIGURES][0] == 1.0 > unbroken[FIGURES][-1]
+    assert found["from 2"] == unbroken
+    assert found["from 3"] == unbroken
+    assert found["accumulated"]["end"][0] == "ticket"
+    assert found["accumulated"]["steps"] == EPOCHS * NUM_STEPS
+    assert found["read"] == {key: unbroken[key] for key in found["read"]}
+
+
+def _refused(folder: str, world_size: int) -> str:
+    from worm_dist import ConfigError
+
+    begin(world_size)
+    with pytest.raises(ConfigError) as refused:
+        _train(
+            folder,
+            "refused",
+            world_size,
+            eval_strategy="epoch",
+            load_best_model_at_end=True,
+        )
+    return str(refused.value)
+
+
+@pytest.mark.timeout(300)
+def test_the_best_model_cannot_be_loaded_at_the_end(ranks: Ranks, tmp_path: Path) -> None:
+    assert "load_best_model_at_end" in on_ranks(ranks, NO_GROUP, _refused, tmp_path)

@@ -1,0 +1,20 @@
+"""Other trainers are imported by those alone who use them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys, worm_dist
+worm_dist.attach, worm_dist.load_ticket
+sys.exit(bool({"accelerate", "lightning", "transformers"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.slow("imports torch anew")
+@pytest.mark.timeout(120)
+def test_worm_dist_imports_no_trainer() -> None:
+    assert subprocess.run([sys.executable, "-c", PROGRAM], timeout=110).returncode == 0

@@ -1,0 +1,1 @@
+"""Integrations: the engine in Lightning, in Hugging Face's Trainer and in Accelerate."""

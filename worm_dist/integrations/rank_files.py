@@ -1,0 +1,59 @@
+"""Rank files: the engine's state beside a trainer's own files, one file for each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..distributed.collectives import refused_on_all_ranks
+from ..engine.engine import Engine
+from ..errors import CheckpointError
+
+__all__ = ["has_engine_state", "load_engine_state", "save_engine_state"]
+
+
+def save_engine_state(engine: Engine, folder: str | Path) -> None:
+    """Write this rank's state of the engine.  Collective.
+
+    Args:
+        engine: the engine.
+        folder: the trainer's checkpoint; created if missing, as on hosts that do not share a disk.
+    """
+    state = engine.state_dict()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(state, _path(folder, state["rank"]["number"]))
+
+
+def has_engine_state(folder: str | Path) -> bool:
+    """Whether a trainer's checkpoint holds a state that this rank can load."""
+    return _own_or_first(folder).exists()
+
+
+def load_engine_state(engine: Engine, folder: str | Path) -> None:
+    """Restore the engine from this rank's file, or from rank zero's.  Collective.
+
+    Raises:
+        CheckpointError: on every rank, if a file is missing or damaged, or does not fit the engine.
+        See also ``Engine.load_state_dict``.
+    """
+    path = _own_or_first(folder)
+    with refused_on_all_ranks(engine._comm, "load_state_dict"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises errors of many types for damaged files
+            raise CheckpointError(
+                f"{path}: the engine's state cannot be read ({type(error).__name__}); resume from "
+                "another checkpoint"
+            ) from error
+    engine.load_state_dict(state)
+
+
+def _own_or_first(folder: str | Path) -> Path:
+    own = _path(folder, dist.get_rank() if dist.is_initialized() else 0)
+    return own if own.exists() else _path(folder, 0)
+
+
+def _path(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"worm_engine_{rank}.pt"
