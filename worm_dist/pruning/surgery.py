@@ -114,13 +114,21 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
 
 
 def match_memory_format(tensor: Tensor, full: Tensor) -> Tensor:
-    """Return ``tensor`` in the memory format of ``full``, such as channels_last."""
-    if full.is_contiguous():
-        return tensor
+    """Return ``tensor`` in the memory format of ``full``, such as channels_last.
+
+    Formats are told apart by the strides: sizes of one, as in 1x1 convolutions, fit every format,
+    but DistributedDataParallel compares the strides of gradients with those of its buckets.
+    """
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if full.dim() == dims and full.is_contiguous(memory_format=memory_format):
-            return tensor.contiguous(memory_format=memory_format)
+        if full.dim() == dims and full.stride() == _strides(full, memory_format):
+            if tensor.stride() == _strides(tensor, memory_format):
+                return tensor
+            return torch.empty_like(tensor, memory_format=memory_format).copy_(tensor)
     return tensor
+
+
+def _strides(tensor: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, memory_format=memory_format, device="meta").stride()
 
 
 def _update_sizes(module: nn.Module) -> None:

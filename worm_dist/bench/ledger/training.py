@@ -131,6 +131,7 @@ class _Run:
         if removal.gradual:
             self._engine.truncate(mask)
         else:
+            self._row.elbow_epoch = self._epochs
             self._draw(last=True, mask=mask)
 
     def _record(self, verdict: Verdict) -> None:
