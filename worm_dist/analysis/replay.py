@@ -89,7 +89,7 @@ def replay(
     checks: Sequence[CheckLine],
     read_records: Callable[[], Sequence[CheckRecord]],
 ) -> Replay:
-    """Decide anew at every check of a run.
+    """Evaluate the elbow and settled rules at every check of a run.
 
     Args:
         config: the settings to decide by.

@@ -29,8 +29,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "replay",
         help="what another elbow rule or window would have decided in a run, from its journal",
-        description="Decides anew at every check of a finished or running run, without training. "
-        "What is not given is as in the run.",
+        description="Evaluates the rules of the search at every check of a finished or running "
+        "run, without training. What is not given is as in the run.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="the run's folder, or its journal.jsonl")

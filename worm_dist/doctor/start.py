@@ -128,7 +128,7 @@ def start(
 ) -> tuple[Start | None, list[Finding]]:
     """Compare the ranks, wrap the network and attach the engine, as a run does.  Collective.
 
-    So what fits together is decided by the code that a run meets, not by a list of its own.
+    The run's own code checks which settings are compatible; there is no second list of them.
 
     Args:
         config: the run's settings.

@@ -116,8 +116,8 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
 def match_memory_format(tensor: Tensor, full: Tensor) -> Tensor:
     """Return ``tensor`` in the memory format of ``full``, such as channels_last.
 
-    Formats are told apart by the strides: sizes of one, as in 1x1 convolutions, fit every format,
-    but DistributedDataParallel compares the strides of gradients with those of its buckets.
+    The strides tell the format.  ``is_contiguous`` does not: a 1x1 convolution is contiguous in
+    every format, but DistributedDataParallel compares the strides of gradients and buckets.
     """
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if full.dim() == dims and full.stride() == _strides(full, memory_format):

@@ -46,7 +46,7 @@ def _head(contents: Contents) -> Iterator[str]:
     record, mask = contents.record, contents.mask
     yield str(contents.folder)
     if record.model is None:
-        yield "A network of its own, not one of worm_dist.models."
+        yield "A custom network, not one of worm_dist.models."
     else:
         parts = [record.model.name, f"{record.model.num_classes} classes"]
         if record.model.arguments:

@@ -70,7 +70,7 @@ def export_onnx(folder: Path, path: Path, input_shape: Sequence[int] | None) -> 
     with _staged(path, ".onnx") as staged:
         program = _captured(network, shape)
         with _exporting(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporter warns of its own internals
+            warnings.simplefilter("ignore")  # torch.export warns about its internals
             torch.onnx.export(
                 program,
                 f=staged,

@@ -24,8 +24,8 @@ def machine() -> dict[str, Any]:
 
 
 def write_description(folder: Path, config: RunConfig, device: torch.device) -> None:
-    """Write ``run.json``: settings by dotted key, versions and machine.  A resumed run writes it
-    anew, as some settings, and the machine, may have changed.
+    """Write ``run.json``: settings by dotted key, versions and machine.  A resumed run
+    replaces it, as some settings, and the machine, may have changed.
 
     Args:
         folder: the run's folder.
