@@ -168,6 +168,9 @@ def _run(rank: int, world_size: int, folder: str, group_timeout: float, call: by
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),
         )
+        # A rank whose function is short ended, connections and all, while another one was
+        # still connecting: "Connection closed by peer" on a busy machine.
+        dist.barrier()
     start = time.monotonic()
     fields: dict[str, Any] = {}
     try:
