@@ -89,7 +89,8 @@ class Engine:
         self.budget = None if ranking is None else ranking.budget
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
-        self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
+        is_first = self._comm.rank == 0
+        self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, warns=is_first)
         candidates = {} if ranking is None else ranking.sizes
         self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch)
@@ -186,7 +187,8 @@ class Engine:
         )
         self._checks_dropped = checks_dropped
         if self.phase is Phase.TRUNCATE:
-            self._dropped.freeze(mask, order, losses)
+            scales = self._ranking.dropped_scales(candidates)
+            self._dropped.freeze(mask, order, losses, scales)
         else:
             self._dropped.mask = mask
 
@@ -300,11 +302,11 @@ class Engine:
     def penalty(self) -> Tensor:
         """``search.l1`` times the L1 norm of the scales, a scalar to add to the loss.
 
-        Zero without a search and after the draw.  Call it after the forward pass: with
-        ``find_unused_parameters`` it leaves out norms that the pass has not used, because their
-        gradients are not averaged.
+        Zero without a search, and after the draw unless ``search.l1_until`` is ``end``.  Call it
+        after the forward pass: with ``find_unused_parameters`` it leaves out norms that the pass
+        has not used, because their gradients are not averaged.
         """
-        if not self._searching:
+        if not (self.config.search.enabled and self._penalty.is_on and self._attached):
             return torch.zeros((), device=next(self.model.parameters()).device)
         return self._penalty.term()
 
@@ -356,9 +358,12 @@ class Engine:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``check`` would compute a mask or find that ``draw`` may be called."""
+        """Whether ``check`` would compute a mask or find that ``draw`` may be called; before the
+        first step only if ``search.first`` says so."""
         if not self._searching:
             return False
+        if not self.step:
+            return self.config.search.first == "before_training" and self.mask is None
         verdict = self._dropped.described(self._verdict)
         return self._schedule.is_due(self.step) or verdict.stage or verdict.ticket
 
@@ -532,7 +537,7 @@ class Engine:
         dropped, network = self._dropped, self._training.network
         self._usage_errors.follow()
         if self.phase is Phase.TICKET:
-            self._penalty.remove()
+            self._penalty.follow_ticket(network, self.groups.norm_scales)
         elif self.groups:
             self._ranking.follow(network, dropped.channels.groups, dropped.channels.removed)
             self._penalty.follow(network)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from ..config import SearchConfig
+from ..ratio import exact
 
 __all__ = ["elbow_reached", "elbow_threshold"]
 
@@ -20,14 +21,14 @@ def elbow_reached(config: SearchConfig, means: Sequence[float]) -> bool:
         means: the mean distance of the newest mask to the older ones in the window, for every check
             from the second on.
     """
-    num_masks = len(means) + 1
-    return num_masks >= config.elbow.min_masks and _RULES[config.elbow.rule](config, means)
+    return len(means) + 1 >= config.masks_before_elbow and _RULES[config.elbow.rule](config, means)
 
 
 def elbow_threshold(config: SearchConfig, means: Sequence[float]) -> float | None:
     """Return the mean distance below which the rule fires; None for a rule without a threshold."""
     if config.elbow.rule == "margin":
-        return config.settled + config.elbow.margin
+        # In floats 0.1 + 0.05 is 0.15000000000000002, and a mean of 0.15 would be below it.
+        return float(exact(config.settled) + exact(config.elbow.margin))
     if config.elbow.rule == "relative" and means:
         return config.elbow.fraction * max(means)
     return None

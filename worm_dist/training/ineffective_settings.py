@@ -131,6 +131,7 @@ def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
     num_checks = run.number_of(search.every)
     if num_checks is None:
         return
+    num_checks += search.first == "before_training"
     if num_checks == 0:
         yield (
             f"search.every: {search.every} is longer than the run of {run}; there is no check, and "
@@ -139,9 +140,9 @@ def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
         return
     checks = f"the run of {run} has {num_checks} check{'' if num_checks == 1 else 's'}"
     finds_elbow = truncation.mode != "off"
-    if finds_elbow and num_checks < search.elbow.min_masks:
+    if finds_elbow and num_checks < search.masks_before_elbow:
         yield (
-            f"search.elbow.min_masks: {search.elbow.min_masks} masks are never reached, as "
+            f"search.elbow.min_masks: {search.masks_before_elbow} masks are never reached, as "
             f"{checks}; there is no elbow, and no ticket"
         )
     elif truncation.removes and truncation.removal.schedule == "gradual":
@@ -160,7 +161,8 @@ def _of_the_removal(config: RunConfig, run: _Length) -> Iterator[str]:
         if isinstance(duration, Interval)
         else run.shortest_automatic_removal
     )
-    first = search.elbow.min_masks * every
+    num_before = search.masks_before_elbow - (search.first == "before_training")
+    first = num_before * every
     if lasts is not None and first + lasts > config.epochs:
         yield (
             f"truncation.removal.duration: {duration} after the earliest elbow, at epoch "

@@ -137,6 +137,8 @@ class Trainer:
         self._parts.network.train()
         if position.draws:
             self._draw()
+        if self.engine.is_due and not self.engine.step:
+            self._check()
         self._speed = Speed()
         self._reach("the next batch")
         for inputs, targets in self._parts.placement.batches(loader):

@@ -1,0 +1,145 @@
+"""Whole searches under ``early-bird`` and ``worm-paper``, on one rank and on two: the weights are
+bit for bit those of a plain loop that is written from the papers' equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.papers.nets import NETS, build
+from tests.papers.published import Queue, batch_norms, early_bird_mask
+from tests.ranks import Ranks
+from worm_dist import Phase, WormConfig, attach
+
+EPOCHS, STEPS, BATCH = 9, 3, 8
+RATIO, WINDOW, MARGIN = 0.003, 3, 0.4
+L1 = 1e-3
+
+
+def _batch(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's batch."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    images = torch.randn(BATCH, 1, 8, 8, generator=generator)
+    return images, torch.randint(10, (BATCH,), generator=generator)
+
+
+@dataclass
+class _Published:
+    """The published loop.
+
+    Attributes:
+        network: the network, trained.
+        truncated_epochs: number of epochs whose gradients were truncated.
+        differs: whether, in one of them, norms that a sum ties had different masks.
+    """
+
+    network: nn.Module
+    truncated_epochs: int = 0
+    differs: bool = False
+
+    def train(self, l1: float, truncates: bool) -> None:
+        network, queue, factor = self.network, Queue(WINDOW), 1.0
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        network.train()
+        for epoch in range(EPOCHS):
+            mask = early_bird_mask(network, 0.5)
+            queue.put(mask)
+            if truncates and queue.is_elbow(1e-9 + MARGIN):
+                factor = RATIO
+            self.truncated_epochs += factor != 1
+            self.differs |= factor != 1 and _ties_differ(mask)
+            for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+                images, classes = _batch(step)
+                nn.functional.cross_entropy(network(images), classes).backward()
+                for name, norm in batch_norms(network).items():
+                    assert norm.weight.grad is not None and norm.bias.grad is not None
+                    norm.weight.grad += l1 * norm.weight.detach().sign()
+                    if factor != 1:
+                        for gradient in (norm.weight.grad, norm.bias.grad):
+                            gradient[~mask[name]] *= factor
+                _average(network)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def _ties_differ(mask: dict[str, Tensor]) -> bool:
+    tied = [mask[name] for name in ("bn1", "stages.0.0.bn2") if name in mask]
+    return len(tied) == 2 and not torch.equal(*tied)
+
+
+def _average(network: nn.Module) -> None:
+    if not dist.is_initialized():
+        return
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= dist.get_world_size()
+        dist.all_reduce(parameter.grad)
+
+
+def _train(kind: str, preset: str) -> dict[str, Any]:
+    network = build(kind, 1)
+    config = WormConfig.preset(
+        preset,
+        search={
+            "window": WINDOW,
+            "settled": 1e-9,
+            "elbow": {"margin": MARGIN},
+            **({"l1": L1} if preset == "early-bird" else {}),
+        },
+    )
+    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    engine = attach(
+        model, optimizer, config, example_inputs=torch.zeros(1, 1, 8, 8), steps_per_epoch=STEPS
+    )
+    assert engine.is_due
+    elbows = [engine.check().elbow]
+    for step in range(EPOCHS * STEPS):
+        images, classes = _batch(step)
+        loss = nn.functional.cross_entropy(engine.model(images), classes)
+        (loss + engine.penalty()).backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        if step + 1 < EPOCHS * STEPS:
+            elbows.append(engine.check().elbow)
+    published = _Published(build(kind, 1))
+    published.train(L1 if preset == "early-bird" else 0.0, preset == "worm-paper")
+    wrong = [
+        name
+        for (name, ours), theirs in zip(
+            network.named_parameters(), published.network.parameters(), strict=True
+        )
+        if not torch.equal(ours, theirs)
+    ]
+    return {
+        "wrong": wrong,
+        "phase": engine.phase,
+        "elbows": sum(elbows),
+        "truncated": published.truncated_epochs,
+        "differs": published.differs,
+    }
+
+
+@pytest.mark.parametrize("world_size", [0, 1, 2])
+@pytest.mark.parametrize("kind", NETS)
+def test_worm_paper_is_the_published_loop(ranks: Ranks, kind: str, world_size: int) -> None:
+    for result in ranks(world_size, _train, kind, "worm-paper"):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
+        assert result["truncated"] >= 3
+        assert result["differs"] == (kind == "resnet")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", NETS)
+def test_early_bird_is_the_published_loop(ranks: Ranks, kind: str, world_size: int) -> None:
+    for result in ranks(world_size, _train, kind, "early-bird"):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.SEARCH and result["elbows"] == 0
