@@ -9,7 +9,7 @@ from ..interval import Interval
 from ..user_function import is_user_function
 from .run_config import RunConfig
 
-__all__ = ["ineffective_settings"]
+__all__ = ["ineffective_settings", "reasons_against"]
 
 _LEAST_STEPS_OF_REMOVAL = 100
 """``truncation.removal.duration: auto`` is an epoch, but at least so many steps."""
@@ -80,6 +80,15 @@ class _Length:
 
 def _without_their_choice(config: RunConfig) -> Iterator[str]:
     """Settings that belong to a choice which the run has not made."""
+    preset, values = RunConfig(preset=config.preset).flat(), config.flat()
+    for key, reason in reasons_against(config).items():
+        if values[key] != preset[key]:
+            yield f"{key}: has no effect: {reason}"
+
+
+def reasons_against(config: RunConfig) -> dict[str, str]:
+    """By dotted key, each setting that belongs to a choice which the run has not made, and that
+    choice."""
     search, truncation, ticket = config.search, config.truncation, config.ticket
     removal = "truncation.removal."
     choices: tuple[tuple[str | tuple[str, ...], bool, str], ...] = (
@@ -94,6 +103,8 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
         ("search.elbow.margin", search.elbow.rule == "margin", "for rule margin only"),
         ("search.elbow.fraction", search.elbow.rule == "relative", "for rule relative only"),
         ("truncation.ratio", truncation.mode == "soft", "for truncation.mode soft only"),
+        ("search.coupling", search.grouping == "group", "for search.grouping group only"),
+        ("search.l1_until", search.l1 > 0, "search.l1 is 0"),
         (removal, truncation.removes, "for mode hard with frozen_weights remove only"),
         (
             tuple(f"{removal}{name}" for name in RemovalConfig.model_fields if name != "schedule"),
@@ -119,11 +130,12 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
             "not for backend deepspeed",
         ),
     )
-    preset = RunConfig(preset=config.preset).flat()
-    for key, value in config.flat().items():
-        reasons = [why for keys, acts, why in choices if not acts and key.startswith(keys)]
-        if reasons and value != preset[key] and key != "search.enabled":
-            yield f"{key}: has no effect: {reasons[0]}"
+    found = {
+        key: next((why for keys, acts, why in choices if not acts and key.startswith(keys)), None)
+        for key in config.flat()
+        if key != "search.enabled"
+    }
+    return {key: reason for key, reason in found.items() if reason is not None}
 
 
 def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
