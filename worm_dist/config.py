@@ -234,8 +234,9 @@ class SearchConfig(Settings):
     first: Literal["before_training", "after_first_interval"] = "after_first_interval"
     """When the trainer takes the first mask.  ``before_training``, as the papers' authors: in a
     custom loop, call ``check`` once before the first step too."""
-    window: Count = Field(default=5, ge=2)
-    """Number of newest masks that are compared."""
+    window: Count = Field(default=5, ge=1)
+    """Number of newest masks that are compared.  With 1 the first mask is the ticket, whatever it
+    is: with ``every`` 0.2ep EarlyBERT's, after a fifth of an epoch."""
     settled: float = Field(default=0.1, gt=0, le=1)
     """The ticket is found when no distance in a full window is above this."""
     elbow: ElbowConfig = ElbowConfig()

@@ -45,8 +45,8 @@ def _described(config: SearchConfig) -> str:
     elbow = config.elbow
     of_rule = {"margin": f" {elbow.margin:g}", "relative": f" {elbow.fraction:g}"}
     return (
-        f"rule {elbow.rule}{of_rule.get(elbow.rule, '')} from {elbow.min_masks} masks on, settled "
-        f"below {config.settled:g} in a window of {config.window}"
+        f"rule {elbow.rule}{of_rule.get(elbow.rule, '')} from {config.masks_before_elbow} masks on, "
+        f"settled up to {config.settled:g} in a window of {config.window}"
     )
 
 

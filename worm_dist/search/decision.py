@@ -43,7 +43,7 @@ def decide(config: SearchConfig, curve: Sequence[Sequence[float]]) -> Decision:
     newest = curve[-1]
     # The whole window has this many older masks; none may be further away than this (Early-Bird,
     # arXiv 1909.11957, section 4).
-    settled = len(newest) == config.window - 1 and max(newest) <= config.settled
+    settled = len(newest) == config.window - 1 and max(newest, default=0) <= config.settled
     return Decision(
         threshold=elbow_threshold(config, means),
         elbow=settled or elbow_reached(config, means),
