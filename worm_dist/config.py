@@ -76,6 +76,17 @@ DurationField = Annotated[
     PlainSerializer(str, return_type=str),
 ]
 
+
+def _latest(text: object) -> object:
+    return text if text is None else _duration(text)
+
+
+LatestField = Annotated[
+    Interval | Literal["auto"] | None,
+    BeforeValidator(_latest),
+    PlainSerializer(lambda latest: None if latest is None else str(latest)),
+]
+
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A count that fits in 32 bits, as many of its users require."""
 Factor = Annotated[float, Field(le=1e6)]
@@ -90,7 +101,7 @@ _Ratio = Annotated[float, Field(ge=0, lt=1), BeforeValidator(parse_ratio)]
 
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "search": {
-        "elbow": {"min_masks": "window"},
+        "elbow": {"min_masks": "window", "latest": None},
         "grouping": "layer",
         "selection": "above",
         "min_keep_ratio": 0.0,
@@ -159,6 +170,10 @@ class ElbowConfig(Settings):
     min_masks: Annotated[Count, Field(ge=2)] | Literal["window"] = 3
     """No rule fires before this many masks are in the history; ``window``: before the window is
     full."""
+    latest: LatestField = "auto"
+    """Truncation starts at the first check after this length of training, whatever the rule says.
+    ``auto`` is a tenth of the training, ``0.1dur``, where ``attach`` knows its length
+    (``total_steps``), otherwise never; null is never."""
 
 
 class BudgetConfig(Settings):
@@ -230,7 +245,9 @@ class SearchConfig(Settings):
     """Minimum share of its channels that every group keeps; at least one channel, also where a
     published ``selection`` drops them all."""
     every: IntervalField = Interval(1, "ep")
-    """How often the trainer calls ``check``.  In a custom loop, call it equally often."""
+    """How often the trainer calls ``check``.  In a custom loop, call it equally often.  Like every
+    interval it is in epochs (``1ep``), optimizer steps (``200ba``) or, where ``attach`` knows
+    ``total_steps``, a share of the training (``0.01dur``)."""
     first: Literal["before_training", "after_first_interval"] = "after_first_interval"
     """When the trainer takes the first mask.  ``before_training``, as the papers' authors: in a
     custom loop, call ``check`` once before the first step too."""
@@ -311,7 +328,9 @@ class RemovalConfig(Settings):
     draw itself."""
     duration: DurationField = "auto"
     """From the start of the first fade to the end of the last one: many channels at first, fewer
-    and fewer later (a cubic schedule).  ``auto`` is an epoch, but at least 100 steps."""
+    and fewer later (a cubic schedule).  ``auto`` is a fifth of the training, ``0.2dur``, but
+    at most half of what is left of it; without ``total_steps`` it is an epoch.  In both cases at
+    least 100 steps."""
     fade_steps: Annotated[int, Field(ge=1, le=8)] = 4
     """Optimizer steps in which a channel's scale fades to exact zero.  The following norm rescales
     channels that fade together, and the network depends on them until they are zero; so long fades

@@ -49,7 +49,8 @@ class Retraining:
         self._start = start
         self._steps_per_epoch = steps_per_epoch
         weights = self._settings.weights
-        self._rewind_step = weights.steps(steps_per_epoch) if isinstance(weights, Interval) else 0
+        lengths = steps_per_epoch, config.epochs * steps_per_epoch
+        self._rewind_step = weights.steps(*lengths) if isinstance(weights, Interval) else 0
 
     @property
     def copies(self) -> Sequence[nn.Module]:
