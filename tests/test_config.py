@@ -111,8 +111,8 @@ def test_no_key_is_taken_for_an_argument() -> None:
 def test_of_very_many_mistakes_the_first_are_told() -> None:
     mistakes = _mistakes(search={"dense": list(range(3000)), "importance": "x" * 5000})
     assert mistakes[0] == (
-        "search.importance: Input should be 'auto', 'norm_scale', 'gate', 'signed_gate' or 'weight_norm', got "
-        f"'{'x' * 47}...{'x' * 48}'"
+        "search.importance: Input should be 'auto', 'norm_scale', 'gate', 'signed_gate' or "
+        f"'weight_norm', got '{'x' * 47}...{'x' * 48}'"
     )
     assert mistakes[1] == "search.dense.0: Input should be a valid string, got 0"
     assert mistakes[-1] == f"... and {3001 - len(mistakes) + 1} more"

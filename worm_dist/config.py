@@ -167,9 +167,9 @@ class ElbowConfig(Settings):
     """``margin`` only."""
     fraction: float = Field(default=0.5, gt=0, lt=1)
     """``relative`` only."""
-    min_masks: Annotated[Count, Field(ge=2)] | Literal["window"] = 3
+    min_masks: Annotated[Count, Field(ge=1)] | Literal["window"] = 3
     """No rule fires before this many masks are in the history; ``window``: before the window is
-    full."""
+    full.  With 1 truncation starts at the first mask, which has no distance yet."""
     latest: LatestField = "auto"
     """Truncation starts at the first check after this length of training, whatever the rule says.
     ``auto`` is a tenth of the training, ``0.1dur``, where ``attach`` knows its length
@@ -351,8 +351,9 @@ class TruncationConfig(Settings):
     mode: Literal["hard", "soft", "off"] = "hard"
     """``hard``: gradients of frozen slices are zero and are not sent.  ``soft``: gradients of their
     scales and shifts are multiplied by ``ratio``.  ``off``: no truncation."""
-    ratio: float = Field(default=0.003, ge=0, le=1)
-    """Soft mode: factor of the gradients of a dropped channel's scale and shift."""
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["distance"] = 0.003
+    """Soft mode: factor of the gradients of a dropped channel's scale and shift.  ``distance``: the
+    mean distance of the newest mask to those in the window, at every check anew."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
     """What is frozen.  ``norm``: the norm's scale and shift; ``producer``: also the filters that
     feed it; ``coupled``: also the consumers' input columns.  Soft mode supports only ``norm``."""

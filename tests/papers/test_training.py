@@ -16,6 +16,7 @@ from tests.papers.nets import NETS, build
 from tests.papers.published import Queue, batch_norms, early_bird_mask
 from tests.ranks import Ranks
 from worm_dist import Phase, WormConfig, attach
+from worm_dist.config import merge
 
 EPOCHS, STEPS, BATCH = 9, 3, 8
 RATIO, WINDOW, MARGIN = 0.003, 3, 0.4
@@ -28,6 +29,15 @@ def _batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * step + rank)
     images = torch.randn(BATCH, 1, 8, 8, generator=generator)
     return images, torch.randint(10, (BATCH,), generator=generator)
+
+
+_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "worm-paper": ({}, {}),
+    "constant": ({"elbow": {"min_masks": 1}}, {"ratio": 0.1}),
+    "greedy": ({"elbow": {"margin": 1.0}}, {"ratio": "distance"}),
+}
+"""The published rule, and its authors' variants: a constant factor from the first mask on, and the
+mean distance as the factor.  Each with its changes to ``search`` and ``truncation``."""
 
 
 @dataclass
@@ -44,14 +54,18 @@ class _Published:
     truncated_epochs: int = 0
     differs: bool = False
 
-    def train(self, l1: float, truncates: bool) -> None:
+    def train(self, l1: float, variant: str | None) -> None:
         network, queue, factor = self.network, Queue(WINDOW), 1.0
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         network.train()
         for epoch in range(EPOCHS):
             mask = early_bird_mask(network, 0.5)
             queue.put(mask)
-            if truncates and queue.is_elbow(1e-9 + MARGIN):
+            if variant == "constant":
+                factor = 0.1
+            elif variant == "greedy" and queue.is_full:
+                factor = sum(queue.distances) / (WINDOW - 1)
+            elif variant == "worm-paper" and queue.is_elbow(1e-9 + MARGIN):
                 factor = RATIO
             self.truncated_epochs += factor != 1
             self.differs |= factor != 1 and _ties_differ(mask)
@@ -83,17 +97,16 @@ def _average(network: nn.Module) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def _train(kind: str, preset: str) -> dict[str, Any]:
+def _train(kind: str, variant: str | None) -> dict[str, Any]:
+    """Train by the package and by the published loop; without a variant, nothing is truncated."""
     network = build(kind, 1)
-    config = WormConfig.preset(
-        preset,
-        search={
-            "window": WINDOW,
-            "settled": 1e-9,
-            "elbow": {"margin": MARGIN},
-            **({"l1": L1} if preset == "early-bird" else {}),
-        },
-    )
+    search: dict[str, Any] = {"window": WINDOW, "settled": 1e-9, "elbow": {"margin": MARGIN}}
+    if variant is None:
+        config = WormConfig.preset("early-bird", search={**search, "l1": L1})
+    else:
+        changes, truncation = _VARIANTS[variant]
+        search = merge(search, changes)
+        config = WormConfig.preset("worm-paper", search=search, truncation=truncation)
     model = DistributedDataParallel(network) if dist.is_initialized() else network
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     engine = attach(
@@ -110,7 +123,7 @@ def _train(kind: str, preset: str) -> dict[str, Any]:
         if step + 1 < EPOCHS * STEPS:
             elbows.append(engine.check().elbow)
     published = _Published(build(kind, 1))
-    published.train(L1 if preset == "early-bird" else 0.0, preset == "worm-paper")
+    published.train(L1 if variant is None else 0.0, variant)
     wrong = [
         name
         for (name, ours), theirs in zip(
@@ -137,9 +150,17 @@ def test_worm_paper_is_the_published_loop(ranks: Ranks, kind: str, world_size: i
         assert result["differs"] == (kind == "resnet")
 
 
+@pytest.mark.parametrize("variant", ["constant", "greedy"])
+def test_variants_are_the_published_loops(ranks: Ranks, variant: str) -> None:
+    for result in ranks(2, _train, "resnet", variant):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
+        assert result["truncated"] >= 3 and result["differs"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("kind", NETS)
 def test_early_bird_is_the_published_loop(ranks: Ranks, kind: str, world_size: int) -> None:
-    for result in ranks(world_size, _train, kind, "early-bird"):
+    for result in ranks(world_size, _train, kind, None):
         assert result["wrong"] == []
         assert result["phase"] is Phase.SEARCH and result["elbows"] == 0

@@ -117,6 +117,7 @@ class DroppedChannels(StepListener):
         order: Tensor,
         losses: Tensor,
         scales: Mapping[str, Tensor] | None = None,
+        distance: float | None = None,
     ) -> None:
         """Freeze what a mask drops, and begin to remove it if the settings say so.  The ranks have
         agreed on mask and order, so that packed buffers match.
@@ -127,11 +128,15 @@ class DroppedChannels(StepListener):
             losses: the guard's ``levels``, averaged over the ranks.
             scales: by name of every scale parameter, the elements that the norm's own mask drops,
                 for soft truncation; None if channels are masked, not norms.
+            distance: the mean distance of the mask to those in the window, 0 to 1; None if not
+                known.
         """
         self.mask = mask
         # What is removed leaves all norms of a channel at once; what is only damped need not.
         self._truncation.freeze(
-            self.channels.of(~mask.keep), scales if self._config.mode == "soft" else None
+            self.channels.of(~mask.keep),
+            scales if self._config.mode == "soft" else None,
+            distance,
         )
         if self._config.removes:
             self._removal.start(order, self._training.step, losses)

@@ -190,7 +190,7 @@ class Engine:
         self._checks_dropped = checks_dropped
         if self.phase is Phase.TRUNCATE:
             scales = self._ranking.dropped_scales(candidates)
-            self._dropped.freeze(mask, order, losses, scales)
+            self._dropped.freeze(mask, order, losses, scales, self._verdict.distance_mean)
         else:
             self._dropped.mask = mask
 

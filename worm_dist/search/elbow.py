@@ -19,9 +19,12 @@ def elbow_reached(config: SearchConfig, means: Sequence[float]) -> bool:
     Args:
         config: the search settings with the rule and its parameters.
         means: the mean distance of the newest mask to the older ones in the window, for every check
-            from the second on.
+            from the second on.  The first one, which has none, is the elbow if
+            ``search.elbow.min_masks`` is 1.
     """
-    return len(means) + 1 >= config.masks_before_elbow and _RULES[config.elbow.rule](config, means)
+    if len(means) + 1 < config.masks_before_elbow:
+        return False
+    return not means or _RULES[config.elbow.rule](config, means)
 
 
 def elbow_threshold(config: SearchConfig, means: Sequence[float]) -> float | None:

@@ -14,7 +14,7 @@ from ..comm_hooks.grad_hooks import GradientHooks
 from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
-from ..schema import Count, Flags, Schema
+from ..schema import Count, Finite, Flags, Schema
 from .fading import Fade, FadeSchema
 from .frozen_weights import Free, FrozenWeights, Held, Removed
 from .zero_columns import ZeroColumns, ZeroColumnsSchema
@@ -27,6 +27,7 @@ class TruncationSchema(Schema):
 
     generation: Count
     frozen: Flags
+    ratio: Finite
     scales: dict[str, Flags] | None
     fade: FadeSchema | None
     columns: ZeroColumnsSchema
@@ -80,7 +81,10 @@ class Truncation(StepListener):
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
         self._scales: Mapping[str, Tensor] | None = None
-        self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
+        self._ratio = 0.0 if config.mode == "hard" else 1.0
+        if config.mode != "hard" and config.ratio != "distance":
+            self._ratio = config.ratio
+        self._hooks = GradientHooks()
         self._live_fraction = 1.0
 
     @property
@@ -106,7 +110,12 @@ class Truncation(StepListener):
         those that this rank steps."""
         return self._weights.num_nonzero(step)
 
-    def freeze(self, frozen: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
+    def freeze(
+        self,
+        frozen: Tensor,
+        scales: Mapping[str, Tensor] | None = None,
+        distance: float | None = None,
+    ) -> None:
         """Freeze these channels and the irreversible ones; others thaw.
 
         The ranks must have agreed on the bits of ``frozen``, which determine the packed buffers.
@@ -115,11 +124,17 @@ class Truncation(StepListener):
             frozen: bool ``[num_channels]``.
             scales: soft mode: by name of every scale parameter, the elements whose gradients are
                 truncated, bool ``[elements]``; None for those of the frozen channels.
+            distance: the mean distance of the newest mask, 0 to 1; None for that of the call
+                before.
         """
         assert scales is None or self._config.mode == "soft", "removal is of whole channels"
         frozen = frozen | self.irreversible
-        if not torch.equal(frozen, self.frozen) or not _are_equal(scales, self._scales):
+        follows = self._config.mode == "soft" and self._config.ratio == "distance"
+        ratio = distance if follows and distance is not None else self._ratio
+        is_same = torch.equal(frozen, self.frozen) and _are_equal(scales, self._scales)
+        if not is_same or ratio != self._ratio:
             self.generation += 1
+            self._ratio = ratio
             self.frozen, self._scales = frozen, scales
             plan = self._truncate_gradients()
             self._weights.freeze(frozen, plan)
@@ -144,6 +159,7 @@ class Truncation(StepListener):
         return {
             "generation": self.generation,
             "frozen": self.frozen.clone(),
+            "ratio": self._ratio,
             "scales": None if self._scales is None else dict(self._scales),
             "fade": self._weights.state_dict(step, self._comm),
             "columns": self._columns.state_dict(),
@@ -157,6 +173,7 @@ class Truncation(StepListener):
         if self.generation == 0:
             return
         self.frozen = state["frozen"].to("cpu", copy=True)
+        self._ratio = state["ratio"]
         scales = state["scales"]
         self._scales = scales and {name: here.to("cpu", copy=True) for name, here in scales.items()}
         self._weights.load_state_dict(state["fade"])
@@ -215,7 +232,7 @@ class Truncation(StepListener):
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
             self._reduction.require_reducer().set_plan(plan, held, fading_params)
         else:
-            self._hooks.set_plan(plan)
+            self._hooks.set_plan(plan, self._ratio)
         return held
 
     def _probe(self, zero: Tensor) -> None:
