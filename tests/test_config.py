@@ -71,7 +71,7 @@ def test_an_unknown_key_names_the_nearest(values: dict[str, Any], line: str) -> 
         ({"search": {"prune_ratio": -0.1}}, "search.prune_ratio"),
         ({"search": {"prune_ratio": float("nan")}}, "search.prune_ratio"),
         ({"search": {"prune_ratio": "0.5"}}, "search.prune_ratio"),
-        ({"search": {"window": 1}}, "search.window"),
+        ({"search": {"window": 0}}, "search.window"),
         ({"search": {"settled": 0.0}}, "search.settled"),
         ({"search": {"every": "0ep"}}, "search.every"),
         ({"search": {"every": "1.5ba"}}, "search.every"),

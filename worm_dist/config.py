@@ -87,6 +87,21 @@ LatestField = Annotated[
     PlainSerializer(lambda latest: None if latest is None else str(latest)),
 ]
 
+
+def _count_or_window(value: object) -> object:
+    if value == "window" or (type(value) is int and 1 <= value < 2**31):
+        return value
+    raise ValueError(f"must be a whole number from 1 on, or 'window', got {_shown(value)}")
+
+
+def _factor_or_distance(value: object) -> object:
+    if value == "distance":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f"must be from 0 to 1, or 'distance', got {_shown(value)}")
+
+
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A count that fits in 32 bits, as many of its users require."""
 Factor = Annotated[float, Field(le=1e6)]
@@ -167,7 +182,7 @@ class ElbowConfig(Settings):
     """``margin`` only."""
     fraction: float = Field(default=0.5, gt=0, lt=1)
     """``relative`` only."""
-    min_masks: Annotated[Count, Field(ge=1)] | Literal["window"] = 3
+    min_masks: Annotated[int | Literal["window"], BeforeValidator(_count_or_window)] = 3
     """No rule fires before this many masks are in the history; ``window``: before the window is
     full.  With 1 truncation starts at the first mask, which has no distance yet."""
     latest: LatestField = "auto"
@@ -351,7 +366,7 @@ class TruncationConfig(Settings):
     mode: Literal["hard", "soft", "off"] = "hard"
     """``hard``: gradients of frozen slices are zero and are not sent.  ``soft``: gradients of their
     scales and shifts are multiplied by ``ratio``.  ``off``: no truncation."""
-    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["distance"] = 0.003
+    ratio: Annotated[float | Literal["distance"], BeforeValidator(_factor_or_distance)] = 0.003
     """Soft mode: factor of the gradients of a dropped channel's scale and shift.  ``distance``: the
     mean distance of the newest mask to those in the window, at every check anew."""
     scope: Literal["norm", "producer", "coupled"] = "producer"

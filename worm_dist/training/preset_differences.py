@@ -82,4 +82,6 @@ def _effective(config: RunConfig) -> dict[str, str]:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
