@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, ConfigError
 from ..training.config_file import read_run_config
+from ..training.required_packages import require_packages
 from ..training.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     config = None
     if options.config is not None:
         try:
-            config = read_run_config(options.config, overrides)
+            found = read_run_config(options.config, overrides)
+            require_packages(found)
+            config = found
         except ConfigError as error:
             report.findings += problems("settings", error)
     if rank_info is not None:

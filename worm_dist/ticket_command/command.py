@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..extras import require_extras
 from ..planning.image_shape import parse_image_shape
 
 __all__ = ["add_parser", "run"]
@@ -159,7 +159,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     shape = _input_shape(options)
     if options.onnx is not None:
-        _require_onnx()
+        require_extras({"onnx": "--onnx"})
     from .export import export_onnx, export_torch
 
     if options.onnx is not None:
@@ -171,19 +171,6 @@ def _export(options: argparse.Namespace) -> int:
 
 def _input_shape(options: argparse.Namespace) -> tuple[int, int, int] | None:
     return None if options.input is None else parse_image_shape(options.input)
-
-
-def _require_onnx() -> None:
-    missing = [
-        name
-        for name in ("onnx", "onnxruntime", "onnxscript")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"--onnx: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            'installed; run: pip install "worm_dist[onnx]"'
-        )
 
 
 def _print(
