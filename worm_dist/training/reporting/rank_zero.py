@@ -13,17 +13,20 @@ from ...checkpoint.durable_io import write_json
 from ...checkpoint.lease import Lease
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
-from ..evaluation import EvalResult
+from ..evaluation import EvalResult, count_parameters
 from ..ineffective_settings import ineffective_settings
 from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
 from .console import Console
+from .dashboard import CHARTS, METRICS, OUTCOME, VERDICTS, final_scalars, settings_that_matter
 from .failed_writes import FailedWrites
 from .journal import Journal
+from .outcome import outcome
 from .reporter import Report
 from .result import Result
 from .run_description import DESCRIPTION, write_description
 from .tensorboard import TensorBoardLog
+from .verdict_lines import elbow_line, stage_line, ticket_line
 
 __all__ = ["RankZeroReport"]
 
@@ -64,6 +67,7 @@ class RankZeroReport(Report):
         self._loss = float("nan")
         self._images_per_second = 0.0
         self._dense_flops: int | None = None
+        self._dense_parameters: int | None = None
 
     def _print(self, write: Callable[..., None], *args: Any) -> None:
         """Write to the console; a job's log on a full disk must not stop the run."""
@@ -73,13 +77,14 @@ class RankZeroReport(Report):
         device = next(engine.model.parameters()).device
         described = (self._folder, self._config, device)
         self._failed_writes.best_effort(DESCRIPTION, write_description, *described)
-        self._dense_flops = result.flops.dense
+        self._dense_flops, self._dense_parameters = result.flops.dense, result.parameters.dense
         self._print(
             self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
             f"{result.backend}",
         )
         self._print(self._console.event, result.data)
+        self._tensorboard.charts(CHARTS)
         if engine.step:
             self._print(self._console.event, f"goes on from step {engine.step}")
         for line in ineffective_settings(self._config, steps_per_epoch):
@@ -106,8 +111,10 @@ class RankZeroReport(Report):
             "test/loss": evaluation.loss,
             "traffic/sent_bytes_per_step": traffic.sent_bytes,
             "traffic/dense_bytes_per_step": traffic.dense_bytes,
+            "traffic/total_bytes": traffic.total_sent_bytes + traffic.control_bytes,
             "compute/flops_per_sample": flops,
             "compute/dense_flops_per_sample": self._dense_flops,
+            "compute/parameters": count_parameters(engine.model),
         }
         self._tensorboard.scalars(engine.step, _present(values))
         self._print(
@@ -147,9 +154,9 @@ class RankZeroReport(Report):
         )
         self._plot(engine)
         if engine.phase is Phase.TRUNCATE:
-            self._print(
-                self._console.event, f"elbow at epoch {epoch:g}: truncation starts", engine.phase
-            )
+            search, truncation = self._config.search, self._config.truncation
+            line = elbow_line(epoch, engine.history[-1], search, truncation)
+            self._verdict(engine.step, line, engine.phase)
 
     def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         args = (epoch, engine.step, verdict)
@@ -164,17 +171,14 @@ class RankZeroReport(Report):
     def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
         args = (epoch, engine.step, num_parameters)
         self._failed_writes.best_effort(JOURNAL, self._journal.stage, *args)
-        text = f"stage at epoch {epoch:g}: {num_parameters:,} parameters are left so far"
-        self._print(self._console.event, text)
+        self._verdict(engine.step, stage_line(epoch, num_parameters, self._dense_parameters))
 
     def drawn(self, engine: Engine, result: Result) -> None:
-        self._print(
-            self._console.event,
-            f"ticket drawn at epoch {result.ticket_epoch:g}: {result.parameters.ticket:,} of "
-            f"{result.parameters.dense:,} parameters, test accuracy "
-            f"{result.accuracy.before_draw:.4f} -> {result.accuracy.after_draw:.4f}",
-            engine.phase,
-        )
+        self._verdict(engine.step, ticket_line(result), engine.phase)
+
+    def _verdict(self, step: int, line: str, phase: Phase | None = None) -> None:
+        self._print(self._console.event, line, phase)
+        self._tensorboard.text(step, VERDICTS, line)
 
     def stop(self, engine: Engine) -> None:
         self._tensorboard.close()
@@ -189,20 +193,10 @@ class RankZeroReport(Report):
     def finish(self, engine: Engine, result: Result) -> None:
         if engine.history:
             self._plot(engine)
-        # TensorBoard draws a one-point chart for each; the prefix sorts them last.
-        metrics = {
-            f"whole_run/{name}": float(value)
-            for name, value in {
-                "accuracy": result.accuracy.final,
-                "accuracy_after_draw": result.accuracy.after_draw,
-                "parameters": result.parameters.ticket or result.parameters.dense,
-                "seconds": result.seconds.total,
-                "ticket_epoch": result.ticket_epoch,
-                "total_bytes": result.traffic.total_bytes,
-            }.items()
-            if value is not None
-        }
-        self._tensorboard.hyperparameters(self._config.flat(), metrics)
+        said = [*outcome(result.as_dict()), *filter(None, [result.reason])]
+        self._tensorboard.scalars(0, final_scalars(result))
+        self._tensorboard.hyperparameters(settings_that_matter(self._config), METRICS)
+        self._tensorboard.text(engine.step, OUTCOME, "\n".join(f"- {line}" for line in said))
         self._tensorboard.close()
         if self._tensorboard.write_error:
             self._failed_writes.record("TensorBoard", self._tensorboard.write_error)

@@ -1,0 +1,57 @@
+"""Lines in plain words on the verdicts of a run: elbow, stages, ticket."""
+
+from __future__ import annotations
+
+from ...config import SearchConfig, TruncationConfig
+from ...search.convergence import CheckRecord
+from .outcome import compared
+from .result import Result
+
+__all__ = ["elbow_line", "stage_line", "ticket_line"]
+
+
+def elbow_line(
+    epoch: float, record: CheckRecord, search: SearchConfig, truncation: TruncationConfig
+) -> str:
+    """Say at which distance of the masks truncation starts, and what happens then.
+
+    Args:
+        epoch: epochs trained.
+        record: the check of the elbow.
+        search, truncation: the settings.
+    """
+    mean, threshold = record.distance_mean, record.threshold
+    known = [] if mean is None else [f"the masks differ by {mean:.3f} on average"]
+    if mean is not None and threshold is not None:
+        known.append(f"below {threshold:.3g}")
+    known.append(f"rule {search.elbow.rule}")
+    leave = ", and leave the network one after another" if truncation.removes else ""
+    return (
+        f"elbow at epoch {epoch:g} ({', '.join(known)}): truncation starts; the channels that the "
+        f"mask drops get no gradients any more{leave}"
+    )
+
+
+def stage_line(epoch: float, num_parameters: int, dense: int | None) -> str:
+    """Say how large the network is after a stage.
+
+    Args:
+        epoch: epochs trained.
+        num_parameters: parameters that are left.
+        dense: those of the dense network, if known.
+    """
+    return f"stage at epoch {epoch:g}: {compared(num_parameters, dense)} parameters are left so far"
+
+
+def ticket_line(result: Result) -> str:
+    """Say what the draw has left of the network, and of its accuracy.
+
+    Args:
+        result: the figures of the run, after the draw.
+    """
+    accuracy, parameters = result.accuracy, result.parameters
+    return (
+        f"ticket drawn at epoch {result.ticket_epoch:g}: {parameters.ticket:,} of "
+        f"{parameters.dense:,} parameters, test accuracy "
+        f"{accuracy.before_draw:.4f} -> {accuracy.after_draw:.4f}"
+    )
