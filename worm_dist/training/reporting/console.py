@@ -145,6 +145,10 @@ class Console:
             self._progress.update(self._task, phase=phase)
         self._line(f"* {text}", style="bold")
 
+    def ending(self, text: str, phase: Phase | None = None) -> None:
+        """Print how the run ends, before its summary or instead of it; see ``event``."""
+        self.event(text, phase)
+
     def epoch(
         self,
         epoch: int,

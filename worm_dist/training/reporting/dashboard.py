@@ -12,6 +12,7 @@ from .result import Result
 __all__ = [
     "CHARTS",
     "METRICS",
+    "MOST_COMPARED",
     "OUTCOME",
     "SETTINGS",
     "VERDICTS",
@@ -61,7 +62,9 @@ SETTINGS = (
     "truncation.mode",
     "seed",
 )
-"""The settings by which runs are compared, in this order."""
+"""The settings by which runs are compared."""
+MOST_COMPARED = ("preset", "model.name", "search.prune_ratio", "truncation.mode", "seed")
+"""Those that TensorBoard shows unasked."""
 
 METRICS: Mapping[str, str] = {
     "test/accuracy": "accuracy",

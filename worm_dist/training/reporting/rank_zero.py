@@ -18,7 +18,15 @@ from ..ineffective_settings import ineffective_settings
 from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
 from .console import Console
-from .dashboard import CHARTS, METRICS, OUTCOME, VERDICTS, final_scalars, settings_that_matter
+from .dashboard import (
+    CHARTS,
+    METRICS,
+    MOST_COMPARED,
+    OUTCOME,
+    VERDICTS,
+    final_scalars,
+    settings_that_matter,
+)
 from .failed_writes import FailedWrites
 from .journal import Journal
 from .outcome import outcome
@@ -43,6 +51,7 @@ class RankZeroReport(Report):
     Args:
         folder: the run's folder, which exists.
         config: the run's settings.
+        console: prints for people.
         failed_writes: records outputs that cannot be written.
         lease: the folder's lock, which must be held to write there.
         saved: ``state_dict`` of the report at the checkpoint; None for a new run.
@@ -52,6 +61,7 @@ class RankZeroReport(Report):
         self,
         folder: Path,
         config: RunConfig,
+        console: Console,
         failed_writes: FailedWrites,
         lease: Lease,
         saved: Mapping[str, int] | None = None,
@@ -60,7 +70,7 @@ class RankZeroReport(Report):
         self._config = config
         self._failed_writes = failed_writes
         self._lease = lease
-        self._console = Console()
+        self._console = console
         self._tensorboard = TensorBoardLog(folder, None if saved is None else saved["step"] + 1)
         size = 0 if saved is None else saved["journal"]
         self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
@@ -183,7 +193,7 @@ class RankZeroReport(Report):
     def stop(self, engine: Engine) -> None:
         self._tensorboard.close()
         text = f"stopped after step {engine.step}; the same command goes on from there"
-        self._print(self._console.event, text, engine.phase)
+        self._print(self._console.ending, text, engine.phase)
         self._console.close()
         self._say_if_console_is_lost(text)
 
@@ -195,7 +205,8 @@ class RankZeroReport(Report):
             self._plot(engine)
         said = [*outcome(result.as_dict()), *filter(None, [result.reason])]
         self._tensorboard.scalars(0, final_scalars(result))
-        self._tensorboard.hyperparameters(settings_that_matter(self._config), METRICS)
+        settings = settings_that_matter(self._config)
+        self._tensorboard.hyperparameters(settings, METRICS, MOST_COMPARED)
         self._tensorboard.text(engine.step, OUTCOME, "\n".join(f"- {line}" for line in said))
         self._tensorboard.close()
         if self._tensorboard.write_error:
@@ -203,9 +214,9 @@ class RankZeroReport(Report):
         result.failed_writes = self._failed_writes.names
         if result.at_chance:
             text = "the network is no better than a constant answer; this run has no usable result"
-            self._print(self._console.event, text)
+            self._print(self._console.ending, text)
         if result.reason is not None:
-            self._print(self._console.event, result.reason)
+            self._print(self._console.ending, result.reason)
         content = result.as_dict()
         if TICKET not in self._failed_writes:  # with a result the run would count as finished
             self._failed_writes.best_effort(RESULT, self._write, content)

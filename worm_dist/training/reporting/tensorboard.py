@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,19 +117,22 @@ class TensorBoardLog:
         """Add a text to the card of this name, which shows the newest ten."""
         self._write(step, [text(name, markdown)])
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, str]) -> None:
+    def hyperparameters(
+        self, settings: Mapping[str, Any], metrics: Mapping[str, str], shown: Collection[str] = ()
+    ) -> None:
         """Write this run's row of the table that compares runs; once, at the end of a run.
 
         Args:
-            settings: settings by dotted key, the same keys in every run, in the order of the
-                columns.  Numbers stay numbers, None leaves the cell empty, other values are
-                written as text.
+            settings: settings by dotted key, the same keys in every run.  Numbers stay numbers,
+                None leaves the cell empty, other values are written as text.
             metrics: headings by the name of the curve whose last value is the figure.
+            shown: the settings that come first, of which TensorBoard shows five unasked; the order
+                is otherwise that of the names.
         """
         values = {key: _plain(value) for key, value in settings.items()}
         # Of the columns that TensorBoard finds in several runs it shows those of one of them.
         columns = Experiment(
-            hparam_infos=[HParamInfo(name=key) for key in settings],
+            hparam_infos=[_column(key, key in shown) for key in settings],
             metric_infos=[
                 MetricInfo(name=MetricName(tag=curve), display_name=heading)
                 for curve, heading in metrics.items()
@@ -182,6 +185,13 @@ def _picture(name: str, figure: Figure) -> Summary:
         encoded_image_string=png.getvalue(), width=width, height=height, colorspace=4
     )
     return Summary(value=[Summary.Value(tag=name, image=image)])
+
+
+def _column(name: str, comes_first: bool) -> HParamInfo:
+    column = HParamInfo(name=name)
+    if hasattr(column, "differs"):  # not in older versions of TensorBoard, which sort by name only
+        column.differs = comes_first
+    return column
 
 
 def _metadata(tag: str, plugin: str, content: HParamsPluginData) -> Summary:
