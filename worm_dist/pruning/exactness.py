@@ -253,19 +253,14 @@ class _Trial:
         """Return what is wrong after these groups have lost channels; None if nothing."""
         self._num_trials += 1
         took = time.monotonic() - self._started_at
-        is_shown = logger.isEnabledFor(logging.INFO)  # then each round is
-        if (
-            not is_shown
-            and not self._has_warned
-            and took > _SECONDS_BEFORE_WARNING
-            and _is_rank_zero()
-        ):
+        if took > _SECONDS_BEFORE_WARNING and not self._has_warned and _is_rank_zero():
             self._has_warned = True
-            logger.warning(
-                "attach: channels are dropped from a copy of the network to find out which of its "
-                "%d groups can be; this takes a while",
-                len(self._groups),
-            )
+            if not logger.isEnabledFor(logging.INFO):  # which shows every round
+                logger.warning(
+                    "attach: channels are dropped from a copy of the network to find out which of "
+                    "its %d groups can be; this takes a while",
+                    len(self._groups),
+                )
         names = {group.name for group in tried}
         mask = Mask(
             {
