@@ -11,6 +11,7 @@ import pytest
 
 from worm_dist.engine.traffic import Traffic
 from worm_dist.training.reporting.console import Console
+from worm_dist.training.reporting.quiet_console import QuietConsole
 from worm_dist.verdict import Phase
 
 RESULT: dict[str, Any] = {
@@ -36,6 +37,25 @@ RESULT: dict[str, Any] = {
     "mask_digest": "00",
     "versions": {},
 }
+
+
+def test_a_quiet_console_has_one_line() -> None:
+    file = io.StringIO()
+    console = QuietConsole(file)
+    _run(console)
+    console.summary(RESULT, Path("runs/digits"))
+    assert file.getvalue() == (
+        "* runs/digits: ticket; accuracy: 98.06 % of the test split at the end; 97.22 % right "
+        "before the draw, 96.94 % right after it; network: 8,612,345 of 25,557,032 (33.7 %) "
+        "parameters, 2,044,500,000 of 8,178,000,000 (25.0 %) FLOPs a sample; traffic: 34,449,380 "
+        "of 102,228,128 (33.7 %) bytes a step\n"
+    )
+
+
+def test_a_quiet_console_says_that_a_run_has_stopped_or_failed() -> None:
+    file = io.StringIO()
+    QuietConsole(file).ending("stopped after step 7", Phase.SEARCH)
+    assert file.getvalue() == "* stopped after step 7\n"
 
 
 class _Terminal(io.StringIO):

@@ -16,7 +16,7 @@ __all__ = ["QuietConsole"]
 class QuietConsole(Console):
     """Prints one line at the end of a run, and why it has no result, if so."""
 
-    def start(self, *args: Any) -> None:
+    def start(self, *args: Any, **settings: Any) -> None:
         """Start nothing: there is no progress bar."""
 
     def step(self, loss: float) -> None:
@@ -25,7 +25,7 @@ class QuietConsole(Console):
     def event(self, text: str, phase: Phase | None = None) -> None:
         pass
 
-    def epoch(self, *args: Any) -> None:
+    def epoch(self, *args: Any, **figures: Any) -> None:
         pass
 
     def ending(self, text: str, phase: Phase | None = None) -> None:
