@@ -13,21 +13,22 @@ __all__ = ["elbow_line", "stage_line", "ticket_line"]
 def elbow_line(
     epoch: float, record: CheckRecord, search: SearchConfig, truncation: TruncationConfig
 ) -> str:
-    """Say at which distance of the masks truncation starts, and what happens then.
+    """Say why truncation starts, elbow or latest start, and what happens then.
 
     Args:
         epoch: epochs trained.
-        record: the check of the elbow.
+        record: the check at which it starts.
         search, truncation: the settings.
     """
     mean, threshold = record.distance_mean, record.threshold
+    what = "elbow" if record.elbow else "latest start (search.elbow.latest)"
     known = [] if mean is None else [f"the masks differ by {mean:.3f} on average"]
     if mean is not None and threshold is not None:
-        known.append(f"below {threshold:.3g}")
+        known.append(f"{'below' if record.elbow else 'not below'} {threshold:.3g}")
     known.append(f"rule {search.elbow.rule}")
     leave = ", and leave the network one after another" if truncation.removes else ""
     return (
-        f"elbow at epoch {epoch:g} ({', '.join(known)}): truncation starts; the channels that the "
+        f"{what} at epoch {epoch:g} ({', '.join(known)}): truncation starts; the channels that the "
         f"mask drops get no gradients any more{leave}"
     )
 
