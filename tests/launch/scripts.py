@@ -18,6 +18,7 @@ __all__ = [
     "ROOT",
     "SHORT",
     "call",
+    "call_from",
     "environment_with",
     "needs_venv",
     "result_of",
@@ -42,10 +43,10 @@ def environment_with(**more: str) -> dict[str, str]:
 
 
 def call(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return _call_from(Path("/"), script, *words, **environment)
+    return call_from(Path("/"), script, *words, **environment)
 
 
-def _call_from(
+def call_from(
     folder: Path, script: str, *words: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -62,7 +63,7 @@ def trained(folder: Path, script: str, **environment: str) -> Mapping[str, Any]:
     """The result of a short run on two ranks, whose paths are relative to the folder above it."""
     shutil.copy(CONFIG, folder.parent / "mine.yaml")
     paths = ("mine.yaml", "--out", folder.name)
-    done = _call_from(folder.parent, script, *paths, *SHORT, **environment)
+    done = call_from(folder.parent, script, *paths, *SHORT, **environment)
     assert done.returncode == 0, done.stderr
     return result_of(folder)
 

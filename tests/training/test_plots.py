@@ -145,7 +145,7 @@ def test_every_text_is_legible_in_a_card(
     texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
     assert len(texts) > 5
     for text in texts:
-        height = shrunk * text.get_fontsize() * figure.dpi / 72
+        height = shrunk * float(text.get_fontsize()) * figure.dpi / 72
         assert height >= 10, text.get_text()
 
 

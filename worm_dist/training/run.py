@@ -77,7 +77,7 @@ def run(config: RunConfig, out: Path, resume: str = "auto", quiet: bool = False)
         progress.reach("opening the run's folder")
         with _run_folder(config, out, resume) as folder:
             parts = rank_info, device, progress, stop, install_handlers
-            return _train(config, out, folder, quiet, *parts)
+            return _train(config, out, folder, *parts, quiet)
 
 
 def _run_folder(
@@ -93,12 +93,12 @@ def _train(
     config: RunConfig,
     out: Path,
     folder: RunFolder | None,
-    quiet: bool,
     rank_info: RankInfo,
     device: torch.device,
     progress: Progress,
     stop: StopCoordinator,
     install_handlers: Callable[[StopCoordinator], None],
+    quiet: bool = False,
 ) -> int:
     progress.reach("the state of the checkpoint")
     state = _saved_state(config, out, folder, rank_info, device)

@@ -8,11 +8,12 @@ from typing import Any
 __all__ = ["compared", "count", "outcome", "percent"]
 
 
-def outcome(result: Mapping[str, Any]) -> list[str]:
+def outcome(result: Mapping[str, Any], dense: Mapping[str, Any] | None = None) -> list[str]:
     """Describe what came out of a run; figures that it does not have are left out.
 
     Args:
         result: the content of ``result.json``.
+        dense: that of a run of the same length without a search, to compare with.
     """
     accuracy, traffic = result["accuracy"], result["traffic"]
     has_ticket = result["parameters"]["ticket"] is not None
@@ -22,16 +23,22 @@ def outcome(result: Mapping[str, Any]) -> list[str]:
             f"{percent(accuracy['before_draw'], 1) or '-'} right before the draw, "
             f"{percent(accuracy['after_draw'], 1) or '-'} right after it"
         )
+    if dense is not None:
+        tested.append(f"{percent(dense['accuracy']['final'], 1)} for the dense network, as long")
     sizes = [
         f"{_of(result['parameters'], has_ticket)} parameters",
         f"{_of(result['flops'], has_ticket)} FLOPs a sample",
     ]
     dense_bytes, ticket_bytes = traffic["dense_bytes_per_step"], traffic["ticket_bytes_per_step"]
     sent = _of({"dense": dense_bytes, "ticket": ticket_bytes}, ticket_bytes is not None)
+    whole = ""
+    if dense is not None:
+        total, dense_total = (run["traffic"]["total_bytes"] for run in (result, dense))
+        whole = f"; {percent(total, dense_total, 1)} of the dense run's bytes in all"
     return [
         f"accuracy: {'; '.join(tested)}",
         f"network: {', '.join(sizes)}",
-        f"traffic: {sent} bytes a step",
+        f"traffic: {sent} bytes a step{whole}",
     ]
 
 

@@ -22,14 +22,16 @@ def elbow_line(
     """
     mean, threshold = record.distance_mean, record.threshold
     what = "elbow" if record.elbow else "latest start (search.elbow.latest)"
-    known = [] if mean is None else [f"the masks differ by {mean:.3f} on average"]
-    if mean is not None and threshold is not None:
-        known.append(f"{'below' if record.elbow else 'not below'} {threshold:.3g}")
-    known.append(f"rule {search.elbow.rule}")
-    leave = ", and leave the network one after another" if truncation.removes else ""
+    known = [f"rule {search.elbow.rule}"] if record.elbow else []
+    if mean is not None:
+        known.append(f"masks differ by {mean:.3f}")
+        if threshold is not None:
+            known.append(f"elbow below {threshold:.3g}")
+    why = f" ({', '.join(known)})" if known else ""
+    leave = ", and the channels leave one after another" if truncation.removes else ""
     return (
-        f"{what} at epoch {epoch:g} ({', '.join(known)}): truncation starts; the channels that the "
-        f"mask drops get no gradients any more{leave}"
+        f"{what} at epoch {epoch:g}{why}: truncation starts, dropped channels get no gradients "
+        f"any more{leave}"
     )
 
 
