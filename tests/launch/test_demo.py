@@ -13,7 +13,7 @@ from tests.launch.scripts import call_from, needs_venv
 
 pytestmark = [pytest.mark.slow("runs a script of launch/"), needs_venv]
 
-SHORT = ("--epochs=2", "--search.every=2ba", "--search.elbow.min_masks=2")
+SHORT = ("--epochs=2", "--search.every=2ba", "--truncation.removal.duration=4ba")
 
 
 def _write_images(folder: Path) -> None:

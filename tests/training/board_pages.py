@@ -26,13 +26,13 @@ __all__ = ["CHROMIUM", "PAGES", "Board", "served"]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PAGES = {
-    "glance": "custom_scalars&_smoothingWeight=0",
-    "curves": "timeseries&smoothing=0",
-    "images": "images",
-    "texts": "text",
-    "table": "hparams",
+    "glance": ("custom_scalars&_smoothingWeight=0", 800),
+    "images": ("images", 1000),
+    "texts": ("text", 1000),
+    "table": ("hparams", 500),
 }
-"""The address of each page, behind the server's."""
+"""The address of each page, behind the server's, and the height in pixels of its picture."""
+_WIDTH = 1500
 _PATIENCE = 60.0
 """Seconds to wait for the server, for its reading of the runs, and for the browser."""
 _VIRTUAL_MILLISECONDS = 20_000
@@ -82,15 +82,15 @@ class Board:
             time.sleep(0.1)
         raise TimeoutError(f"TensorBoard at {self._address} has not answered in {_PATIENCE:g} s")
 
-    def picture(self, page: str, file: Path, width: int = 1500, height: int = 700) -> None:
+    def picture(self, page: str, file: Path) -> None:
         """Write a picture of a page as PNG.
 
         Args:
             page: a name in ``PAGES``.
             file: the file to write.
-            width, height: the window's size in pixels.
         """
         assert CHROMIUM is not None
+        address, height = PAGES[page]
         with tempfile.TemporaryDirectory() as profile:
             subprocess.run(
                 [
@@ -100,10 +100,10 @@ class Board:
                     "--disable-gpu",
                     "--hide-scrollbars",
                     f"--user-data-dir={profile}",
-                    f"--window-size={width},{height}",
+                    f"--window-size={_WIDTH},{height}",
                     f"--virtual-time-budget={_VIRTUAL_MILLISECONDS}",
                     f"--screenshot={file}",
-                    f"{self._address}/?darkMode=false#{PAGES[page]}",
+                    f"{self._address}/?darkMode=false#{address}",
                 ],
                 check=True,
                 capture_output=True,
@@ -140,7 +140,7 @@ def main(runs: Path, picture: Path, page: str = "glance") -> None:
     with served(runs) as board:
         folders = {path.parent.name for path in runs.glob("*/events.out.tfevents.*")}
         board.wait_for(lambda: folders <= set(board.data("runs")))
-        board.picture(page, picture, height=900)
+        board.picture(page, picture)
 
 
 if __name__ == "__main__":
