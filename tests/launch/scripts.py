@@ -18,7 +18,6 @@ __all__ = [
     "ROOT",
     "SHORT",
     "call",
-    "call_from",
     "environment_with",
     "needs_venv",
     "result_of",
@@ -27,7 +26,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits.yaml"
-SHORT = ("--epochs=1", "--search.every=11ba")
+SHORT = ("--epochs=1", "--search.every=11ba", "--search.elbow.latest=null")
 """Two masks."""
 
 needs_venv = pytest.mark.skipif(
@@ -43,10 +42,10 @@ def environment_with(**more: str) -> dict[str, str]:
 
 
 def call(script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return call_from(Path("/"), script, *words, **environment)
+    return _call_from(Path("/"), script, *words, **environment)
 
 
-def call_from(
+def _call_from(
     folder: Path, script: str, *words: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -63,7 +62,7 @@ def trained(folder: Path, script: str, **environment: str) -> Mapping[str, Any]:
     """The result of a short run on two ranks, whose paths are relative to the folder above it."""
     shutil.copy(CONFIG, folder.parent / "mine.yaml")
     paths = ("mine.yaml", "--out", folder.name)
-    done = call_from(folder.parent, script, *paths, *SHORT, **environment)
+    done = _call_from(folder.parent, script, *paths, *SHORT, **environment)
     assert done.returncode == 0, done.stderr
     return result_of(folder)
 

@@ -26,14 +26,14 @@ __all__ = ["CHROMIUM", "PAGES", "Board", "served"]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PAGES = {
-    "glance": ("custom_scalars&_smoothingWeight=0", 800),
+    "glance": ("custom_scalars&_smoothingWeight=0", 770),
     "images": ("images", 1000),
     "texts": ("text", 1000),
     "table": ("hparams", 500),
 }
 """The address of each page, behind the server's, and the height in pixels of its picture."""
 _WIDTH = 1500
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 """Seconds to wait for the server, for its reading of the runs, and for the browser."""
 _VIRTUAL_MILLISECONDS = 20_000
 """Time that passes for the page; it passes faster than ours while the page only waits."""

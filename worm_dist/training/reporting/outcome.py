@@ -16,37 +16,30 @@ def outcome(result: Mapping[str, Any], dense: Mapping[str, Any] | None = None) -
         dense: that of a run of the same length without a search, to compare with.
     """
     accuracy, traffic = result["accuracy"], result["traffic"]
-    has_ticket = result["parameters"]["ticket"] is not None
-    tested = [f"{percent(accuracy['final'], 1) or '-'} of the test split at the end"]
-    if has_ticket:
-        tested.append(
-            f"{percent(accuracy['before_draw'], 1) or '-'} right before the draw, "
-            f"{percent(accuracy['after_draw'], 1) or '-'} right after it"
-        )
+    tested = f"{_share(accuracy['final'])} of the test split at the end"
+    sent = _of(traffic["dense_bytes_per_step"], traffic["ticket_bytes_per_step"], "bytes a step")
     if dense is not None:
-        tested.append(f"{percent(dense['accuracy']['final'], 1)} for the dense network, as long")
-    sizes = [
-        f"{_of(result['parameters'], has_ticket)} parameters",
-        f"{_of(result['flops'], has_ticket)} FLOPs a sample",
-    ]
-    dense_bytes, ticket_bytes = traffic["dense_bytes_per_step"], traffic["ticket_bytes_per_step"]
-    sent = _of({"dense": dense_bytes, "ticket": ticket_bytes}, ticket_bytes is not None)
-    whole = ""
-    if dense is not None:
+        tested += f" (dense network, trained as long: {_share(dense['accuracy']['final'])})"
         total, dense_total = (run["traffic"]["total_bytes"] for run in (result, dense))
-        whole = f"; {percent(total, dense_total, 1)} of the dense run's bytes in all"
-    return [
-        f"accuracy: {'; '.join(tested)}",
-        f"network: {', '.join(sizes)}",
-        f"traffic: {sent} bytes a step{whole}",
+        sent += f"; in the whole run {percent(total, dense_total, 1)} of the dense run's"
+    if accuracy["after_draw"] is not None:
+        before, after = _share(accuracy["before_draw"]), _share(accuracy["after_draw"])
+        tested += f"; {before} right before the draw, {after} right after it"
+    sizes = [
+        _of(result["parameters"]["dense"], result["parameters"]["ticket"], "parameters"),
+        _of(result["flops"]["dense"], result["flops"]["ticket"], "FLOPs a sample"),
     ]
+    return [f"accuracy: {tested}", f"network: {', '.join(sizes)}", f"traffic: {sent}"]
 
 
-def _of(figures: Mapping[str, int | None], has_ticket: bool) -> str:
-    dense, ticket = figures["dense"], figures["ticket"]
-    if not has_ticket:
-        return count(dense)
-    return f"{count(ticket)} of {count(dense)} ({percent(ticket, dense, digits=1) or '-'})"
+def _share(value: float | None) -> str:
+    return percent(value, 1, digits=2) or "-"
+
+
+def _of(dense: int | None, ticket: int | None, what: str) -> str:
+    if ticket is None:
+        return f"{count(dense)} {what}"
+    return f"{count(ticket)} of {count(dense)} {what} ({percent(ticket, dense, digits=1) or '-'})"
 
 
 def count(value: int | None) -> str:
