@@ -29,9 +29,7 @@ def test_the_table_of_presets_is_that_of_the_code() -> None:
     assert "| setting | " + " | ".join(f"`{name}`" for name in found.presets) + " |" in PAGE
     for key, values in found.rows.items():
         assert f"| `{key}` | {' | '.join(values)} |\n" in PAGE
-    assert len(re.findall(r"^\| `[a-z0-9_.]+` \|", PAGE, flags=re.MULTILINE)) == len(
-        found.rows
-    )
+    assert len(re.findall(r"^\| `[a-z0-9_.]+` \|", PAGE, flags=re.MULTILINE)) == len(found.rows)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
