@@ -38,4 +38,5 @@ def exact(ratio: float) -> Fraction:
     if num_digits < _LEAST_DIGITS:
         return decimal
     simple = decimal.limit_denominator(10 ** (num_digits // 2 - 1))
-    return simple if abs(simple - decimal) * 10**num_digits <= 1 else decimal
+    is_meant = float(simple) == ratio or abs(simple - decimal) * 10**num_digits <= 1
+    return simple if is_meant else decimal

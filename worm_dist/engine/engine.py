@@ -35,7 +35,7 @@ from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
-from .requirements import require_alike, require_optimized
+from .requirements import require_alike, require_optimized, warn_of_emptied
 from .saved_state import SavedState
 from .state import DenseNetwork, agreed_settings
 from .traffic import Traffic
@@ -214,9 +214,12 @@ class Engine:
         at_elbow = (record.elbow or is_latest) and self.phase is Phase.SEARCH
         one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
         starts = at_elbow and truncation.mode != "off" and not one_shot
+        ticket = at_elbow if one_shot else record.settled and not truncation.removes
+        if ticket:
+            warn_of_emptied(self.config.search, floored, self.step)
         return Verdict(
             phase=Phase.TRUNCATE if starts else self.phase,
-            ticket=at_elbow if one_shot else record.settled and not truncation.removes,
+            ticket=ticket,
             elbow=at_elbow and truncation.mode != "off",
             settled=record.settled,
             distance_mean=record.distance_mean,
