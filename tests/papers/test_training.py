@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.papers.nets import NETS, build
 from tests.papers.published import Queue, batch_norms, early_bird_mask
 from tests.ranks import Ranks
-from worm_dist import Phase, WormConfig, attach
+from tests.resuming import through_a_file
+from worm_dist import Engine, Phase, WormConfig, attach
 from worm_dist.config import merge
 
 EPOCHS, STEPS, BATCH = 9, 3, 8
@@ -97,9 +98,8 @@ def _average(network: nn.Module) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def _train(kind: str, variant: str | None) -> dict[str, Any]:
-    """Train by the package and by the published loop; without a variant, nothing is truncated."""
-    network = build(kind, 1)
+def _attached(network: nn.Module, variant: str | None) -> Engine:
+    """Without a variant, nothing is truncated."""
     search: dict[str, Any] = {"window": WINDOW, "settled": 1e-9, "elbow": {"margin": MARGIN}}
     if variant is None:
         config = WormConfig.preset("early-bird", search={**search, "l1": L1})
@@ -109,12 +109,25 @@ def _train(kind: str, variant: str | None) -> dict[str, Any]:
         config = WormConfig.preset("worm-paper", search=search, truncation=truncation)
     model = DistributedDataParallel(network) if dist.is_initialized() else network
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    engine = attach(
-        model, optimizer, config, example_inputs=torch.zeros(1, 1, 8, 8), steps_per_epoch=STEPS
-    )
+    inputs = torch.zeros(1, 1, 8, 8)
+    return attach(model, optimizer, config, example_inputs=inputs, steps_per_epoch=STEPS)
+
+
+def _train(kind: str, variant: str | None, resumed_at: int | None = None) -> dict[str, Any]:
+    """Train by the package, perhaps broken off and resumed at a step, and by the published loop."""
+    network = build(kind, 1)
+    engine = _attached(network, variant)
     assert engine.is_due
     elbows = [engine.check().elbow]
     for step in range(EPOCHS * STEPS):
+        if step == resumed_at:
+            parts = engine.state_dict(), network.state_dict(), engine.optimizer.state_dict()
+            of_engine, weights, of_optimizer = through_a_file(parts)
+            network = build(kind, 7)
+            engine = _attached(network, variant)
+            engine.load_state_dict(of_engine)
+            network.load_state_dict(weights)
+            engine.optimizer.load_state_dict(of_optimizer)
         images, classes = _batch(step)
         loss = nn.functional.cross_entropy(engine.model(images), classes)
         (loss + engine.penalty()).backward()
@@ -156,6 +169,12 @@ def test_variants_are_the_published_loops(ranks: Ranks, variant: str) -> None:
         assert result["wrong"] == []
         assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
         assert result["truncated"] >= 3 and result["differs"]
+
+
+@pytest.mark.parametrize("variant", ["worm-paper", "greedy"])
+def test_resumed_within_a_truncated_epoch_it_is_the_same(ranks: Ranks, variant: str) -> None:
+    for result in ranks(2, _train, "resnet", variant, 4 * STEPS + 1):
+        assert result["wrong"] == [] and result["phase"] is Phase.TRUNCATE
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
