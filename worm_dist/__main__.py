@@ -102,6 +102,9 @@ def _parse(
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
     train.add_argument("--seed", help="the seed of weights, shuffling and augmentation")
     train.add_argument(
+        "--quiet", action="store_true", help="print warnings and one line at the end, nothing else"
+    )
+    train.add_argument(
         "--check",
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
@@ -180,7 +183,7 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     from .training.resume_argument import resume_argument
     from .training.run import run
 
-    return run(config, out, resume_argument(options.resume))
+    return run(config, out, resume_argument(options.resume), options.quiet)
 
 
 def _print_template(preset: str) -> int:
