@@ -6,6 +6,7 @@ import argparse
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -42,7 +43,7 @@ def _options() -> Iterator[tuple[str, str]]:
         yield from ((name, dest) for dest in _dests(parser))
 
 
-def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse._SubParsersAction]:
+def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse._SubParsersAction[Any]]:
     return (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
 
 
@@ -69,7 +70,7 @@ def _read(command: str) -> set[str]:
                 names.add(node.attr)
             elif isinstance(node, (ast.Dict, ast.Tuple)) and "getattr(options, " in text:
                 elements = node.keys if isinstance(node, ast.Dict) else node.elts
-                names |= {each.value for each in elements if isinstance(each, ast.Constant)}
+                names |= {str(each.value) for each in elements if isinstance(each, ast.Constant)}
     return names
 
 

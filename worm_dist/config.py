@@ -27,7 +27,9 @@ from .errors import ConfigError
 from .interval import Interval
 
 __all__ = [
+    "AUTO_LATEST",
     "PRESETS",
+    "SHORTEST_REMOVAL",
     "BudgetConfig",
     "Count",
     "ElbowConfig",
@@ -85,6 +87,12 @@ LatestField = Annotated[
     BeforeValidator(_latest),
     PlainSerializer(lambda latest: None if latest is None else str(latest)),
 ]
+
+AUTO_LATEST = Interval(0.1, "dur")
+"""``search.elbow.latest: auto``, where the length of the training is known.  Later starts cost more
+and were not better (docs/results/trigger)."""
+SHORTEST_REMOVAL = 100
+"""Optimizer steps that ``truncation.removal.duration: auto`` has at least."""
 
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A count that fits in 32 bits, as many of its users require."""

@@ -29,7 +29,7 @@ from worm_dist.distributed.timeouts import Timeouts, timeout_of
 from worm_dist.errors import CheckpointError
 from worm_dist.training import consistency, kernels, run, trainer
 from worm_dist.training.data import Data
-from worm_dist.training.reporting import journal, rank_zero, result
+from worm_dist.training.reporting import journal, result, tensorboard
 from worm_dist.training.run_config import DataConfig
 from worm_dist.truncation import removal
 
@@ -143,7 +143,7 @@ def _patches(events: _Events, fails: bool) -> Iterator[Any]:
     # So short a run has one decision on a pause only.
     yield mock.patch.object(removal, "_STEPS_BETWEEN_DECISIONS", 1)
     # These do not depend on the settings, and take as long as everything else.
-    yield mock.patch.object(rank_zero.TensorBoardLog, "figures", return_value=None)
+    yield mock.patch.object(tensorboard.TensorBoardLog, "figures", return_value=None)
     versions, code = result.versions(), consistency._code_digest(Path(run.__file__).parents[1])
     yield mock.patch.object(result, "versions", return_value=versions)
     yield mock.patch.object(consistency, "versions", return_value=versions)
@@ -226,7 +226,7 @@ class _Turning(TensorDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         self.num_read += 1
-        image, label = super().__getitem__(index)
+        image, label = (tensor[index] for tensor in self.tensors)
         return (image if self.num_read <= 6 * 16 else -30 * image), label
 
 

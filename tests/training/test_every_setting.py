@@ -50,9 +50,8 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
 
 def _of(key: str, value: Any) -> dict[str, Any]:
     """A dotted key and its value, nested."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    first, _, rest = key.partition(".")
+    return {first: _of(rest, value) if rest else value}
 
 
 _RESIDUAL = {"model": {"name": f"{HERE}:residual"}}
@@ -158,7 +157,8 @@ def _value(values: Mapping[str, Any], key: str, default: Any) -> Any:
 def _all(folder: Path) -> dict[str, bool]:
     for seed, name in enumerate(("images", "others")):
         write_images(folder / name, seed)
-    differs, bases = {}, {}
+    differs: dict[str, bool] = {}
+    bases: dict[str, list[Any]] = {}
     for key, (kind, default) in SETTINGS.items():
         base = merge(BASE, COMPANIONS.get(key, {}))
         expected = bases.get(repr(base))
