@@ -21,8 +21,9 @@ __all__ = ["Removal", "RemovalSchema"]
 logger = logging.getLogger(__name__)
 
 _SHARE, _SHARE_LEFT = 0.2, 0.5
-"""``duration: auto``: share of the training, and maximum share of what is left of the training when removal starts.  From 5 to 60 % of the training no difference was
-beyond the spread (docs/results/sweep); slower ones dip less and cost more FLOPs."""
+"""``duration: auto``: share of the training, and maximum share of what is left of the training when
+removal starts.  From 5 to 60 % of the training no difference was beyond the spread
+(docs/results/sweep); slower ones dip less and cost more FLOPs."""
 
 _STEPS_BETWEEN_DECISIONS = 16
 """Optimizer steps for which a decision to go on is valid; each new decision is a collective."""
