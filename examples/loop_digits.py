@@ -49,7 +49,12 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_de
 criterion = nn.CrossEntropyLoss()
 config = worm.WormConfig(search={"prune_ratio": 0.5})
 engine = worm.attach(
-    model, optimizer, config, example_inputs=images[:1], steps_per_epoch=len(loader)
+    model,
+    optimizer,
+    config,
+    example_inputs=images[:1],
+    steps_per_epoch=len(loader),
+    total_steps=10 * len(loader),
 )
 
 for epoch in range(10):

@@ -22,6 +22,7 @@ from tests.mutations import RAW, fuzzed, other_bytes, other_trees
 from worm_dist import ConfigError
 from worm_dist.__main__ import _parse
 from worm_dist.config import PRESETS
+from worm_dist.interval import Interval
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.deepspeed_config import deepspeed_settings
 from worm_dist.training.optim import build_optimizer, build_schedule
@@ -193,10 +194,11 @@ def _require_holds(config: RunConfig) -> None:
         assert not changes(json.loads(json.dumps(fixed, allow_nan=False)), fixed)
     assert config.worm.search == config.search
     removal = config.truncation.removal
-    for interval in (config.search.every, removal.duration, removal.patience):
-        if interval == "auto":
-            continue
-        assert 1 <= interval.steps(_STEPS_PER_EPOCH) <= 3e9
+    latest = config.search.elbow.latest
+    for interval in (config.search.every, latest, removal.duration, removal.patience):
+        if isinstance(interval, Interval):
+            total_steps = config.epochs * _STEPS_PER_EPOCH
+            assert 1 <= interval.steps(_STEPS_PER_EPOCH, total_steps) <= max(3e9, total_steps)
     timedelta(seconds=config.distributed.startup_timeout_seconds)
     torch.Generator().manual_seed(config.seed + config.epochs)
     network = nn.Linear(2, 1)

@@ -75,6 +75,17 @@ DurationField = Annotated[
     PlainSerializer(str, return_type=str),
 ]
 
+
+def _latest(text: object) -> object:
+    return text if text is None else _duration(text)
+
+
+LatestField = Annotated[
+    Interval | Literal["auto"] | None,
+    BeforeValidator(_latest),
+    PlainSerializer(lambda latest: None if latest is None else str(latest)),
+]
+
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A count that fits in 32 bits, as many of its users require."""
 Factor = Annotated[float, Field(le=1e6)]
@@ -88,7 +99,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
     "worm-paper": {
-        "search": {"elbow": {"min_masks": 5}, "grouping": "layer"},
+        "search": {"elbow": {"min_masks": 5, "latest": None}, "grouping": "layer"},
         "truncation": {"mode": "soft", "ratio": 0.003},
         "ticket": {"round_to": 1},
     },
@@ -141,6 +152,10 @@ class ElbowConfig(Settings):
     """``relative`` only."""
     min_masks: Count = Field(default=3, ge=2)
     """No rule fires before this many masks are in the history."""
+    latest: LatestField = "auto"
+    """Truncation starts at the first check after this length of training, whatever the rule says.
+    ``auto`` is a tenth of the training, ``0.1dur``, where ``attach`` knows its length
+    (``total_steps``), otherwise never; null is never."""
 
 
 class BudgetConfig(Settings):
@@ -205,7 +220,9 @@ class SearchConfig(Settings):
     min_keep_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Minimum share of its channels that every group keeps; at least one channel."""
     every: IntervalField = Interval(1, "ep")
-    """How often the trainer calls ``check``.  In a custom loop, call it equally often."""
+    """How often the trainer calls ``check``.  In a custom loop, call it equally often.  Like every
+    interval it is in epochs (``1ep``), optimizer steps (``200ba``) or, where ``attach`` knows
+    ``total_steps``, a share of the training (``0.01dur``)."""
     window: Count = Field(default=5, ge=2)
     """Number of newest masks that are compared."""
     settled: float = Field(default=0.1, gt=0, le=1)
@@ -269,7 +286,9 @@ class RemovalConfig(Settings):
     draw itself."""
     duration: DurationField = "auto"
     """From the start of the first fade to the end of the last one: many channels at first, fewer
-    and fewer later (a cubic schedule).  ``auto`` is an epoch, but at least 100 steps."""
+    and fewer later (a cubic schedule).  ``auto`` is a fifth of the training, ``0.2dur``, but
+    at most half of what is left of it; without ``total_steps`` it is an epoch.  In both cases at
+    least 100 steps."""
     fade_steps: Annotated[int, Field(ge=1, le=8)] = 4
     """Optimizer steps in which a channel's scale fades to exact zero.  The following norm rescales
     channels that fade together, and the network depends on them until they are zero; so long fades

@@ -348,7 +348,7 @@ def test_a_trigger_is_met_to_half_a_step_of_each_check(epoch: float) -> None:
     search = RULES["worm"].changed("pinned", triggered_at(epoch)).config(0.5).search
     assert search.elbow.min_masks >= 2
     num_masks = search.elbow.min_masks
-    steps = num_masks * search.every.steps(1000)
+    steps = num_masks * search.every.steps(1000, None)
     assert steps == pytest.approx(1000 * epoch, abs=num_masks / 2)
 
 

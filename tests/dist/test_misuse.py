@@ -109,6 +109,7 @@ def test_wrong_copies_are_refused(
         ({"config": WormConfig}, "config is "),
         ({"steps_per_epoch": 0}, "steps_per_epoch is 0; give a number of optimizer steps above 0"),
         ({"steps_per_epoch": 1.5}, "steps_per_epoch is 1.5; give"),
+        ({"total_steps": 0}, "total_steps is 0; give a number of optimizer steps above 0"),
     ],
 )
 def test_attach_refuses_arguments_of_another_type(replaced: dict[str, Any], said: str) -> None:

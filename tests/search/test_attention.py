@@ -12,6 +12,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from tests.attending import KINDS, built
 from worm_dist.groups.attention import find_attentions, weight_of
+from worm_dist.groups.tracing import find_groups
+from worm_dist.models.vit import vit_small
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,3 +118,13 @@ def test_of_unknown_attention_the_innermost_is_named() -> None:
     inner = SelfAttention(mix=nn.Linear(4, 4))
     found, dense = find_attentions(nn.Sequential(SelfAttention(inner=inner, dense=nn.Linear(4, 4))))
     assert not found and list(dense) == ["0.inner"]
+
+
+def test_a_single_head_is_left_dense() -> None:
+    """A transformer whose attention was pruned to one head could not be attached again: the trial
+    of its groups dropped the head."""
+    network = vit_small(10, 1, image_size=8, patch_size=4, num_heads=1, hidden_dim=8, mlp_dim=16)
+    groups = find_groups(network, torch.randn(1, 1, 8, 8))
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert attention not in groups.sizes
+    assert groups.dense[attention] == "none of its channels can be dropped without all others"

@@ -26,12 +26,19 @@ _16_EPOCHS: dict[str, tuple[list[str], list[str]]] = {
         ["search.window: 20 masks are never reached, as the run of 16 epochs has 16 checks; no ti"],
     ),
     "elbow": (
-        ["search.every=6ep", "search.window=2"],
+        ["search.every=6ep", "search.window=2", "search.elbow.latest=null"],
         ["search.elbow.min_masks: 3 masks are never reached, as the run of 16 epochs has 2 checks"],
     ),
     "removal": (
-        ["search.every=5ep", "search.window=3", "truncation.removal.duration=2ep"],
-        ["truncation.removal.duration: 2ep after the earliest elbow, at epoch 15, is behind the"],
+        ["search.every=5ep", "search.window=3", "truncation.removal.duration=12ep"],
+        ["truncation.removal.duration: 12ep after the earliest start, at epoch 5, is behind the"],
+    ),
+    "rule that comes too late": (
+        ["search.elbow.margin=0.2", "search.elbow.min_masks=4"],
+        [
+            "search.elbow.margin: has no effect: truncation starts at epoch 2 at the latest",
+            "search.elbow.min_masks: has no effect: truncation starts at epoch 2 at the latest",
+        ],
     ),
     "patience": (["truncation.removal.patience=17ep"], ["truncation.removal.patience: 17ep is"]),
     "warm-up": (["schedule.warmup_epochs=16"], ["schedule.warmup_epochs: 16 of 16 epochs; the"]),
@@ -57,7 +64,10 @@ _16_EPOCHS: dict[str, tuple[list[str], list[str]]] = {
         ["search.elbow.min_masks: has no effect: with truncation.mode off there is no elbow"],
     ),
     "another rule": (
-        ["search.elbow.rule=kneedle", "search.elbow.margin=0.1", "search.elbow.fraction=0.1"],
+        [
+            *("search.elbow.rule=kneedle", "search.elbow.margin=0.1", "search.elbow.fraction=0.1"),
+            "search.elbow.latest=null",
+        ],
         ["search.elbow.margin: has no effect: for", "search.elbow.fraction: has no effect: for"],
     ),
     "hard": (["truncation.ratio=0.1"], ["truncation.ratio: has no effect: for truncation.mode so"]),

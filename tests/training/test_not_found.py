@@ -65,14 +65,14 @@ _CASES: dict[str, tuple[dict[str, Any], int, dict[str, float], str]] = {
         {"truncation": _HOLD},
         7,
         {"elbow_epoch": 3.0},
-        "the elbow came at epoch 3, but the masks have not settled",
+        "truncation started at epoch 3, but the masks have not settled",
     ),
     "removal": (
         {},
         7,
         {"elbow_epoch": 3.0, "removed_fraction": 0.4},
-        "the elbow came at epoch 3, and 40% of the dropped channels had been removed when training "
-        "ended; raise epochs and --resume from the newest checkpoint, or set truncation.removal",
+        "truncation started at epoch 3, and 40% of the dropped channels had been removed when "
+        "training ended; raise epochs and --resume from the newest checkpoint, or set truncation",
     ),
 }
 

@@ -25,6 +25,7 @@ def attach(
     *,
     example_inputs: Any,
     steps_per_epoch: int | None = None,
+    total_steps: int | None = None,
     score: ScoreFunction | None = None,
 ) -> Engine:
     """Attach an engine to a training.  Collective: every rank calls it.
@@ -41,6 +42,10 @@ def attach(
             dict, as in detection networks, is put in a tuple: ``([image, image],)``.
         steps_per_epoch: optimizer steps in an epoch.  Not needed where ``search.every`` is in
             epochs: then it is counted between two checks.
+        total_steps: optimizer steps of the whole training, from its first one on, also in a run
+            that is resumed.  With it truncation starts after a tenth of the training at the latest
+            (``search.elbow.latest``), and gradual removal takes a fifth of it
+            (``truncation.removal.duration``).
         score: a custom importance instead of ``search.importance``: called with the network and a
             group, it returns floats ``[num_channels]``, higher for channels to keep.  It may depend
             on this rank's data; the ranks average it.
@@ -52,16 +57,17 @@ def attach(
         DivergenceError: the ranks trace different networks, or have different settings.
     """
     config = WormConfig() if config is None else config
-    _require_types(model, config, steps_per_epoch)
-    if steps_per_epoch is None:
-        require_countable(config)
-    engine = Engine(model, optimizer, config, example_inputs, steps_per_epoch, score)
+    _require_types(model, config, steps_per_epoch, total_steps)
+    require_countable(config, steps_per_epoch, total_steps)
+    engine = Engine(model, optimizer, config, example_inputs, steps_per_epoch, total_steps, score)
     if engine.groups:
         log_memory(engine._training, engine._ranking, engine.groups, config)
     return engine
 
 
-def _require_types(model: object, config: object, steps_per_epoch: object) -> None:
+def _require_types(
+    model: object, config: object, steps_per_epoch: object, total_steps: object
+) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConfigError(f"attach: the model is {what}; give a module")
@@ -70,8 +76,12 @@ def _require_types(model: object, config: object, steps_per_epoch: object) -> No
             f"attach: config is {type(config).__name__}; give worm_dist.WormConfig(search={{...}}) "
             "or WormConfig.preset(name)"
         )
-    if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
-        raise ConfigError(
-            f"attach: steps_per_epoch is {str(steps_per_epoch)[:50]}; give a number of optimizer "
-            "steps above 0, such as len(loader)"
-        )
+    for name, steps, example in (
+        ("steps_per_epoch", steps_per_epoch, "len(loader)"),
+        ("total_steps", total_steps, "epochs * len(loader)"),
+    ):
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise ConfigError(
+                f"attach: {name} is {str(steps)[:50]}; give a number of optimizer steps above 0, "
+                f"such as {example}"
+            )

@@ -1,16 +1,17 @@
-"""Check schedule: when checks are due, and how many optimizer steps an epoch has."""
+"""Check schedule: when checks are due, when truncation starts at the latest, and how many optimizer
+steps an epoch and the whole training have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..config import WormConfig
 from ..errors import ConfigError
 from ..interval import Interval
 from ..schema import Count, Schema
 
-__all__ = ["CheckSchedule", "CheckScheduleSchema", "require_countable"]
+__all__ = ["AUTO_LATEST", "CheckSchedule", "CheckScheduleSchema", "require_countable"]
 
 
 class CheckScheduleSchema(Schema):
@@ -20,22 +21,41 @@ class CheckScheduleSchema(Schema):
     steps_per_epoch: Count | None
 
 
-def require_countable(config: WormConfig) -> None:
-    """Refuse settings for which ``steps_per_epoch`` must be given: it can only be counted between
-    checks that are epochs apart.
+AUTO_LATEST = Interval(0.1, "dur")
+"""``search.elbow.latest: auto``, where the length of the training is known.  Later starts cost more
+and were not better (docs/results/trigger)."""
+
+
+def require_countable(
+    config: WormConfig, steps_per_epoch: int | None, total_steps: int | None
+) -> None:
+    """Refuse settings for which ``steps_per_epoch`` or ``total_steps`` must be given.  An epoch can
+    be counted between checks that are epochs apart.
 
     Raises:
-        ConfigError: the length of an epoch is needed and cannot be counted.
+        ConfigError: a length is needed, is not given and cannot be counted.
     """
-    truncation, every = config.truncation, config.search.every
-    gradual = truncation.removes and truncation.removal.schedule == "gradual"
-    duration = truncation.removal.duration
-    in_epochs = not isinstance(duration, Interval) or duration.unit == "ep"
-    if gradual and in_epochs and every.unit == "ba":
-        raise ConfigError(
-            "attach: truncation.removal.duration is in epochs, but search.every is not; give "
-            "steps_per_epoch"
-        )
+    search, truncation = config.search, config.truncation
+    removal = truncation.removal
+    needed: list[tuple[str, Interval | str | None]] = [("search.every", search.every)]
+    if truncation.mode != "off":
+        needed.append(("search.elbow.latest", search.elbow.latest))
+    if truncation.removes and removal.schedule == "gradual":
+        in_epochs = removal.duration == "auto" and total_steps is None
+        duration = Interval(1, "ep") if in_epochs else removal.duration
+        needed.append(("truncation.removal.duration", duration))
+    counts_epochs = steps_per_epoch is not None or search.every.unit == "ep"
+    for key, interval in needed:
+        if not isinstance(interval, Interval):
+            continue
+        if interval.unit == "dur" and total_steps is None:
+            raise ConfigError(
+                f"attach: {key} is {interval}, a share of the training; give total_steps"
+            )
+        if interval.unit == "ep" and not counts_epochs:
+            raise ConfigError(
+                f"attach: {key} is in epochs, but search.every is not; give steps_per_epoch"
+            )
 
 
 class CheckSchedule:
@@ -44,9 +64,16 @@ class CheckSchedule:
     Args:
         every: the interval between checks.
         steps_per_epoch: optimizer steps per epoch; None if they are counted between checks.
+        total_steps: optimizer steps of the whole training; None if not known.
+
+    Attributes:
+        total_steps: as given.
     """
 
-    def __init__(self, every: Interval, steps_per_epoch: int | None) -> None:
+    def __init__(
+        self, every: Interval, steps_per_epoch: int | None, total_steps: int | None
+    ) -> None:
+        self.total_steps = total_steps
         self._every = every
         self._steps_per_epoch = steps_per_epoch
         self._epoch_length_given = steps_per_epoch is not None
@@ -56,13 +83,24 @@ class CheckSchedule:
         """Convert an interval to optimizer steps.
 
         Raises:
-            ConfigError: it is in epochs, whose length is not known.
+            ConfigError: the length of its unit is not known.
         """
-        if interval.unit == "ep" and self._steps_per_epoch is None:
-            raise ConfigError(
-                f"the number of steps in {interval} is not known; give attach(steps_per_epoch=...)"
-            )
-        return interval.steps(self._steps_per_epoch or 1)
+        try:
+            return interval.steps(self._steps_per_epoch, self.total_steps)
+        except ValueError as error:
+            name = "steps_per_epoch" if interval.unit == "ep" else "total_steps"
+            raise ConfigError(f"{error}; give attach({name}=...)") from None
+
+    def is_latest_start(self, latest: Interval | Literal["auto"] | None, step: int) -> bool:
+        """Whether truncation starts after this step even without an elbow.
+
+        Args:
+            latest: ``search.elbow.latest``.
+            step: optimizer steps so far.
+        """
+        if latest is None or not step or (latest == "auto" and self.total_steps is None):
+            return False
+        return step >= self.num_steps(AUTO_LATEST if latest == "auto" else latest)
 
     def is_due(self, step: int) -> bool:
         """Whether the next check is due after this step.  Always true before the first step, and

@@ -74,7 +74,9 @@ class DroppedChannels(StepListener):
         self._training = training
         self._sizes = groups.sizes
         self._penalty = penalty
-        self._removal = Removal(config.removal, training.comm, self.guard, schedule.num_steps)
+        self._removal = Removal(
+            config.removal, training.comm, self.guard, schedule.num_steps, schedule.total_steps
+        )
         self._num_dense_elements = training.num_elements
         self._is_complete = False
         self._capture_guard = CaptureGuard(

@@ -65,6 +65,7 @@ class Engine:
         config: WormConfig,
         example_inputs: Any,
         steps_per_epoch: int | None,
+        total_steps: int | None,
         score: ScoreFunction | None,
     ) -> None:
         self.config = config
@@ -77,7 +78,8 @@ class Engine:
         self._training.backend.require_fit(truncation)
         self._comm = self._training.comm
         self._calls = CollectiveCalls(self._training.backend.process_group)
-        settings = agreed_settings(self._comm, config, score, steps_per_epoch)
+        lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        settings = agreed_settings(self._comm, config, score, lengths)
         network = self._training.network
         self.groups: Groups = agreed_groups(
             network, example_inputs, self._comm, search, score is not None, optional=not may_draw
@@ -92,7 +94,7 @@ class Engine:
         self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
         candidates = {} if ranking is None else ranking.sizes
         self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
-        self._schedule = CheckSchedule(search.every, steps_per_epoch)
+        self._schedule = CheckSchedule(search.every, steps_per_epoch, total_steps)
         self._history = History(search)
         self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
         self._verdict = Verdict(Phase.SEARCH if search.enabled else Phase.DENSE)
@@ -201,11 +203,13 @@ class Engine:
         return averaged, losses, own
 
     def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
-        """Rank zero's decision: truncation starts at the elbow; without gradual removal, the ticket
-        is drawn when the masks have settled, or at the elbow if removal is one-shot."""
+        """Rank zero's decision: truncation starts at the elbow, or at the latest step for it.
+        One-shot removal draws the ticket there; without removal it is drawn when the masks have
+        settled."""
         record = self._history.record(self.step, candidates, floored)
         truncation = self.config.truncation
-        at_elbow = record.elbow and self.phase is Phase.SEARCH
+        is_latest = self._schedule.is_latest_start(self.config.search.elbow.latest, self.step)
+        at_elbow = (record.elbow or is_latest) and self.phase is Phase.SEARCH
         one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
         starts = at_elbow and truncation.mode != "off" and not one_shot
         return Verdict(

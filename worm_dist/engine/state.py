@@ -120,7 +120,7 @@ class DenseNetwork(NamedTuple):
 
 
 def agreed_settings(
-    comm: Communicator, config: WormConfig, score: object, steps_per_epoch: int | None
+    comm: Communicator, config: WormConfig, score: object, lengths: Mapping[str, int | None]
 ) -> dict[str, Any]:
     """All settings of an engine as plain values, by dotted key, compared across the ranks.
 
@@ -128,14 +128,14 @@ def agreed_settings(
         comm: the communicator of the data-parallel ranks.
         config: the settings.
         score: the custom importance, or None; its name is one of the settings.
-        steps_per_epoch: the argument of ``attach``; compared, but not one of the settings.
+        lengths: the arguments of ``attach`` in steps; compared, but none of the settings.
 
     Raises:
         DivergenceError: the ranks have different settings.
     """
     name = None if score is None else getattr(score, "__qualname__", type(score).__name__)
     settings = {**_plain(config), "score": name}
-    compared = {**settings, "steps_per_epoch": steps_per_epoch}
+    compared = {**settings, **lengths}
     parts = {key: repr(value).encode() for key, value in compared.items()}
     comm.assert_equal({"setting": parts}, "attach")
     return settings

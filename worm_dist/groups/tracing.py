@@ -26,6 +26,7 @@ __all__ = ["Trace", "find_groups", "trace"]
 Norm = nn.modules.batchnorm._BatchNorm
 Conv = nn.modules.conv._ConvNd
 _IS_OUTPUT = "its channels are outputs of the network"
+_ALONE = "none of its channels can be dropped without all others"
 _LATE_PARAMETER = (
     "model: its parameter {name} is created or renamed by its first forward pass; run it "
     "once, then wrap it, make the optimizer and attach"
@@ -92,7 +93,8 @@ def _groups(network: nn.Module, example_inputs: Any, calls: Calls) -> Groups:
     sets, untraced = coupled_layers(network, example_inputs, opaque, calls.deciding())
     builder = _GroupBuilder(network)
     dense |= {builder.names[module]: f"not traced: {why}" for module, why in untraced.items()}
-    found = [_head_group(attention, network) for attention in attentions]
+    found = [_head_group(attention, network) for attention in attentions if attention.num_heads > 1]
+    dense |= {attention.module: _ALONE for attention in attentions if attention.num_heads == 1}
     for coupled in sets:
         group = builder.group_of(coupled)
         if isinstance(group, ChannelGroup):
@@ -234,7 +236,7 @@ class _GroupBuilder:
         self._used_names.add(name)
         order = producers[0].positions[:, 0].argsort()
         if len(order) == 1:
-            return "none of its channels can be dropped without all others"
+            return _ALONE
         members = [self._with_positions(member, member.positions[order]) for member in members]
         gates = [
             gate

@@ -27,7 +27,7 @@ class AcceleratedEngine:
 
         model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
         worm = AcceleratedEngine(accelerator, model, optimizer, config, example_inputs=x[:1],
-                                 steps_per_epoch=len(loader))
+                                 steps_per_epoch=len(loader), total_steps=epochs * len(loader))
         for x, y in loader:
             with accelerator.accumulate(worm.model):
                 worm.backward(criterion(worm.model(x), y))
@@ -46,6 +46,7 @@ class AcceleratedEngine:
         config: the settings; default ``WormConfig()``.
         example_inputs: see ``worm_dist.attach``.
         steps_per_epoch: optimizer steps in an epoch; with gradient accumulation fewer than batches.
+        total_steps: optimizer steps of the whole training.
         score: see ``worm_dist.attach``.
 
     Attributes:
@@ -65,6 +66,7 @@ class AcceleratedEngine:
         *,
         example_inputs: Any,
         steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
         score: ScoreFunction | None = None,
     ) -> None:
         kind = accelerator.distributed_type
@@ -79,6 +81,7 @@ class AcceleratedEngine:
             config,
             example_inputs=example_inputs,
             steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
             score=score,
         )
         self._accelerator = accelerator

@@ -98,6 +98,7 @@ class WormTrainerCallback(TrainerCallback):
             self._config,
             example_inputs=mapped(self._example_inputs, lambda tensor: tensor.to(args.device)),
             steps_per_epoch=self._steps_per_epoch or _steps_per_epoch(trainer),
+            total_steps=state.max_steps,
             score=self._score,
         )
         if self._checkpoint is not None:

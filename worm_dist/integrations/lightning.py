@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -106,6 +107,7 @@ class WormCallback(Callback):
             steps_per_epoch=-(-num_batches // trainer.accumulate_grad_batches)
             if is_known
             else None,
+            total_steps=_total_steps(trainer),
             score=self._score,
         )
         if self._saved is not None:
@@ -171,6 +173,12 @@ class WormCallback(Callback):
                 "BatchNorm statistics are estimated are not known; call the network by self(...)"
             )
         self._has_seen_inputs = True
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole fit; None if it has no end."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total >= 1 else None
 
 
 def _require_fit(trainer: Trainer, pl_module: LightningModule) -> None:

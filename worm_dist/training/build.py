@@ -108,6 +108,7 @@ def build(
         config.worm,
         example_inputs=sample,
         steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
     )
     result = Result(
         preset=config.preset,

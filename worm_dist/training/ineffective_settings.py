@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ..config import RemovalConfig
+from ..engine.check_schedule import AUTO_LATEST
 from ..interval import Interval
+from ..truncation.removal import SHORTEST
 from ..user_function import is_user_function
 from .run_config import RunConfig
 
 __all__ = ["ineffective_settings"]
-
-_LEAST_STEPS_OF_REMOVAL = 100
-"""``truncation.removal.duration: auto`` is an epoch, but at least so many steps."""
 
 
 def ineffective_settings(config: RunConfig, steps_per_epoch: int | None = None) -> list[str]:
@@ -58,8 +58,12 @@ class _Length:
 
     def epochs_of(self, interval: Interval) -> float | None:
         """An interval in epochs; None if it is in steps, and an epoch's steps are not known."""
-        if self._steps_per_epoch is not None:
-            return interval.steps(self._steps_per_epoch) / self._steps_per_epoch
+        steps_per_epoch = self._steps_per_epoch
+        if steps_per_epoch is not None:
+            total_steps = self._epochs * steps_per_epoch
+            return interval.steps(steps_per_epoch, total_steps) / steps_per_epoch
+        if interval.unit == "dur":
+            return interval.count * self._epochs
         return interval.count if interval.unit == "ep" else None
 
     def is_shorter_than(self, interval: Interval) -> bool:
@@ -75,7 +79,7 @@ class _Length:
     def shortest_automatic_removal(self) -> float:
         """In epochs."""
         steps = self._steps_per_epoch
-        return 1.0 if steps is None else max(1.0, _LEAST_STEPS_OF_REMOVAL / steps)
+        return 0.0 if steps is None else SHORTEST / steps
 
 
 def _without_their_choice(config: RunConfig) -> Iterator[str]:
@@ -128,8 +132,8 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
 
 def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
     search, truncation = config.search, config.truncation
-    num_checks = run.number_of(search.every)
-    if num_checks is None:
+    num_checks, every = run.number_of(search.every), run.epochs_of(search.every)
+    if num_checks is None or every is None:
         return
     if num_checks == 0:
         yield (
@@ -139,31 +143,49 @@ def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
         return
     checks = f"the run of {run} has {num_checks} check{'' if num_checks == 1 else 's'}"
     finds_elbow = truncation.mode != "off"
-    if finds_elbow and num_checks < search.elbow.min_masks:
+    if finds_elbow and (first := _earliest_start(config, run, every)) > config.epochs:
         yield (
             f"search.elbow.min_masks: {search.elbow.min_masks} masks are never reached, as "
             f"{checks}; there is no elbow, and no ticket"
         )
     elif truncation.removes and truncation.removal.schedule == "gradual":
-        yield from _of_the_removal(config, run)
+        yield from _of_the_removal(config, run, first)
+    if finds_elbow and first < search.elbow.min_masks * every:
+        preset = RunConfig(preset=config.preset).search.elbow
+        for key in ("rule", "margin", "fraction", "min_masks"):
+            if getattr(search.elbow, key) != getattr(preset, key):
+                yield (
+                    f"search.elbow.{key}: has no effect: truncation starts at epoch {first:.4g} at "
+                    f"the latest (search.elbow.latest: {search.elbow.latest}), before "
+                    f"search.elbow.min_masks, {search.elbow.min_masks}, are there"
+                )
     if num_checks < search.window:
         effect = "it is never full" if truncation.removes else "no ticket is drawn"
         yield f"search.window: {search.window} masks are never reached, as {checks}; {effect}"
 
 
-def _of_the_removal(config: RunConfig, run: _Length) -> Iterator[str]:
-    removal, search = config.truncation.removal, config.search
-    every, duration = run.epochs_of(search.every), removal.duration
-    assert every is not None
+def _earliest_start(config: RunConfig, run: _Length, every: float) -> float:
+    """The epoch of the first check at which truncation can start; checks are so many apart."""
+    search = config.search
+    latest = AUTO_LATEST if search.elbow.latest == "auto" else search.elbow.latest
+    after = None if latest is None else run.epochs_of(latest)
+    num_checks = search.elbow.min_masks
+    if after is not None:
+        num_checks = min(num_checks, max(1, math.ceil(after / every - 1e-9)))
+    return num_checks * every
+
+
+def _of_the_removal(config: RunConfig, run: _Length, first: float) -> Iterator[str]:
+    removal = config.truncation.removal
+    duration = removal.duration
     lasts = (
         run.epochs_of(duration)
         if isinstance(duration, Interval)
         else run.shortest_automatic_removal
     )
-    first = search.elbow.min_masks * every
     if lasts is not None and first + lasts > config.epochs:
         yield (
-            f"truncation.removal.duration: {duration} after the earliest elbow, at epoch "
+            f"truncation.removal.duration: {duration} after the earliest start, at epoch "
             f"{first:.4g}, is behind the end of the run of {run}; there is no ticket"
         )
     if run.is_shorter_than(removal.patience):

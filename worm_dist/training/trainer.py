@@ -83,8 +83,9 @@ class Trainer:
         self.engine, self.result = self._parts.engine, self._parts.result
         self._measure_network()
         steps_per_epoch = len(self._parts.train_loader)
-        self._save_every = config.checkpoint.every.steps(steps_per_epoch)
-        self._compare_every = config.divergence.check_every.steps(steps_per_epoch)
+        lengths = steps_per_epoch, config.epochs * steps_per_epoch
+        self._save_every = config.checkpoint.every.steps(*lengths)
+        self._compare_every = config.divergence.check_every.steps(*lengths)
         self._finite_check = FiniteCheck(self._ranks)
         self._state = TrainingState(config, self._parts, device)
 

@@ -12,4 +12,5 @@ net = nn.Sequential(
     nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
 )  # fmt: skip
 optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+epochs = 1
 criterion = nn.CrossEntropyLoss()

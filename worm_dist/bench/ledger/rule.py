@@ -70,7 +70,8 @@ def triggered_at(epoch: float) -> dict[str, Any]:
     """
     num_masks = max(2, round(epoch))
     every = f"{epoch / num_masks:.6f}ep"
-    return {"search": {"every": every, "elbow": {"min_masks": num_masks, "margin": 1.0}}}
+    elbow = {"min_masks": num_masks, "margin": 1.0, "latest": None}
+    return {"search": {"every": every, "elbow": elbow}}
 
 
 _AT_ONCE = {"truncation": {"removal": {"schedule": "one_shot"}}}

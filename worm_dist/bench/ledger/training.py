@@ -82,6 +82,7 @@ class _Run:
             self._recipe.config,
             example_inputs=sample,
             steps_per_epoch=self._steps,
+            total_steps=spec.epochs * self._steps,
         )
         self._newest_batches = deque[Tensor](maxlen=_STATISTICS_BATCHES)
         self._num_steps = 0

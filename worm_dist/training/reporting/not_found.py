@@ -28,13 +28,14 @@ def why_not_found(result: Result, config: RunConfig, history: Sequence[CheckReco
         )
     elif result.removed_fraction is not None:
         reason = (
-            f"the elbow came at epoch {result.elbow_epoch:g}, and {result.removed_fraction:.0%} of "
-            "the dropped channels had been removed when training ended; raise epochs and --resume "
-            "from the newest checkpoint, or set truncation.removal.duration lower"
+            f"truncation started at epoch {result.elbow_epoch:g}, and "
+            f"{result.removed_fraction:.0%} of the dropped channels had been removed when training "
+            "ended; raise epochs and --resume from the newest checkpoint, or set "
+            "truncation.removal.duration lower"
         )
     elif result.elbow_epoch is not None:
         unsettled = _why_not_settled(search, history)
-        reason = f"the elbow came at epoch {result.elbow_epoch:g}, but {unsettled}"
+        reason = f"truncation started at epoch {result.elbow_epoch:g}, but {unsettled}"
     elif config.truncation.mode == "off":
         reason = _why_not_settled(search, history)
     else:

@@ -147,8 +147,9 @@ class RankZeroReport(Report):
         )
         self._plot(engine)
         if engine.phase is Phase.TRUNCATE:
+            what = "elbow" if engine.history[-1].elbow else "latest start (search.elbow.latest)"
             self._print(
-                self._console.event, f"elbow at epoch {epoch:g}: truncation starts", engine.phase
+                self._console.event, f"{what} at epoch {epoch:g}: truncation starts", engine.phase
             )
 
     def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
