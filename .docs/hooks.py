@@ -48,6 +48,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let the links of a page, which are paths in the repository, be paths in the site."""
     assert page.file.abs_src_path is not None
+    if page.file.src_uri.endswith("/ledger.md"):
+        page.meta["hide"] = ["toc"]  # its tables are wide
     folder = Path(page.file.abs_src_path).parent
 
     def in_site(link: re.Match[str]) -> str:
