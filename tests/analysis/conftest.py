@@ -15,6 +15,7 @@ SETTINGS = [
     "--model.arguments={widths: [8, M, 16]}",
     "--search.every=4ba",
     "--search.settled=0.2",
+    "--search.elbow.latest=null",
     "--search.l1=0.01",
     "--truncation.removal.duration=8ba",
 ]

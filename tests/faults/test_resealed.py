@@ -36,7 +36,7 @@ FADING: dict[str, Any] = {
         "window": 3,
         "settled": 0.35,
         "l1": 0.01,
-        "elbow": {"min_masks": 2, "margin": 0.3},
+        "elbow": {"min_masks": 2, "margin": 0.3, "latest": None},
     },
     "truncation": {"removal": {"duration": "8ba", "fade_steps": 2, "stage": 0.5}},
     "ticket": {"round_to": 1},

@@ -44,7 +44,7 @@ CONFIG = WormConfig(
         "every": "2ba",
         "window": 3,
         "settled": 0.3,
-        "elbow": {"min_masks": 2, "margin": 0.3},
+        "elbow": {"min_masks": 2, "margin": 0.3, "latest": None},
         "prune_ratio": 0.4,
         "l1": 0.05,
     },

@@ -26,7 +26,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits.yaml"
-SHORT = ("--epochs=1", "--search.every=11ba")
+SHORT = ("--epochs=1", "--search.every=11ba", "--search.elbow.latest=null")
 """Two masks."""
 
 needs_venv = pytest.mark.skipif(

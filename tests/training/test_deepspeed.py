@@ -59,6 +59,7 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
 def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
     short = [
         ("epochs", "5"),
+        ("search.elbow.latest", "null"),
         ("truncation.removal.duration", "1ep"),
         ("model.arguments", "{widths: [16, 16, M, 32, 32]}"),
         ("data.batch_size", "128"),
