@@ -30,7 +30,7 @@ ALL_PHASES: dict[str, Any] = {
     "search.settled": 0.35,
     "search.elbow.min_masks": 2,
     "search.elbow.margin": 0.3,
-    "search.elbow.latest": None,
+    "search.elbow.latest": "null",
     "search.l1": 0.01,
     "truncation.removal.duration": "8ba",
     "truncation.removal.fade_steps": 2,

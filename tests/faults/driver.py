@@ -219,8 +219,7 @@ class Run:
     def words(self, rank: int, out: Path) -> list[str]:
         """Of the command line."""
         settings = {**SMALL, **self.settings, **self.per_rank.get(rank, {})}
-        texts = {key: "null" if value is None else value for key, value in settings.items()}
-        pairs = [f"--{key}={text}" for key, text in texts.items()]
+        pairs = [f"--{key}={value}" for key, value in settings.items()]
         return ["train", str(CONFIG), "--out", str(out), *pairs]
 
 

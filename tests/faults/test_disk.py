@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.driver import Act, Driver, Fault, Run
 
-SEARCHING = {"preset": "worm", "search.every": "4ba", "search.elbow.latest": None}
+SEARCHING = {"preset": "worm", "search.every": "4ba", "search.elbow.latest": "null"}
 
 
 def _delete_the_folder(real: Act, trainer: Any, *batch: Any) -> Any:

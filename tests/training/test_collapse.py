@@ -98,7 +98,7 @@ def test_chance_is_what_a_constant_answer_and_luck_come_to(
 def test_a_collapsed_run_has_an_exit_code_of_its_own(tmp_path: Path, preset: str) -> None:
     """It was a ticket, with exit code 0."""
     settings = {"preset": preset, "epochs": 4, "optimizer.lr": 5, "search.l1": 1}
-    settings |= {"search.elbow.latest": None} if preset == "worm" else {}
+    settings |= {"search.elbow.latest": "null"} if preset == "worm" else {}
     ends = Driver(tmp_path)(2, Run((), settings))
     assert [end.exitcode for end in ends] == [7, 7], ends
     lines = [line for end in ends for line in end.errors]
