@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,36 @@ def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path:
     assert said["hooks"] == [0, 0]
 
 
+HELP = """
+import contextlib, io, sys
+import worm_dist
+assert not {"numpy", "pydantic", "yaml"} & sys.modules.keys()
+from worm_dist.__main__ import main
+for command in "train", "init", "plan", "doctor", "ticket", "replay", "report", "bench":
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
 def test_the_command_line_and_its_mistakes_need_no_torch() -> None:
     """They took six seconds, of which torch and what it brings along were all but a third of
     one; scripts in launch/ check the settings before they start any rank."""
-    program = "import sys, worm_dist.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], timeout=60, check=True, capture_output=True, text=True
+    )
+    slow = {"jinja2", "kneed", "matplotlib", "numpy", "rich", "sklearn", "tensorboard", "torch"}
+    loaded = {*done.stdout.split()}
+    assert "pydantic" in loaded  # what is looked for would be seen
+    assert not slow & loaded
+
+
+def test_names_of_a_star_import_and_of_pickles_are_those_of_the_package() -> None:
+    names: dict[str, object] = {}
+    exec("from worm_dist import *", names)
+    for name in worm_dist.__all__:
+        assert names[name] is getattr(worm_dist, name)
+        assert pickle.loads(pickle.dumps(names[name])) is names[name]
 
 
 def test_names_are_found_and_no_others() -> None:

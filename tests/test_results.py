@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import torch
 
+import worm_dist
 from worm_dist.__main__ import main
 from worm_dist.bench.ledger.row import Row, read_rows
 
@@ -120,3 +122,26 @@ def _test(row: Row) -> float:
 
 def _spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+TICKETS = sorted(path.parent for path in RESULTS.glob("tickets/*/ticket.json"))
+
+
+def test_tickets_are_small() -> None:
+    assert [folder.name for folder in TICKETS] == ["digits", "fashion-mnist"]
+    files = [file for folder in TICKETS for file in folder.iterdir()]
+    assert sum(file.stat().st_size for file in files) < 1_000_000
+
+
+@pytest.mark.parametrize("folder", TICKETS, ids=lambda folder: folder.name)
+def test_a_ticket_is_what_its_page_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ticket", "verify", str(folder)]) == 0
+    capsys.readouterr()
+    network = worm_dist.load_ticket(folder).eval()
+    side = 8 if folder.name == "digits" else 28
+    assert network(torch.zeros(2, 1, side, side)).shape == (2, 10)
+    num_parameters = f"{sum(p.numel() for p in network.parameters()):,}".replace(",", " ")
+    (row,) = re.findall(
+        rf"^.*\({folder.name}/ticket.json\).*$", (RESULTS / "tickets/README.md").read_text(), re.M
+    )
+    assert f"| {num_parameters} of " in row

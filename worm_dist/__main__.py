@@ -21,11 +21,13 @@ from .distributed.launchers import started_by
 from .doctor.command import add_parser as add_doctor_parser
 from .doctor.command import run as diagnose
 from .errors import ConfigError, WormError
+from .extras import require_extras
 from .planning import command as plan_command
 from .ticket_command import command as ticket_command
 from .training.config_file import read_run_config
 from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
+from .training.required_packages import require_packages
 from .training.settings_template import settings_template
 from .training.user_functions import require_user_functions
 
@@ -100,6 +102,9 @@ def _parse(
     train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
     train.add_argument("--seed", help="the seed of weights, shuffling and augmentation")
     train.add_argument(
+        "--quiet", action="store_true", help="print warnings and one line at the end, nothing else"
+    )
+    train.add_argument(
         "--check",
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
@@ -164,6 +169,7 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
     config = read_run_config(options.config, replaced)
+    require_packages(config)
     require_user_functions(config)
     if options.check:
         for line in ineffective_settings(config):
@@ -177,7 +183,7 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     from .training.resume_argument import resume_argument
     from .training.run import run
 
-    return run(config, out, resume_argument(options.resume))
+    return run(config, out, resume_argument(options.resume), options.quiet)
 
 
 def _print_template(preset: str) -> int:
@@ -193,6 +199,7 @@ def _until_closed(command: Callable[[], int]) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    require_extras({"train": "bench"})
     if options.benchmark in ("ledger", "grid"):
         run_ledger(options)
         return 0

@@ -1,13 +1,17 @@
-"""Terminal: where tables are printed, or a job's log file in its place."""
+"""Terminal: where tables and JSON are printed, or a job's log file in its place."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
 
-import rich.console
+if TYPE_CHECKING:
+    import rich.console
 
-__all__ = ["console_of"]
+__all__ = ["console_of", "only_json_on_stdout", "print_json"]
 
 _WIDTH_OF_A_LOG = 100
 
@@ -18,6 +22,8 @@ def console_of(file: TextIO | None = None) -> rich.console.Console:
     Args:
         file: the stream to write to; the default is the standard output.
     """
+    import rich.console  # late, as commands that print JSON do not need it
+
     file = file or sys.stdout
     is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
     return rich.console.Console(
@@ -29,3 +35,30 @@ def console_of(file: TextIO | None = None) -> rich.console.Console:
         markup=False,
         emoji=False,
     )
+
+
+@contextmanager
+def only_json_on_stdout(is_json: bool) -> Iterator[None]:
+    """Send to the standard error what libraries and the user's functions print meanwhile, so that
+    the standard output has one JSON document alone.
+
+    Args:
+        is_json: whether JSON was asked for; without it nothing is redirected.
+    """
+    if not is_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(content: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Print one JSON object.
+
+    Args:
+        content: the object.
+        file: the stream to write to; the default is the standard output.
+    """
+    file = file or sys.stdout
+    json.dump(content, file, indent=2, allow_nan=False)
+    print(file=file, flush=True)

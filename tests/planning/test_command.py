@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
 from worm_dist import ConfigError, WormError
 from worm_dist.__main__ import main
+from worm_dist.models import build_model
 from worm_dist.planning.command import add_parser, run
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +74,34 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["estimate"]["bandwidth_bits_per_second"] == 1e9
     steps = plan["estimate"]["steps"]
     assert steps["dense"]["all_reduce_seconds"] == 1_152_680 * 8 / 1e9
+
+
+def test_the_standard_error_says_what_it_does_meanwhile(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _plan(DIGITS, "--world", "2", "--bandwidth", "1Gbit/s", "--batch", "4") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "plan: loading torch",
+        "plan: building vgg_small",
+        "attach: tracing the network",
+    ]
+    rounds = [line for line in said if line.startswith("attach: verifying the couplings of 6")]
+    assert len(rounds) == 6 and rounds[-1].endswith("round 6 of 6")
+    assert "attach: found 6 channel groups with 448 channels" in said
+    assert said[-1].startswith("plan: measuring passes on batches of ")
+    assert not logging.getLogger("worm_dist").handlers
+
+
+def chatty(num_classes: int, in_channels: int) -> nn.Module:
+    """A function of the user's that prints."""
+    print("here I am")
+    return build_model("vgg_small", num_classes, in_channels, {"widths": [8, "M", 8]})
+
+
+def test_json_is_alone_on_the_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _json(capsys, f"{__name__}:chatty", "--input", "1x8x8", "--classes", "10")
+    assert plan["model"]["name"].endswith("chatty")
 
 
 def test_a_name_is_planned_for_with_its_input(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +180,8 @@ def test_the_documentation_shows_what_it_prints() -> None:
         text=True,
         timeout=100,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert all(line.startswith(("plan: ", "attach: ")) for line in done.stderr.splitlines())
     assert [line.rstrip() for line in done.stdout.splitlines()] == shown[2].splitlines()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ def test_intact_tickets_are_one_line_and_exit_code_0(
     assert main(["ticket", "verify", str(own_ticket)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert "intact" in line and "not loaded" in line
+
+
+def test_json_says_whether_it_is_intact(
+    ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ticket", "verify", str(ticket), "--json"]) == 0
+    intact = json.loads(capsys.readouterr().out)
+    assert (intact["intact"], intact["kept"], intact["channels"]) == (True, 10, 20)
+    assert (intact["model"], intact["parameters"], intact["reason"]) == ("vgg_small", 414, None)
+    damaged = copied(ticket, tmp_path / "ticket")
+    _flip_a_bit(damaged)
+    assert main(["ticket", "verify", str(damaged), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["intact"] is False and "wanted sha256" in found["reason"]
 
 
 def _flip_a_bit(ticket: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from worm_dist.engine.traffic import Traffic
 from worm_dist.training.reporting.console import Console
+from worm_dist.training.reporting.outcome import outcome
+from worm_dist.training.reporting.quiet_console import QuietConsole
 from worm_dist.verdict import Phase
 
 RESULT: dict[str, Any] = {
@@ -36,6 +38,40 @@ RESULT: dict[str, Any] = {
     "mask_digest": "00",
     "versions": {},
 }
+
+
+def test_a_quiet_console_has_one_line() -> None:
+    file = io.StringIO()
+    console = QuietConsole(file)
+    _run(console)
+    console.summary(RESULT, Path("runs/digits"))
+    assert file.getvalue() == (
+        "* runs/digits: ticket; accuracy: 98.06 % of the test split at the end; 97.22 % right "
+        "before the draw, 96.94 % right after it; network: 8,612,345 of 25,557,032 parameters "
+        "(33.7 %), 2,044,500,000 of 8,178,000,000 FLOPs a sample (25.0 %); traffic: 34,449,380 "
+        "of 102,228,128 bytes a step (33.7 %)\n"
+    )
+
+
+def test_the_outcome_is_compared_with_a_dense_run() -> None:
+    dense = copy.deepcopy(RESULT)
+    dense["accuracy"] = {"before_draw": None, "after_draw": None, "final": 0.99}
+    dense["traffic"]["total_bytes"] = 4_000_000_000
+    accuracy, _, traffic = outcome(RESULT, dense)
+    assert accuracy.startswith("accuracy: 98.06 % of the test split at the end (dense network")
+    assert "trained as long: 99.00 %)" in accuracy
+    assert traffic.endswith("bytes a step (33.7 %); in the whole run 25.0 % of the dense run's")
+
+
+def test_the_outcome_invents_no_figure() -> None:
+    said = outcome(_without(RESULT))
+    assert not any(character.isdigit() for line in said for character in line)
+
+
+def test_a_quiet_console_says_that_a_run_has_stopped_or_failed() -> None:
+    file = io.StringIO()
+    QuietConsole(file).ending("stopped after step 7", Phase.SEARCH)
+    assert file.getvalue() == "* stopped after step 7\n"
 
 
 class _Terminal(io.StringIO):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worm_dist.config import SearchConfig
@@ -44,15 +45,22 @@ def test_everything_is_read_back_from_one_file(tmp_path: Path) -> None:
     board.scalars(1, {"loss/train": 2.5, "traffic/bytes": 1e6})
     board.scalars(2, {"loss/train": 1.25})
     board.figures(30, _findings(), settled=0.1)
-    board.hyperparameters({"optimizer.lr": 0.1, "preset": "worm"}, {"result/accuracy": 0.75})
+    board.charts({"page": {"chart": ["^loss/train$", "^traffic/bytes$"]}})
+    board.text(30, "verdicts", "elbow at epoch 3")
+    board.hyperparameters({"optimizer.lr": 0.1, "preset": "worm"}, {"loss/train": "loss"})
     board.close()
 
     (file,) = [path for path in folder.rglob("*") if path.is_file()]
     assert file.name.startswith("events.out.tfevents.")
     assert _points(folder, "loss/train") == [(1, 2.5), (2, 1.25)]
     assert _points(folder, "traffic/bytes") == [(1, 1e6)]
-    assert _points(folder, "result/accuracy") == [(0, 0.75)]
     events = _read(folder)
+    (elbow,) = events.Tensors("verdicts/text_summary")
+    assert (elbow.step, elbow.tensor_proto.string_val[0]) == (30, b"elbow at epoch 3")
+    (laid_out,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(laid_out.tensor_proto.string_val[0])
+    assert layout.category[0].title == "page"
+    assert list(layout.category[0].chart[0].multiline.tag) == ["^loss/train$", "^traffic/bytes$"]
     for name in ("search/masks", "search/distance_matrix", "search/distance_curve"):
         (picture,) = events.Images(name)
         assert picture.step == 30
@@ -70,7 +78,7 @@ def test_hyperparameters_of_every_kind(tmp_path: Path) -> None:
             "schedule.milestones": [80, 120],
             "data.root": None,
         },
-        {"result/accuracy": 0.9},
+        {"test/accuracy": "accuracy"},
     )
     content = _read(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
     written = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -81,8 +89,16 @@ def test_hyperparameters_of_every_kind(tmp_path: Path) -> None:
         "schedule.milestones": "[80, 120]",
     }
     content = _read(tmp_path).summary_metadata["_hparams_/experiment"].plugin_data.content
-    (metric,) = HParamsPluginData.FromString(content).experiment.metric_infos
-    assert metric.name.tag == "result/accuracy"
+    columns = HParamsPluginData.FromString(content).experiment
+    assert [column.name for column in columns.hparam_infos] == [
+        "seed",
+        "optimizer.lr",
+        "optimizer.nesterov",
+        "schedule.milestones",
+        "data.root",
+    ]
+    (metric,) = columns.metric_infos
+    assert (metric.name.tag, metric.display_name) == ("test/accuracy", "accuracy")
 
 
 def test_resumed_run_replaces_the_steps_that_it_trains_again(tmp_path: Path) -> None:
@@ -109,7 +125,7 @@ def _delete_the_event_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_delete, _replace_by_a_file, _delete_the_event_file])
-@pytest.mark.parametrize("first", ["scalars", "figures", "hyperparameters", "close"])
+@pytest.mark.parametrize("first", ["scalars", "text", "figures", "hyperparameters", "close"])
 @pytest.mark.fault(24, "TensorBoard's file or folder is lost")
 def test_training_goes_on_with_one_warning_when_the_file_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None], first: str
@@ -120,8 +136,9 @@ def test_training_goes_on_with_one_warning_when_the_file_is_lost(
     harm(folder)
     calls = {
         "scalars": lambda: board.scalars(2, {"loss": 1.0}),
+        "text": lambda: board.text(2, "verdicts", "elbow"),
         "figures": lambda: board.figures(3, _findings(), 0.1),
-        "hyperparameters": lambda: board.hyperparameters({"seed": 0}, {"accuracy": 1.0}),
+        "hyperparameters": lambda: board.hyperparameters({"seed": 0}, {"loss": "loss"}),
         "close": board.close,
     }
     calls[first]()

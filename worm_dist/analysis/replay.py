@@ -8,8 +8,10 @@ from typing import Any
 
 from ..config import SearchConfig
 from ..errors import ConfigError
+from ..extras import require_extras
 from ..search.convergence import CheckRecord
 from ..search.decision import Decision, decide
+from ..search.elbow import extras_of_rule
 from ..search.window import Window
 from ..training.reporting.journal_lines import CheckLine
 
@@ -98,8 +100,9 @@ def replay(
             the window reaches further back than the journal's distances.
 
     Raises:
-        ConfigError: masks are needed, and there are none.
+        ConfigError: masks are needed, and there are none; or the package of the rule is missing.
     """
+    require_extras(extras_of_rule(config))
     curve = _within(config.window, checks)
     if curve is None:
         records = read_records()

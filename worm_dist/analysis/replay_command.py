@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from ..config import ElbowConfig, SearchConfig, WormConfig
 from ..errors import ConfigError
+from ..terminal import print_json
 
 __all__ = ["add_parser", "run"]
 
@@ -77,8 +76,7 @@ def run(options: argparse.Namespace) -> int:
     notes = remarks(result, settings)
     if options.json:
         content = {"journal": str(journal), **result.as_dict(), "remarks": notes}
-        json.dump(content, sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(content)
     else:
         show(result, str(journal), notes)
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
+from ..extras import require_extras
 
 if TYPE_CHECKING:
     from .run_files import RunFiles
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
         if not folder.is_dir():
             raise ConfigError(f"report: {folder} is no folder; give the folders of runs")
+    require_extras({"train": "report"})
     # Imported late: matplotlib and TensorBoard take seconds; mistakes are reported first.
     from .page import page
 

@@ -34,12 +34,10 @@ class Picture:
     Attributes:
         svg: its markup.
         caption: what it shows.
-        is_wide: whether a phone must scroll it.
     """
 
     svg: Markup
     caption: str
-    is_wide: bool = False
 
 
 def comparisons(runs: Sequence[RunFiles]) -> list[Picture]:
@@ -94,7 +92,7 @@ def pictures_of(run: RunFiles, number: int) -> list[Picture]:
         mean = "" if last.distance_mean is None else f", the last mean {last.distance_mean:.3f}"
         start = "no elbow" if elbow is None else f"the elbow at step {elbow.step:,}"
         caption = f"Distances of the masks of {len(run.checks)} checks: {start}{mean}."
-        pictures.append(Picture(inline_svg(figure, first, caption), caption, is_wide=True))
+        pictures.append(Picture(inline_svg(figure, first, caption), caption))
     if run.records:
         mask = run.records[-1].mask
         caption = (
@@ -102,7 +100,7 @@ def pictures_of(run: RunFiles, number: int) -> list[Picture]:
             f"{mask.num_channels:,} channels."
         )
         svg = inline_svg(mask_picture(run.records), first + 1, caption, has_image=True)
-        pictures.append(Picture(svg, caption, is_wide=True))
+        pictures.append(Picture(svg, caption))
     return pictures
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, ConfigError
+from ..terminal import only_json_on_stdout
 from ..training.config_file import read_run_config
+from ..training.required_packages import require_packages
 from ..training.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     if options.config is None and overrides:
         raise ConfigError(f"doctor: --{overrides[0][0]} is a setting; give the settings file too")
     # Imported late: torch takes seconds.
+    from ..distributed.log_lines import rank_named
     from .finding import problems
     from .launch import launch
     from .machine import devices, open_files, software
@@ -76,14 +79,17 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     config = None
     if options.config is not None:
         try:
-            config = read_run_config(options.config, overrides)
+            found = read_run_config(options.config, overrides)
+            require_packages(found)
+            config = found
         except ConfigError as error:
             report.findings += problems("settings", error)
     if rank_info is not None:
         report.findings += devices(rank_info.local_world_size)
         report.findings.append(open_files(rank_info.rank, rank_info.world_size))
         try:
-            _together(report, config, rank_info, options)
+            with rank_named(rank_info.rank), only_json_on_stdout(options.json):
+                _together(report, config, rank_info, options)
         except BackendError as error:
             if rank_info.rank != 0:
                 raise

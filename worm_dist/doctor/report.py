@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from rich.table import Table
 
-from ..terminal import console_of
+from ..terminal import console_of, print_json
 from .finding import Finding, Level
 from .ranks import Reach
 from .start import Start
@@ -28,11 +27,13 @@ class Report:
         findings: in the order in which they were found.
         reach: how the ranks reach one another; None if they have not met.
         start: the start of the run; None without settings, or if it fails.
+        out: the stream to print to.
     """
 
     findings: list[Finding] = field(default_factory=list)
     reach: Reach | None = None
     start: Start | None = None
+    out: TextIO = field(default_factory=lambda: sys.stdout)
 
     @property
     def num_problems(self) -> int:
@@ -54,20 +55,19 @@ class Report:
                     )
 
     def show(self, as_json: bool) -> None:
-        """Print the report to the standard output."""
+        """Print the report."""
         if as_json:
-            json.dump(self.as_dict(), sys.stdout, indent=2, allow_nan=False)
-            print(flush=True)
+            print_json(self.as_dict(), self.out)
             return
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
         for finding in self.findings:
             style = _STYLES.get(finding.level)
             table.add_row(finding.level, finding.topic, finding.text, style=style)
-        console = console_of()
+        console = console_of(self.out)
         console.print(table)
         notes = sum(finding.level == "note" for finding in self.findings)
         console.print(f"{_counted(self.num_problems, 'problem')}, {_counted(notes, 'note')}")
-        sys.stdout.flush()
+        self.out.flush()
 
     def as_dict(self) -> dict[str, Any]:
         reach = self.reach

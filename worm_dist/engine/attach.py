@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from ..config import WormConfig
 from ..errors import ConfigError
+from ..extras import require_extras
+from ..search.elbow import extras_of_rule
 from .check_schedule import require_countable
 from .engine import Engine, ScoreFunction
 from .memory import log_memory
@@ -52,12 +54,14 @@ def attach(
 
     Raises:
         ConfigError: an argument is of another type; the network cannot be traced, or has nothing
-            to rank channels by; or an epoch's length is needed but not known.
+            to rank channels by; an epoch's length is needed but not known; or the elbow rule needs
+            a package that is not installed.
         BackendError: several processes but a bare module; a communication hook already registered.
         DivergenceError: the ranks trace different networks, or have different settings.
     """
     config = WormConfig() if config is None else config
     _require_types(model, config, steps_per_epoch, total_steps)
+    require_extras(extras_of_rule(config.search))
     require_countable(config, steps_per_epoch, total_steps)
     engine = Engine(model, optimizer, config, example_inputs, steps_per_epoch, total_steps, score)
     if engine.groups:

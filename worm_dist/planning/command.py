@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..budget_argument import parse_budget
 from ..errors import ConfigError
+from ..terminal import only_json_on_stdout, print_json
 from .image_shape import parse_image_shape
 
+if TYPE_CHECKING:
+    from .forecast import Forecast
+
 __all__ = ["add_parser", "run"]
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -67,30 +72,41 @@ def run(options: argparse.Namespace) -> int:
         CheckpointError: the ticket or the weights cannot be read, or do not fit.
     """
     _check(options)
+    changes = _search_changes(options.ratio, options.budget)
+    shape = None if options.input is None else parse_image_shape(options.input)
+    from ..training.reporting.activity import shown_activity
+
+    with shown_activity(), only_json_on_stdout(options.json):
+        result = _forecast(options, (shape, options.classes, changes))
+    if options.json:
+        print_json(result.as_dict())
+    else:
+        from .table import show
+
+        show(result)
+    return 0
+
+
+def _forecast(
+    options: argparse.Namespace,
+    overrides: tuple[tuple[int, int, int] | None, int | None, dict[str, Any]],
+) -> Forecast:
+    """The forecast of the model, with these input shape, number of classes and search settings."""
+    logger.info("plan: loading torch")
     # Imported late: torchvision and torch-pruning take seconds; mistakes are reported first.
     from .forecast import forecast
     from .step_time import Link
-    from .table import show
     from .target import target_of, target_of_config
 
     link = None
     if options.world is not None:
         link = Link.parse(options.world, options.bandwidth)
-    changes = _search_changes(options.ratio, options.budget)
-    shape = None if options.input is None else parse_image_shape(options.input)
-    overrides = (shape, options.classes, changes)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         target = target_of_config(path, *overrides)
     else:
         target = target_of(options.model, *overrides)
-    result = forecast(target, options.ticket, link, options.batch, options.weights)
-    if options.json:
-        json.dump(result.as_dict(), sys.stdout, indent=2, allow_nan=False)
-        print()
-    else:
-        show(result)
-    return 0
+    return forecast(target, options.ticket, link, options.batch, options.weights)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ from .hypothetical import drawn, mask_of_ticket
 from .memory import Memory, memory_of_stages
 from .step_time import FORMULA, Link, StepTime, ring_seconds
 from .target import Target
-from .timing import Measured, measure
+from .timing import Measured, affordable_batch, measure
 from .weights import load_weights
 
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["dense", "truncated", "faded", "ticket"]
 """``dense``: nothing is frozen.  ``truncated``: the all-reduce omits dropped channels.
@@ -190,6 +193,7 @@ def forecast(
             ticket or the batch do not fit.
         CheckpointError: the ticket or the weights do not exist, are damaged, or do not fit.
     """
+    logger.info("plan: building %s", target.model)
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
     if weights is not None:
@@ -203,8 +207,10 @@ def forecast(
         budget_reached = ranking.budget.share_of(mask) if ranking.budget else None
     else:
         mask = mask_of_ticket(ticket, groups)
+    logger.info("plan: drawing the ticket on a copy")
     ticket_network, ticket_groups = drawn(network, groups, mask)
 
+    logger.info("plan: counting parameters, FLOPs, bytes and memory")
     compression = target.worm.truncation.compression
     keep_all = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
     dense = costs_of(network, groups, keep_all, sample, "none")
@@ -217,8 +223,10 @@ def forecast(
     estimate = None
     if link is not None:
         shape, precision = target.sample_shape, target.precision
-        measured = measure((network, ticket_network), shape, num_samples, precision)
-        estimate = Estimate(link, num_samples, measured, _steps(costs, measured, link))
+        batch = affordable_batch(network, shape, num_samples, precision)
+        measured = measure((network, ticket_network), shape, batch, precision)
+        steps = _steps(costs, measured, num_samples, link)
+        estimate = Estimate(link, num_samples, measured, steps)
     others = _others(ticket_network, ticket_groups)
     weight_bytes = sum(p.nbytes for p in network.parameters())
     return Forecast(
@@ -265,10 +273,12 @@ def _plans(
 
 
 def _steps(
-    costs: Mapping[Stage, Costs], measured: Measured, link: Link
+    costs: Mapping[Stage, Costs], measured: Measured, num_samples: int, link: Link
 ) -> Mapping[Stage, StepTime]:
-    """Step time of every stage; until the draw the dense network is computed."""
-    dense_seconds, ticket_seconds = measured.seconds
+    """Step time of every stage; until the draw the dense network is computed.  The measured time
+    is scaled to the number of samples."""
+    scale = num_samples / measured.num_samples
+    dense_seconds, ticket_seconds = (scale * seconds for seconds in measured.seconds)
     return {
         stage: StepTime(
             ticket_seconds if stage == "ticket" else dense_seconds,
@@ -283,6 +293,7 @@ def _estimate_as_dict(estimate: Estimate) -> dict[str, Any]:
         "world_size": estimate.link.world_size,
         "bandwidth_bits_per_second": estimate.link.bits_per_second,
         "samples_per_rank": estimate.num_samples,
+        "samples_measured": estimate.measured.num_samples,
         "device": estimate.measured.device,
         "rounds": estimate.measured.rounds,
         "formula": FORMULA,

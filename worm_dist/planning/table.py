@@ -277,8 +277,11 @@ def _times(estimate: Estimate) -> Table:
 
 def _method(estimate: Estimate) -> str:
     measured = estimate.measured
+    scaled = ""
+    if measured.num_samples < estimate.num_samples:
+        scaled = f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
     return (
         f"Computing: forward and backward pass, measured on this machine ({measured.device}; "
-        f"median of {measured.rounds}). All-reduce: a ring's {FORMULA}. A real step lies between "
-        "the two sums, plus latency, packing, optimizer and input, which are left out."
+        f"median of {measured.rounds}){scaled}. All-reduce: a ring's {FORMULA}. A real step lies "
+        "between the two sums, plus latency, packing, optimizer and input, which are left out."
     )

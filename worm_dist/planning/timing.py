@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .target import Shape
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Measured", "affordable_batch", "measure"]
 
+logger = logging.getLogger(__name__)
+
+_ENOUGH_SECONDS = 0.25
+"""Time of a pass from which on a larger batch would not make it more exact."""
+_SMALLEST_BATCH = 2
+"""BatchNorm cannot be trained on a single value."""
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 _SECONDS = 10.0
 """Time limit: after it no further round starts, once there are ``_FEWEST_ROUNDS``."""
@@ -26,11 +34,13 @@ class Measured:
 
     Attributes:
         seconds: median time of each network.
+        num_samples: samples in a batch.
         rounds: number of measurements of each network.
         device: name of the device.
     """
 
     seconds: tuple[float, ...]
+    num_samples: int
     rounds: int
     device: str
 
@@ -57,10 +67,10 @@ def measure(
     Raises:
         ConfigError: a network does not accept such a batch.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     inputs = torch.randn(num_samples, *sample_shape, device=device)
     rounds: list[list[float]] = []
-    try:
+    with _refused(num_samples, trains):
         for network in networks:
             network.to(device).train(trains)
             _seconds(
@@ -70,14 +80,56 @@ def measure(
         while len(rounds) < _FEWEST_ROUNDS or (
             len(rounds) < _MOST_ROUNDS and time.perf_counter() - began < _SECONDS
         ):
+            logger.info(
+                "plan: measuring passes on batches of %d, round %d", num_samples, len(rounds) + 1
+            )
             rounds.append([_seconds(network, inputs, precision, trains) for network in networks])
+    medians = tuple(statistics.median(seconds) for seconds in zip(*rounds))
+    return Measured(medians, num_samples, len(rounds), _name_of(device))
+
+
+def affordable_batch(
+    network: nn.Module, sample_shape: Shape, num_samples: int, precision: str
+) -> int:
+    """The number of samples, at most ``num_samples``, on which to measure forward and backward
+    passes.
+
+    On a GPU that is all of them.  A CPU takes a time in proportion to their number, and minutes for
+    a batch of large images, so there the batch is doubled only until a pass takes a quarter of a
+    second.
+
+    Raises:
+        ConfigError: the network does not accept such a batch.
+    """
+    device = _device()
+    if device.type == "cuda":
+        return num_samples
+    batch = min(_SMALLEST_BATCH, num_samples)
+    network.to(device).train()
+    while True:
+        logger.info("plan: choosing the batch for a measurement: %d", batch)
+        with _refused(batch, trains=True):
+            inputs = torch.randn(batch, *sample_shape)
+            took = min(_seconds(network, inputs, precision, trains=True) for _ in range(2))
+        if batch == num_samples or took >= _ENOUGH_SECONDS:
+            return batch
+        batch = min(2 * batch, num_samples)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _refused(num_samples: int, trains: bool) -> Iterator[None]:
+    """Report a batch that a network does not accept."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:  # such as BatchNorm on a single value
         what = "be trained" if trains else "run"
         raise ConfigError(
             f"--batch: the network cannot {what} on batches of {num_samples}: {error}"
         ) from error
-    medians = tuple(statistics.median(seconds) for seconds in zip(*rounds))
-    return Measured(medians, len(rounds), _name_of(device))
 
 
 def _seconds(network: nn.Module, inputs: Tensor, precision: str, trains: bool) -> float:

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_SAMPLES = 3
 """The number of groups of a kind that must fail before all groups of that kind are rejected."""
+_NUM_ROUNDS = 6
 _MAX_TRIALS = 100
 """The number of trials after which undecided groups stay dense.  Counted, not timed, so that all
 ranks give up at the same point."""
@@ -111,6 +112,7 @@ def find_drawable_groups(
         ConfigError: the network cannot be run with these inputs, or has no such group.
     """
     search = search or SearchConfig()
+    _log("tracing the network")
     crops = crop_large_images(example_inputs)
     traced = trace(network, example_inputs, None if crops is example_inputs else crops)
     groups = select_groups(traced.groups, search, any_group)
@@ -118,6 +120,7 @@ def find_drawable_groups(
         with scratch_copy(network) as network_copy, torch.no_grad():
             trial = _Trial(network_copy, groups, traced, search.min_keep_ratio)
             groups = groups.without(trial.inexact())
+    _log(f"found {len(groups)} channel groups with {groups.num_channels} channels")
     if not groups and not optional:
         because = "".join(f"\n  {name}: {reason}" for name, reason in groups.dense.items())
         lacks = {
@@ -159,7 +162,11 @@ class _Trial:
     def inexact(self) -> dict[str, str]:
         """Return the groups that must not be drawn, by name, with the reasons."""
         found: dict[str, str] = {}
-        for rehearsal, keep in self._rounds():
+        for number, (rehearsal, keep) in enumerate(self._rounds(), 1):
+            _log(
+                f"verifying the couplings of {len(self._groups)} channel groups, "
+                f"round {number} of {_NUM_ROUNDS}"
+            )
             rest = [group for group in self._groups if group.name not in found]
             # Groups of one kind are adjacent, since they usually fail together.
             rest.sort(key=lambda group: self._kinds[group.name])
@@ -246,13 +253,14 @@ class _Trial:
         """Return what is wrong after these groups have lost channels; None if nothing."""
         self._num_trials += 1
         took = time.monotonic() - self._started_at
-        if not self._has_warned and took > _SECONDS_BEFORE_WARNING and _is_rank_zero():
+        if took > _SECONDS_BEFORE_WARNING and not self._has_warned and _is_rank_zero():
             self._has_warned = True
-            logger.warning(
-                "attach: channels are dropped from a copy of the network to find out which of its "
-                "%d groups can be; this takes a while",
-                len(self._groups),
-            )
+            if not logger.isEnabledFor(logging.INFO):  # which shows every round
+                logger.warning(
+                    "attach: channels are dropped from a copy of the network to find out which of "
+                    "its %d groups can be; this takes a while",
+                    len(self._groups),
+                )
         names = {group.name for group in tried}
         mask = Mask(
             {
@@ -261,6 +269,12 @@ class _Trial:
             }
         )
         return rehearsal.difference(self._groups, mask, tried)
+
+
+def _log(activity: str) -> None:
+    """Log what a call that may take minutes does at the moment."""
+    if _is_rank_zero():
+        logger.info("attach: %s", activity)
 
 
 def _is_rank_zero() -> bool:

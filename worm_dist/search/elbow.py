@@ -7,9 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..config import SearchConfig
 
-__all__ = ["elbow_reached", "elbow_threshold"]
+__all__ = ["elbow_reached", "elbow_threshold", "extras_of_rule"]
 
 _MIN_POINTS_FOR_KNEE = 4
+
+
+def extras_of_rule(config: SearchConfig) -> dict[str, str]:
+    """The extras that the elbow rule needs, for ``require_extras``."""
+    is_used = config.enabled and config.elbow.rule == "kneedle"
+    return {"kneedle": "search.elbow.rule: 'kneedle'"} if is_used else {}
 
 
 def elbow_reached(config: SearchConfig, means: Sequence[float]) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..extras import require_extras
 from ..planning.image_shape import parse_image_shape
+from ..terminal import only_json_on_stdout, print_json
 
 __all__ = ["add_parser", "run"]
 
@@ -66,6 +65,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "that the ticket names. Exit code 0 if all is well, 3 if not.",
     )
     _add_folder(verify)
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
 
     diff = add(
         "diff",
@@ -135,7 +135,8 @@ def _show(options: argparse.Namespace) -> int:
     from .contents_table import show
 
     num_samples = (options.batch or _SAMPLES) if options.speed else None
-    contents = read_contents(options.folder, shape, num_samples)
+    with only_json_on_stdout(options.json):
+        contents = read_contents(options.folder, shape, num_samples)
     _print(options, contents.as_dict, lambda: show(contents))
     return 0
 
@@ -143,7 +144,16 @@ def _show(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verification import verify
 
-    print(verify(options.folder))
+    try:
+        with only_json_on_stdout(options.json):
+            verification = verify(options.folder)
+    except CheckpointError as error:
+        if not options.json:
+            raise
+        # That a ticket is damaged is an answer too.
+        print_json({"folder": str(options.folder), "intact": False, "reason": str(error)})
+        return error.exit_code
+    _print(options, verification.as_dict, lambda: print(verification))
     return 0
 
 
@@ -159,7 +169,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     shape = _input_shape(options)
     if options.onnx is not None:
-        _require_onnx()
+        require_extras({"onnx": "--onnx"})
     from .export import export_onnx, export_torch
 
     if options.onnx is not None:
@@ -173,25 +183,11 @@ def _input_shape(options: argparse.Namespace) -> tuple[int, int, int] | None:
     return None if options.input is None else parse_image_shape(options.input)
 
 
-def _require_onnx() -> None:
-    missing = [
-        name
-        for name in ("onnx", "onnxruntime", "onnxscript")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"--onnx: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            'installed; run: pip install "worm_dist[onnx]"'
-        )
-
-
 def _print(
     options: argparse.Namespace, as_dict: Callable[[], dict[str, Any]], show: Callable[[], None]
 ) -> None:
     """Print as JSON or as tables."""
     if options.json:
-        json.dump(as_dict(), sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(as_dict())
     else:
         show()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.tensor_meta import TensorMetadata
 from ..errors import CheckpointError
@@ -12,17 +14,50 @@ from ..ticket.metadata import METADATA, Record, read_metadata
 from ..ticket.weights import open_weights
 from ..training.evaluation import count_parameters
 
-__all__ = ["verify"]
+__all__ = ["Verification", "verify"]
 
 
-def verify(folder: Path) -> str:
+@dataclass(frozen=True)
+class Verification:
+    """What was verified of an intact ticket.
+
+    Attributes:
+        folder: its folder.
+        tensors: number of tensors.
+        kept, channels: channels that it keeps, of so many.
+        groups: number of channel groups.
+        mask_digest: digest of the mask.
+        model: name of the model that it was loaded into; None if only the user can build that.
+        parameters: number of parameters of the loaded network; None if it was not loaded.
+    """
+
+    folder: Path
+    tensors: int
+    kept: int
+    channels: int
+    groups: int
+    mask_digest: str
+    model: str | None
+    parameters: int | None
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.folder}: intact: {self.tensors} tensors, {self.kept:,} of {self.channels:,} "
+            f"channels in {self.groups} groups, mask {self.mask_digest}; "
+        )
+        if self.model is None:
+            return said + "not loaded, as only load_ticket(path, build=...) can build its network"
+        return said + f"loaded as {self.model} with {self.parameters:,} parameters"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder), "intact": True, "reason": None}
+
+
+def verify(folder: Path) -> Verification:
     """Verify a ticket.
 
     Args:
         folder: the ticket's folder.
-
-    Returns:
-        One line on what was verified.
 
     Raises:
         CheckpointError: the ticket is missing or damaged, contradicts itself, or does not fit the
@@ -35,14 +70,16 @@ def verify(folder: Path) -> str:
         raise CheckpointError(f"{folder / METADATA}: {contradiction}; a file was changed")
     kept = sum(len(group.kept) for group in record.groups)
     size = sum(group.num_channels for group in record.groups)
-    said = (
-        f"{folder}: intact: {len(tensors)} tensors, {kept:,} of {size:,} channels in "
-        f"{len(record.groups)} groups, mask {record.mask_digest}; "
+    return Verification(
+        folder=folder,
+        tensors=len(tensors),
+        kept=kept,
+        channels=size,
+        groups=len(record.groups),
+        mask_digest=record.mask_digest,
+        model=None if record.model is None else record.model.name,
+        parameters=None if record.model is None else count_parameters(load_ticket(folder)),
     )
-    if record.model is None:
-        return said + "not loaded, as only load_ticket(path, build=...) can build its network"
-    num_parameters = count_parameters(load_ticket(folder))
-    return said + f"loaded as {record.model.name} with {num_parameters:,} parameters"
 
 
 def _contradictions(record: Record, tensors: Mapping[str, TensorMetadata]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
 from .data import Data
 from .reporting.result import versions
+from .required_packages import require_packages
 from .resume_config import fixed_settings
 from .run_config import RunConfig
 from .user_functions import require_user_functions, user_sources
@@ -38,9 +39,11 @@ def require_same_start(config: RunConfig, ranks: Communicator) -> None:
         ranks: all ranks.
 
     Raises:
-        ConfigError: a function of the user's cannot be imported on this rank.
+        ConfigError: a package is not installed on this rank, or a function of the user's cannot be
+            imported.
         DivergenceError: the ranks differ; raised on every rank.
     """
+    require_packages(config)
     require_user_functions(config)
     flat = config.flat()
     found = {key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()}

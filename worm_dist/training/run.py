@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..distributed.collectives import ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator
 from ..distributed.init import RankInfo, process_group
+from ..distributed.log_lines import rank_named
 from ..distributed.progress import Progress
 from ..distributed.stacks import STACKS
 from ..distributed.timeouts import Timeouts
@@ -26,7 +27,10 @@ from .kernels import choose_kernels
 from .newest_checkpoint import newest_checkpoint
 from .preemption import exit_code_of_stopped, stop_on_signals
 from .put_aside import RESULT, TICKET
+from .reporting.activity import shown_activity
+from .reporting.console import Console
 from .reporting.failed_writes import FailedWrites
+from .reporting.quiet_console import QuietConsole
 from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
 from .run_config import RunConfig
@@ -38,13 +42,14 @@ from .trainer import Trainer
 __all__ = ["run"]
 
 
-def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
+def run(config: RunConfig, out: Path, resume: str = "auto", quiet: bool = False) -> int:
     """Train by the settings and write the results to a folder.  Every rank calls it.
 
     Args:
         config: the run's settings.
         out: the run's folder.
         resume: ``auto``, ``never`` or the path of a checkpoint; see ``open_run_folder``.
+        quiet: whether the console has the last line and warnings only.
 
     Returns:
         The exit code of the process.
@@ -59,6 +64,7 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
     progress, stop = Progress(), StopCoordinator()
     timeouts = Timeouts(settings.startup_timeout_seconds, settings.timeout_seconds)
     with (
+        rank_named(rank_info.rank),
         stop_on_signals() as install_handlers,
         process_group(rank_info, transport, settings.startup_timeout_seconds) as device,
         watched(rank_info, progress, timeouts, stop, out / STACKS)
@@ -70,7 +76,8 @@ def run(config: RunConfig, out: Path, resume: str = "auto") -> int:
         choose_kernels(config, device)
         progress.reach("opening the run's folder")
         with _run_folder(config, out, resume) as folder:
-            return _train(config, out, folder, rank_info, device, progress, stop, install_handlers)
+            parts = rank_info, device, progress, stop, install_handlers
+            return _train(config, out, folder, *parts, quiet)
 
 
 def _run_folder(
@@ -91,6 +98,7 @@ def _train(
     progress: Progress,
     stop: StopCoordinator,
     install_handlers: Callable[[StopCoordinator], None],
+    quiet: bool = False,
 ) -> int:
     progress.reach("the state of the checkpoint")
     state = _saved_state(config, out, folder, rank_info, device)
@@ -99,9 +107,12 @@ def _train(
     lease = None if folder is None else folder.lease
     if lease is not None:
         saved_report = None if state is None else state["report"]
-        report = RankZeroReport(out, config, failed_writes, lease, saved_report)
+        console = QuietConsole() if quiet else Console()
+        report = RankZeroReport(out, config, console, failed_writes, lease, saved_report)
     checkpointer = Checkpointer(out, config, failed_writes, lease)
-    trainer = Trainer(config, rank_info, device, report, progress, stop, checkpointer)
+    shows = rank_info.rank == 0 and not quiet
+    with shown_activity(in_logs=False) if shows else nullcontext():
+        trainer = Trainer(config, rank_info, device, report, progress, stop, checkpointer)
     if state is not None:
         trainer.load_state_dict(state)
     del state  # it would take the memory of another network during the run

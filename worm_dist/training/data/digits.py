@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
+from ...extras import require_extras
 from ..run_config import DataConfig
 from .dataset import Data
 
@@ -23,7 +22,15 @@ MAX_PIXEL = 16
 
 
 def load(config: DataConfig) -> Data:
-    """Load the digits: 1437 training and 360 test images, a stratified split."""
+    """Load the digits: 1437 training and 360 test images, a stratified split.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    require_extras({"digits": "data.name: 'digits'"})
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.from_numpy(digits.images.astype(np.float32) / MAX_PIXEL).unsqueeze(1)
     classes = torch.from_numpy(digits.target.astype(np.int64))

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from ...engine.traffic import Traffic
 from ...verdict import Phase
+from .outcome import compared, count, percent
 
 __all__ = ["Console"]
 
@@ -144,6 +145,10 @@ class Console:
             self._progress.update(self._task, phase=phase)
         self._line(f"* {text}", style="bold")
 
+    def ending(self, text: str, phase: Phase | None = None) -> None:
+        """Print how the run ends, before its summary or instead of it; see ``event``."""
+        self.event(text, phase)
+
     def epoch(
         self,
         epoch: int,
@@ -163,7 +168,7 @@ class Console:
             images_per_second: throughput over all ranks.
             traffic: the traffic of the last step, shown as a percentage of a dense step's.
         """
-        sent = _percent(traffic.sent_bytes, traffic.dense_bytes, digits=0) or "-"
+        sent = percent(traffic.sent_bytes, traffic.dense_bytes, digits=0) or "-"
         digits = len(str(self._epochs))
         self._line(
             f"epoch {epoch:{digits}}/{self._epochs}  {phase:<8}  loss {loss:.3f}  "
@@ -236,9 +241,9 @@ def _facts(result: Mapping[str, Any], folder: Path) -> Table:
         f"world size {result['world_size']} over {result['backend']}",
         "search": f"elbow at epoch {_number(result['elbow_epoch'])}, "
         f"ticket at epoch {_number(result['ticket_epoch'])}",
-        "accuracy": f"before draw {_percent(accuracy['before_draw'], 1) or '-'}, "
-        f"after draw {_percent(accuracy['after_draw'], 1) or '-'}, "
-        f"final {_percent(accuracy['final'], 1) or '-'}",
+        "accuracy": f"before draw {percent(accuracy['before_draw'], 1) or '-'}, "
+        f"after draw {percent(accuracy['after_draw'], 1) or '-'}, "
+        f"final {percent(accuracy['final'], 1) or '-'}",
         "seconds": ", ".join(f"{phase} {_number(spent)}" for phase, spent in seconds.items()),
         "files": str(folder),
         "curves": f"tensorboard --logdir {folder}",
@@ -263,23 +268,9 @@ def _comparison(result: Mapping[str, Any]) -> Table:
             traffic["ticket_bytes_per_step"],
         ),
     ):
-        table.add_row(name, _count(dense), _compared(truncated, dense), _compared(ticket, dense))
+        table.add_row(name, count(dense), compared(truncated, dense), compared(ticket, dense))
     return table
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.5g}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _percent(part: float | None, whole: float | None, digits: int = 2) -> str:
-    """``part`` in percent of ``whole``; empty if either is missing."""
-    return "" if part is None or not whole else f"{100 * part / whole:.{digits}f} %"
-
-
-def _compared(value: int | None, dense: int | None) -> str:
-    percent = _percent(value, dense, digits=1)
-    return f"{_count(value)} ({percent})" if percent else _count(value)

@@ -13,17 +13,28 @@ from ...checkpoint.durable_io import write_json
 from ...checkpoint.lease import Lease
 from ...engine.engine import Engine
 from ...verdict import Phase, Verdict
-from ..evaluation import EvalResult
+from ..evaluation import EvalResult, count_parameters
 from ..ineffective_settings import ineffective_settings
 from ..put_aside import JOURNAL, RESULT, TICKET
 from ..run_config import RunConfig
 from .console import Console
+from .dashboard import (
+    CHARTS,
+    METRICS,
+    MOST_COMPARED,
+    OUTCOME,
+    VERDICTS,
+    final_scalars,
+    settings_that_matter,
+)
 from .failed_writes import FailedWrites
 from .journal import Journal
+from .outcome import outcome
 from .reporter import Report
 from .result import Result
 from .run_description import DESCRIPTION, write_description
 from .tensorboard import TensorBoardLog
+from .verdict_lines import elbow_line, stage_line, ticket_line
 
 __all__ = ["RankZeroReport"]
 
@@ -40,6 +51,7 @@ class RankZeroReport(Report):
     Args:
         folder: the run's folder, which exists.
         config: the run's settings.
+        console: prints for people.
         failed_writes: records outputs that cannot be written.
         lease: the folder's lock, which must be held to write there.
         saved: ``state_dict`` of the report at the checkpoint; None for a new run.
@@ -49,6 +61,7 @@ class RankZeroReport(Report):
         self,
         folder: Path,
         config: RunConfig,
+        console: Console,
         failed_writes: FailedWrites,
         lease: Lease,
         saved: Mapping[str, int] | None = None,
@@ -57,13 +70,14 @@ class RankZeroReport(Report):
         self._config = config
         self._failed_writes = failed_writes
         self._lease = lease
-        self._console = Console()
+        self._console = console
         self._tensorboard = TensorBoardLog(folder, None if saved is None else saved["step"] + 1)
         size = 0 if saved is None else saved["journal"]
         self._journal = Journal(folder / JOURNAL, config.search.elbow.rule, size)
         self._loss = float("nan")
         self._images_per_second = 0.0
         self._dense_flops: int | None = None
+        self._dense_parameters: int | None = None
 
     def _print(self, write: Callable[..., None], *args: Any) -> None:
         """Write to the console; a job's log on a full disk must not stop the run."""
@@ -73,13 +87,14 @@ class RankZeroReport(Report):
         device = next(engine.model.parameters()).device
         described = (self._folder, self._config, device)
         self._failed_writes.best_effort(DESCRIPTION, write_description, *described)
-        self._dense_flops = result.flops.dense
+        self._dense_flops, self._dense_parameters = result.flops.dense, result.parameters.dense
         self._print(
             self._console.event,
             f"preset {result.preset}, seed {result.seed}, world size {result.world_size} over "
             f"{result.backend}",
         )
         self._print(self._console.event, result.data)
+        self._tensorboard.charts(CHARTS)
         if engine.step:
             self._print(self._console.event, f"goes on from step {engine.step}")
         for line in ineffective_settings(self._config, steps_per_epoch):
@@ -106,8 +121,10 @@ class RankZeroReport(Report):
             "test/loss": evaluation.loss,
             "traffic/sent_bytes_per_step": traffic.sent_bytes,
             "traffic/dense_bytes_per_step": traffic.dense_bytes,
+            "traffic/total_bytes": traffic.total_sent_bytes + traffic.control_bytes,
             "compute/flops_per_sample": flops,
             "compute/dense_flops_per_sample": self._dense_flops,
+            "compute/parameters": count_parameters(engine.model),
         }
         self._tensorboard.scalars(engine.step, _present(values))
         self._print(
@@ -147,10 +164,9 @@ class RankZeroReport(Report):
         )
         self._plot(engine)
         if engine.phase is Phase.TRUNCATE:
-            what = "elbow" if engine.history[-1].elbow else "latest start (search.elbow.latest)"
-            self._print(
-                self._console.event, f"{what} at epoch {epoch:g}: truncation starts", engine.phase
-            )
+            search, truncation = self._config.search, self._config.truncation
+            line = elbow_line(epoch, engine.history[-1], search, truncation)
+            self._verdict(engine.step, line, engine.phase)
 
     def removal(self, epoch: float, engine: Engine, verdict: Verdict) -> None:
         args = (epoch, engine.step, verdict)
@@ -165,22 +181,19 @@ class RankZeroReport(Report):
     def stage(self, epoch: float, engine: Engine, num_parameters: int) -> None:
         args = (epoch, engine.step, num_parameters)
         self._failed_writes.best_effort(JOURNAL, self._journal.stage, *args)
-        text = f"stage at epoch {epoch:g}: {num_parameters:,} parameters are left so far"
-        self._print(self._console.event, text)
+        self._verdict(engine.step, stage_line(epoch, num_parameters, self._dense_parameters))
 
     def drawn(self, engine: Engine, result: Result) -> None:
-        self._print(
-            self._console.event,
-            f"ticket drawn at epoch {result.ticket_epoch:g}: {result.parameters.ticket:,} of "
-            f"{result.parameters.dense:,} parameters, test accuracy "
-            f"{result.accuracy.before_draw:.4f} -> {result.accuracy.after_draw:.4f}",
-            engine.phase,
-        )
+        self._verdict(engine.step, ticket_line(result), engine.phase)
+
+    def _verdict(self, step: int, line: str, phase: Phase | None = None) -> None:
+        self._print(self._console.event, line, phase)
+        self._tensorboard.text(step, VERDICTS, line)
 
     def stop(self, engine: Engine) -> None:
         self._tensorboard.close()
         text = f"stopped after step {engine.step}; the same command goes on from there"
-        self._print(self._console.event, text, engine.phase)
+        self._print(self._console.ending, text, engine.phase)
         self._console.close()
         self._say_if_console_is_lost(text)
 
@@ -190,29 +203,20 @@ class RankZeroReport(Report):
     def finish(self, engine: Engine, result: Result) -> None:
         if engine.history:
             self._plot(engine)
-        # TensorBoard draws a one-point chart for each; the prefix sorts them last.
-        metrics = {
-            f"whole_run/{name}": float(value)
-            for name, value in {
-                "accuracy": result.accuracy.final,
-                "accuracy_after_draw": result.accuracy.after_draw,
-                "parameters": result.parameters.ticket or result.parameters.dense,
-                "seconds": result.seconds.total,
-                "ticket_epoch": result.ticket_epoch,
-                "total_bytes": result.traffic.total_bytes,
-            }.items()
-            if value is not None
-        }
-        self._tensorboard.hyperparameters(self._config.flat(), metrics)
+        said = [*outcome(result.as_dict()), *filter(None, [result.reason])]
+        self._tensorboard.scalars(0, final_scalars(result))
+        settings = settings_that_matter(self._config)
+        self._tensorboard.hyperparameters(settings, METRICS, MOST_COMPARED)
+        self._tensorboard.text(engine.step, OUTCOME, "\n".join(f"- {line}" for line in said))
         self._tensorboard.close()
         if self._tensorboard.write_error:
             self._failed_writes.record("TensorBoard", self._tensorboard.write_error)
         result.failed_writes = self._failed_writes.names
         if result.at_chance:
             text = "the network is no better than a constant answer; this run has no usable result"
-            self._print(self._console.event, text)
+            self._print(self._console.ending, text)
         if result.reason is not None:
-            self._print(self._console.event, result.reason)
+            self._print(self._console.ending, result.reason)
         content = result.as_dict()
         if TICKET not in self._failed_writes:  # with a result the run would count as finished
             self._failed_writes.best_effort(RESULT, self._write, content)

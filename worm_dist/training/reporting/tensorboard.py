@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,17 @@ from tensorboard.compat.proto.event_pb2 import (
     Event,
     SessionLog,
 )
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams.api_pb2 import (
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, PLUGIN_DATA_VERSION, PLUGIN_NAME
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import hparams, scalar
+from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
 from ...search.convergence import CheckRecord
 
@@ -36,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorBoardLog:
-    """Writes scalars, figures and hyperparameters of a run for TensorBoard.
+    """Writes scalars, charts, texts, figures and hyperparameters of a run for TensorBoard.
 
     A write error must not stop the run: the first one is logged as a warning, and all later calls
     do nothing.
@@ -92,17 +100,47 @@ class TensorBoardLog:
         }
         self._write(step, [_picture(name, figure) for name, figure in figures.items()])
 
-    def hyperparameters(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write hyperparameters and metrics for the comparison of runs; once, at the end of a run.
+    def charts(self, sections: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Lay out the page of custom charts, each with several curves; once, at the start.
 
         Args:
-            config: settings by dotted key.  Numbers stay numbers, None is left out, other values
-                are written as text.
-            metrics: results by name.  TensorBoard reads them from scalars at step 0, so their names
-                must differ from those of the curves.
+            sections: by title of the section and title of the chart, regular expressions of the
+                names of its curves.
         """
-        described = hparams({key: _plain(value) for key, value in config.items()}, dict(metrics))
-        self._write(0, [*described, *(scalar(name, value) for name, value in metrics.items())])
+        layout = {
+            section: {chart: ["Multiline", list(names)] for chart, names in charts.items()}
+            for section, charts in sections.items()
+        }
+        self._write(0, [custom_scalars(layout)])
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Add a text to the card of this name, which shows the newest ten."""
+        self._write(step, [text(name, markdown)])
+
+    def hyperparameters(
+        self, settings: Mapping[str, Any], metrics: Mapping[str, str], shown: Collection[str] = ()
+    ) -> None:
+        """Write this run's row of the table that compares runs; once, at the end of a run.
+
+        Args:
+            settings: settings by dotted key, the same keys in every run.  Numbers stay numbers,
+                None leaves the cell empty, other values are written as text.
+            metrics: headings by the name of the curve whose last value is the figure.
+            shown: the settings that come first, of which TensorBoard shows five unasked; the order
+                is otherwise that of the names.
+        """
+        values = {key: _plain(value) for key, value in settings.items()}
+        # Of the columns that TensorBoard finds in several runs it shows those of one of them.
+        columns = Experiment(
+            hparam_infos=[_column(key, key in shown) for key in settings],
+            metric_infos=[
+                MetricInfo(name=MetricName(tag=curve), display_name=heading)
+                for curve, heading in metrics.items()
+            ],
+        )
+        content = HParamsPluginData(experiment=columns, version=PLUGIN_DATA_VERSION)
+        _, *row = hparams(values, {})
+        self._write(0, [_metadata(EXPERIMENT_TAG, PLUGIN_NAME, content), *row])
 
     def close(self) -> None:
         """Flush the file to disk; a network file system may report write errors only now."""
@@ -147,6 +185,18 @@ def _picture(name: str, figure: Figure) -> Summary:
         encoded_image_string=png.getvalue(), width=width, height=height, colorspace=4
     )
     return Summary(value=[Summary.Value(tag=name, image=image)])
+
+
+def _column(name: str, comes_first: bool) -> HParamInfo:
+    column = HParamInfo(name=name)
+    if hasattr(column, "differs"):  # not in older versions of TensorBoard, which sort by name only
+        column.differs = comes_first
+    return column
+
+
+def _metadata(tag: str, plugin: str, content: HParamsPluginData) -> Summary:
+    data = SummaryMetadata.PluginData(plugin_name=plugin, content=content.SerializeToString())
+    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=data))])
 
 
 def _plain(value: Any) -> float | str | None:

@@ -17,11 +17,19 @@ from ....search.convergence import CheckRecord
 
 _GREY = "#666666"
 _MOST_CHECKS = 100
-_MOST_LABELS = 10
+_MOST_LABELS = 5
+_DPI = 160
 
 _Check = TypeVar("_Check")
 
+FONT_SIZE = 10
+"""Size of labels in points."""
+WIDTH = 4.6
+"""Width of a figure in inches: in TensorBoard's cards of about 350 pixels, labels have ten."""
+
 __all__ = [
+    "FONT_SIZE",
+    "WIDTH",
     "CheckDistances",
     "checks",
     "label_steps",
@@ -67,12 +75,12 @@ def stacked(records: Sequence[CheckRecord]) -> NDArray[np.float32]:
 def checks(shown: Sequence[CheckRecord], records: Sequence[CheckRecord]) -> str:
     """Describe how many checks are shown."""
     if len(shown) < len(records):
-        return f"the newest {len(shown)} of {len(records)} checks"
+        return f"newest {len(shown)} of {len(records)} checks"
     return "1 check" if len(shown) == 1 else f"{len(shown)} checks"
 
 
 def thinned(count: int) -> list[int]:
-    """At most 10 of ``count`` positions to label: the last one and others at equal strides."""
+    """At most 5 of ``count`` positions to label: the last one and others at equal strides."""
     return list(range(count - 1, -1, -math.ceil(count / _MOST_LABELS)))
 
 
@@ -82,17 +90,17 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     Args:
         width, height: size in inches.
     """
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=FONT_SIZE)
     return figure, axes
 
 
 def title(axes: Axes, headline: str, detail: str) -> None:
     """Add a bold headline and a grey line of detail below it."""
-    axes.set_title(f"{headline}\n", loc="left", fontweight="bold", fontsize=12, linespacing=1.6)
+    axes.set_title(f"{headline}\n", loc="left", fontweight="bold", fontsize=12, linespacing=1.5)
     axes.annotate(
         detail,
         (0, 1),
@@ -100,7 +108,7 @@ def title(axes: Axes, headline: str, detail: str) -> None:
         xytext=(0, 6),
         textcoords="offset points",
         color=_GREY,
-        fontsize=10,
+        fontsize=FONT_SIZE,
     )
 
 
@@ -108,4 +116,4 @@ def label_steps(axis: Axis, records: Sequence[CheckRecord]) -> None:
     """Label an axis with the steps of the checks, the newest one and others at equal strides."""
     positions = thinned(len(records))
     names = [f"{records[index].step:,}" for index in positions]
-    axis.set_ticks(positions, names, fontsize=8)
+    axis.set_ticks(positions, names, fontsize=FONT_SIZE)

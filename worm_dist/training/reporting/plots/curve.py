@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .common import CheckDistances, new_figure, newest, thinned, title
+from .common import FONT_SIZE, WIDTH, CheckDistances, new_figure, newest, thinned, title
 
 # From the colour-blind safe palette of Okabe and Ito.
 _MEAN, _MAX, _SETTLED, _ELBOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
@@ -35,14 +35,14 @@ def distance_curve(records: Sequence[CheckDistances], settled: float | None) -> 
         ValueError: there are no records.
     """
     last = newest(records)[-1]
-    figure, axes = new_figure(8.0, 4.8)
+    figure, axes = new_figure(WIDTH, 3.7)
     distances: _Lines = {
         "mean": (_MEAN, [record.distance_mean for record in records]),
         "largest": (_MAX, [record.distance_max for record in records]),
     }
     thresholds: _Lines = {
-        "elbow threshold": (_ELBOW, [record.threshold for record in records]),
-        "settled threshold": (_SETTLED, [settled] * len(records)),
+        "elbow below": (_ELBOW, [record.threshold for record in records]),
+        "settled below": (_SETTLED, [settled] * len(records)),
     }
     for colour, values in distances.values():
         marker = "o" if len(records) <= _MOST_POINTS else ""
@@ -59,14 +59,13 @@ def distance_curve(records: Sequence[CheckDistances], settled: float | None) -> 
     axes.grid(axis="y", color="#E6E6E6")
     axes.set_axisbelow(True)
     axes.set_xticks([index + 1 for index in thinned(len(records))])
-    axes.set_xlabel(f"check (the newest after {last.step:,} optimizer steps)")
-    axes.set_ylabel("distance to the older masks in the window")
+    axes.set_xlabel(f"check; the newest after step {last.step:,}", fontsize=FONT_SIZE)
     title(
         axes,
         "How much the mask still changes",
-        "from the elbow on gradients may be truncated; settled masks are the ticket"
+        "distance to the older masks in the window"
         if last.distances
-        else "the first check has no older mask to compare with",
+        else "the first check has no older mask",
     )
     return figure
 
@@ -94,7 +93,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> Non
     """Write each line's name beside its newest point, moved apart where they would overlap."""
     present = {name: (colour, y) for name, (colour, y) in ends.items() if y is not None}
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
-    heights = _spread([y for _, y in present.values()], gap=0.055 * top, top=top)
+    heights = _spread([y for _, y in present.values()], gap=0.085 * top, top=top)
     for (name, (colour, y)), height in zip(present.items(), heights):
         axes.annotate(
             f"{name} {y:.3g}",
@@ -103,6 +102,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[str, float | None]]) -> Non
             textcoords="offset points",
             va="center",
             color=colour,
+            fontsize=FONT_SIZE,
             annotation_clip=False,
         )
 
@@ -112,8 +112,8 @@ def _mark_verdicts(axes: Axes, records: Sequence[CheckDistances]) -> None:
     elbow = next((i for i, record in enumerate(records, 1) if record.elbow), None)
     settled = next((i for i, record in enumerate(records, 1) if record.settled), None)
     for label, check, colour, height in (
-        ("elbow", elbow, _ELBOW, 0.96),
-        ("settled", settled, _SETTLED, 0.88),
+        ("elbow", elbow, _ELBOW, 0.95),
+        ("settled", settled, _SETTLED, 0.85),
     ):
         if check is not None:
             _mark(axes, label, check, records, colour, height * axes.get_ylim()[1])
@@ -133,12 +133,13 @@ def _mark(
     if record.distance_mean is not None:
         axes.plot(check, record.distance_mean, "o", color=colour, markersize=8)
     axes.annotate(
-        f"{label}: check {check}, step {record.step:,}",
+        f"{label}: step {record.step:,}",
         (check, height),
         xytext=(-5 if late else 5, 0),
         textcoords="offset points",
         ha="right" if late else "left",
         va="center",
         color=colour,
+        fontsize=FONT_SIZE,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )

@@ -12,15 +12,24 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ....search.convergence import CheckRecord
-from .common import checks, label_steps, new_figure, newest, stacked, title
+from .common import (
+    FONT_SIZE,
+    WIDTH,
+    checks,
+    label_steps,
+    new_figure,
+    newest,
+    stacked,
+    title,
+)
 
 # From the colour-blind safe palette of Okabe and Ito; also dark against light.
 _KEPT, _DROPPED = "#0072B2", "#F2B84B"
 _MOST_ROWS = 1000
 """Rows of pixels.  Screens have no more; of 26,560 rows an arbitrary part would be visible."""
-_LABEL_HEIGHT = 16
-"""Vertical distance of group names in pixels."""
-_LONGEST_NAME = 28
+_LABEL_HEIGHT = 0.28
+"""Vertical distance of group names in inches."""
+_LONGEST_NAME = 16
 
 __all__ = ["mask_picture"]
 
@@ -39,7 +48,7 @@ def mask_picture(records: Sequence[CheckRecord]) -> Figure:
     """
     shown = newest(records)
     mask = shown[-1].mask
-    figure, axes = new_figure(8.0, min(10.0, max(4.5, 2.5 + 0.2 * len(mask))))
+    figure, axes = new_figure(WIDTH, min(5.6, max(3.8, 2.0 + 0.28 * len(mask))))
     colours = LinearSegmentedColormap.from_list("kept", [_DROPPED, _KEPT])
     axes.imshow(
         _as_rows(_sorted_in_groups(stacked(shown).T, mask.sizes)),
@@ -52,11 +61,10 @@ def mask_picture(records: Sequence[CheckRecord]) -> Figure:
     )
     _label_groups(axes, mask.sizes)
     label_steps(axes.xaxis, shown)
-    axes.set_xlabel(f"optimizer step of the check ({checks(shown, records)})")
-    axes.set_ylabel("channels of each group, most often kept on top")
+    axes.set_xlabel(f"step of the check ({checks(shown, records)})", fontsize=FONT_SIZE)
     title(
         axes,
-        f"Masks: {mask.num_kept:,} of {mask.num_channels:,} channels kept",
+        f"{mask.num_kept:,} of {mask.num_channels:,} channels kept",
         f"{_newest_distance(shown[-1])}{_crowded(mask.num_channels)}",
     )
     figure.legend(
@@ -64,6 +72,7 @@ def mask_picture(records: Sequence[CheckRecord]) -> Figure:
         loc="outside lower right",
         ncols=2,
         frameon=False,
+        fontsize=FONT_SIZE,
     )
     return figure
 
@@ -94,13 +103,13 @@ def _as_rows(kept: NDArray[np.float32]) -> NDArray[np.float32]:
 def _newest_distance(record: CheckRecord) -> str:
     if record.distance_mean is None:
         return "no distance before the second check"
-    return f"newest mean distance {record.distance_mean:.3f}"
+    return f"mean distance {record.distance_mean:.3f}"
 
 
 def _crowded(num_channels: int) -> str:
     if num_channels <= _MOST_ROWS:
         return ""
-    return f"; each row mixes the colours of about {num_channels / _MOST_ROWS:.0f} channels"
+    return f"; {num_channels / _MOST_ROWS:.0f} channels a row"
 
 
 def _short(name: str) -> str:
@@ -112,12 +121,12 @@ def _label_groups(axes: Axes, sizes: Mapping[str, int]) -> None:
     """Draw a thin line below each group, and the names of groups with enough space."""
     ends = np.cumsum(list(sizes.values()))
     axes.hlines(ends[:-1], -0.5, axes.get_xlim()[1], color="white", linewidth=0.5)
-    room = _LABEL_HEIGHT / axes.bbox.height * ends[-1]
+    room = _LABEL_HEIGHT * axes.figure.dpi / axes.bbox.height * ends[-1]
     positions, names, free_from = [], [], 0.0
     for (name, size), end in zip(sizes.items(), ends):
         middle = end - size / 2
         if middle >= free_from:
             positions.append(middle)
-            names.append(f"{_short(name)} ({size})")
+            names.append(_short(name))
             free_from = middle + room
-    axes.set_yticks(positions, names, fontsize=8)
+    axes.set_yticks(positions, names, fontsize=FONT_SIZE)

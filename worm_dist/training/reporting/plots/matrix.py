@@ -7,12 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ....search.convergence import CheckRecord
-from .common import checks, label_steps, new_figure, newest, stacked, title
+from .common import (
+    FONT_SIZE,
+    WIDTH,
+    checks,
+    label_steps,
+    new_figure,
+    newest,
+    stacked,
+    title,
+)
 
-_MOST_ANNOTATED = 12
+_MOST_ANNOTATED = 6
 
 __all__ = ["distance_matrix"]
 
@@ -28,20 +38,22 @@ def distance_matrix(records: Sequence[CheckRecord]) -> Figure:
     """
     shown = newest(records)
     distances = _distances(stacked(shown))
-    figure, axes = new_figure(7.0, 6.0)
+    figure, axes = new_figure(WIDTH, 4.2)
     image = axes.imshow(distances, cmap="cividis_r", vmin=0, vmax=max(float(distances.max()), 0.01))
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
-    bar.set_label("distance: share of channels that differ")
+    bar.ax.tick_params(length=0, labelsize=FONT_SIZE)
+    bar.locator = MaxNLocator(4)
+    bar.update_ticks()
     bar.outline.set_visible(False)
     if len(shown) <= _MOST_ANNOTATED:
         _annotate(axes, distances)
     for axis in (axes.xaxis, axes.yaxis):
         label_steps(axis, shown)
-        axis.set_label_text("optimizer step of the check")
+    axes.set_xlabel(f"step of the check ({checks(shown, records)})", fontsize=FONT_SIZE)
     title(
         axes,
         "Distance between masks",
-        f"{checks(shown, records)}, {shown[-1].mask.num_channels:,} channels",
+        f"share of the {shown[-1].mask.num_channels:,} channels that differ",
     )
     return figure
 
@@ -62,6 +74,6 @@ def _annotate(axes: Axes, values: NDArray[np.float32]) -> None:
             f"{value:.2f}",
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=FONT_SIZE,
             color="white" if dark else "black",
         )
