@@ -30,15 +30,29 @@ COLUMNS: Mapping[str, Callable[[Result, Result], float | None]] = {
 }
 
 
-def main(folder: Path) -> None:
+PAPERS: Mapping[str, Callable[[Result, Result], float | None]] = {
+    "masks": lambda run, _: run["checks"],
+    "epochs of search": lambda run, _: run["ticket_epoch"],
+    "accuracy before the draw": lambda run, _: run["accuracy"]["before_draw"],
+    "after it": lambda run, _: run["accuracy"]["after_draw"],
+    "after one epoch": lambda run, _: run["accuracy"]["after_one_epoch"],
+    "to recover": lambda run, _: run["recovery"]["accuracy"],
+    "epochs to recover": lambda run, _: run["recovery"]["epochs"],
+    "at the end": lambda run, _: run["accuracy"]["final"],
+    "seconds": lambda run, _: run["seconds"]["total"],
+}
+"""The figures that the papers' tables have."""
+
+
+def main(folder: Path, columns: Mapping[str, Callable[[Result, Result], float | None]]) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
-    dense = {run["seed"]: run for run in runs if run["preset"] == "dense"}
-    print(f"| preset ({len(dense)} seeds) | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 1) + "|")
+    dense = {run["seed"]: run for run in runs if columns is PAPERS or run["preset"] == "dense"}
+    print(f"| preset ({len(dense)} seeds) | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for preset in dict.fromkeys(run["preset"] for run in runs):
         same = [run for run in runs if run["preset"] == preset]
         cells = [
-            _cell([column(run, dense[run["seed"]]) for run in same]) for column in COLUMNS.values()
+            _cell([column(run, dense[run["seed"]]) for run in same]) for column in columns.values()
         ]
         print(f"| `{preset}` | " + " | ".join(cells) + " |")
 
@@ -55,4 +69,4 @@ def _cell(values: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), PAPERS if "--papers" in sys.argv[2:] else COLUMNS)

@@ -71,7 +71,7 @@ def test_an_unknown_key_names_the_nearest(values: dict[str, Any], line: str) -> 
         ({"search": {"prune_ratio": -0.1}}, "search.prune_ratio"),
         ({"search": {"prune_ratio": float("nan")}}, "search.prune_ratio"),
         ({"search": {"prune_ratio": "0.5"}}, "search.prune_ratio"),
-        ({"search": {"window": 1}}, "search.window"),
+        ({"search": {"window": 0}}, "search.window"),
         ({"search": {"settled": 0.0}}, "search.settled"),
         ({"search": {"every": "0ep"}}, "search.every"),
         ({"search": {"every": "1.5ba"}}, "search.every"),
@@ -111,8 +111,8 @@ def test_no_key_is_taken_for_an_argument() -> None:
 def test_of_very_many_mistakes_the_first_are_told() -> None:
     mistakes = _mistakes(search={"dense": list(range(3000)), "importance": "x" * 5000})
     assert mistakes[0] == (
-        "search.importance: Input should be 'auto', 'norm_scale', 'gate' or 'weight_norm', got "
-        f"'{'x' * 47}...{'x' * 48}'"
+        "search.importance: Input should be 'auto', 'norm_scale', 'gate', 'signed_gate' or "
+        f"'weight_norm', got '{'x' * 47}...{'x' * 48}'"
     )
     assert mistakes[1] == "search.dense.0: Input should be a valid string, got 0"
     assert mistakes[-1] == f"... and {3001 - len(mistakes) + 1} more"
@@ -159,7 +159,7 @@ def test_presets_are_valid_and_take_changes() -> None:
     for name in PRESETS:
         assert WormConfig.preset(name, search={"prune_ratio": 0.3}).search.prune_ratio == 0.3
     paper = WormConfig.preset("worm-paper", search={"elbow": {"margin": 0.1}})
-    assert (paper.search.elbow.min_masks, paper.search.elbow.margin) == (5, 0.1)
+    assert (paper.search.masks_before_elbow, paper.search.elbow.margin) == (5, 0.1)
     assert (paper.truncation.mode, paper.truncation.ratio) == ("soft", 0.003)
     assert not WormConfig.preset("dense").search.enabled
     assert WormConfig.preset("early-bird").truncation.mode == "off"

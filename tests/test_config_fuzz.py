@@ -25,7 +25,7 @@ from worm_dist.config import PRESETS
 from worm_dist.interval import Interval
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.deepspeed_config import deepspeed_settings
-from worm_dist.training.optim import build_optimizer, build_schedule
+from worm_dist.training.optim import ScheduleStart, build_optimizer, build_schedule
 from worm_dist.training.resume_config import changes, fixed_settings
 from worm_dist.training.run_config import RunConfig
 
@@ -203,7 +203,9 @@ def _require_holds(config: RunConfig) -> None:
     torch.Generator().manual_seed(config.seed + config.epochs)
     network = nn.Linear(2, 1)
     optimizer = build_optimizer(config.optimizer, network)
-    schedule = build_schedule(config.schedule, optimizer, config.epochs, _STEPS_PER_EPOCH)
+    schedule = build_schedule(
+        config.schedule, optimizer, ScheduleStart(config.epochs), _STEPS_PER_EPOCH
+    )
     for _ in range(3):
         optimizer.zero_grad()
         (network(torch.ones(1, 2)).sum() + config.search.l1 * network.weight.sum()).backward()

@@ -77,8 +77,8 @@ def _part(state: Any, keys: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_without("format"), "format: wanted 3, found None"),
-        (_with(2, "format"), "format: wanted 3, found 2"),
+        (_without("format"), "format: wanted 4, found None"),
+        (_with(2, "format"), "format: wanted 4, found 2"),
         (_without("shared", "checks_dropped"), "shared.checks_dropped: Field required"),
         (
             _without("shared", "dropped", "truncation", "columns"),
@@ -140,7 +140,7 @@ def test_a_state_that_is_not_whole_is_refused(
 
 @pytest.mark.parametrize("state", [None, 3, {}, []])
 def test_what_is_no_state_at_all_is_refused(state: Any) -> None:
-    with pytest.raises(CheckpointError, match="format: wanted 3, found None"):
+    with pytest.raises(CheckpointError, match="format: wanted 4, found None"):
         _engine().load_state_dict(state)
 
 

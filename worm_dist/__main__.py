@@ -108,6 +108,12 @@ def _parse(
         action="store_true",
         help="only check the settings; exit code 0 if they are valid, else 2",
     )
+    train.add_argument(
+        "--explain",
+        action="store_true",
+        help="only print the settings in which the presets differ, under this file: what another "
+        "--preset would change",
+    )
     template = commands.add_parser(
         "init",
         help="print a settings file to fill in",
@@ -167,6 +173,10 @@ def _pairs(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> int:
+    if options.explain:
+        from .training.explanation import explain
+
+        return _until_closed(lambda: explain(options.config, replaced))
     config = read_run_config(options.config, replaced)
     require_packages(config)
     require_user_functions(config)

@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from .errors import ConfigError
 from .interval import Interval
+from .ratio import exact, parse_ratio
 
 __all__ = [
     "AUTO_LATEST",
@@ -94,6 +95,21 @@ and were not better (docs/results/trigger)."""
 SHORTEST_REMOVAL = 100
 """Optimizer steps that ``truncation.removal.duration: auto`` has at least."""
 
+
+def _count_or_window(value: object) -> object:
+    if value == "window" or (type(value) is int and 1 <= value < 2**31):
+        return value
+    raise ValueError(f"must be a whole number from 1 on, or 'window', got {_shown(value)}")
+
+
+def _factor_or_distance(value: object) -> object:
+    if value == "distance":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f"must be from 0 to 1, or 'distance', got {_shown(value)}")
+
+
 Count = Annotated[int, Field(le=2**31 - 1)]
 """A count that fits in 32 bits, as many of its users require."""
 Factor = Annotated[float, Field(le=1e6)]
@@ -103,22 +119,38 @@ value that float32 cannot represent."""
 Quantity = Literal["flops", "parameters", "bytes", "channels"]
 """What a budget limits."""
 _Share = Annotated[float, Field(gt=0, le=1)]
+_Ratio = Annotated[float, Field(ge=0, lt=1), BeforeValidator(parse_ratio)]
+"""A share of channels: a number or a fraction such as ``"1/3"``."""
+
+_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "search": {
+        "elbow": {"min_masks": "window", "latest": None},
+        "grouping": "layer",
+        "selection": "above",
+        "min_keep_ratio": 0.0,
+        "first": "before_training",
+        "l1_until": "end",
+    },
+    "ticket": {"round_to": 1, "recalibrate_batches": 0},
+}
+"""What both papers have in common, so that presets of theirs differ in truncation and L1 alone."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "worm": {},
     "worm-paper": {
-        "search": {"elbow": {"min_masks": 5, "latest": None}, "grouping": "layer"},
+        "search": {**_PUBLISHED["search"], "l1": 0.0},
         "truncation": {"mode": "soft", "ratio": 0.003},
-        "ticket": {"round_to": 1},
+        "ticket": _PUBLISHED["ticket"],
     },
-    "early-bird": {"truncation": {"mode": "off"}},
+    "early-bird": {**_PUBLISHED, "truncation": {"mode": "off"}},
     "dense": {"search": {"enabled": False}, "truncation": {"mode": "off"}},
 }
 """By name of each preset, the settings that differ from the defaults.
 
-``worm``: hard truncation and gradual removal.  ``worm-paper``: the published algorithm (PMLR
-262:232-240), soft truncation of the scales once the window is full.  ``early-bird``: search only
-(arXiv 1909.11957).  ``dense``: no search at all.
+``worm``: hard truncation and gradual removal.  ``worm-paper``: the published rule (PMLR
+262:232-240), soft truncation of each norm's scales by its own mask, once the window is full.
+``early-bird``: the published rule (arXiv 1909.11957), search without truncation.  ``dense``: no
+search at all.
 """
 
 
@@ -158,8 +190,9 @@ class ElbowConfig(Settings):
     """``margin`` only."""
     fraction: float = Field(default=0.5, gt=0, lt=1)
     """``relative`` only."""
-    min_masks: Count = Field(default=3, ge=2)
-    """No rule fires before this many masks are in the history."""
+    min_masks: Annotated[int | Literal["window"], BeforeValidator(_count_or_window)] = 3
+    """No rule fires before this many masks are in the history; ``window``: before the window is
+    full.  With 1 truncation starts at the first mask, which has no distance yet."""
     latest: LatestField = "auto"
     """Truncation starts at the first check after this length of training, whatever the rule says.
     ``auto`` is a tenth of the training, ``0.1dur``, where ``attach`` knows its length
@@ -200,10 +233,11 @@ class SearchConfig(Settings):
 
     enabled: bool = True
     """Whether there is a search at all."""
-    importance: Literal["auto", "norm_scale", "gate", "weight_norm"] = "auto"
+    importance: Literal["auto", "norm_scale", "gate", "signed_gate", "weight_norm"] = "auto"
     """What ranks channels.  ``auto``: the scales of norms and gates, or the norms of the producing
     weights in a network that has neither; the others: only scales of norms, only gates, or only
-    weights.  ``attach`` also takes a custom score."""
+    weights.  ``signed_gate`` ranks gates by value instead of magnitude, as EarlyBERT does.
+    ``attach`` also takes a custom score."""
     grouping: Literal["group", "layer"] = "group"
     """``group``: rank channels, coupled layers together.  ``layer``: rank the scales of each norm
     separately, as Early-Bird does; then a coupled channel is dropped only if all its norms drop
@@ -211,8 +245,13 @@ class SearchConfig(Settings):
     coupling: Literal["mean", "max", "skip"] = "mean"
     """How the scores of layers coupled by a sum are combined; ``skip`` keeps the residual stream
     dense, as EB Train does."""
-    prune_ratio: float = Field(default=0.5, ge=0, lt=1)
-    """Share p of all channels that the mask drops, 0 to 1."""
+    prune_ratio: _Ratio = 0.5
+    """Share p of all channels that the mask drops, 0 to 1; a number, or a fraction such as
+    ``1/3``."""
+    selection: Literal["count", "above", "quantile"] = "count"
+    """``count``: drop the share p exactly.  The published rules drop one channel more, and equal
+    scores together: ``above`` keeps what is strictly above the score of position int(p N)
+    (Early-Bird), ``quantile`` what is strictly above the p-quantile (EarlyBERT)."""
     budget: BudgetConfig = BudgetConfig()
     """Instead of ``prune_ratio``: the lowest channels are dropped until the ticket costs no more
     than this share of the dense network."""
@@ -220,24 +259,37 @@ class SearchConfig(Settings):
     """Whether p is the share of all channels together, or of each group's.  With a budget: whether
     channels are ordered by their importance, or by their rank within their group, so that all
     groups lose about the same share."""
-    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default={})
+    ratios: dict[str, _Ratio] = Field(default={})
     """Shares for single groups, by patterns of their names such as ``layer4.*``; with grouping
     ``layer``, of the norms' names.  The first matching pattern counts."""
     dense: list[str] = Field(default=[])
     """Patterns of names of modules whose channels are all kept."""
-    min_keep_ratio: float = Field(default=0.1, ge=0, lt=1)
-    """Minimum share of its channels that every group keeps; at least one channel."""
+    min_keep_ratio: _Ratio = 0.1
+    """Minimum share of its channels that every group keeps; at least one channel, also where a
+    published ``selection`` drops them all."""
     every: IntervalField = Interval(1, "ep")
     """How often the trainer calls ``check``.  In a custom loop, call it equally often.  Like every
     interval it is in epochs (``1ep``), optimizer steps (``200ba``) or, where ``attach`` knows
     ``total_steps``, a share of the training (``0.01dur``)."""
-    window: Count = Field(default=5, ge=2)
-    """Number of newest masks that are compared."""
+    first: Literal["before_training", "after_first_interval"] = "after_first_interval"
+    """When the trainer takes the first mask.  ``before_training``, as the papers' authors: in a
+    custom loop, call ``check`` once before the first step too."""
+    window: Count = Field(default=5, ge=1)
+    """Number of newest masks that are compared.  With 1 the first mask is the ticket, whatever it
+    is: with ``every`` 0.2ep EarlyBERT's, after a fifth of an epoch."""
     settled: float = Field(default=0.1, gt=0, le=1)
-    """The ticket is found when every distance in a full window is below this."""
+    """The ticket is found when no distance in a full window is above this."""
     elbow: ElbowConfig = ElbowConfig()
     l1: Factor = Field(default=1e-4, ge=0)
     """Weight of the L1 penalty on the scales."""
+    l1_until: Literal["draw", "end"] = "draw"
+    """Whether the penalty ends with the draw of the ticket, or goes on in its training, on the
+    scales of norms."""
+
+    @property
+    def masks_before_elbow(self) -> int:
+        """The least number of masks in the history at an elbow."""
+        return self.window if self.elbow.min_masks == "window" else self.elbow.min_masks
 
     @model_validator(mode="after")
     def _budget_stands_alone(self) -> Self:
@@ -262,17 +314,22 @@ class SearchConfig(Settings):
                 f"budget {quantity} {share:g} contradicts grouping 'layer': where the norms of a "
                 "channel disagree it is kept, so no share of them meets a budget"
             )
+        if self.selection != "count":
+            raise ValueError(
+                f"budget {quantity} {share:g} contradicts selection {self.selection!r}, which "
+                "determines how many channels are dropped; choose selection 'count'"
+            )
         return self
 
     @model_validator(mode="after")
     def _ratios_fit_together(self) -> Self:
-        if self.budget.chosen is None and self.prune_ratio + self.min_keep_ratio > 1:
+        if self.budget.chosen is None and exact(self.prune_ratio) + exact(self.min_keep_ratio) > 1:
             raise ValueError(
                 f"prune_ratio {self.prune_ratio:g} and min_keep_ratio {self.min_keep_ratio:g} "
                 "contradict: together they exceed 1"
             )
         for pattern, ratio in self.ratios.items():
-            if ratio + self.min_keep_ratio > 1:
+            if exact(ratio) + exact(self.min_keep_ratio) > 1:
                 raise ValueError(
                     f"ratios: {pattern!r} {ratio:g} and min_keep_ratio {self.min_keep_ratio:g} "
                     "contradict: together they exceed 1"
@@ -317,8 +374,9 @@ class TruncationConfig(Settings):
     mode: Literal["hard", "soft", "off"] = "hard"
     """``hard``: gradients of frozen slices are zero and are not sent.  ``soft``: gradients of their
     scales and shifts are multiplied by ``ratio``.  ``off``: no truncation."""
-    ratio: float = Field(default=0.003, ge=0, le=1)
-    """Soft mode: factor of the gradients of a dropped channel's scale and shift."""
+    ratio: Annotated[float | Literal["distance"], BeforeValidator(_factor_or_distance)] = 0.003
+    """Soft mode: factor of the gradients of a dropped channel's scale and shift.  ``distance``: the
+    mean distance of the newest mask to those in the window, at every check anew."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
     """What is frozen.  ``norm``: the norm's scale and shift; ``producer``: also the filters that
     feed it; ``coupled``: also the consumers' input columns.  Soft mode supports only ``norm``."""

@@ -346,8 +346,8 @@ def test_a_budget_takes_the_place_of_the_ratios() -> None:
 @pytest.mark.parametrize("epoch", [0.8, 1.0, 2.4, 4.8, 7.2])
 def test_a_trigger_is_met_to_half_a_step_of_each_check(epoch: float) -> None:
     search = RULES["worm"].changed("pinned", triggered_at(epoch)).config(0.5).search
-    assert search.elbow.min_masks >= 2
-    num_masks = search.elbow.min_masks
+    num_masks = search.masks_before_elbow
+    assert num_masks >= 2
     steps = num_masks * search.every.steps(1000, None)
     assert steps == pytest.approx(1000 * epoch, abs=num_masks / 2)
 

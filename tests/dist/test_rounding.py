@@ -131,7 +131,7 @@ _RUNS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "removed, by weights": ("worm", {**_SLOWLY, "search": {"importance": "weight_norm"}}),
     "removed, each layer": ("worm", {**_SLOWLY, "search": {"threshold": "layer"}}),
     "hold": ("worm", {"truncation": {"frozen_weights": "hold"}}),
-    "early-bird": ("early-bird", {}),
+    "nothing truncated": ("worm", {"truncation": {"mode": "off"}}),
 }
 
 

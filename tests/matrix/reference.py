@@ -49,6 +49,7 @@ class Reference(Trainee):
         super().backward(step)
         self._passes += 1
         ratio = self._truncation.ratio if self._truncation.mode == "soft" else 0
+        assert ratio != "distance"
         for name, parameter in self.network.named_parameters():
             if parameter.grad is not None:
                 here = ~self.frozen.flags[name]

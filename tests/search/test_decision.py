@@ -13,12 +13,13 @@ from worm_dist.search.decision import decide
         ((0.0,), False),
         ((0.0, 0.0), True),
         ((0.09, 0.0), True),
-        # As far as the threshold is not below it.
-        ((0.1, 0.0), False),
-        ((0.0, 0.1), False),
+        # As far as the threshold is not above it.
+        ((0.1, 0.0), True),
+        ((0.0, 0.1), True),
+        ((0.0, 0.11), False),
     ],
 )
-def test_is_settled_only_when_the_window_is_full_and_every_distance_is_below(
+def test_is_settled_only_when_the_window_is_full_and_no_distance_is_above(
     distances: tuple[float, ...], settled: bool
 ) -> None:
     config = SearchConfig(window=3, settled=0.1)

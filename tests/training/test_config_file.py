@@ -36,7 +36,7 @@ def test_the_command_line_chooses_the_preset_and_the_file_keeps_its_own(tmp_path
     path = _file(tmp_path, "preset: worm\nsearch:\n  settled: 0.2\n")
     config = read_run_config(path, [("preset", "worm-paper")])
     assert config.truncation.mode == "soft"
-    assert config.search.elbow.min_masks == 5
+    assert config.search.elbow.min_masks == "window"
     assert config.search.settled == 0.2
 
 

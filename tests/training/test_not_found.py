@@ -59,7 +59,7 @@ _CASES: dict[str, tuple[dict[str, Any], int, dict[str, float], str]] = {
         7,
         {},
         "no ticket: the masks have not settled: at the last check the largest distance was 1.000, "
-        "and must be below search.settled, 0.1;",
+        "and must not be above search.settled, 0.1;",
     ),
     "distances, after the elbow": (
         {"truncation": _HOLD},

@@ -37,9 +37,7 @@ def test_every_setting_is_in_the_template_below_its_description() -> None:
     lines = text.splitlines()
     pairs = itertools.pairwise(lines)
     assert [line for before, line in pairs if _SETTING.match(line) and not before] == []
-    assert (
-        "# Share p of all channels that the mask drops, 0 to 1.\n#search.prune_ratio: 0.5" in text
-    )
+    assert "a fraction such as `1/3`.\n#search.prune_ratio: 0.5" in text
 
 
 def test_only_what_is_to_be_filled_in_and_the_preset_are_active() -> None:

@@ -30,7 +30,7 @@ def _state() -> dict[str, Any]:
     images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     weights = torch.randn(301)
     return {
-        "format": 3,
+        "format": 4,
         "network": {"a": weights, "tied": weights, "b": images, "steps": torch.tensor(7)},
         "optimizer": {0: [torch.empty(0), torch.randn(33).bfloat16()], "infinite": float("inf")},
         "flags": torch.tensor([True, False]),
@@ -66,7 +66,7 @@ def test_a_new_run_has_none(ranks: Ranks) -> None:
 
 
 def _share_malformed() -> Any:
-    malformed = {"format": 3, "ranks": [{"losses": [0.0, 0.0]}]}
+    malformed = {"format": 4, "ranks": [{"losses": [0.0, 0.0]}]}
     return share_state(malformed if dist.get_rank() == 0 else None, CPU)
 
 

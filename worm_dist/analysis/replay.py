@@ -128,7 +128,7 @@ def _within(window: int, checks: Sequence[CheckLine]) -> list[tuple[float, ...]]
     older = window - 1
     if any(len(line.distances) < min(number, older) for number, line in enumerate(checks)):
         return None
-    return [line.distances[-older:] for line in checks]
+    return [line.distances[max(0, len(line.distances) - older) :] for line in checks]
 
 
 def _between(length: int, records: Sequence[CheckRecord]) -> list[tuple[float, ...]]:

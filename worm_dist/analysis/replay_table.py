@@ -44,9 +44,10 @@ def show(replay: Replay, journal: str, remarks: Sequence[str], file: TextIO | No
 def _described(config: SearchConfig) -> str:
     elbow = config.elbow
     of_rule = {"margin": f" {elbow.margin:g}", "relative": f" {elbow.fraction:g}"}
+    least = config.masks_before_elbow
     return (
-        f"rule {elbow.rule}{of_rule.get(elbow.rule, '')} from {elbow.min_masks} masks on, settled "
-        f"below {config.settled:g} in a window of {config.window}"
+        f"rule {elbow.rule}{of_rule.get(elbow.rule, '')} from {least} masks on, settled up to "
+        f"{config.settled:g} in a window of {config.window}"
     )
 
 

@@ -21,15 +21,14 @@ __all__ = ["GradientHooks"]
 class GradientHooks:
     """Multiplies the gradients of frozen slices by a ratio; 0 writes exact zeros."""
 
-    def __init__(self, ratio: float) -> None:
-        self._ratio = ratio
+    def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
-    def set_plan(self, plan: FreezePlan) -> None:
-        """Use another plan from the next backward pass on."""
+    def set_plan(self, plan: FreezePlan, ratio: float) -> None:
+        """Use another plan and ratio from the next backward pass on."""
         self.remove()
         self._handles = [
-            _registered(parameter, _truncation(block, self._ratio))
+            _registered(parameter, _truncation(block, ratio))
             for parameter, block in plan.blocks.items()
         ]
 

@@ -111,7 +111,14 @@ class DroppedChannels(StepListener):
         """Scales and shifts of removed channels that are not exactly zero on this rank."""
         return int(self._truncation.num_nonzero(self._training.step))
 
-    def freeze(self, mask: Mask, order: Tensor, losses: Tensor) -> None:
+    def freeze(
+        self,
+        mask: Mask,
+        order: Tensor,
+        losses: Tensor,
+        scales: Mapping[str, Tensor] | None = None,
+        distance: float | None = None,
+    ) -> None:
         """Freeze what a mask drops, and begin to remove it if the settings say so.  The ranks have
         agreed on mask and order, so that packed buffers match.
 
@@ -119,9 +126,18 @@ class DroppedChannels(StepListener):
             mask: the mask over the dense network's channels.
             order: int64 indices of its dropped channels in the order of their removal.
             losses: the guard's ``levels``, averaged over the ranks.
+            scales: by name of every scale parameter, the elements that the norm's own mask drops,
+                for soft truncation; None if channels are masked, not norms.
+            distance: the mean distance of the mask to those in the window, 0 to 1; None if not
+                known.
         """
         self.mask = mask
-        self._freeze_dropped(mask)
+        # What is removed leaves all norms of a channel at once; what is only damped need not.
+        self._truncation.freeze(
+            self.channels.of(~mask.keep),
+            scales if self._config.mode == "soft" else None,
+            distance,
+        )
         if self._config.removes:
             self._removal.start(order, self._training.step, losses)
             self._begin_due_channels()

@@ -35,7 +35,7 @@ from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
-from .requirements import require_alike, require_optimized
+from .requirements import require_alike, require_optimized, warn_of_emptied
 from .saved_state import SavedState
 from .state import DenseNetwork, agreed_settings
 from .traffic import Traffic
@@ -91,7 +91,8 @@ class Engine:
         self.budget = None if ranking is None else ranking.budget
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
-        self._penalty = Penalty(l1, ranking, tracks_usage, warns=self._comm.rank == 0)
+        is_first = self._comm.rank == 0
+        self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, warns=is_first)
         candidates = {} if ranking is None else ranking.sizes
         self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch, total_steps)
@@ -188,7 +189,8 @@ class Engine:
         )
         self._checks_dropped = checks_dropped
         if self.phase is Phase.TRUNCATE:
-            self._dropped.freeze(mask, order, losses)
+            scales = self._ranking.dropped_scales(candidates)
+            self._dropped.freeze(mask, order, losses, scales, self._verdict.distance_mean)
         else:
             self._dropped.mask = mask
 
@@ -212,9 +214,12 @@ class Engine:
         at_elbow = (record.elbow or is_latest) and self.phase is Phase.SEARCH
         one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
         starts = at_elbow and truncation.mode != "off" and not one_shot
+        ticket = at_elbow if one_shot else record.settled and not truncation.removes
+        if ticket:
+            warn_of_emptied(self.config.search, floored, self.step)
         return Verdict(
             phase=Phase.TRUNCATE if starts else self.phase,
-            ticket=at_elbow if one_shot else record.settled and not truncation.removes,
+            ticket=ticket,
             elbow=at_elbow and truncation.mode != "off",
             settled=record.settled,
             distance_mean=record.distance_mean,
@@ -304,11 +309,11 @@ class Engine:
     def penalty(self) -> Tensor:
         """``search.l1`` times the L1 norm of the scales, a scalar to add to the loss.
 
-        Zero without a search and after the draw.  Call it after the forward pass: with
-        ``find_unused_parameters`` it leaves out norms that the pass has not used, because their
-        gradients are not averaged.
+        Zero without a search, and after the draw unless ``search.l1_until`` is ``end``.  Call it
+        after the forward pass: with ``find_unused_parameters`` it leaves out norms that the pass
+        has not used, because their gradients are not averaged.
         """
-        if not self._searching:
+        if not (self.config.search.enabled and self._penalty.is_on and self._attached):
             return torch.zeros((), device=next(self.model.parameters()).device)
         return self._penalty.term()
 
@@ -360,9 +365,12 @@ class Engine:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``check`` would compute a mask or find that ``draw`` may be called."""
+        """Whether ``check`` would compute a mask or find that ``draw`` may be called; before the
+        first step only if ``search.first`` says so."""
         if not self._searching:
             return False
+        if not self.step:
+            return self.config.search.first == "before_training" and self.mask is None
         verdict = self._dropped.described(self._verdict)
         return self._schedule.is_due(self.step) or verdict.stage or verdict.ticket
 
@@ -536,7 +544,7 @@ class Engine:
         dropped, network = self._dropped, self._training.network
         self._usage_errors.follow()
         if self.phase is Phase.TICKET:
-            self._penalty.remove()
+            self._penalty.follow_ticket(network, self.groups.norm_scales)
         elif self.groups:
             self._ranking.follow(network, dropped.channels.groups, dropped.channels.removed)
             self._penalty.follow(network)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..backends.optimizer_view import StepListener
+from ..search.importance import l1_norm
 from ..search.ranking import Ranking
 from ..search.unused_parameters import ParameterUsage
 
@@ -24,17 +26,29 @@ class Penalty(StepListener):
 
     Args:
         l1: the weight of the penalty.
+        until: ``draw`` or ``end``, of the training.
         ranking: knows the scales; None without channel groups, where no term is asked for.
         tracks_usage: whether to leave out the scales of norms that a forward pass has not used.
         warns: whether to log a warning if the loop leaves the penalty out, or scales it.
 
     Attributes:
         weight: the weight of the penalty in the loss of the step under way; 0 without it.
+        is_on: whether there is a penalty to add, now.
     """
 
-    def __init__(self, l1: float, ranking: Ranking | None, tracks_usage: bool, warns: bool) -> None:
+    def __init__(
+        self,
+        l1: float,
+        until: Literal["draw", "end"],
+        ranking: Ranking | None,
+        tracks_usage: bool,
+        warns: bool,
+    ) -> None:
         self.weight = 0.0
+        self.is_on = ranking is not None
         self._l1 = l1
+        self._until = until
+        self._ticket_scales: list[nn.Parameter] | None = None
         self._ranking = ranking
         self._tracks_usage = tracks_usage
         self._warns = warns
@@ -52,11 +66,30 @@ class Penalty(StepListener):
         if self._tracks_usage and self._ranking is not None:
             self._usage = ParameterUsage(network, self._ranking.scales)
 
+    def follow_ticket(self, network: nn.Module, names: Collection[str]) -> None:
+        """End with the draw of the ticket, or go on with its scales.
+
+        Args:
+            network: the drawn network.
+            names: names of its norms' scales.
+        """
+        self.remove()
+        scales = [p for name, p in network.named_parameters() if name in names]
+        self.is_on = self._until == "end" and bool(scales)
+        if self.is_on:
+            self._ticket_scales = scales
+            if self._tracks_usage:
+                self._usage = ParameterUsage(network, scales)
+
     def term(self) -> Tensor:
         """The penalty, a scalar to add to the loss of the forward pass before."""
-        assert self._ranking is not None
+        assert self.is_on and self._ranking is not None
         used = None if self._usage is None else self._usage.take()
-        penalty = self._l1 * self._ranking.penalty(used)
+        if self._ticket_scales is None:
+            penalty = self._l1 * self._ranking.penalty(used)
+        else:
+            scales = [p for p in self._ticket_scales if used is None or p in used]
+            penalty = self._l1 * l1_norm(scales or [self._ticket_scales[0].detach()[:0]])
         self._is_in_loss = True
         if self._counts_factors and penalty.requires_grad:
             penalty.register_hook(self._factors.append)

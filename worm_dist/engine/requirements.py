@@ -1,17 +1,39 @@
-"""Requirements on what users give beside the network: its optimizer and its copies."""
+"""Requirements on what users give beside the network: its optimizer, its copies, and masks that
+leave something of every layer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
 from ..backends.optimizer_view import OptimizerView
+from ..config import SearchConfig
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
 from ..pruning.agreement import problem_of_copies
 
-__all__ = ["require_alike", "require_optimized"]
+__all__ = ["require_alike", "require_optimized", "warn_of_emptied"]
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_emptied(search: SearchConfig, kept: Sequence[str], step: int) -> None:
+    """Warn that the ticket is not quite the mask's, because a network needs all of its layers.
+
+    Args:
+        search: the settings of the search.
+        kept: names of the groups that keep channels which the mask drops.
+        step: optimizer steps so far.
+    """
+    if kept and not search.min_keep_ratio:
+        logger.warning(
+            "check at step %d: the mask of the ticket drops all channels of %s; one channel of "
+            "each is kept (search.min_keep_ratio keeps more)",
+            step,
+            ", ".join(kept),
+        )
 
 
 def require_optimized(view: OptimizerView, network: nn.Module, groups: Groups) -> None:

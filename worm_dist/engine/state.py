@@ -39,7 +39,7 @@ __all__ = [
     "require_valid",
 ]
 
-FORMAT = 3
+FORMAT = 4
 
 _MAY_CHANGE = frozenset({"ticket.recalibrate_batches", "ticket.recalibrate_memory_mb"})
 """Settings that may differ from the saved ones: they only affect a later draw."""

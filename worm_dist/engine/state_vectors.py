@@ -67,6 +67,9 @@ def _complaints_of_truncation(
         {f"{where}.{key}": vector for key, vector in dropped.truncation.vectors().items()},
         int(kept.sum()),
     )
+    for name, flags in (dropped.truncation.scales or {}).items():
+        if name not in shapes or flags.shape != shapes[name]:
+            yield f"{where}.scales.{name[:100]}: not the flags of a scale of this network"
     waiting = dropped.removal.schedule.waiting
     is_channel = bool(((waiting >= 0) & (waiting < kept.numel())).all())
     if not is_channel or waiting.unique().numel() < waiting.numel():

@@ -116,6 +116,11 @@ class Groups(Sequence[ChannelGroup]):
     def num_channels(self) -> int:
         return sum(self.sizes.values())
 
+    @property
+    def norm_scales(self) -> set[str]:
+        """The names of the norms' scales."""
+        return {norm.parameters[0][0] for group in self._groups for norm in group.norms}
+
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Split a vector ``[num_channels]`` over all channels by group."""
         sizes = self.sizes

@@ -109,6 +109,9 @@ class FreezePlan:
         zero_output: bool ``[num_channels]``, True = frozen and with an output of exact zeros.  The
             gradients of its consumers' columns are exact zeros too, so they are not sent in any
             scope.
+        scales: by name of every scale parameter of a channel, bool ``[elements]``, True = frozen,
+            instead of ``frozen``: each norm or gate freezes by its own flags, also where a channel
+            has several.  Only scales and shifts freeze then.
 
     Attributes:
         blocks: the block of every parameter with a frozen part, by parameter; also for parameters
@@ -122,6 +125,7 @@ class FreezePlan:
         frozen: Tensor,
         scope: Scope,
         zero_output: Tensor | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         parameters = dict(network.named_parameters())
         frozen_along: dict[str, dict[int, Tensor]] = {}
@@ -130,6 +134,12 @@ class FreezePlan:
         for group, frozen_here, zero_here in here:
             for member in group.members:
                 freezes = _freezes(group, member, scope)
+                if scales is not None:
+                    flags = scales.get(member.parameters[0][0])
+                    if freezes and flags is not None and bool(flags.any()):
+                        for name, dim in member.parameters:
+                            frozen_along.setdefault(name, {})[dim] = flags
+                    continue
                 channels = frozen_here if freezes else zero_here & (member.role == "consumer")
                 if bool(channels.any()):
                     indices = member.positions[channels].flatten()

@@ -104,7 +104,7 @@ def gated(network: nn.Module, search: SearchConfig) -> nn.Module:
         ConfigError: ``add_gates`` does not support the network.
     """
     can_be_gated = bool(find_attentions(network)[0] or find_feed_forwards(network))
-    wants_gates = search.importance in ("auto", "gate")
+    wants_gates = search.importance in ("auto", "gate", "signed_gate")
     return add_gates(network) if can_be_gated and wants_gates else network
 
 

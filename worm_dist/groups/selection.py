@@ -14,7 +14,7 @@ from .channel_groups import ChannelGroup, Groups, Member
 __all__ = ["importance_of", "select_groups"]
 
 
-Importance: TypeAlias = Literal["scale", "norm_scale", "gate", "weight_norm"]
+Importance: TypeAlias = Literal["scale", "norm_scale", "gate", "signed_gate", "weight_norm"]
 
 
 def select_groups(groups: Groups, search: SearchConfig, any_group: bool = False) -> Groups:
@@ -57,8 +57,8 @@ def importance_of(search: SearchConfig, groups: Sequence[ChannelGroup]) -> Impor
 def _why_unranked(group: ChannelGroup, importance: Importance) -> str | None:
     if importance == "norm_scale" and not group.norms:
         return "it has no norm, and search.importance is 'norm_scale'"
-    if importance == "gate" and not group.gates:
-        return "it has no gate, and search.importance is 'gate'"
+    if importance in ("gate", "signed_gate") and not group.gates:
+        return f"it has no gate, and search.importance is {importance!r}"
     if importance == "scale" and not group.norms and not group.gates:
         return "it has neither a norm nor a gate; search.importance 'weight_norm' ranks it without"
     return None

@@ -100,6 +100,7 @@ class AcceleratedEngine:
         Args:
             loss: the loss of a forward pass, a scalar, as ``accelerator.backward`` expects it.
         """
+        self._progress.before_training()  # a saved state may have been loaded until now
         self.engine.watch(loss.detach())
         self._accelerator.backward(loss + self.engine.penalty())
 

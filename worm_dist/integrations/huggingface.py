@@ -108,6 +108,7 @@ class WormTrainerCallback(TrainerCallback):
             self._class_load(self._checkpoint)
             self._class_load_optimizer(self._checkpoint)
         self._progress = Progress(self.engine)
+        self._progress.before_training()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check and draw after an optimizer step; the trainer goes on with the smaller network."""

@@ -118,6 +118,7 @@ class WormCallback(Callback):
             self._load_weights()
             self._load_weights = None
         self._progress = Progress(self.engine)
+        self._progress.before_training()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor

@@ -19,6 +19,12 @@ class Progress:
         self._engine = engine
         self._step = engine.step
 
+    def before_training(self) -> None:
+        """Take the first mask, if ``search.first`` is ``before_training`` and no step has been
+        taken.  Collective."""
+        if self._engine.is_due and not self._engine.step:
+            self._engine.check()
+
     def after_pass(self) -> dict[str, float] | None:
         """Check and draw if an optimizer step has been taken since the last call; passes that only
         accumulate gradients, and steps that a loss scaler skips, are passed over.  Collective.

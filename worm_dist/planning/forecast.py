@@ -20,13 +20,13 @@ from ..pruning.predicted_cost import predicted_cost
 from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
+from ..training.weights import load_weights
 from .costs import Costs, costs_of, truncated
 from .hypothetical import drawn, mask_of_ticket
 from .memory import Memory, memory_of_stages
 from .step_time import FORMULA, Link, StepTime, ring_seconds
 from .target import Target
 from .timing import Measured, affordable_batch, measure
-from .weights import load_weights
 
 __all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
 
@@ -197,7 +197,7 @@ def forecast(
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
     if weights is not None:
-        load_weights(network, weights)
+        load_weights(network, weights, "--weights")
     groups = find_drawable_groups(network, sample, target.worm.search)
     budget_reached = None
     if ticket is None:

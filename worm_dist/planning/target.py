@@ -148,7 +148,7 @@ def target_of_config(
         model=config.model.name,
         arguments=config.model.arguments,
         sample_shape=shape,
-        num_classes=classes,
+        num_classes=config.model.num_classes or classes,
         worm=config.worm,
         batch_size=config.data.batch_size,
         optimizer=config.optimizer.name,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..groups.cost_model import CostModel
 from ..groups.mask import Mask
+from ..ratio import exact
 
 __all__ = ["Budget", "Pool", "pools_of"]
 
@@ -50,9 +51,21 @@ class Pool:
             )
 
     def num_dropped(self, num_channels: int) -> int:
-        """Return how many of the pool's channels to drop, rounded down as in decimal arithmetic
-        (0.29 * 100 is 29, not 28.999999999999996)."""
-        return int(round(self.ratio * num_channels, 9))
+        """Return how many of the pool's channels to drop, rounded down from the exact product (0.29
+        of 100 is 29, not 28.999999999999996; 1/3 of 12 is 4)."""
+        return int(exact(self.ratio) * num_channels)
+
+    def position(self, selection: Literal["above", "quantile"], num_channels: int) -> int:
+        """Return the position, in ascending order and from 0 on, of the score that channels must
+        exceed to be kept.
+
+        ``above`` is ``int(ratio * channels)`` in double precision, as Early-Bird's authors compute
+        it (0.7 of 90 gives 62).  A quantile lies between the scores of two positions, or on one;
+        what is above it is what is above the lower one.
+        """
+        if selection == "above":
+            return int(num_channels * self.ratio)
+        return int(exact(self.ratio) * (num_channels - 1))
 
     def prefix(self, droppable: Tensor, num_channels: int, floor: float) -> int:
         """Return how many of the droppable channels to drop, the lowest first.

@@ -78,4 +78,4 @@ class NormCandidates(Candidates):
         return Mask.from_vector(self._channels, keep)
 
     def importance(self, scores: Tensor) -> Tensor:
-        return scores[self._indices_TN].masked_fill(~self._present_TN, 0).amax(dim=0)
+        return scores[self._indices_TN].masked_fill(~self._present_TN, -torch.inf).amax(dim=0)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 from ..config import SearchConfig
 from .elbow import elbow_reached, elbow_threshold
 
 __all__ = ["Decision", "decide", "mean"]
+
+
+_MOST_CHANNELS = 10**7
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ def decide(config: SearchConfig, curve: Sequence[Sequence[float]]) -> Decision:
     """
     means = [average for distances in curve if (average := mean(distances)) is not None]
     newest = curve[-1]
-    # The whole window has this many older masks (Early-Bird, arXiv 1909.11957, section 4).
-    settled = len(newest) == config.window - 1 and max(newest) < config.settled
+    # The whole window has this many older masks; none may be further away than this (Early-Bird,
+    # arXiv 1909.11957, section 4).
+    settled = len(newest) == config.window - 1 and max(newest, default=0) <= config.settled
     return Decision(
         threshold=elbow_threshold(config, means),
         elbow=settled or elbow_reached(config, means),
@@ -46,5 +52,14 @@ def decide(config: SearchConfig, curve: Sequence[Sequence[float]]) -> Decision:
 
 
 def mean(distances: Sequence[float]) -> float | None:
-    """The mean of distances; None before the second mask."""
-    return sum(distances) / len(distances) if distances else None
+    """The mean of distances, the float that is nearest to the exact one; None before the second
+    mask."""
+    return _mean(tuple(distances)) if distances else None
+
+
+@lru_cache(maxsize=2**14)  # every decision needs those of all checks before
+def _mean(distances: tuple[float, ...]) -> float:
+    # A distance is a fraction of channels.  Sums of floats would differ in the last bit, and so be
+    # below a threshold that they equal, or not.
+    exact = (Fraction(distance).limit_denominator(_MOST_CHANNELS) for distance in distances)
+    return float(sum(exact) / len(distances))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from ..config import SearchConfig
+from ..ratio import exact
 
 __all__ = ["elbow_reached", "elbow_threshold", "extras_of_rule"]
 
@@ -24,16 +25,19 @@ def elbow_reached(config: SearchConfig, means: Sequence[float]) -> bool:
     Args:
         config: the search settings with the rule and its parameters.
         means: the mean distance of the newest mask to the older ones in the window, for every check
-            from the second on.
+            from the second on.  The first one, which has none, is the elbow if
+            ``search.elbow.min_masks`` is 1.
     """
-    num_masks = len(means) + 1
-    return num_masks >= config.elbow.min_masks and _RULES[config.elbow.rule](config, means)
+    if len(means) + 1 < config.masks_before_elbow:
+        return False
+    return not means or _RULES[config.elbow.rule](config, means)
 
 
 def elbow_threshold(config: SearchConfig, means: Sequence[float]) -> float | None:
     """Return the mean distance below which the rule fires; None for a rule without a threshold."""
     if config.elbow.rule == "margin":
-        return config.settled + config.elbow.margin
+        # In floats 0.1 + 0.05 is 0.15000000000000002, and a mean of 0.15 would be below it.
+        return float(exact(config.settled) + exact(config.elbow.margin))
     if config.elbow.rule == "relative" and means:
         return config.elbow.fraction * max(means)
     return None

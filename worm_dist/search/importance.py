@@ -7,7 +7,7 @@ they are the scales of every single norm.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import SearchConfig
 from ..errors import ConfigError, NonFiniteError, WormError
 from ..groups.channel_groups import ChannelGroup, Groups
+from ..groups.mask import Mask
 from ..groups.selection import importance_of
 from .candidates import Candidates, NormCandidates
 from .scale_index import ScaleIndex
@@ -27,6 +28,7 @@ __all__ = [
     "LayerScales",
     "WeightNorm",
     "importance_measure",
+    "l1_norm",
 ]
 
 Coupling = Literal["mean", "max"]
@@ -59,34 +61,45 @@ class Importance(ABC):
         """The parameters that the L1 penalty applies to."""
         return []
 
+    def dropped_scales(self, kept: Mask) -> dict[str, Tensor] | None:
+        """By name of every scale parameter, which of its elements a mask over the candidates drops,
+        bool ``[elements]``; None if the candidates are not single scales."""
+        return None
+
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:
         """Return the L1 norm of all scales, or of those in ``used``, as a differentiable scalar."""
-        scales = [scale.float() for scale in self.scales if used is None or scale in used]
-        if not scales:
-            return torch.zeros((), device=self._device)
-        return torch.cat(scales).abs().sum()
+        scales = [scale for scale in self.scales if used is None or scale in used]
+        return l1_norm(scales) if scales else torch.zeros((), device=self._device)
 
 
 class ChannelScales(Importance):
-    """The magnitude of a channel's scales: |gamma| of its norms, or |gate|; coupled scales are
-    combined by mean or maximum.
+    """The magnitude of a channel's scales: |gamma| of its norms, or |gate|, or the signed gate, as
+    EarlyBERT ranks them; coupled scales are combined by mean or maximum.
 
     Source: Network Slimming (arXiv 1708.06519, section 3), Early-Bird (arXiv 1909.11957) and, for
     gates, EarlyBERT (arXiv 2101.00063).
     """
 
-    def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: Groups,
+        coupling: Coupling = "mean",
+        signed: bool = False,
+    ) -> None:
         self._index = ScaleIndex(network, groups)
         super().__init__(Candidates(groups.sizes), self._index.device)
         self._largest = coupling == "max"
+        self._signed = signed
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         # A gather and an ordered sum, unlike a scatter-add, give the same bits on equal devices.
-        magnitudes_TN = self._index.magnitudes()[self._index.indices_TN]
+        index = self._index
+        scales_TN = (index.values() if self._signed else index.magnitudes())[index.indices_TN]
         if self._largest:
-            return magnitudes_TN.masked_fill(~self._index.present_TN, 0).amax(dim=0)
-        return (magnitudes_TN * self._index.shares_TN).sum(dim=0)
+            return scales_TN.masked_fill(~index.present_TN, -torch.inf).amax(dim=0)
+        return (scales_TN * index.shares_TN).sum(dim=0)
 
     @property
     def scales(self) -> list[nn.Parameter]:
@@ -99,19 +112,23 @@ class LayerScales(Importance):
     Source: Early-Bird (arXiv 1909.11957), which computes a mask for each layer.
     """
 
-    def __init__(self, network: nn.Module, groups: Groups) -> None:
+    def __init__(self, network: nn.Module, groups: Groups, signed: bool = False) -> None:
         self._index = ScaleIndex(network, groups)
+        self._signed = signed
         index = self._index
         indices = index.indices_TN.cpu(), index.present_TN.cpu()
         super().__init__(NormCandidates(index.counts, groups.sizes, *indices), index.device)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        return self._index.magnitudes()
+        return self._index.values() if self._signed else self._index.magnitudes()
 
     @property
     def scales(self) -> list[nn.Parameter]:
         return self._index.scales
+
+    def dropped_scales(self, kept: Mask) -> dict[str, Tensor]:
+        return self._index.flags_by_name(~kept.keep)
 
 
 class WeightNorm(Importance):
@@ -192,6 +209,12 @@ class CustomImportance(Importance):
         return scores
 
 
+def l1_norm(scales: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the magnitudes of tensors ``[elements]``, at least one, as a differentiable
+    float32 scalar."""
+    return torch.cat([scale.float() for scale in scales]).abs().sum()
+
+
 def importance_measure(
     search: SearchConfig,
     network: nn.Module,
@@ -209,8 +232,9 @@ def importance_measure(
     coupling: Coupling = "max" if search.coupling == "max" else "mean"
     if custom is not None:
         return CustomImportance(custom, network, groups)
-    if importance_of(search, groups) == "weight_norm":
+    importance = importance_of(search, groups)
+    if importance == "weight_norm":
         return WeightNorm(network, groups, coupling)
     if search.grouping == "layer":
-        return LayerScales(network, groups)
-    return ChannelScales(network, groups, coupling)
+        return LayerScales(network, groups, importance == "signed_gate")
+    return ChannelScales(network, groups, coupling, importance == "signed_gate")

@@ -15,7 +15,7 @@ from ..groups.mask import Mask
 from .budgets import Budget, Pool, pools_of
 from .importance import importance_measure
 from .rounding import rounded
-from .select import quantiles, select_channels
+from .select import not_empty, quantiles, select_channels
 
 __all__ = ["Ranking"]
 
@@ -64,8 +64,12 @@ class Ranking:
             else [self.budget]
         )
         # Raises now, rather than after the first epoch, if the floor contradicts the others.
-        none_irreversible = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.select(torch.zeros(self._candidates.number), none_irreversible)
+        self.select(torch.zeros(self._candidates.number), self.none_removed)
+
+    @property
+    def none_removed(self) -> Tensor:
+        """bool ``[num_channels]``: flags of no channel."""
+        return torch.zeros(self._groups.num_channels, dtype=torch.bool)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -114,7 +118,8 @@ class Ranking:
         Returns:
             The exact mask over the candidates, whose distances decide convergence; the rounded mask
             over the groups' channels, which is frozen and drawn; and the names of groups or norms
-            in which the floor kept a channel.
+            in which the floor kept a channel, or which keep their best one although the exact mask
+            drops them all.
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
@@ -125,11 +130,23 @@ class Ranking:
         try:
             order = quantiles(scores, candidates.sizes, gone) if by_rank else scores
             kept, floored = select_channels(
-                order, candidates.sizes, self._pools, search.min_keep_ratio, gone
+                order,
+                candidates.sizes,
+                self._pools,
+                search.min_keep_ratio,
+                gone,
+                search.selection,
             )
         except NonFiniteError as error:
             raise self._importance.failure or error from None
-        return kept, self._rounded(candidates.mask(kept), scores, irreversible), floored
+        importance = candidates.importance(scores).masked_fill(irreversible, -torch.inf)
+        mask, rescued = not_empty(candidates.mask(kept), importance)
+        return kept, self._rounded(mask, scores, irreversible), floored + rescued
+
+    def dropped_scales(self, kept: Mask) -> dict[str, Tensor] | None:
+        """By name of every scale parameter, which of its elements a mask over the candidates drops,
+        bool ``[elements]``; None unless every norm is ranked separately."""
+        return self._importance.dropped_scales(kept)
 
     def importance(self, scores: Tensor) -> Tensor:
         """Convert scores to channel scores of the dense network: float ``[num_channels]`` on the

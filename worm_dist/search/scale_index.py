@@ -41,6 +41,8 @@ class ScaleIndex:
             used = counted.setdefault(name, torch.zeros(parameters[name].numel(), dtype=torch.bool))
             used[member.positions.flatten()] = True
         self.scales = [parameters[name] for name in counted]
+        self._names = tuple(counted)
+        self._sizes = {name: used.numel() for name, used in counted.items()}
         self.device = self.scales[0].device
         self.counts = {owners[name]: int(used.sum()) for name, used in counted.items()}
         starts: dict[str, int] = {}
@@ -71,7 +73,25 @@ class ScaleIndex:
         self.shares_TN = shares_TN.to(self.device)
         self.present_TN = self.shares_TN > 0
 
-    def magnitudes(self) -> Tensor:
-        """Return the magnitudes of all scales that belong to channels, float32 ``[scales]``."""
+    def values(self) -> Tensor:
+        """Return all scales that belong to channels, float32 ``[scales]``."""
         scales = zip(self.scales, self._counted, strict=True)
-        return torch.cat([scale.detach().float()[at] for scale, at in scales]).abs_()
+        return torch.cat([scale.detach().float()[at] for scale, at in scales])
+
+    def magnitudes(self) -> Tensor:
+        """Return their magnitudes, float32 ``[scales]``."""
+        return self.values().abs_()
+
+    def flags_by_name(self, flags: Tensor) -> dict[str, Tensor]:
+        """Split flags of all scales that belong to channels, bool ``[scales]``, by parameter.
+
+        Returns:
+            By name of a scale parameter, a bool tensor ``[elements]`` on the CPU; False for
+            elements that belong to no channel.
+        """
+        by_name = {}
+        parts = flags.split(list(self.counts.values()))
+        for name, at, here in zip(self._names, self._counted, parts, strict=True):
+            by_name[name] = torch.zeros(self._sizes[name], dtype=torch.bool)
+            by_name[name][at.cpu()] = here
+        return by_name

@@ -16,17 +16,20 @@ from ..distributed.collectives import Communicator
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
 from ..engine.engine import Engine
+from ..errors import ConfigError
+from ..groups.copying import copied
 from ..groups.flops import count_flops
 from ..groups.gates import gated
-from ..models import build_model
 from .consistency import require_same_data
 from .data import Placement, load_data, test_loader, train_loader
 from .evaluation import count_parameters
+from .initial_network import initial_network
 from .kernels import memory_format
-from .optim import build_optimizer, build_schedule
+from .optim import ScheduleStart, build_optimizer, build_schedule
 from .parallelize import backend_name, parallelize
 from .rank_state import seed_all
 from .reporting.result import Result
+from .retraining import Retraining
 from .run_config import RunConfig
 
 __all__ = ["TrainingParts", "build"]
@@ -40,6 +43,7 @@ class TrainingParts:
         network: the bare network, on the device; always the same object.
         engine: the engine, attached to the wrapped network.
         schedule: the learning rate schedule, stepped once per optimizer step.
+        retraining: what happens to weights, optimizer and schedule at the draw.
         train_loader, test_loader: the loaders of this rank's samples, on the host.
         placement: puts their batches on the device.
         sample: zeros ``[1, *sample shape]``, of the network's dtype on its device.
@@ -50,6 +54,7 @@ class TrainingParts:
     network: nn.Module
     engine: Engine
     schedule: LRScheduler
+    retraining: Retraining
     train_loader: DataLoader[Any]
     test_loader: DataLoader[Any]
     placement: Placement
@@ -86,22 +91,24 @@ def build(
     tests = test_loader(data, *shares, device)
     require_same_data(data, steps_per_epoch, comm)
     progress.reach("the start, building the network")
-    model_arguments: dict[str, Any] = {
+    model_arguments = {
         "name": config.model.name,
-        "num_classes": data.num_classes,
+        "num_classes": _num_classes(config, data.num_classes),
         "in_channels": data.sample_shape[0],
         "arguments": config.model.arguments,
     }
-    network = gated(build_model(**model_arguments), config.search).to(device)
+    network = gated(initial_network(config.model, model_arguments), config.search).to(device)
     layout = memory_format(config, device)
     if layout is not torch.contiguous_format:
         network.to(memory_format=layout)
+    rewound = copied(network) if config.retraining.weights != "keep" else None
     optimizer = build_optimizer(config.optimizer, network)
     model = parallelize(network, optimizer, config, rank_info.world_size, device)
     dtype = next(network.parameters()).dtype  # DeepSpeed may have changed it
     placement = Placement(device, dtype, layout, data.normalization)
     sample = torch.zeros(1, *data.sample_shape, device=device, dtype=dtype)
-    schedule = build_schedule(config.schedule, optimizer, config.epochs, steps_per_epoch)
+    start = ScheduleStart(config.epochs)
+    schedule = build_schedule(config.schedule, optimizer, start, steps_per_epoch)
     engine = worm_dist.attach(
         model,
         optimizer,
@@ -119,6 +126,25 @@ def build(
     )
     result.parameters.dense = count_parameters(network)
     result.flops.dense = count_flops(network, sample)
+    retraining = Retraining(config, network, rewound, schedule, start, steps_per_epoch)
     return TrainingParts(
-        network, engine, schedule, loader, tests, placement, sample, model_arguments, result
+        network,
+        engine,
+        schedule,
+        retraining,
+        loader,
+        tests,
+        placement,
+        sample,
+        model_arguments,
+        result,
     )
+
+
+def _num_classes(config: RunConfig, num_classes: int) -> int:
+    given = config.model.num_classes
+    if given is not None and given < num_classes:
+        raise ConfigError(
+            f"model.num_classes: {given} outputs, but the data has {num_classes} classes"
+        )
+    return given or num_classes

@@ -12,11 +12,20 @@ from .run_config import RunConfig
 from .setting_keys import nested, with_change
 from .yaml_text import parse_yaml
 
-__all__ = ["read_run_config"]
+__all__ = ["read_run_config", "read_settings"]
 
 
 def read_run_config(path: Path, overrides: Sequence[tuple[str, str]]) -> RunConfig:
-    """Read a run's settings.
+    """Read a run's settings; see ``read_settings``.
+
+    Raises:
+        ConfigError: the file cannot be read, or its settings are wrong; lists all mistakes.
+    """
+    return RunConfig(**read_settings(path, overrides))
+
+
+def read_settings(path: Path, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Read what a file and the command line set of a run, nested; the rest is the preset's.
 
     Args:
         path: a YAML file, whose keys may be dotted or nested.
@@ -24,7 +33,7 @@ def read_run_config(path: Path, overrides: Sequence[tuple[str, str]]) -> RunConf
             replaces the file's ``search.prune_ratio``, and the other way round.
 
     Raises:
-        ConfigError: the file cannot be read, or its settings are wrong; lists all mistakes.
+        ConfigError: the file cannot be read, or is no mapping.
     """
     try:
         settings = parse_yaml(path.read_bytes().decode(), str(path))
@@ -34,7 +43,7 @@ def read_run_config(path: Path, overrides: Sequence[tuple[str, str]]) -> RunConf
             raise ConfigError(f"{path}: settings must be written as 'key: value'")
         changes = [(key, _value(key, text)) for key, text in overrides]
         settings = _without_replaced(nested(settings), _changed({}, changes))
-        return RunConfig(**_changed(settings, changes))
+        return _changed(settings, changes)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

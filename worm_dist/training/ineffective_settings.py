@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..config import AUTO_LATEST, SHORTEST_REMOVAL, RemovalConfig
+from ..config import AUTO_LATEST, SHORTEST_REMOVAL, RemovalConfig, SearchConfig
 from ..interval import Interval
 from ..user_function import is_user_function
 from .run_config import RunConfig
 
-__all__ = ["ineffective_settings"]
+__all__ = ["ineffective_settings", "reasons_against"]
 
 
 def ineffective_settings(config: RunConfig, steps_per_epoch: int | None = None) -> list[str]:
@@ -82,6 +82,15 @@ class _Length:
 
 def _without_their_choice(config: RunConfig) -> Iterator[str]:
     """Settings that belong to a choice which the run has not made."""
+    preset, values = RunConfig(preset=config.preset).flat(), config.flat()
+    for key, reason in reasons_against(config).items():
+        if values[key] != preset[key]:
+            yield f"{key}: has no effect: {reason}"
+
+
+def reasons_against(config: RunConfig) -> dict[str, str]:
+    """By dotted key, each setting that belongs to a choice which the run has not made, and that
+    choice."""
     search, truncation, ticket = config.search, config.truncation, config.ticket
     removal = "truncation.removal."
     choices: tuple[tuple[str | tuple[str, ...], bool, str], ...] = (
@@ -96,6 +105,8 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
         ("search.elbow.margin", search.elbow.rule == "margin", "for rule margin only"),
         ("search.elbow.fraction", search.elbow.rule == "relative", "for rule relative only"),
         ("truncation.ratio", truncation.mode == "soft", "for truncation.mode soft only"),
+        ("search.coupling", search.grouping == "group", "for search.grouping group only"),
+        ("search.l1_until", search.l1 > 0, "search.l1 is 0"),
         (removal, truncation.removes, "for mode hard with frozen_weights remove only"),
         (
             tuple(f"{removal}{name}" for name in RemovalConfig.model_fields if name != "schedule"),
@@ -121,11 +132,12 @@ def _without_their_choice(config: RunConfig) -> Iterator[str]:
             "not for backend deepspeed",
         ),
     )
-    preset = RunConfig(preset=config.preset).flat()
-    for key, value in config.flat().items():
-        reasons = [why for keys, acts, why in choices if not acts and key.startswith(keys)]
-        if reasons and value != preset[key] and key != "search.enabled":
-            yield f"{key}: has no effect: {reasons[0]}"
+    found = {
+        key: next((why for keys, acts, why in choices if not acts and key.startswith(keys)), None)
+        for key in config.flat()
+        if key != "search.enabled"
+    }
+    return {key: reason for key, reason in found.items() if reason is not None}
 
 
 def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
@@ -133,6 +145,7 @@ def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
     num_checks, every = run.number_of(search.every), run.epochs_of(search.every)
     if num_checks is None or every is None:
         return
+    num_checks += search.first == "before_training"
     if num_checks == 0:
         yield (
             f"search.every: {search.every} is longer than the run of {run}; there is no check, and "
@@ -143,19 +156,19 @@ def _of_the_search(config: RunConfig, run: _Length) -> Iterator[str]:
     finds_elbow = truncation.mode != "off"
     if finds_elbow and (first := _earliest_start(config, run, every)) > config.epochs:
         yield (
-            f"search.elbow.min_masks: {search.elbow.min_masks} masks are never reached, as "
+            f"search.elbow.min_masks: {search.masks_before_elbow} masks are never reached, as "
             f"{checks}; there is no elbow, and no ticket"
         )
     elif truncation.removes and truncation.removal.schedule == "gradual":
         yield from _of_the_removal(config, run, first)
-    if finds_elbow and first < search.elbow.min_masks * every:
+    if finds_elbow and first < _intervals_before_elbow(search) * every:
         preset = RunConfig(preset=config.preset).search.elbow
         for key in ("rule", "margin", "fraction", "min_masks"):
             if getattr(search.elbow, key) != getattr(preset, key):
                 yield (
                     f"search.elbow.{key}: has no effect: truncation starts at epoch {first:.4g} at "
                     f"the latest (search.elbow.latest: {search.elbow.latest}), before "
-                    f"search.elbow.min_masks, {search.elbow.min_masks}, are there"
+                    f"search.elbow.min_masks, {search.masks_before_elbow}, are there"
                 )
     if num_checks < search.window:
         effect = "it is never full" if truncation.removes else "no ticket is drawn"
@@ -167,10 +180,15 @@ def _earliest_start(config: RunConfig, run: _Length, every: float) -> float:
     search = config.search
     latest = AUTO_LATEST if search.elbow.latest == "auto" else search.elbow.latest
     after = None if latest is None else run.epochs_of(latest)
-    num_checks = search.elbow.min_masks
+    num_checks = _intervals_before_elbow(search)
     if after is not None:
         num_checks = min(num_checks, max(1, math.ceil(after / every - 1e-9)))
     return num_checks * every
+
+
+def _intervals_before_elbow(search: SearchConfig) -> int:
+    """The least number of ``search.every`` before an elbow."""
+    return search.masks_before_elbow - (search.first == "before_training")
 
 
 def _of_the_removal(config: RunConfig, run: _Length, first: float) -> Iterator[str]:

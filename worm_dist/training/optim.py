@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .run_config import OptimizerConfig, ScheduleConfig
 
-__all__ = ["build_optimizer", "build_schedule"]
+__all__ = ["ScheduleStart", "build_optimizer", "build_schedule"]
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
@@ -39,15 +40,29 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
     return builders[config.name]()
 
 
+@dataclass
+class ScheduleStart:
+    """Where a learning rate schedule starts.
+
+    Attributes:
+        epochs: the number of epochs that it lasts.
+        step: the optimizer step at which it begins.
+    """
+
+    epochs: int
+    step: int = 0
+
+
 def build_schedule(
-    config: ScheduleConfig, optimizer: Optimizer, epochs: int, steps_per_epoch: int
+    config: ScheduleConfig, optimizer: Optimizer, start: ScheduleStart, steps_per_epoch: int
 ) -> LambdaLR:
-    """Build the learning rate schedule; call its ``step`` after every optimizer step."""
+    """Build the learning rate schedule; call its ``step`` after every optimizer step.  It follows
+    later changes of ``start``."""
     warmup = config.warmup_epochs * steps_per_epoch
-    total = epochs * steps_per_epoch
     milestones = [epoch * steps_per_epoch for epoch in config.milestones]
 
     def factor(step: int) -> float:
+        step, total = step - start.step, start.epochs * steps_per_epoch
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if config.name == "cosine":

@@ -52,6 +52,7 @@ class Position:
         draws: True while a draw, with the tests before and after it, is not finished.
         has_learnt: True if any test so far was better than chance.
         at_chance: True if the newest test was no better than chance.
+        ticket_step: optimizer steps before the training of the ticket; None before the draw.
     """
 
     epoch: int = 0
@@ -59,6 +60,7 @@ class Position:
     draws: bool = False
     has_learnt: bool = False
     at_chance: bool = False
+    ticket_step: int | None = None
 
 
 class PositionSchema(Schema):
@@ -69,6 +71,7 @@ class PositionSchema(Schema):
     draws: bool
     has_learnt: bool
     at_chance: bool
+    ticket_step: Count | None
 
 
 def _require_random(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,14 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 from typing_extensions import Self
 
 from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
@@ -21,6 +28,7 @@ __all__ = [
     "DivergenceConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RetrainingConfig",
     "RunConfig",
     "ScheduleConfig",
 ]
@@ -91,9 +99,27 @@ class ModelConfig(Settings):
     ``model.arguments`` by keyword and returns a module."""
     arguments: dict[str, JsonValue] = Field(default={})
     """Further keyword arguments of the model's constructor or function."""
+    num_classes: Annotated[Count, Field(ge=2)] | None = None
+    """Outputs of the head; the default is the number of classes of the data.  More of them, such as
+    the 1000 of weights trained on ImageNet, are classes that no sample has."""
+    weights: PathText | None = None
+    """File of pretrained weights for all of the network: a state dict of ``torch.save``, such as
+    torchvision's, or ``.safetensors``.  Nothing in it is executed."""
+    norm_scale: Annotated[Factor, Field(gt=0)] | None = None
+    """Initial scale of every BatchNorm, which torch sets to 1; Early-Bird's authors begin with
+    0.5."""
     channels_last: OnGpus = "auto"
     """Whether weights of convolutions, and images, have their channels innermost in memory, as
     tensor cores take them.  ``auto``: on GPUs, but neither in ``fp32`` nor under DeepSpeed."""
+
+    @model_validator(mode="after")
+    def _weights_have_scales(self) -> Self:
+        if self.weights is not None and self.norm_scale is not None:
+            raise ValueError(
+                f"norm_scale {self.norm_scale:g} contradicts weights {self.weights!r}, which have "
+                "scales of their own"
+            )
+        return self
 
 
 class OptimizerConfig(Settings):
@@ -138,6 +164,30 @@ class ScheduleConfig(Settings):
         if self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones {self.milestones} must increase")
         return self
+
+
+def _rewind(value: object) -> object:
+    return value if value in ("keep", "start") else Interval.parse(value)
+
+
+class RetrainingConfig(Settings):
+    """How the ticket is trained after the draw; by default it goes on as before."""
+
+    epochs: Annotated[Count, Field(ge=1)] | None = None
+    """Epochs of training after the draw, under the learning rate's schedule from its beginning;
+    ``epochs`` is then the most that the search takes.  The default is what is left of ``epochs``,
+    and the schedule goes on."""
+    until_accuracy: float | None = Field(default=None, gt=0, le=1)
+    """The run ends after the epoch whose accuracy on the test split reaches this."""
+    optimizer: Literal["keep", "fresh"] = "keep"
+    """``fresh``: the optimizer forgets its moments at the draw."""
+    weights: Annotated[
+        Interval | Literal["keep", "start"],
+        BeforeValidator(_rewind),
+        PlainSerializer(str, return_type=str),
+    ] = "keep"
+    """``start``: the ticket goes back to its initial weights; an interval such as ``2ep``: to those
+    after so much training (rewinding).  Statistics of norms go back too."""
 
 
 class DistributedConfig(Settings):
@@ -211,9 +261,25 @@ class RunConfig(WormParts):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    retraining: RetrainingConfig = RetrainingConfig()
     distributed: DistributedConfig = DistributedConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _deepspeed_has_master_weights(self) -> Self:
+        retraining = self.retraining
+        changed = [
+            f"retraining.{key} '{value}'"
+            for key, value in (("optimizer", retraining.optimizer), ("weights", retraining.weights))
+            if value != "keep"
+        ]
+        if changed and self.distributed.backend == "deepspeed":
+            raise ValueError(
+                f"{' and '.join(changed)} contradict distributed.backend 'deepspeed', which keeps "
+                "moments and weights of its own; use DistributedDataParallel"
+            )
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_flattens(self) -> Self:

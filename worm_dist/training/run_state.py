@@ -35,7 +35,7 @@ __all__ = [
     "schedule_state",
 ]
 
-FORMAT = 3
+FORMAT = 4
 
 
 class _ScheduleSchema(Schema):
@@ -56,6 +56,7 @@ class _RunSchema(Schema):
     network: dict[str, Tensor]
     optimizer: OptimizerStateSchema
     schedule: _ScheduleSchema
+    rewound: dict[str, Tensor] | None
     ranks: list[RankStateSchema]
     result: schema_of(Result)  # type: ignore[valid-type]
     phase_stats: PhaseStatsSchema

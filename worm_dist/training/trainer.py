@@ -110,7 +110,7 @@ class Trainer:
             self.result, self._config.epochs, len(self._parts.train_loader), self.engine
         )
         try:
-            while self._position.epoch < self._config.epochs:
+            while self._position.epoch < self._num_epochs and not self._is_good_enough:
                 self._train_epoch()
                 self._end_epoch()
         except Stopped:
@@ -121,6 +121,16 @@ class Trainer:
         if not self.stopped:
             self._complete()
         return self.result
+
+    @property
+    def _num_epochs(self) -> int:
+        return self._parts.retraining.num_epochs(self._position)
+
+    @property
+    def _is_good_enough(self) -> bool:
+        between_epochs = self._position.batch == 0
+        accuracy = self.result.accuracy.final
+        return between_epochs and self._parts.retraining.is_good_enough(self._position, accuracy)
 
     def _complete(self) -> None:
         self._state.phase_stats.complete(self.engine.phase, self.engine.traffic)
@@ -138,6 +148,8 @@ class Trainer:
         self._parts.network.train()
         if position.draws:
             self._draw()
+        if self.engine.is_due and not self.engine.step:
+            self._check()
         self._speed = Speed()
         self._reach("the next batch")
         for inputs, targets in self._parts.placement.batches(loader):
@@ -154,6 +166,7 @@ class Trainer:
             if self.engine.is_due:
                 self._check()
             self._reach("the next batch")
+            self._parts.retraining.before_step(self.engine.step)
             self._stop.pass_boundary()
             if self.engine.step % self._save_every == 0 and position.batch < len(loader):
                 self._save()
@@ -170,13 +183,14 @@ class Trainer:
             )
         self._progress.reach(f"the test after epoch {position.epoch + 1}")
         evaluation = self._evaluate()
-        self.result.accuracy.final = evaluation.accuracy
+        wanted = self._config.retraining.until_accuracy
+        self.result.tested(position.epoch + 1, evaluation.accuracy, wanted)
         self._require_better_than_chance(evaluation, loss_sum / count)
         position.epoch, position.batch = position.epoch + 1, 0
         self._state.losses.zero_()
         self._report.trained(self.engine.step, loss_sum / count, speed)
         self._report.epoch(position.epoch, self.engine, evaluation, self._flops)
-        if self.engine.step % self._save_every == 0 or position.epoch == self._config.epochs:
+        if self.engine.step % self._save_every == 0 or position.epoch == self._num_epochs:
             self._save(evaluation.accuracy)
 
     def _require_better_than_chance(self, evaluation: EvalResult, loss: float) -> None:
@@ -195,7 +209,7 @@ class Trainer:
         position, drawn = self._position, self.result.ticket_epoch
         has_just_drawn = drawn is not None and position.epoch + 1 - drawn < 2
         looks_collapsed = evaluation.is_chance and loss > _SHARE_OF_CHANCE * evaluation.chance_loss
-        is_last = position.epoch + 1 == self._config.epochs and evaluation.can_tell_chance
+        is_last = position.epoch + 1 == self._num_epochs and evaluation.can_tell_chance
         has_collapsed = looks_collapsed and (position.has_learnt or is_last) and not has_just_drawn
         if not evaluation.output_varies or has_collapsed:
             raise CollapseError(
@@ -275,7 +289,7 @@ class Trainer:
             self._report.removal(epoch, self.engine, verdict)
         if verdict.stage:
             self._progress.reach(f"a stage of the draw at step {self.engine.step}")
-            self.engine.draw()
+            self.engine.draw(copies=self._parts.retraining.copies)
             self._measure_network()
             self._report.stage(epoch, self.engine, count_parameters(self._parts.network))
         if verdict.ticket:
@@ -289,7 +303,7 @@ class Trainer:
         if self.engine.phase is not Phase.TICKET:
             result.accuracy.before_draw = self._evaluate().accuracy
             self._state.phase_stats.close(self.engine.phase)
-            self.engine.draw()
+            self.engine.draw(copies=self._parts.retraining.copies)
             result.ticket_epoch = epoch
             self._measure_network()
             result.parameters.ticket = count_parameters(self._parts.network)
@@ -297,6 +311,7 @@ class Trainer:
         result.accuracy.after_draw = self._evaluate().accuracy
         self._report.phase(epoch, self.engine)
         self._report.drawn(self.engine, result)
+        self._parts.retraining.begin(self.engine, self._position)
         self._position.draws = False
 
     def _measure_network(self) -> None:

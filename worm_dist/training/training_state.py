@@ -75,6 +75,7 @@ class TrainingState:
             "network": parts.network.state_dict(),
             "optimizer": optimizer,
             "schedule": parts.schedule.state_dict(),
+            "rewound": parts.retraining.state_dict(),
             "ranks": rank_states,
             "result": parts.result.as_dict(),
             "phase_stats": self.phase_stats.state_dict(),
@@ -99,11 +100,12 @@ class TrainingState:
         require_position(self.position, len(parts.train_loader))
         own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
-        engine.load_state_dict({**state["engine"], "rank": rank})
+        engine.load_state_dict({**state["engine"], "rank": rank}, parts.retraining.copies)
         require_network(state["network"], parts.network)
         parts.network.load_state_dict(state["network"])
         require_options(state["optimizer"], engine.optimizer)
         engine.load_optimizer_state(state["optimizer"])
+        parts.retraining.load_state_dict(state["rewound"], self.position)
         fresh, num_groups = parts.schedule.state_dict(), len(state["optimizer"]["groups"])
         parts.schedule.load_state_dict(schedule_state(fresh, state["schedule"], num_groups))
         self.losses = torch.tensor(own_state["losses"], dtype=torch.float64, device=self._device)

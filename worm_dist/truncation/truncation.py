@@ -14,7 +14,7 @@ from ..comm_hooks.grad_hooks import GradientHooks
 from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
-from ..schema import Count, Flags, Schema
+from ..schema import Count, Finite, Flags, Schema
 from .fading import Fade, FadeSchema
 from .frozen_weights import Free, FrozenWeights, Held, Removed
 from .zero_columns import ZeroColumns, ZeroColumnsSchema
@@ -27,6 +27,8 @@ class TruncationSchema(Schema):
 
     generation: Count
     frozen: Flags
+    ratio: Finite
+    scales: dict[str, Flags] | None
     fade: FadeSchema | None
     columns: ZeroColumnsSchema
     probes: bool
@@ -78,7 +80,11 @@ class Truncation(StepListener):
         self._columns = ZeroColumns(groups.num_channels)
         self.generation = 0
         self.frozen = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self._hooks = GradientHooks(0 if config.mode == "hard" else config.ratio)
+        self._scales: Mapping[str, Tensor] | None = None
+        self._ratio = 0.0 if config.mode == "hard" else 1.0
+        if config.mode != "hard" and config.ratio != "distance":
+            self._ratio = config.ratio
+        self._hooks = GradientHooks()
         self._live_fraction = 1.0
 
     @property
@@ -104,18 +110,32 @@ class Truncation(StepListener):
         those that this rank steps."""
         return self._weights.num_nonzero(step)
 
-    def freeze(self, frozen: Tensor) -> None:
+    def freeze(
+        self,
+        frozen: Tensor,
+        scales: Mapping[str, Tensor] | None = None,
+        distance: float | None = None,
+    ) -> None:
         """Freeze these channels and the irreversible ones; others thaw.
 
         The ranks must have agreed on the bits of ``frozen``, which determine the packed buffers.
 
         Args:
             frozen: bool ``[num_channels]``.
+            scales: soft mode: by name of every scale parameter, the elements whose gradients are
+                truncated, bool ``[elements]``; None for those of the frozen channels.
+            distance: the mean distance of the newest mask, 0 to 1; None for that of the call
+                before.
         """
+        assert scales is None or self._config.mode == "soft", "removal is of whole channels"
         frozen = frozen | self.irreversible
-        if not torch.equal(frozen, self.frozen):
+        follows = self._config.mode == "soft" and self._config.ratio == "distance"
+        ratio = distance if follows and distance is not None else self._ratio
+        is_same = torch.equal(frozen, self.frozen) and _are_equal(scales, self._scales)
+        if not is_same or ratio != self._ratio:
             self.generation += 1
-            self.frozen = frozen
+            self._ratio = ratio
+            self.frozen, self._scales = frozen, scales
             plan = self._truncate_gradients()
             self._weights.freeze(frozen, plan)
 
@@ -139,6 +159,8 @@ class Truncation(StepListener):
         return {
             "generation": self.generation,
             "frozen": self.frozen.clone(),
+            "ratio": self._ratio,
+            "scales": None if self._scales is None else dict(self._scales),
             "fade": self._weights.state_dict(step, self._comm),
             "columns": self._columns.state_dict(),
             "probes": reducer is not None and reducer.nonzero_seen is not None,
@@ -151,6 +173,9 @@ class Truncation(StepListener):
         if self.generation == 0:
             return
         self.frozen = state["frozen"].to("cpu", copy=True)
+        self._ratio = state["ratio"]
+        scales = state["scales"]
+        self._scales = scales and {name: here.to("cpu", copy=True) for name, here in scales.items()}
         self._weights.load_state_dict(state["fade"])
         self._columns.load_state_dict(state["columns"])
         plan = self._truncate_gradients()
@@ -197,7 +222,7 @@ class Truncation(StepListener):
     def _truncate_gradients(self) -> FreezePlan:
         """Set the freeze plan of reducer or hooks; returns the plan of the held slices."""
         frozen, scope = self.frozen, self._config.scope
-        held = plan = FreezePlan(self._network, self._groups, frozen, scope)
+        held = plan = FreezePlan(self._network, self._groups, frozen, scope, scales=self._scales)
         if bool(self._columns.dropped.any()):
             plan = FreezePlan(self._network, self._groups, frozen, scope, self._columns.dropped)
         if self._config.mode == "hard":
@@ -207,7 +232,7 @@ class Truncation(StepListener):
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
             self._reduction.require_reducer().set_plan(plan, held, fading_params)
         else:
-            self._hooks.set_plan(plan)
+            self._hooks.set_plan(plan, self._ratio)
         return held
 
     def _probe(self, zero: Tensor) -> None:
@@ -215,6 +240,12 @@ class Truncation(StepListener):
         columns = FreezePlan(self._network, self._groups, nothing, self._config.scope, zero)
         reducer = self._reduction.require_reducer()
         reducer.probe(columns, next(self._network.parameters()).device)
+
+
+def _are_equal(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _frozen_weights(

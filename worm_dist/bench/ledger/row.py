@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...training.reporting.recovery import recovery
 
 __all__ = ["Key", "Row", "append", "read_rows"]
 
@@ -103,12 +104,8 @@ class Row:
         does not fall below it, None if it is not reached at the end of any epoch."""
         if self.ticket_epoch is None or self.before_pruning is None or self.after_draw is None:
             return None
-        if self.after_draw >= self.before_pruning:
-            return 0.0
-        for epoch, accuracy in enumerate(self.estimated_accuracies, start=1):
-            if epoch > self.ticket_epoch and accuracy >= self.before_pruning:
-                return epoch - self.ticket_epoch
-        return None
+        tests = enumerate(self.estimated_accuracies, start=1)
+        return recovery(self.before_pruning, self.ticket_epoch, self.after_draw, tests)
 
 
 def append(path: Path, row: Row) -> None:

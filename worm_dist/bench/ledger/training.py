@@ -90,6 +90,8 @@ class _Run:
 
     def train(self) -> None:
         row = self._row
+        if self._engine.is_due:
+            self._record(self._engine.check())
         for epoch in range(self._spec.epochs):
             generator = torch.Generator().manual_seed(1000 * self._spec.seed + epoch)
             order = torch.randperm(len(self._samples.images), generator=generator)

@@ -53,14 +53,14 @@ def _why_not_settled(search: SearchConfig, history: Sequence[CheckRecord]) -> st
         )
     return (
         f"the masks have not settled: at the last check the largest distance was "
-        f"{newest.distance_max:.3f}, and must be below search.settled, {search.settled:g}; train "
-        "for more epochs, or set search.settled higher"
+        f"{newest.distance_max:.3f}, and must not be above search.settled, {search.settled:g}; "
+        "train for more epochs, or set search.settled higher"
     )
 
 
 def _why_no_elbow(search: SearchConfig, history: Sequence[CheckRecord]) -> str:
     elbow, newest = search.elbow, history[-1]
-    if len(history) < elbow.min_masks:
+    if len(history) < search.masks_before_elbow:
         return (
             f"no rule applies before search.elbow.min_masks, {elbow.min_masks}; check more often "
             "(search.every), set it lower, or train for more epochs"

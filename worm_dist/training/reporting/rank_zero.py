@@ -156,7 +156,13 @@ class RankZeroReport(Report):
             # In a long search plots are drawn at checks 8, 16, 32, ..., which bounds their cost.
             self._plot(engine)
         if record.floored:
-            self._print(self._console.event, f"kept above their floor: {', '.join(record.floored)}")
+            floor = self._config.search.min_keep_ratio
+            kept = (
+                "kept above their floor"
+                if floor
+                else "one channel kept of layers that the mask drops"
+            )
+            self._print(self._console.event, f"{kept}: {', '.join(record.floored)}")
 
     def phase(self, epoch: float, engine: Engine) -> None:
         self._failed_writes.best_effort(

@@ -8,16 +8,38 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Accuracy", "Count", "Flops", "Result", "Seconds", "TrafficResult", "versions"]
+from .recovery import recovery
+
+__all__ = [
+    "Accuracy",
+    "Count",
+    "Flops",
+    "Recovery",
+    "Result",
+    "Seconds",
+    "TrafficResult",
+    "versions",
+]
 
 
 @dataclass
 class Accuracy:
-    """Accuracies on the test split, 0 to 1; ``before_draw`` is the dense network's."""
+    """Accuracies on the test split, 0 to 1; ``before_draw`` is the dense network's,
+    ``after_one_epoch`` that of the first test an epoch or more after the draw."""
 
     before_draw: float | None = None
     after_draw: float | None = None
+    after_one_epoch: float | None = None
     final: float | None = None
+
+
+@dataclass
+class Recovery:
+    """The accuracy that the ticket is to reach, ``retraining.until_accuracy`` or else the one
+    before the draw, and the epochs from the draw until a test reached it."""
+
+    accuracy: float | None = None
+    epochs: float | None = None
 
 
 @dataclass
@@ -68,6 +90,8 @@ class Result:
         reason: explanation of ``not_found``, with a remedy.
         at_chance: True if the final network is no better than a constant answer.
         data: description of the data set and its split.
+        checks: number of masks.  The first one may be taken before any training
+            (``search.first``); so a ticket at the third of them may be of epoch 2.
         elbow_epoch, ticket_epoch: epochs trained when truncation started and the ticket was drawn.
         live_fraction: live elements during truncation, as a fraction of all trained elements.
         removed_fraction: removed channels at the newest check, as a fraction of the dropped ones;
@@ -90,6 +114,7 @@ class Result:
     live_fraction: float | None = None
     removed_fraction: float | None = None
     accuracy: Accuracy = field(default_factory=Accuracy)
+    recovery: Recovery = field(default_factory=Recovery)
     parameters: Count = field(default_factory=Count)
     flops: Flops = field(default_factory=Flops)
     traffic: TrafficResult = field(default_factory=TrafficResult)
@@ -97,6 +122,27 @@ class Result:
     mask_digest: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
     failed_writes: list[str] = field(default_factory=list)
+
+    def tested(self, epoch: int, accuracy: float, wanted: float | None) -> None:
+        """Record the test after an epoch.
+
+        Args:
+            epoch: epochs trained.
+            accuracy: the accuracy on the test split.
+            wanted: the accuracy that the ticket is to reach; None for the one before the draw.
+        """
+        figures, after_draw = self.accuracy, self.accuracy.after_draw
+        figures.final = accuracy
+        if self.ticket_epoch is None or after_draw is None:
+            return
+        if figures.after_one_epoch is None and epoch >= self.ticket_epoch + 1:
+            figures.after_one_epoch = accuracy
+        self.recovery.accuracy = figures.before_draw if wanted is None else wanted
+        if self.recovery.epochs is None and self.recovery.accuracy is not None:
+            tests = [(epoch, accuracy)]
+            self.recovery.epochs = recovery(
+                self.recovery.accuracy, self.ticket_epoch, after_draw, tests
+            )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restore the figures of a saved run.
@@ -114,6 +160,7 @@ class Result:
         ):
             setattr(self, name, saved[name])
         self.accuracy = Accuracy(**saved["accuracy"])
+        self.recovery = Recovery(**saved["recovery"])
         self.parameters = Count(**saved["parameters"])
         self.flops = Flops(**saved["flops"])
         self.traffic = TrafficResult(**saved["traffic"])

@@ -1,4 +1,4 @@
-"""Weights of a trained dense network, whose scores a forecast ranks the channels by."""
+"""Weights of a dense network that has been trained before, from a file."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..training.checkpointer import RUN
+from .checkpointer import RUN
 
 __all__ = ["load_weights"]
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path, option: str) -> None:
     """Load weights into the dense network.
 
     Args:
         network: the network, with the gates that a run would add.
         path: a checkpoint's folder, a ``.safetensors`` file, or a file that ``torch.save`` wrote
-            of a state dict.
+            of a state dict, as torchvision's are; nothing in it is executed.
+        option: the option or setting that gives it, for messages.
 
     Raises:
         CheckpointError: the weights cannot be read, or are of another network.
         ConfigError: the file needs a package that is not installed.
     """
-    found, wanted = _read(path), network.state_dict()
+    found, wanted = _read(path, option), network.state_dict()
     differing = [
         name
         for name in sorted(found.keys() | wanted.keys())
@@ -39,36 +40,36 @@ def load_weights(network: nn.Module, path: Path) -> None:
         name = differing[0]
         more = f", and {len(differing) - 1} more differ" if differing[1:] else ""
         raise CheckpointError(
-            f"--weights: {path} is of another network, or of one whose channels have been removed: "
+            f"{option}: {path} is of another network, or of one whose channels have been removed: "
             f"{name} is {_shape(found, name)}, not {_shape(wanted, name)}{more}"
         )
     network.load_state_dict(found)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path, option: str) -> Mapping[str, Tensor]:
     try:
         if path.is_dir():
             state: Any = Checkpoint(path).read(RUN)["network"]
         elif path.suffix == ".safetensors":
-            state = _read_safetensors(path)
+            state = _read_safetensors(path, option)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
-        raise CheckpointError(f"--weights: {path} cannot be read: {first}") from error
+        raise CheckpointError(f"{option}: {path} cannot be read: {first}") from error
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"--weights: {path} holds no state dict of tensors")
+        raise CheckpointError(f"{option}: {path} holds no state dict of tensors")
     return state
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, option: str) -> dict[str, Tensor]:
     try:
         # Imported here: it is not among the dependencies.
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ConfigError(
-            f"--weights: {path} needs safetensors, which is not installed here; pip install "
+            f"{option}: {path} needs safetensors, which is not installed here; pip install "
             "safetensors, or give a state dict of torch.save"
         ) from error
     try:

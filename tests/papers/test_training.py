@@ -1,0 +1,185 @@
+"""Whole searches under ``early-bird`` and ``worm-paper``, on one rank and on two: the weights are
+bit for bit those of a plain loop that is written from the papers' equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.papers.nets import NETS, build
+from tests.papers.published import Queue, batch_norms, early_bird_mask
+from tests.ranks import Ranks
+from tests.resuming import through_a_file
+from worm_dist import Engine, Phase, WormConfig, attach
+from worm_dist.config import merge
+
+EPOCHS, STEPS, BATCH = 9, 3, 8
+RATIO, WINDOW, MARGIN = 0.003, 3, 0.4
+L1 = 1e-3
+
+
+def _batch(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's batch."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    images = torch.randn(BATCH, 1, 8, 8, generator=generator)
+    return images, torch.randint(10, (BATCH,), generator=generator)
+
+
+_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "worm-paper": ({}, {}),
+    "constant": ({"elbow": {"min_masks": 1}}, {"ratio": 0.1}),
+    "greedy": ({"elbow": {"margin": 1.0}}, {"ratio": "distance"}),
+}
+"""The published rule, and its authors' variants: a constant factor from the first mask on, and the
+mean distance as the factor.  Each with its changes to ``search`` and ``truncation``."""
+
+
+@dataclass
+class _Published:
+    """The published loop.
+
+    Attributes:
+        network: the network, trained.
+        truncated_epochs: number of epochs whose gradients were truncated.
+        differs: whether, in one of them, norms that a sum ties had different masks.
+    """
+
+    network: nn.Module
+    truncated_epochs: int = 0
+    differs: bool = False
+
+    def train(self, l1: float, variant: str | None) -> None:
+        network, queue, factor = self.network, Queue(WINDOW), 1.0
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        network.train()
+        for epoch in range(EPOCHS):
+            mask = early_bird_mask(network, 0.5)
+            queue.put(mask)
+            if variant == "constant":
+                factor = 0.1
+            elif variant == "greedy" and queue.is_full:
+                factor = sum(queue.distances) / (WINDOW - 1)
+            elif variant == "worm-paper" and queue.is_elbow(1e-9 + MARGIN):
+                factor = RATIO
+            self.truncated_epochs += factor != 1
+            self.differs |= factor != 1 and _ties_differ(mask)
+            for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+                images, classes = _batch(step)
+                nn.functional.cross_entropy(network(images), classes).backward()
+                for name, norm in batch_norms(network).items():
+                    assert norm.weight.grad is not None and norm.bias.grad is not None
+                    norm.weight.grad += l1 * norm.weight.detach().sign()
+                    if factor != 1:
+                        for gradient in (norm.weight.grad, norm.bias.grad):
+                            gradient[~mask[name]] *= factor
+                _average(network)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def _ties_differ(mask: dict[str, Tensor]) -> bool:
+    tied = [mask[name] for name in ("bn1", "stages.0.0.bn2") if name in mask]
+    return len(tied) == 2 and not torch.equal(*tied)
+
+
+def _average(network: nn.Module) -> None:
+    if not dist.is_initialized():
+        return
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= dist.get_world_size()
+        dist.all_reduce(parameter.grad)
+
+
+def _attached(network: nn.Module, variant: str | None) -> Engine:
+    """Without a variant, nothing is truncated."""
+    search: dict[str, Any] = {"window": WINDOW, "settled": 1e-9, "elbow": {"margin": MARGIN}}
+    if variant is None:
+        config = WormConfig.preset("early-bird", search={**search, "l1": L1})
+    else:
+        changes, truncation = _VARIANTS[variant]
+        search = merge(search, changes)
+        config = WormConfig.preset("worm-paper", search=search, truncation=truncation)
+    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    inputs = torch.zeros(1, 1, 8, 8)
+    return attach(model, optimizer, config, example_inputs=inputs, steps_per_epoch=STEPS)
+
+
+def _train(kind: str, variant: str | None, resumed_at: int | None = None) -> dict[str, Any]:
+    """Train by the package, perhaps broken off and resumed at a step, and by the published loop."""
+    network = build(kind, 1)
+    engine = _attached(network, variant)
+    assert engine.is_due
+    elbows = [engine.check().elbow]
+    for step in range(EPOCHS * STEPS):
+        if step == resumed_at:
+            parts = engine.state_dict(), network.state_dict(), engine.optimizer.state_dict()
+            of_engine, weights, of_optimizer = through_a_file(parts)
+            network = build(kind, 7)
+            engine = _attached(network, variant)
+            engine.load_state_dict(of_engine)
+            network.load_state_dict(weights)
+            engine.optimizer.load_state_dict(of_optimizer)
+        images, classes = _batch(step)
+        loss = nn.functional.cross_entropy(engine.model(images), classes)
+        (loss + engine.penalty()).backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        if step + 1 < EPOCHS * STEPS:
+            elbows.append(engine.check().elbow)
+    published = _Published(build(kind, 1))
+    published.train(L1 if variant is None else 0.0, variant)
+    wrong = [
+        name
+        for (name, ours), theirs in zip(
+            network.named_parameters(), published.network.parameters(), strict=True
+        )
+        if not torch.equal(ours, theirs)
+    ]
+    return {
+        "wrong": wrong,
+        "phase": engine.phase,
+        "elbows": sum(elbows),
+        "truncated": published.truncated_epochs,
+        "differs": published.differs,
+    }
+
+
+@pytest.mark.parametrize("world_size", [0, 1, 2])
+@pytest.mark.parametrize("kind", NETS)
+def test_worm_paper_is_the_published_loop(ranks: Ranks, kind: str, world_size: int) -> None:
+    for result in ranks(world_size, _train, kind, "worm-paper"):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
+        assert result["truncated"] >= 3
+        assert result["differs"] == (kind == "resnet")
+
+
+@pytest.mark.parametrize("variant", ["constant", "greedy"])
+def test_variants_are_the_published_loops(ranks: Ranks, variant: str) -> None:
+    for result in ranks(2, _train, "resnet", variant):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
+        assert result["truncated"] >= 3 and result["differs"]
+
+
+@pytest.mark.parametrize("variant", ["worm-paper", "greedy"])
+def test_resumed_within_a_truncated_epoch_it_is_the_same(ranks: Ranks, variant: str) -> None:
+    for result in ranks(2, _train, "resnet", variant, 4 * STEPS + 1):
+        assert result["wrong"] == [] and result["phase"] is Phase.TRUNCATE
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", NETS)
+def test_early_bird_is_the_published_loop(ranks: Ranks, kind: str, world_size: int) -> None:
+    for result in ranks(world_size, _train, kind, None):
+        assert result["wrong"] == []
+        assert result["phase"] is Phase.SEARCH and result["elbows"] == 0
