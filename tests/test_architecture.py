@@ -113,7 +113,8 @@ def test_every_package_stands_on_a_floor() -> None:
 
 
 def test_the_picture_shows_the_same_floors() -> None:
-    shown = re.findall(r'\["(\d+) · ([^"]+)"\]', _section("Floors"))
+    (picture,) = re.findall(r"```text\n(.*?)```", _section("Floors"), flags=re.DOTALL)
+    shown = re.findall(r"(\d+)  (.+)", picture)
     packages = {name: int(floor) for floor, names in shown for name in names.split(" · ")}
     assert packages == FLOORS
 

@@ -58,9 +58,33 @@ _SHOWN = {
 }
 
 
+_IN_README = {
+    "dense": "dense",
+    _RULE: "`worm`",
+    f"{_RULE}: uniform at equal FLOPs": "uniformly thinner, from scratch",
+    f"{_RULE}: ticket from scratch": "the ticket's widths, from scratch",
+    f"{_RULE}: random channels": "random channels leave",
+}
+
+
 def test_the_readme_has_the_first_results() -> None:
     rows = read_rows(RESULTS / "fashion-50k" / "ledger.jsonl")
     readme = (ROOT / "README.md").read_text()
+    for rule, shown in _IN_README.items():
+        both = [
+            [row for row in rows if (row.key.subject, row.key.rule) == (subject, rule)]
+            for subject in ("vgg, fashion 50k", "resnet, fashion 50k")
+        ]
+        cells = [shown, *(_spread([_test(row) for row in here], 4) for here in both)]
+        for figure in ("flops", "run_flops", "run_bytes"):
+            vgg, resnet = (f"{mean(getattr(row, figure) for row in here):.3f}" for here in both)
+            cells.append(vgg if vgg == resnet else f"{vgg} / {resnet}")
+        assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_the_page_of_accuracies_has_the_first_results() -> None:
+    rows = read_rows(RESULTS / "fashion-50k" / "ledger.jsonl")
+    page = (ROOT / "docs" / "accuracy.md").read_text()
     for subject, name in (("vgg, fashion 50k", "VGG"), ("resnet, fashion 50k", "ResNet")):
         by_rule = {
             rule: [row for row in rows if (row.key.subject, row.key.rule) == (subject, rule)]
@@ -79,7 +103,7 @@ def test_the_readme_has_the_first_results() -> None:
                     for figure in ("flops", "parameters", "run_flops", "run_bytes")
                 ),
             ]
-            assert f"| {' | '.join(cells)} |" in readme
+            assert f"| {' | '.join(cells)} |" in page
 
 
 def _difference(rows: list[Row], others: list[Row]) -> str:
@@ -118,6 +142,6 @@ def test_a_ticket_is_what_its_page_says(folder: Path, capsys: pytest.CaptureFixt
     assert network(torch.zeros(2, 1, side, side)).shape == (2, 10)
     num_parameters = f"{sum(p.numel() for p in network.parameters()):,}".replace(",", " ")
     (row,) = re.findall(
-        rf"^.*\({folder.name}\).*$", (RESULTS / "tickets/README.md").read_text(), re.M
+        rf"^.*\({folder.name}/ticket.json\).*$", (RESULTS / "tickets/README.md").read_text(), re.M
     )
     assert f"| {num_parameters} of " in row

@@ -25,7 +25,6 @@ from .extras import require_extras
 from .planning import command as plan_command
 from .ticket_command import command as ticket_command
 from .training.config_file import read_run_config
-from .training.ineffective_settings import ineffective_settings
 from .training.reporting.standard_streams import secure_standard_streams
 from .training.required_packages import require_packages
 from .training.settings_template import settings_template
@@ -182,6 +181,9 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     require_packages(config)
     require_user_functions(config)
     if options.check:
+        # Late: the schedule of checks needs torch, which takes seconds to import.
+        from .training.ineffective_settings import ineffective_settings
+
         for line in ineffective_settings(config):
             sys.stderr.write(f"worm_dist: warning: {line}\n")
         print(f"{options.config}: the settings are valid")

@@ -28,7 +28,9 @@ from .interval import Interval
 from .ratio import exact, parse_ratio
 
 __all__ = [
+    "AUTO_LATEST",
     "PRESETS",
+    "SHORTEST_REMOVAL",
     "BudgetConfig",
     "Count",
     "ElbowConfig",
@@ -86,6 +88,12 @@ LatestField = Annotated[
     BeforeValidator(_latest),
     PlainSerializer(lambda latest: None if latest is None else str(latest)),
 ]
+
+AUTO_LATEST = Interval(0.1, "dur")
+"""``search.elbow.latest: auto``, where the length of the training is known.  Later starts cost more
+and were not better (docs/results/trigger)."""
+SHORTEST_REMOVAL = 100
+"""Optimizer steps that ``truncation.removal.duration: auto`` has at least."""
 
 
 def _count_or_window(value: object) -> object:

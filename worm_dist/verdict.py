@@ -41,8 +41,9 @@ class Verdict:
         new_mask: whether a mask was computed at this check.
         elbow: whether truncation starts at this check.
         settled: whether every distance in a full window is below the threshold.
-        distance_mean, distance_max: mean and largest distance of the newest mask to the older ones
-            in the window, 0 to 1; None before the second mask.
+        distance_mean: mean distance of the newest mask to the older ones in the window, 0 to 1;
+            None before the second mask.
+        distance_max: the largest of these distances.
         generation: number of freeze plans so far.
         live_fraction: share of the dense network's trained elements whose gradients are still
             averaged, 0 to 1.

@@ -178,7 +178,7 @@ def test_what_a_host_decides_and_how_long_to_train_may_change(ranks: Ranks, out:
     assert Checkpoint(out / "checkpoints" / "step-24").manifest.value is not None
 
 
-@pytest.mark.fault(12, "every key that README names, and others")
+@pytest.mark.fault(12, "every key that the documentation names, and others")
 def test_what_may_change_and_what_may_not() -> None:
     def told(key: str, value: str) -> list[str]:
         before, after = (read_run_config(CONFIG, replaced) for replaced in ([], [(key, value)]))

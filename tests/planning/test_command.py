@@ -19,7 +19,7 @@ from worm_dist.__main__ import main
 from worm_dist.models import build_model
 from worm_dist.planning.command import add_parser, run
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
 
@@ -167,15 +167,14 @@ def test_a_batch_that_cannot_be_trained_on_is_refused() -> None:
 
 @pytest.mark.slow("a process that imports torch, five seconds")
 @pytest.mark.timeout(110)
-def test_the_readme_shows_what_it_prints() -> None:
+def test_the_documentation_shows_what_it_prints() -> None:
     """In a process of its own, as a user runs it."""
-    shown = re.search(
-        r"```console\n\$ python (-m worm_dist plan .*)\n([^`]*)```", README.read_text()
-    )
+    page = (ROOT / "docs" / "before-a-run.md").read_text()
+    shown = re.search(r"```console\n\$ python (-m worm_dist plan .*)\n([^`]*)```", page)
     assert shown is not None
     done = subprocess.run(
         [sys.executable, "-W", "error", *shown[1].split()],
-        cwd=README.parent,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -15,7 +15,8 @@ from tests.faults.courses import ALL_PHASES
 from tests.faults.driver import CONFIG
 from tests.programs import call
 from tests.training.board_pages import CHROMIUM, Board, served
-from worm_dist.training.reporting.dashboard import METRICS, SETTINGS
+from worm_dist.training.reporting.dashboard import CHARTS, METRICS, SETTINGS
+from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
 pytestmark = [
     pytest.mark.slow("trains a whole run, starts a server and a browser"),
@@ -36,6 +37,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     (ended,) = call([*words, "--quiet"], folder)
     assert ended.exitcode == 0, ended.err
     assert len(ended.out.splitlines()) == 1, ended.out
+    _resume(folder / "resumed")
     with served(folder) as board:
         board.wait_for(lambda: "whole_run/seconds" in board.data("plugin/scalars/tags")[RUN])
         yield board
@@ -75,6 +77,27 @@ def test_the_cards_of_text_say_what_was_decided_and_what_came_out(board: Board) 
     assert "ticket drawn at epoch" in ticket
     (outcome,) = texts("outcome")
     assert all(f"<li>{what}: " in outcome for what in ("accuracy", "network", "traffic"))
+
+
+def _resume(folder: Path) -> None:
+    """Write what a run writes that is resumed after step 3."""
+    first = TensorBoardLog(folder)
+    first.charts(CHARTS)
+    for step, text in ((3, "elbow"), (5, "stage"), (8, "ticket")):
+        first.text(step, "verdicts", text)
+    resumed = TensorBoardLog(folder, purge_step=4)
+    resumed.charts(CHARTS)
+    for step, text in ((5, "stage"), (8, "ticket")):
+        resumed.text(step, "verdicts", text)
+
+
+def test_a_resumed_run_repeats_no_verdict(board: Board) -> None:
+    pytest.importorskip("tensorboard_data_server")  # TensorBoard's other reader repeats texts
+    asked = {"run": "resumed", "tag": "verdicts/text_summary"}
+    found = board.wait_for(lambda: board.data("plugin/text/text", **asked))
+    assert [text["step"] for text in found] == [3, 5, 8]
+    (section,) = board.data("plugin/custom_scalars/layout")["category"]
+    assert len(section["chart"]) == 4
 
 
 def test_pictures_are_those_of_a_card(board: Board) -> None:

@@ -32,6 +32,9 @@ def attach(
 ) -> Engine:
     """Attach an engine to a training.  Collective: every rank calls it.
 
+    That takes some passes of the network on copies, for large ones a minute; rank zero logs what it
+    does at the moment at level INFO.
+
     Args:
         model: a ``DistributedDataParallel``, a DeepSpeed engine (ZeRO stages 0 to 2), or a bare
             module on a single process.

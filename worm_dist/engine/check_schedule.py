@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import WormConfig
+from ..config import AUTO_LATEST, WormConfig
 from ..errors import ConfigError
 from ..interval import Interval
 from ..schema import Count, Schema
 
-__all__ = ["AUTO_LATEST", "CheckSchedule", "CheckScheduleSchema", "require_countable"]
+__all__ = ["CheckSchedule", "CheckScheduleSchema", "require_countable"]
 
 
 class CheckScheduleSchema(Schema):
@@ -19,11 +19,6 @@ class CheckScheduleSchema(Schema):
 
     last_check: Count
     steps_per_epoch: Count | None
-
-
-AUTO_LATEST = Interval(0.1, "dur")
-"""``search.elbow.latest: auto``, where the length of the training is known.  Later starts cost more
-and were not better (docs/results/trigger)."""
 
 
 def require_countable(

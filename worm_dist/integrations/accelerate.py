@@ -110,7 +110,7 @@ class AcceleratedEngine:
         ``optimizer.step()``.
 
         Raises:
-            See ``Engine.check`` and ``Engine.draw``.
+            WormError: as in ``Engine.check`` and ``Engine.draw``.
         """
         figures = self._progress.after_pass()
         if figures is not None:

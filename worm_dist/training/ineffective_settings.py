@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..config import RemovalConfig, SearchConfig
-from ..engine.check_schedule import AUTO_LATEST
+from ..config import AUTO_LATEST, SHORTEST_REMOVAL, RemovalConfig, SearchConfig
 from ..interval import Interval
-from ..truncation.removal import SHORTEST
 from ..user_function import is_user_function
 from .run_config import RunConfig
 
@@ -79,7 +77,7 @@ class _Length:
     def shortest_automatic_removal(self) -> float:
         """In epochs."""
         steps = self._steps_per_epoch
-        return 0.0 if steps is None else SHORTEST / steps
+        return 0.0 if steps is None else SHORTEST_REMOVAL / steps
 
 
 def _without_their_choice(config: RunConfig) -> Iterator[str]:

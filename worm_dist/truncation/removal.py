@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RemovalConfig
+from ..config import SHORTEST_REMOVAL, RemovalConfig
 from ..distributed.collectives import Communicator
 from ..interval import Interval
 from ..schema import Count, Schema
 from .loss_guard import Decision, LossGuard, LossGuardSchema
 from .removal_schedule import RemovalSchedule, RemovalScheduleSchema
 
-__all__ = ["SHORTEST", "Removal", "RemovalSchema"]
+__all__ = ["Removal", "RemovalSchema"]
 
 logger = logging.getLogger(__name__)
 
-SHORTEST, _SHARE, _SHARE_LEFT = 100, 0.2, 0.5
-"""``duration: auto``: minimum in optimizer steps, share of the training, and maximum share of what
-is left of the training when removal starts.  From 5 to 60 % of the training no difference was
-beyond the spread (docs/results/sweep); slower ones dip less and cost more FLOPs."""
+_SHARE, _SHARE_LEFT = 0.2, 0.5
+"""``duration: auto``: share of the training, and maximum share of what is left of the training when
+removal starts.  From 5 to 60 % of the training no difference was beyond the spread
+(docs/results/sweep); slower ones dip less and cost more FLOPs."""
 
 _STEPS_BETWEEN_DECISIONS = 16
 """Optimizer steps for which a decision to go on is valid; each new decision is a collective."""
@@ -104,9 +104,9 @@ class Removal:
         if isinstance(duration, Interval):
             return self._num_steps(duration)
         if total_steps is None:
-            return max(self._num_steps(Interval(1, "ep")), SHORTEST)
+            return max(self._num_steps(Interval(1, "ep")), SHORTEST_REMOVAL)
         share, left = _SHARE * total_steps, _SHARE_LEFT * (total_steps - step)
-        return max(round(min(share, left)), SHORTEST)
+        return max(round(min(share, left)), SHORTEST_REMOVAL)
 
     def begin(self, step: int, device: torch.device) -> Tensor:
         """int64 indices of the channels that begin to fade after this step.  Collective if channels

@@ -1,4 +1,4 @@
-"""Trains one row of the ledger with the loop of the README."""
+"""Trains one row of the ledger with the loop of the documentation."""
 
 from __future__ import annotations
 
