@@ -125,6 +125,7 @@ _Ratio = Annotated[float, Field(ge=0, lt=1), BeforeValidator(parse_ratio)]
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "search": {
         "elbow": {"min_masks": "window", "latest": None},
+        "threshold": "global",
         "grouping": "layer",
         "selection": "above",
         "min_keep_ratio": 0.0,
@@ -255,7 +256,7 @@ class SearchConfig(Settings):
     budget: BudgetConfig = BudgetConfig()
     """Instead of ``prune_ratio``: the lowest channels are dropped until the ticket costs no more
     than this share of the dense network."""
-    threshold: Literal["global", "layer"] = "global"
+    threshold: Literal["global", "layer"] = "layer"
     """Whether p is the share of all channels together, or of each group's.  With a budget: whether
     channels are ordered by their importance, or by their rank within their group, so that all
     groups lose about the same share."""

@@ -316,7 +316,7 @@ def test_variants_are_those_of_the_worm_rules() -> None:
     assert (search.importance, search.threshold) == ("weight_norm", "layer")
     assert (search.every.count, search.elbow.min_masks) == (1.0, 6)  # 30 % of 20 epochs
     assert str(rule.config(0.5).truncation.removal.duration) == "5ep"
-    assert RULES["worm"].config(0.5).search.threshold == "global"
+    assert RULES["worm"].config(0.5).search.threshold == "layer"
     at_once = _selection(rules=["worm, at once"], durations=[25, 50])
     assert at_once.pruning_rules == ["worm, at once"]  # has no duration
 

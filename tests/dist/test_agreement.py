@@ -263,7 +263,7 @@ def test_masks_and_verdicts_are_equal_and_only_rank_zero_has_a_history(
 
 
 def _tied_scores() -> tuple[str, Tensor]:
-    engine = _attached()
+    engine = _attached(threshold="global")
     with torch.no_grad():
         for norm in (_network(engine).bn0, _network(engine).bn1, _network(engine).bn2):
             norm.weight.fill_(1 / 3)
@@ -365,7 +365,7 @@ def test_a_rank_that_cannot_trace_stops_the_others_too(ranks: Ranks) -> None:
 
 def test_a_floor_that_cannot_be_kept_is_told_at_once() -> None:
     network = Plain(first=3, second=3)
-    config = WormConfig(search={"prune_ratio": 0.9, "min_keep_ratio": 0.1})
+    config = WormConfig(search={"prune_ratio": 0.9, "min_keep_ratio": 0.1, "threshold": "global"})
     optimizer = SGD(network.parameters(), lr=0.1)
     with pytest.raises(worm_dist.ConfigError, match=r"search\.min_keep_ratio"):
         worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))

@@ -116,8 +116,8 @@ def _run(name: str, preset: str, changes: dict[str, Any]) -> Seen:
 _RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "residual, worm-paper": ("residual", "worm-paper", {"elbow": {"min_masks": 3}}),
     "stacking, worm-paper": ("stacking", "worm-paper", {"elbow": {"min_masks": 3}}),
-    "residual, fade": ("residual", "worm", {"grouping": "layer"}),
-    "stacking, fade": ("stacking", "worm", {"grouping": "layer"}),
+    "residual, fade": ("residual", "worm", {"grouping": "layer", "threshold": "global"}),
+    "stacking, fade": ("stacking", "worm", {"grouping": "layer", "threshold": "global"}),
 }
 
 
@@ -244,7 +244,8 @@ def _tied() -> tuple[dict[str, list[bool]], str]:
     """For each norm what is kept of a network whose scales are all one; the digest of the mask."""
     network = Residual()
     model, optimizer = DistributedDataParallel(network), SGD(network.parameters(), lr=0.1)
-    config = WormConfig(search={"prune_ratio": _RATIO, "grouping": "layer", "min_keep_ratio": 0.0})
+    search: dict[str, Any] = {"prune_ratio": _RATIO, "min_keep_ratio": 0.0}
+    config = WormConfig(search={**search, "grouping": "layer", "threshold": "global"})
     engine = worm_dist.attach(model, optimizer, config, example_inputs=random_images(1))
     engine.check()
     assert engine.mask is not None

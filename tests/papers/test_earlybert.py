@@ -19,6 +19,7 @@ from worm_dist.search.ranking import Ranking
 EARLYBERT = {
     "importance": "signed_gate",
     "selection": "quantile",
+    "threshold": "global",
     "prune_ratio": 0.4,
     "ratios": {"*self_attention": "1/3"},
     "min_keep_ratio": 0.0,

@@ -44,7 +44,12 @@ def _theirs(network: nn.Module, ratio: float) -> nn.Module:
 def _ours(network: nn.Module, ratio: float, **search: object) -> tuple[nn.Module, Mask]:
     pruned = copy.deepcopy(network).train()
     config = WormConfig(
-        search={"prune_ratio": ratio, "min_keep_ratio": 0.0, **search},
+        search={
+            "prune_ratio": ratio,
+            "min_keep_ratio": 0.0,
+            "threshold": "global",
+            **search,
+        },
         truncation={"mode": "off"},
         ticket={"round_to": 1, "recalibrate_batches": 0},
     )

@@ -28,7 +28,7 @@ _GROUPS = {
 
 def _shared(name: str, round_to: int = 1, **search: Any) -> tuple[Mask, dict[str, int]]:
     """The mask, and how many channels each group loses."""
-    config = WormConfig(search=search, ticket={"round_to": round_to})
+    config = WormConfig(search={"threshold": "global", **search}, ticket={"round_to": round_to})
     ranking = Ranking(config, _NETWORKS[name], _GROUPS[name], None)
     mask = equal_shares(ranking, _GROUPS[name])
     return mask, {group: int((~kept).sum()) for group, kept in mask.items()}

@@ -27,7 +27,7 @@ def test_a_name_gets_the_images_it_is_made_for() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_settings_of_a_run_say_it_all_but_the_classes_in_folders(path: Path) -> None:
-    classes = 1000 if path.stem == "resnet50" else None
+    classes = 1000 if path.stem in ("resnet50", "resnet18_imagenet") else None
     target = target_of_config(path, None, classes)
     target.build()
     assert target.batch_size is not None and target.samples_per_rank(2) * 2 == target.batch_size

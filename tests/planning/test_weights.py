@@ -18,7 +18,7 @@ from worm_dist.planning.table import show
 from worm_dist.planning.target import Target
 
 SHAPE = (1, 8, 8)
-BUDGET = {"budget": {"flops": 0.25}}
+BUDGET = {"threshold": "global", "budget": {"flops": 0.25}}
 
 
 def _trained(seed: int) -> nn.Module:

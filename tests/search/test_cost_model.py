@@ -46,7 +46,9 @@ class _Subject:
         self.groups = select_groups(find_groups(network, inputs), self.config("flops", 1.0).search)
 
     def config(self, quantity: Quantity, share: float, **search: Any) -> WormConfig:
-        search = {"importance": self.importance, "budget": {quantity: share}, **search}
+        # Channels of all groups are in one order, so that the next one to keep is known.
+        rules = {"importance": self.importance, "threshold": "global"}
+        search = {**rules, "budget": {quantity: share}, **search}
         return WormConfig(search=search, ticket={"round_to": 1})
 
     def model(self, quantity: Quantity) -> CostModel:
@@ -227,7 +229,8 @@ def test_a_budget_of_channels_is_the_share_that_is_not_dropped(share: float, see
     by_cost = Ranking(
         subject.config("channels", share), subject.network, subject.groups, None, cost
     )
-    config = WormConfig(search={"prune_ratio": 1 - share}, ticket={"round_to": 1})
+    search = {"threshold": "global", "prune_ratio": 1 - share}
+    config = WormConfig(search=search, ticket={"round_to": 1})
     by_count = Ranking(config, subject.network, subject.groups, None)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(subject.groups.num_channels, generator=generator)
