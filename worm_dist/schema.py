@@ -20,6 +20,7 @@ __all__ = [
     "Flags",
     "Integers",
     "Schema",
+    "Share",
     "first_problem",
     "schema_of",
 ]
@@ -65,7 +66,7 @@ FiniteTensor = Annotated[Tensor, AfterValidator(_require_finite)]
 """Floating point values, none of which is NaN or infinite."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 

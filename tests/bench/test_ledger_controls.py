@@ -142,12 +142,13 @@ def test_rules_are_one_run_until_the_elbow(ranks: Ranks) -> None:
     assert outcome.exitcode == 0, str(outcome)
     gradual, at_once, early_bird, at_its_elbow = outcome.value
     elbow = round(gradual.elbow_epoch)
-    assert at_once.elbow_epoch == at_once.ticket_epoch == elbow and early_bird.ticket_epoch is None
+    assert at_once.elbow_epoch == at_once.ticket_epoch == elbow
     assert gradual.losses[:elbow] == at_once.losses[:elbow]
     assert at_once.losses[elbow] != gradual.losses[elbow]
     assert gradual.before_pruning == at_once.before_pruning
     assert at_once.after_one_epoch == at_once.estimated_accuracies[elbow]
     drawn = round(at_its_elbow.ticket_epoch)
+    assert early_bird.ticket_epoch is None or early_bird.ticket_epoch > drawn
     assert early_bird.losses[:drawn] == at_its_elbow.losses[:drawn]
     assert early_bird.losses[drawn] != at_its_elbow.losses[drawn]
 
@@ -155,7 +156,7 @@ def test_rules_are_one_run_until_the_elbow(ranks: Ranks) -> None:
 def _until_the_elbow() -> list[Row]:
     with one_rank():
         return [
-            train(RunSpec("vgg, digits", RULES[name], 0.5, seed=1, epochs=4))
+            train(RunSpec("vgg, digits", RULES[name], 0.5, seed=1, epochs=5))
             for name in ("worm", "worm, at once", "early-bird", "early-bird, elbow")
         ]
 

@@ -43,7 +43,7 @@ def _engine(score: Any) -> worm_dist.Engine:
     model = DistributedDataParallel(Normless())
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     config = WormConfig(
-        search={"prune_ratio": _RATIO, "window": 2, "l1": 1.0},
+        search={"prune_ratio": _RATIO, "threshold": "global", "window": 2, "l1": 1.0},
         truncation={**at_once(1)},
     )
     return worm_dist.attach(

@@ -46,9 +46,9 @@ def _unbroken(folder: Path, settings: Mapping[str, Any]) -> Path:
     return driver.out
 
 
-def _terminate(real: Act, *args: Any) -> Any:
+def _terminate(real: Act, *args: Any, **kwargs: Any) -> Any:
     ask_to_stop((os.getpid(), signal.SIGTERM))
-    return real(*args)
+    return real(*args, **kwargs)
 
 
 def _terminate_by_another_signal(real: Act, *args: Any) -> Any:

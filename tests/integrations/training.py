@@ -46,6 +46,7 @@ CONFIG = WormConfig(
         "settled": 0.3,
         "elbow": {"min_masks": 2, "margin": 0.3, "latest": None},
         "prune_ratio": 0.4,
+        "threshold": "global",
         "l1": 0.05,
     },
     truncation={"removal": {"duration": "20ba", "fade_steps": 2, "stage": 0.3}},

@@ -79,6 +79,9 @@ _FIGURES: Mapping[str, Mapping[str, tuple[str, _Format]]] = {
         "accuracy.final": ("at the end", _fraction),
         "accuracy.before_draw": ("before the draw", _fraction),
         "accuracy.after_draw": ("after the draw", _fraction),
+        "accuracy.after_one_epoch": ("one epoch later", _fraction),
+        "recovery.accuracy": ("to be reached again after the draw", _fraction),
+        "recovery.epochs": ("epochs until then", _epoch),
     },
     "Parameters": {
         "parameters.dense": ("dense network", _whole),

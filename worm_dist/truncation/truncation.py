@@ -14,7 +14,7 @@ from ..comm_hooks.grad_hooks import GradientHooks
 from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
-from ..schema import Count, Finite, Flags, Schema
+from ..schema import Count, Flags, Schema, Share
 from .fading import Fade, FadeSchema
 from .frozen_weights import Free, FrozenWeights, Held, Removed
 from .zero_columns import ZeroColumns, ZeroColumnsSchema
@@ -27,7 +27,7 @@ class TruncationSchema(Schema):
 
     generation: Count
     frozen: Flags
-    ratio: Finite
+    ratio: Share
     scales: dict[str, Flags] | None
     fade: FadeSchema | None
     columns: ZeroColumnsSchema
