@@ -352,9 +352,9 @@ class RemovalConfig(Settings):
     draw itself."""
     duration: DurationField = "auto"
     """From the start of the first fade to the end of the last one: many channels at first, fewer
-    and fewer later (a cubic schedule).  ``auto`` is a fifth of the training, ``0.2dur``, but
-    at most half of what is left of it; without ``total_steps`` it is an epoch.  In both cases at
-    least 100 steps."""
+    and fewer later (a cubic schedule).  ``auto`` is a fifth of the training, ``0.2dur``, at
+    least 100 steps, but at most half of what is left of it; without ``total_steps`` it is an epoch,
+    at least 100 steps."""
     fade_steps: Annotated[int, Field(ge=1, le=8)] = 4
     """Optimizer steps in which a channel's scale fades to exact zero.  The following norm rescales
     channels that fade together, and the network depends on them until they are zero; so long fades

@@ -120,6 +120,7 @@ def test_ranks_with_trainings_of_different_lengths_are_refused(ranks: Ranks) -> 
         (10_000, 1000, 2000),  # a fifth of the training
         (10_000, 9000, 500),  # half of what is left
         (300, 30, 100),  # at least 100 steps
+        (80, 8, 36),  # in a short training half of what is left: it ended without a ticket
         (None, 1000, 700),  # an epoch
     ],
 )

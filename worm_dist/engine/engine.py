@@ -396,7 +396,11 @@ class Engine:
             ConfigError: no ticket has been drawn.
         """
         if self.phase is not Phase.TICKET or self.mask is None:
-            raise ConfigError("save_ticket: no ticket has been drawn yet")
+            raise ConfigError(
+                f"save_ticket: no ticket has been drawn in {self.step} steps, the phase is "
+                f"{self.phase}; train for longer, or give attach the length of the training, "
+                "total_steps, so that the draw falls into it"
+            )
         cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
         parts = self.groups, self.mask, cuts, self._training.example_inputs, self.config
         save_ticket(Path(folder), self._training.network, *parts, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..config import AUTO_LATEST, SHORTEST_REMOVAL, RemovalConfig, SearchConfig
+from ..config import AUTO_LATEST, RemovalConfig, SearchConfig
 from ..interval import Interval
 from ..user_function import is_user_function
 from .run_config import RunConfig
@@ -72,12 +72,6 @@ class _Length:
         """How often an interval fits into the run; None if not known."""
         epochs = self.epochs_of(interval)
         return None if epochs is None else int(self._epochs / epochs + 1e-9)
-
-    @property
-    def shortest_automatic_removal(self) -> float:
-        """In epochs."""
-        steps = self._steps_per_epoch
-        return 0.0 if steps is None else SHORTEST_REMOVAL / steps
 
 
 def _without_their_choice(config: RunConfig) -> Iterator[str]:
@@ -194,11 +188,7 @@ def _intervals_before_elbow(search: SearchConfig) -> int:
 def _of_the_removal(config: RunConfig, run: _Length, first: float) -> Iterator[str]:
     removal = config.truncation.removal
     duration = removal.duration
-    lasts = (
-        run.epochs_of(duration)
-        if isinstance(duration, Interval)
-        else run.shortest_automatic_removal
-    )
+    lasts = run.epochs_of(duration) if isinstance(duration, Interval) else 0.0  # fits by itself
     if lasts is not None and first + lasts > config.epochs:
         yield (
             f"truncation.removal.duration: {duration} after the earliest start, at epoch "

@@ -106,7 +106,7 @@ class Removal:
         if total_steps is None:
             return max(self._num_steps(Interval(1, "ep")), SHORTEST_REMOVAL)
         share, left = _SHARE * total_steps, _SHARE_LEFT * (total_steps - step)
-        return max(round(min(share, left)), SHORTEST_REMOVAL)
+        return max(1, round(min(max(share, SHORTEST_REMOVAL), left)))
 
     def begin(self, step: int, device: torch.device) -> Tensor:
         """int64 indices of the channels that begin to fade after this step.  Collective if channels
