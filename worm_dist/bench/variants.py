@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
+from ..comm_hooks.callbacks import then
 from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..groups.channel_groups import Groups
@@ -196,7 +197,7 @@ def _bf16_hook(
     compressed = buffer.to(torch.bfloat16).div_(dist.get_world_size(process_group))
     work = dist.all_reduce(compressed, group=process_group, async_op=True)
     reduced: torch.futures.Future[list[Tensor]] = work.get_future()
-    return reduced.then(lambda _: buffer.copy_(compressed))
+    return then(reduced, lambda _: buffer.copy_(compressed), work=work)
 
 
 def _power_sgd_in_turn(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import FreezePlan
+from .callbacks import then
 from .checksums import NUM_CHECKSUMS, Checksums
 from .packing import Packing
 
@@ -132,7 +133,7 @@ class AllReduce:
             if sent.dtype != elements.dtype:
                 elements.copy_(sent)
 
-        return reduced.then(widened), sent.numel() * sent.element_size()
+        return then(reduced, widened, work=work), sent.numel() * sent.element_size()
 
     def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
         return None

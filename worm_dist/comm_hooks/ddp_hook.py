@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import GradBucket
 
 from ..groups.freeze_plan import FreezePlan
 from .allreduce import Averager, BucketView, completed
+from .callbacks import forget_finished, then
 from .checksums import Checksums
 from .packing import Packing, with_parameter_strides
 from .reducer import Reducer
@@ -54,6 +55,7 @@ class PackedReducer(Reducer):
     def remove(self) -> None:
         super().remove()
         self._packings.clear()
+        forget_finished()
         self.averager.release()  # a variable of the user's may keep the wrapper, and so this hook
 
     def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def packed_allreduce(state: PackedReducer, bucket: GradBucket) -> torch.futures.
             view.packing.unpack(view.full)
         return view.full
 
-    return averaged.then(unpacked)
+    return then(averaged, unpacked)
 
 
 def _sparse_allreduce(state: PackedReducer, gradient: Tensor) -> torch.futures.Future[Tensor]:
@@ -146,4 +148,4 @@ def _sparse_allreduce(state: PackedReducer, gradient: Tensor) -> torch.futures.F
     state.dense_bytes += num_bytes
     work = dist.all_reduce(gradient, group=state.process_group, async_op=True)
     reduced: torch.futures.Future[list[Tensor]] = work.get_future()
-    return reduced.then(lambda reduced: reduced.value()[0])
+    return then(reduced, lambda reduced: reduced.value()[0], work=work)
