@@ -93,10 +93,10 @@ class ModelConfig(Settings):
     """The network."""
 
     name: str = "vgg_small"
-    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56`` or ``vit_small``; any
-    classification model of torchvision; ``timm/NAME``; or a function of yours,
-    ``package.module:function``, which is called with ``num_classes``, ``in_channels`` and
-    ``model.arguments`` by keyword and returns a module."""
+    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56``, ``preresnet20``,
+    ``preresnet101`` or ``vit_small``; any classification model of torchvision; ``timm/NAME``; or a
+    function of yours, ``package.module:function``, which is called with ``num_classes``,
+    ``in_channels`` and ``model.arguments`` by keyword and returns a module."""
     arguments: dict[str, JsonValue] = Field(default={})
     """Further keyword arguments of the model's constructor or function."""
     num_classes: Annotated[Count, Field(ge=2)] | None = None
