@@ -119,9 +119,10 @@ def test_the_ticket_is_the_published_one(seed: int) -> None:
         drawn(_images(2)).square().sum().backward()
     theirs = dict(published.named_parameters())
     for name, parameter in network.named_parameters():
-        assert parameter.grad is not None and theirs[name].grad is not None
+        assert parameter.grad is not None
         selects = name.rpartition(".")[0] in _selective(network)
         gradient = theirs[name].grad
+        assert gradient is not None
         if selects:
             gradient = gradient[expected[name.rpartition(".")[0]]]
         assert torch.equal(parameter.grad, gradient), name

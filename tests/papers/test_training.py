@@ -21,6 +21,8 @@ from worm_dist.config import merge
 
 EPOCHS, STEPS, BATCH = 9, 3, 8
 RATIO, WINDOW, MARGIN = 0.003, 3, 0.4
+NEAR = 0.12
+"""A mean distance."""
 L1 = 1e-3
 
 
@@ -36,9 +38,14 @@ _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "worm-paper": ({}, {}),
     "constant": ({"elbow": {"min_masks": 1}}, {"ratio": 0.1}),
     "greedy": ({"elbow": {"margin": 1.0}}, {"ratio": "distance"}),
+    "two phases": (
+        {"elbow": {"margin": 1.0}},
+        {"ratio": "distance", "near_distance": NEAR, "near_ratio": 0.01},
+    ),
 }
-"""The published rule, and its authors' variants: a constant factor from the first mask on, and the
-mean distance as the factor.  Each with its changes to ``search`` and ``truncation``."""
+"""The published rule, and its authors' variants: a constant factor from the first mask on, the mean
+distance as the factor, and that until it is small (BERT).  Each with its changes to ``search`` and
+``truncation``."""
 
 
 @dataclass
@@ -49,12 +56,14 @@ class _Published:
         network: the network, trained.
         truncated_epochs: number of epochs whose gradients were truncated.
         differs: whether, in one of them, norms that a sum ties had different masks.
+        factors: of every epoch.
         momentum: by name of each parameter, at the end.
     """
 
     network: nn.Module
     truncated_epochs: int = 0
     differs: bool = False
+    factors: list[float] = field(default_factory=list)
     momentum: dict[str, Tensor] = field(default_factory=dict)
 
     def train(self, l1: float, variant: str | None) -> None:
@@ -66,10 +75,13 @@ class _Published:
             queue.put(mask)
             if variant == "constant":
                 factor = 0.1
-            elif variant == "greedy" and queue.is_full:
+            elif variant in ("greedy", "two phases") and queue.is_full:
                 factor = sum(queue.distances) / (WINDOW - 1)
+                if variant == "two phases" and queue.is_elbow("0", str(NEAR)):
+                    factor = 0.01
             elif variant == "worm-paper" and queue.is_elbow("1e-9", str(MARGIN)):
                 factor = RATIO
+            self.factors.append(factor)
             self.truncated_epochs += factor != 1
             self.differs |= factor != 1 and _ties_differ(mask)
             for step in range(epoch * STEPS, (epoch + 1) * STEPS):
@@ -161,6 +173,7 @@ def _train(kind: str, variant: str | None, resumed_at: int | None = None) -> dic
         "phase": engine.phase,
         "elbows": sum(elbows),
         "truncated": published.truncated_epochs,
+        "factors": published.factors,
         "differs": published.differs,
     }
 
@@ -175,12 +188,14 @@ def test_worm_paper_is_the_published_loop(ranks: Ranks, kind: str, world_size: i
         assert result["differs"] == (kind == "resnet")
 
 
-@pytest.mark.parametrize("variant", ["constant", "greedy"])
+@pytest.mark.parametrize("variant", ["constant", "greedy", "two phases"])
 def test_variants_are_the_published_loops(ranks: Ranks, variant: str) -> None:
     for result in ranks(2, _train, "resnet", variant):
         assert result["wrong"] == []
         assert result["phase"] is Phase.TRUNCATE and result["elbows"] == 1
         assert result["truncated"] >= 3 and result["differs"]
+        has_followed = any(factor not in (1, 0.01) for factor in result["factors"])
+        assert variant != "two phases" or (has_followed and 0.01 in result["factors"])
 
 
 @pytest.mark.parametrize("variant", ["worm-paper", "greedy"])

@@ -77,6 +77,14 @@ class DataConfig(Settings):
     """Samples in one optimizer step, summed over all ranks."""
     augment: bool = True
     """Whether the training split gets the data set's standard augmentation."""
+    test_split: Literal["test", "train"] = "test"
+    """The split that accuracy is measured on.  ``train``: the training split, without augmentation,
+    as WORM's author does; the test split is not used then."""
+    mean: Annotated[Factor, Field(ge=0)] | None = None
+    """Mean by which images are normalised, in all channels, with values from 0 to 1; the default
+    is that of each channel of the data set.  A function of yours normalises by itself."""
+    std: Annotated[Factor, Field(gt=0)] | None = None
+    """Standard deviation by which images are normalised; together with ``mean``."""
     image_size: int = Field(default=224, ge=8, le=2**14)
     """Side of the square crops of ``image-folder``, in pixels."""
     num_workers: int = Field(default=0, ge=0, le=1024)
@@ -86,6 +94,12 @@ class DataConfig(Settings):
     def _root_where_needed(self) -> Self:
         if self.name in DATA_SETS and self.name != "digits" and self.root is None:
             raise ValueError(f"root is needed for {self.name!r}: the folder that holds the data")
+        return self
+
+    @model_validator(mode="after")
+    def _mean_and_std_together(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together; give both or neither")
         return self
 
 
