@@ -382,6 +382,7 @@ class TruncationConfig(Settings):
     """Ratio ``distance``: while that mean is strictly below this, the factor is ``near_ratio``
     instead, as WORM has it for BERT; 0 is never."""
     near_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Ratio ``distance``: factor of the gradients while the masks are near."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
     """What is frozen.  ``norm``: the norm's scale and shift; ``producer``: also the filters that
     feed it; ``coupled``: also the consumers' input columns.  Soft mode supports only ``norm``."""
