@@ -245,7 +245,9 @@ class _GroupBuilder:
             if member.role == "consumer"
             for gate in _gate_of(self._network, member.module)
         ]
-        depthwise = sum(member.role == "producer" and member not in producers for member in members)
+        depthwise = sum(
+            member.role == "producer" and not self._produces_channels(member) for member in members
+        )
         norms = sum(member.role == "norm" for member in members) - depthwise
         # Multiplication by squeeze-and-excitation factors does not tie the outputs of two norms.
         tied = len(producers) > 1 and (norms > 1 or norms + depthwise == 0)
