@@ -16,6 +16,7 @@ import pytest
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tests.papers import test_earlybert
 from tests.papers import test_masks as masks
 from tests.papers import test_training as training
 from tests.papers.nets import EVEN
@@ -27,7 +28,7 @@ from worm_dist.groups.freeze_plan import FreezePlan
 from worm_dist.search.budgets import Pool
 from worm_dist.search.decision import decide
 from worm_dist.search.elbow import _below_threshold, elbow_reached
-from worm_dist.search.importance import LayerScales
+from worm_dist.search.importance import ChannelScales, LayerScales
 from worm_dist.search.ranking import Ranking
 from worm_dist.search.select import select_channels
 from worm_dist.search.window import Window
@@ -124,6 +125,24 @@ EPOCHS: Mapping[str, Mutation] = {
 def test_other_epochs_are_detected(wrong: str) -> None:
     with EPOCHS[wrong](), pytest.raises(AssertionError):
         masks.test_the_ticket_and_the_elbow_come_at_the_published_epochs()
+
+
+HEADS: Mapping[str, Mutation] = {
+    "at the quantile it is kept": MASKS["at the threshold it is kept"],
+    "one position higher": partial(
+        _changed, Pool.position, "(num_channels - 1))", "(num_channels - 1)) + 1"
+    ),
+    "magnitudes": partial(
+        _changed, ChannelScales.__call__, "index.values() if self._signed else ", ""
+    ),
+}
+"""By what is wrong: of EarlyBERT's masks."""
+
+
+@pytest.mark.parametrize("wrong", HEADS)
+def test_other_heads_and_neurons_are_detected(wrong: str) -> None:
+    with HEADS[wrong](), pytest.raises(AssertionError):
+        test_earlybert.test_masks_of_random_coefficients(6)
 
 
 @contextmanager
