@@ -31,7 +31,7 @@ COLUMNS: Mapping[str, Callable[[Result, Result], float | None]] = {
 
 
 PAPERS: Mapping[str, Callable[[Result, Result], float | None]] = {
-    "masks": lambda run, _: run["checks"],
+    "masks": lambda run, _: run["checks"] or None,
     "epochs of search": lambda run, _: run["ticket_epoch"],
     "accuracy before the draw": lambda run, _: run["accuracy"]["before_draw"],
     "after it": lambda run, _: run["accuracy"]["after_draw"],
@@ -45,6 +45,9 @@ PAPERS: Mapping[str, Callable[[Result, Result], float | None]] = {
 
 
 def main(folder: Path, columns: Mapping[str, Callable[[Result, Result], float | None]]) -> None:
+    """Print the table of the runs below a folder: the papers' with mean and standard deviation, the
+    other with mean and range."""
+    cell = _mean_and_deviation if columns is PAPERS else _mean_and_range
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
     dense = {run["seed"]: run for run in runs if columns is PAPERS or run["preset"] == "dense"}
     print(f"| preset ({len(dense)} seeds) | " + " | ".join(columns) + " |")
@@ -52,20 +55,31 @@ def main(folder: Path, columns: Mapping[str, Callable[[Result, Result], float | 
     for preset in dict.fromkeys(run["preset"] for run in runs):
         same = [run for run in runs if run["preset"] == preset]
         cells = [
-            _cell([column(run, dense[run["seed"]]) for run in same]) for column in columns.values()
+            cell([column(run, dense[run["seed"]]) for run in same]) for column in columns.values()
         ]
         print(f"| `{preset}` | " + " | ".join(cells) + " |")
 
 
-def _cell(values: list[float | None]) -> str:
-    """Mean and range."""
+def _mean_and_range(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    mean = f"{statistics.mean(known):.3f}"
     spread = "" if min(known) == max(known) else f" ({min(known):.3f}–{max(known):.3f})"
-    missing = f", {len(values) - len(known)} without" if len(known) < len(values) else ""
-    return mean + spread + missing
+    return f"{statistics.mean(known):.3f}{spread}{_missing(values)}"
+
+
+def _mean_and_deviation(values: list[float | None]) -> str:
+    """The deviation is that of a sample: divided by one less than the number of runs."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.3f}{spread}{_missing(values)}"
+
+
+def _missing(values: list[float | None]) -> str:
+    number = values.count(None)
+    return f", {number} without" if number else ""
 
 
 if __name__ == "__main__":

@@ -378,6 +378,11 @@ class TruncationConfig(Settings):
     ratio: Annotated[float | Literal["distance"], BeforeValidator(_factor_or_distance)] = 0.003
     """Soft mode: factor of the gradients of a dropped channel's scale and shift.  ``distance``: the
     mean distance of the newest mask to those in the window, at every check anew."""
+    near_distance: float = Field(default=0.0, ge=0, le=1)
+    """Ratio ``distance``: while that mean is strictly below this, the factor is ``near_ratio``
+    instead, as WORM has it for BERT; 0 is never."""
+    near_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Ratio ``distance``: factor of the gradients while the masks are near."""
     scope: Literal["norm", "producer", "coupled"] = "producer"
     """What is frozen.  ``norm``: the norm's scale and shift; ``producer``: also the filters that
     feed it; ``coupled``: also the consumers' input columns.  Soft mode supports only ``norm``."""

@@ -23,6 +23,8 @@ def _num_parameters(model: nn.Module) -> int:
         # The paper's 0.27 and 0.85 million, and the 1x1 convolutions of two shortcuts (2752).
         ("resnet20", 3, 269_722 + 2_752),
         ("resnet56", 3, 853_018 + 2_752),
+        ("preresnet20", 3, 219_482),
+        ("preresnet101", 3, 1_054_106),
         ("torchvision/resnet18", 3, 11_181_642),
         ("vit_small", 1, 114_778),
     ],
@@ -40,6 +42,7 @@ def test_sizes_are_the_published_ones(name: str, in_channels: int, num_parameter
         ("resnet18", 3, 32),
         ("resnet20", 3, 32),
         ("resnet56", 1, 28),
+        ("preresnet20", 3, 32),
         ("mobilenet_v3_small", 3, 32),
         ("vit_small", 1, 8),
         ("vit_small", 3, 8),
@@ -53,7 +56,7 @@ def test_images_become_logits(name: str, in_channels: int, side: int) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet56"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet56", "preresnet20"])
 def test_residual_stem_keeps_the_image_and_later_stages_halve_it(name: str) -> None:
     model = build_model(name, 10, 3)
     sides: list[int] = []

@@ -6,6 +6,7 @@ Early-Bird: arXiv 1909.11957.  WORM: PMLR 262:232-240.  EarlyBERT: arXiv 2101.00
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -46,19 +47,24 @@ class Queue:
         return len(self._masks) == self._length
 
     @property
-    def distances(self) -> list[float]:
+    def shares(self) -> list[Fraction]:
+        """The distances of the newest mask to the older ones, oldest first."""
         *older, newest = self._masks
         size = sum(kept.numel() for kept in newest.values())
-        return [num_differing(newest, mask) / size for mask in older]
+        return [Fraction(num_differing(newest, mask), size) for mask in older]
 
-    def is_ticket(self, settled: float) -> bool:
-        """Whether no distance is above the threshold."""
-        return self.is_full and not any(distance > settled for distance in self.distances)
+    @property
+    def distances(self) -> list[float]:
+        return [float(share) for share in self.shares]
 
-    def is_elbow(self, threshold: float) -> bool:
-        """Whether the mean distance is strictly below the threshold."""
-        distances = self.distances
-        return self.is_full and sum(distances) < threshold * len(distances)
+    def is_ticket(self, settled: str) -> bool:
+        """Whether no distance is above the threshold, a decimal number."""
+        return self.is_full and not any(share > Fraction(settled) for share in self.shares)
+
+    def is_elbow(self, settled: str, margin: str) -> bool:
+        """Whether the mean distance is strictly below the sum of two decimal numbers."""
+        threshold = Fraction(settled) + Fraction(margin)
+        return self.is_full and sum(self.shares) < threshold * len(self.shares)
 
 
 def earlybert_masks(

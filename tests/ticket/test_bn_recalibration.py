@@ -15,6 +15,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist import WormConfig
 from worm_dist.distributed.collectives import ProcessGroupComm, SingleProcessComm
+from worm_dist.groups.selective_norm import SelectiveBatchNorm2d
 from worm_dist.pruning.bn_recalibration import recalibrate
 from worm_dist.pruning.recorded_inputs import RecordedCall
 
@@ -55,6 +56,21 @@ def test_statistics_are_those_of_all_samples_of_all_ranks(
     for mean, variance in ranks(world_size, _norm_of_the_input, num_batches):
         torch.testing.assert_close(mean, samples.mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(variance, samples.var(dim=(0, 2, 3)), rtol=1 / 1024, atol=0)
+
+
+def test_a_selective_norm_has_the_statistics_of_what_it_reads() -> None:
+    """Of channels 0 and 2; the number of values is that of each, also where batches differ."""
+    norm = SelectiveBatchNorm2d(3)
+    norm.keep(torch.tensor([0, 2]))
+    norm.num_features = 2
+    for name in ("weight", "bias"):
+        setattr(norm, name, nn.Parameter(torch.ones(2)))
+    norm.running_mean, norm.running_var = torch.zeros(2), torch.ones(2)
+    batches = [_batch(0)[:1, :, :2, :2], _batch(1)]
+    recalibrate(nn.Sequential(norm), [_call(batch) for batch in batches], _ranks())
+    values = torch.cat([batch[:, [0, 2]].transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    torch.testing.assert_close(norm.running_mean, values.mean(dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, values.var(dim=1), rtol=1e-5, atol=1e-5)
 
 
 def _synchronised() -> tuple[Tensor, Tensor, bool]:

@@ -27,6 +27,7 @@ from tests.settings import at_once
 from worm_dist import ConfigError, Mask, WormConfig
 from worm_dist.groups.channel_groups import Groups
 from worm_dist.models import build_model
+from worm_dist.models.preresnet import PreResNet
 from worm_dist.pruning.exactness import find_drawable_groups as find_groups
 from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 from worm_dist.search.importance import ChannelScales
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.slow("draws of whole families, a third of a minute")
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg_small": lambda: build_model("vgg_small", 10, 3, {"widths": [16, "M", 24, 32]}),
     "resnet20": lambda: build_model("resnet20", 10, 3),
+    "preresnet": lambda: PreResNet(10, 3, 8, (4, 6), 1),
     "flattening": Flattening,
     "separable": Separable,
     "concatenating": Concatenating,

@@ -180,6 +180,7 @@ def _parts(made: trainer.Trainer) -> tuple[Any, ...]:
         ],
         parts.engine.model.bucket_bytes_cap,
         parts.train_loader.num_workers,
+        len(parts.test_loader.dataset),
         timeout_of(dist.group.WORLD),
     )
 

@@ -17,6 +17,7 @@ from worm_dist.errors import ConfigError
 from worm_dist.training import data
 from worm_dist.training.data import Data
 from worm_dist.training.data.dataset import Samples
+from worm_dist.training.data.normalization import Normalization
 from worm_dist.training.run_config import DATA_SETS, DataConfig
 
 CPU = torch.device("cpu")
@@ -349,6 +350,36 @@ def test_augmentation_moves_training_images_and_can_be_turned_off(written: dict[
 
 
 # --- loaders ----------------------------------------------------------------------------------
+
+
+def test_accuracy_may_be_measured_on_the_training_split_without_augmentation(
+    written: dict[str, Any],
+) -> None:
+    usual, plain = _load(**written), _load(**written, augment=False)
+    loaded = _load(**written, test_split="train")
+    assert _sizes(loaded) == (len(usual.train), len(usual.train))
+    assert loaded.description == f"{usual.description}; accuracy is measured on the training split"
+    for _ in range(3):
+        assert torch.equal(loaded.test[0][0], plain.train[0][0])
+    assert _targets(loaded.test) == _targets(plain.train)
+    assert len(_draws(loaded)) > 1  # the training itself is augmented
+
+
+def test_images_are_normalised_by_the_given_mean_and_deviation(written: dict[str, Any]) -> None:
+    loaded = _load(**written, mean=0.5, std=0.25)
+    channels = loaded.sample_shape[0]
+    assert loaded.normalization == Normalization((0.5,) * channels, (0.25,) * channels)
+
+
+def test_digits_are_normalised_by_the_given_mean_and_deviation() -> None:
+    images, _ = data.load_data(DataConfig(mean=0.5, std=0.5)).train.tensors  # type: ignore[attr-defined]
+    assert (images.min(), images.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize("given", [{"mean": 0.5}, {"std": 0.5}])
+def test_mean_and_deviation_go_together(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="mean and std go together; give both or neither"):
+        DataConfig(**given)
 
 
 def _epoch(loaded: Data, config: DataConfig, epoch: int, **where: Any) -> list[torch.Tensor]:

@@ -56,8 +56,10 @@ def _of(key: str, value: Any) -> dict[str, Any]:
 
 _RESIDUAL = {"model": {"name": f"{HERE}:residual"}}
 _IMAGES = {"data": {"name": "image-folder", "root": "../images", "image_size": 8}}
+_HALF = {"data": {**_IMAGES["data"], "mean": 0.5, "std": 0.5}}
 _STEP = {"schedule": {"name": "step", "milestones": [1]}}
 _NEVER_SETTLED = {"search": {"window": 9}}
+_FOLLOWING = {**_NEVER_SETTLED, "truncation": {"mode": "soft", "ratio": "distance"}}
 _RISING_LOSS = {
     "epochs": 6,
     "data": {"name": f"{HERE}:turning"},
@@ -68,7 +70,9 @@ COMPANIONS: Mapping[str, dict[str, Any]] = {
     "checkpoint.on_error": {WITHOUT_SPACE: True},
     "data.augment": _IMAGES,
     "data.image_size": _IMAGES,
+    "data.mean": _HALF,
     "data.root": _IMAGES,
+    "data.std": _HALF,
     "distributed.deepspeed": {"distributed": {"backend": "deepspeed", "deepspeed": "missing"}},
     "retraining.until_accuracy": {"retraining": {"epochs": 3}},
     "schedule.gamma": _STEP,
@@ -79,6 +83,8 @@ COMPANIONS: Mapping[str, dict[str, Any]] = {
     "search.grouping": _RESIDUAL,
     "ticket.recalibrate_memory_mb": {"data": {"name": f"{HERE}:wide"}},
     "truncation.compression_rank": {"truncation": {"compression": "powersgd"}},
+    "truncation.near_distance": _FOLLOWING,
+    "truncation.near_ratio": merge(_FOLLOWING, {"truncation": {"near_distance": 1.0}}),
     "truncation.ratio": {**_NEVER_SETTLED, "truncation": {"mode": "soft"}},
     "truncation.removal.patience": _RISING_LOSS,
     "truncation.removal.pause_above": _RISING_LOSS,
@@ -112,6 +118,7 @@ OTHERS: Mapping[str, Any] = {
     "search.window": 2,
     "ticket.recalibrate_batches": 1,
     "ticket.recalibrate_memory_mb": 1,
+    "truncation.near_distance": 1.0,
     "truncation.removal.patience": "1ba",
     "truncation.removal.pause_above": 9.0,
     "truncation.removal.stage": 1.0,

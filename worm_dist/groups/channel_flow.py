@@ -17,6 +17,7 @@ from torch_pruning.ops import OPTYPE
 
 from .graph import Graph, Ints, Places, moved
 from .opaque_modules import Port
+from .selective_norm import SelectiveBatchNorm2d
 
 __all__ = ["Layer", "Stream", "streams"]
 
@@ -54,7 +55,7 @@ class Stream(NamedTuple):
 
 
 def streams(graph: Graph) -> list[Stream]:
-    """Return the output channels of all convolutions and linear layers."""
+    """Return the output channels of all convolutions, linear layers and selective norms."""
     return _ChannelFlow(graph).streams()
 
 
@@ -71,7 +72,7 @@ class _ChannelFlow:
         # By (node, side): the channel at each index, -1 if there is none.
         self._assigned: dict[tuple[Any, Any], Ints] = {}
         for node in graph.module2node.values():
-            if isinstance(node.module, (Conv, nn.Linear)):
+            if isinstance(node.module, (Conv, nn.Linear, SelectiveBatchNorm2d)):
                 self._propagate(node)
         for (node, side), assigned in self._assigned.items():
             self._union_parts(node, side, assigned)

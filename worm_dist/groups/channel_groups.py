@@ -53,7 +53,8 @@ class ChannelGroup:
     """Channels that can be kept or dropped independently, each with all its slices.
 
     Attributes:
-        name: the name of the first module that produces the channels.
+        name: the name of the first module that produces the channels; that of a selective norm if
+            the channels are those that it has selected.
         num_channels: the number of channels.
         members: the modules that hold slices of the channels, in network order.
         tied: whether a sum (residual connection) couples the outputs of several layers.
@@ -65,7 +66,8 @@ class ChannelGroup:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        assert {"producer", "consumer"} <= {member.role for member in self.members}, self.name
+        roles = {member.role for member in self.members}
+        assert "consumer" in roles and roles & {"producer", "norm"}, self.name
         for member in self.members:
             assert member.positions.shape[0] == self.num_channels, (self.name, member.module)
 

@@ -19,6 +19,7 @@ from .forward import floats, in_training, undisturbed
 from .graph import Graph
 from .nested import mapped
 from .opaque_modules import Port, PortPruner, placeholders_for
+from .selective_norm import SelectiveBatchNorm2d, SelectiveNormPruner
 
 __all__ = ["Coupled", "coupled_layers"]
 
@@ -123,7 +124,10 @@ class _Tracer:
                 example_inputs=call,
                 forward_fn=self._run,
                 output_transform=_with_gradient,
-                customized_pruners={Port: PortPruner()},
+                customized_pruners={
+                    Port: PortPruner(),
+                    SelectiveBatchNorm2d: SelectiveNormPruner(),
+                },
                 verbose=False,
             )
         return [Coupled(stream, module is self._network) for stream in streams(graph)]

@@ -57,6 +57,8 @@ def importance_of(search: SearchConfig, groups: Sequence[ChannelGroup]) -> Impor
 def _why_unranked(group: ChannelGroup, importance: Importance) -> str | None:
     if importance == "norm_scale" and not group.norms:
         return "it has no norm, and search.importance is 'norm_scale'"
+    if importance == "weight_norm" and not any(m.role == "producer" for m in group.members):
+        return "a norm selects its channels, and search.importance 'weight_norm' ranks layers"
     if importance in ("gate", "signed_gate") and not group.gates:
         return f"it has no gate, and search.importance is {importance!r}"
     if importance == "scale" and not group.norms and not group.gates:

@@ -20,6 +20,7 @@ from .dependency import Coupled, coupled_layers
 from .forward import undisturbed
 from .grouped_conv import interleaved
 from .reachability import reasons_of_unreached
+from .selective_norm import SelectiveBatchNorm2d
 
 __all__ = ["Trace", "find_groups", "trace"]
 
@@ -204,7 +205,7 @@ class _GroupBuilder:
         found = self._why_dense(coupled, layers) or self._group(layers)
         if isinstance(found, ChannelGroup):
             return found
-        norms = [self.names[module] for module, *_ in layers if isinstance(module, Norm)]
+        norms = [self.names[layer.module] for layer in layers if _role(layer) == "norm"]
         return dict.fromkeys(norms or self._layers_to_report(layers, found), found)
 
     def _layers_to_report(self, layers: Sequence[Layer], reason: str) -> list[str]:
@@ -244,15 +245,20 @@ class _GroupBuilder:
             if member.role == "consumer"
             for gate in _gate_of(self._network, member.module)
         ]
-        depthwise = sum(member.role == "producer" for member in members) - len(producers)
+        depthwise = sum(
+            member.role == "producer" and not self._produces_channels(member) for member in members
+        )
         norms = sum(member.role == "norm" for member in members) - depthwise
         # Multiplication by squeeze-and-excitation factors does not tie the outputs of two norms.
         tied = len(producers) > 1 and (norms > 1 or norms + depthwise == 0)
         return ChannelGroup(name, len(order), (*members, *gates), tied)
 
     def _produces_channels(self, member: Member) -> bool:
-        """Whether a member produces channels; a depthwise convolution only transforms them."""
+        """Whether a member produces channels; a depthwise convolution only transforms them, and so
+        does a norm, unless it selects channels."""
         module = self._network.get_submodule(member.module)
+        if isinstance(module, SelectiveBatchNorm2d):
+            return True
         return member.role == "producer" and not _is_depthwise(module)
 
     def _with_positions(self, member: Member, positions: Tensor) -> Member:
@@ -269,6 +275,8 @@ class _GroupBuilder:
         for layer in layers:
             module: Any = layer.module
             name = self.names.get(module, "a bare parameter")
+            if isinstance(module, SelectiveBatchNorm2d) and not layer.to_outputs:
+                return f"{name} reads them, and drops channels of its own instead"
             if name not in self._weights and not _is_bare_norm(module):
                 return f"coupled with {name} ({type(module).__name__}), which is not supported"
             # Tracing set requires_grad on all parameters; that has been undone by now.
@@ -383,6 +391,8 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _role(layer: Layer) -> Literal["producer", "norm", "consumer"]:
+    if isinstance(layer.module, SelectiveBatchNorm2d) and not layer.to_outputs:
+        return "consumer"
     if isinstance(layer.module, Norm):
         return "norm"
     if isinstance(layer.module, nn.PReLU):

@@ -1,9 +1,10 @@
 """Models: networks that can be built by name.
 
 Our own networks for small images are ``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``,
-``resnet56`` and ``vit_small``.  Every classification model of torchvision is available, untrained;
-``torchvision/<name>`` selects torchvision's where both have a name.  ``timm/<name>`` is a model of
-timm, if that is installed.  ``package.module:function`` is a function of the user's.
+``resnet56``, ``preresnet20``, ``preresnet101`` and ``vit_small``.  Every classification model of
+torchvision is available, untrained; ``torchvision/<name>`` selects torchvision's where both have a
+name.  ``timm/<name>`` is a model of timm, if that is installed.  ``package.module:function`` is a
+function of the user's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..user_function import call_user_function, is_user_function
+from .preresnet import preresnet20, preresnet101
 from .resnet import resnet18, resnet20, resnet56
 from .vgg import vgg11_bn, vgg_small
 from .vit import vit_small
@@ -31,6 +33,8 @@ BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet56": resnet56,
+    "preresnet20": preresnet20,
+    "preresnet101": preresnet101,
     "vit_small": vit_small,
 }
 

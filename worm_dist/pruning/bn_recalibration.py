@@ -164,8 +164,7 @@ class _Sums:
 
     def add(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Add the statistics of one call of a norm: a forward hook of norms with momentum one."""
-        inputs: Tensor = args[0] if args else kwargs["input"]
-        count = inputs.numel() // norm.num_features
+        count = output.numel() // norm.num_features  # of the inputs, a selective norm reads some
         mean, variance = (
             _not_none(statistic).double() for statistic in (norm.running_mean, norm.running_var)
         )

@@ -14,6 +14,7 @@ from ..groups.attention import find_attentions
 from ..groups.channel_groups import Groups
 from ..groups.mask import Mask
 from ..groups.parameter_storage import replace_data
+from ..groups.selective_norm import SelectiveBatchNorm2d
 from .attention_heads import keep_heads
 
 __all__ = ["Cut", "cuts_of", "match_memory_format", "remove_channels", "shapes_of", "ungated"]
@@ -106,6 +107,8 @@ def remove_channels(network: nn.Module, cuts: Sequence[Cut]) -> None:
         replace_data(full, match_memory_format(left, full))
         if isinstance(owner, _Norm) and attribute == "weight":
             _cut_statistics(owner, indices)
+            if isinstance(owner, SelectiveBatchNorm2d):
+                owner.keep(indices)
     for cut in cuts:
         _update_sizes(network.get_submodule(cut.module))
         _update_sizes(network.get_submodule(cut.parameter.rpartition(".")[0]))

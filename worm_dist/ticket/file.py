@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
 from ..groups.gates import remove_gates
 from ..groups.mask import Mask
+from ..groups.selective_norm import SelectiveBatchNorm2d
 from ..models import build_model
 from ..pruning.surgery import Cut, remove_channels
 from ..schema import first_problem
@@ -128,10 +129,26 @@ def load_ticket(path: str | Path, build: Callable[[], nn.Module] | str | None = 
         except ConfigError as error:
             raise CheckpointError(f"{folder / METADATA}: {error}") from error
         weights.check(network)
+        selected = _selected(network)
         if built is None:
             network.to_empty(device="cpu")
         weights.fill(network)
+        for name, indices in _selected(network).items():
+            if not torch.equal(indices, selected[name]):
+                raise CheckpointError(
+                    f"{folder / WEIGHTS}: {name[:100]!r} are not the channels that {METADATA} "
+                    "keeps; the file was changed"
+                )
     return network
+
+
+def _selected(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of the channels that selective norms read, by the buffers' names."""
+    return {
+        f"{name}.indices": module.indices.clone()
+        for name, module in network.named_modules()
+        if isinstance(module, SelectiveBatchNorm2d)
+    }
 
 
 def _named(name: str, model: ModelRecord | None, folder: Path) -> Callable[[], nn.Module]:

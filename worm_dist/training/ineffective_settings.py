@@ -99,6 +99,12 @@ def reasons_against(config: RunConfig) -> dict[str, str]:
         ("search.elbow.margin", search.elbow.rule == "margin", "for rule margin only"),
         ("search.elbow.fraction", search.elbow.rule == "relative", "for rule relative only"),
         ("truncation.ratio", truncation.mode == "soft", "for truncation.mode soft only"),
+        (
+            ("truncation.near_distance", "truncation.near_ratio"),
+            truncation.mode == "soft" and truncation.ratio == "distance",
+            "for truncation.ratio distance only",
+        ),
+        ("truncation.near_ratio", truncation.near_distance > 0, "truncation.near_distance is 0"),
         ("search.coupling", search.grouping == "group", "for search.grouping group only"),
         ("search.l1_until", search.l1 > 0, "search.l1 is 0"),
         (removal, truncation.removes, "for mode hard with frozen_weights remove only"),

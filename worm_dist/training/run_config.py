@@ -77,6 +77,14 @@ class DataConfig(Settings):
     """Samples in one optimizer step, summed over all ranks."""
     augment: bool = True
     """Whether the training split gets the data set's standard augmentation."""
+    test_split: Literal["test", "train"] = "test"
+    """The split that accuracy is measured on.  ``train``: the training split, without augmentation,
+    as WORM's author does; the test split is not used then."""
+    mean: Annotated[Factor, Field(ge=0)] | None = None
+    """Mean by which images are normalised, in all channels, with values from 0 to 1; the default
+    is that of each channel of the data set.  A function of yours normalises by itself."""
+    std: Annotated[Factor, Field(gt=0)] | None = None
+    """Standard deviation by which images are normalised; together with ``mean``."""
     image_size: int = Field(default=224, ge=8, le=2**14)
     """Side of the square crops of ``image-folder``, in pixels."""
     num_workers: int = Field(default=0, ge=0, le=1024)
@@ -88,15 +96,21 @@ class DataConfig(Settings):
             raise ValueError(f"root is needed for {self.name!r}: the folder that holds the data")
         return self
 
+    @model_validator(mode="after")
+    def _mean_and_std_together(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together; give both or neither")
+        return self
+
 
 class ModelConfig(Settings):
     """The network."""
 
     name: str = "vgg_small"
-    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56`` or ``vit_small``; any
-    classification model of torchvision; ``timm/NAME``; or a function of yours,
-    ``package.module:function``, which is called with ``num_classes``, ``in_channels`` and
-    ``model.arguments`` by keyword and returns a module."""
+    """``vgg_small``, ``vgg11_bn``, ``resnet18``, ``resnet20``, ``resnet56``, ``preresnet20``,
+    ``preresnet101`` or ``vit_small``; any classification model of torchvision; ``timm/NAME``; or a
+    function of yours, ``package.module:function``, which is called with ``num_classes``,
+    ``in_channels`` and ``model.arguments`` by keyword and returns a module."""
     arguments: dict[str, JsonValue] = Field(default={})
     """Further keyword arguments of the model's constructor or function."""
     num_classes: Annotated[Count, Field(ge=2)] | None = None

@@ -129,8 +129,7 @@ class Truncation(StepListener):
         """
         assert scales is None or self._config.mode == "soft", "removal is of whole channels"
         frozen = frozen | self.irreversible
-        follows = self._config.mode == "soft" and self._config.ratio == "distance"
-        ratio = distance if follows and distance is not None else self._ratio
+        ratio = self._ratio if distance is None else self._ratio_at(distance)
         is_same = torch.equal(frozen, self.frozen) and _are_equal(scales, self._scales)
         if not is_same or ratio != self._ratio:
             self.generation += 1
@@ -138,6 +137,13 @@ class Truncation(StepListener):
             self.frozen, self._scales = frozen, scales
             plan = self._truncate_gradients()
             self._weights.freeze(frozen, plan)
+
+    def _ratio_at(self, distance: float) -> float:
+        """What remains of truncated gradients at this mean distance of the newest mask."""
+        if self._config.mode != "soft" or self._config.ratio != "distance":
+            return self._ratio
+        is_near = distance < self._config.near_distance
+        return self._config.near_ratio if is_near else distance
 
     def begin(self, channels: Tensor, step: int) -> None:
         """Begin to fade frozen channels after this step.

@@ -37,7 +37,10 @@ def load(config: DataConfig) -> Data:
     train, test = train_test_split(
         np.arange(len(classes)), test_size=TEST_SHARE, random_state=SPLIT_SEED, stratify=classes
     )
-    images = (images - images[train].mean()) / images[train].std()
+    if config.mean is None or config.std is None:
+        images = (images - images[train].mean()) / images[train].std()
+    else:
+        images = (images - config.mean) / config.std
     return Data(
         train=TensorDataset(images[train], classes[train]),
         test=TensorDataset(images[test], classes[test]),

@@ -28,11 +28,15 @@ def elbow_line(
         if threshold is not None:
             known.append(f"elbow below {threshold:.3g}")
     why = f" ({', '.join(known)})" if known else ""
+    return f"{what} at epoch {epoch:g}{why}: truncation starts, {_effect(truncation)}"
+
+
+def _effect(truncation: TruncationConfig) -> str:
+    if truncation.mode == "soft":
+        factor = "their distance" if truncation.ratio == "distance" else f"{truncation.ratio:g}"
+        return f"gradients of the scales and shifts that the masks drop are multiplied by {factor}"
     leave = ", and the channels leave one after another" if truncation.removes else ""
-    return (
-        f"{what} at epoch {epoch:g}{why}: truncation starts, dropped channels get no gradients "
-        f"any more{leave}"
-    )
+    return f"dropped channels get no gradients any more{leave}"
 
 
 def stage_line(epoch: float, num_parameters: int, dense: int | None) -> str:
