@@ -137,9 +137,11 @@ class RecordedInputs:
         return [call for call in self._calls if call.is_intact]
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not network.training or not self.is_on or _is_redirected(network):
+        if not network.training or not self.is_on:
             return
         self.num_passes += 1
+        if _is_redirected(network):
+            return
         new_tensors = list(tensors_in((args, kwargs)))
         unaffected = self._not_overlapping(new_tensors)
         self._copies |= len(unaffected) < len(self._calls)
