@@ -133,7 +133,7 @@ def _parse(
         allow_abbrev=False,
     )
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
-    for name in ("wire", "step", "overhead", "zero", "checkpoint"):
+    for name in ("wire", "step", "overhead", "hiccup", "zero", "checkpoint"):
         two_ranks = benchmarks.add_parser(name, allow_abbrev=False)
         two_ranks.add_argument(
             "--quick", action="store_true", help="a small network and few rounds"

@@ -21,6 +21,7 @@ from torch import nn
 from tests.programs import call
 from tests.ranks import Ranks
 from worm_dist.bench import workload
+from worm_dist.bench.hiccup import hiccup
 from worm_dist.bench.overhead import overhead
 from worm_dist.bench.report import read_panels, show, write_panels
 from worm_dist.bench.results import Panel, Row, Spread
@@ -120,6 +121,10 @@ def _overhead() -> Panel:
     return overhead(TINY)
 
 
+def _hiccup() -> Panel:
+    return hiccup(TINY)
+
+
 def _panels(ranks: Ranks, measure: Callable[[], Panel]) -> list[Panel]:
     """Of both ranks.  Eighteen trainings in one process take their time on a busy machine."""
     outcomes = ranks.outcomes(2, measure, group_timeout=60, wall_limit=80)
@@ -143,6 +148,23 @@ def test_a_check_is_three_collectives(ranks: Ranks) -> None:
     assert [row.name for row in panel.rows] == names
     assert panel.figures["collectives of a check"] == 3
     assert all(math.isfinite(value) and value > 0 for value in panel.figures.values())
+
+
+@pytest.mark.slow("takes whole runs on real ranks")
+def test_hiccups_are_measured_beside_dense_steps(ranks: Ranks) -> None:
+    panel, other = _panels(ranks, _hiccup)
+    assert panel.rows == other.rows
+    assert [row.name for row in panel.rows] == [
+        "DDP",
+        "check",
+        "check that starts truncation",
+        "step after it",
+        "first stage of the draw",
+        "step after a stage",
+        "later stage of the draw",
+    ]
+    assert all(math.isfinite(value) and value > 0 for row in panel.rows for value in _spreads(row))
+    assert panel.figures["check that starts truncation, in other checks"] > 0
 
 
 def _slow_on_rank_one() -> tuple[int, int]:
@@ -176,7 +198,15 @@ def _found(key: str, seconds: float = 1.0) -> Panel:
 def test_a_folder_collects_what_was_found_newest_first_told_slowest_first_shown(
     tmp_path: Path,
 ) -> None:
-    keys = ["overhead", "step unlimited", "step 1gbit", "step 100mbit", "wire", "step 500mbit"]
+    keys = [
+        "hiccup",
+        "overhead",
+        "step unlimited",
+        "step 1gbit",
+        "step 100mbit",
+        "wire",
+        "step 500mbit",
+    ]
     for key in keys:
         write_panels(tmp_path, read_panels(tmp_path), _found(key))
     write_panels(tmp_path, read_panels(tmp_path), _found("step 1gbit", seconds=2))
@@ -188,6 +218,7 @@ def test_a_folder_collects_what_was_found_newest_first_told_slowest_first_shown(
         "step 1gbit",
         "step unlimited",
         "overhead",
+        "hiccup",
     ]
     assert panels[3] == _found("step 1gbit", seconds=2)
 

@@ -70,8 +70,9 @@ def test_a_step_does_not_wait_for_the_device_and_a_check_three_times(ranks: Rank
     probed columns: what the ranks agree on decides what the next step sends."""
     for found in ranks(2, _waits):
         assert found["check"] and set(found["check"]) == {3}
-        # As removal begins: a decision on the loss, and statistics that are estimated anew.
-        assert max(found["to remove"]) <= 7
+        # As removal begins there is a decision on the loss too.  Statistics are not estimated then,
+        # but by later checks.
+        assert max(found["to remove"]) == 5
         assert set(found["step"]) <= {0, 1} and sum(found["step"]) <= 4
 
 
@@ -137,6 +138,5 @@ def test_operations_do_not_grow_with_parameters_or_generations(ranks: Ranks) -> 
     parameter, and a fade had two more for each scale for ever."""
     (found,) = ranks(1, _operations)
     held = {more for case, more in found.items() if case != "removed"}
-    assert len(held) == 1, found
     # Two for each of the network's scales belong to the penalty.
-    assert max(held) <= 45 and found["removed"] <= 60, found
+    assert held == {23} and found["removed"] == 39, found

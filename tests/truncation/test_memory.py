@@ -55,6 +55,7 @@ def _taken(engine: Engine) -> TruncationMemory:
     for packing in _packings(engine):
         buffers += [packing.wire, *[packing._scratch] * ("_scratch" in vars(packing))]
         indices += [index for index, _ in packing._indices]
+        indices += packing._columns.values()
     if isinstance(reducer.averager, AllReduce):
         buffers += reducer.averager._wires.values()
     elif isinstance(reducer.averager, PowerSGD):

@@ -8,6 +8,7 @@ from torch.optim import SGD
 
 from tests.gradients import gradient
 from tests.nets import Flattening, Residual, Separable, Upsampling, random_images
+from tests.operations import num_operations
 from tests.oracles import live_flags, mask_dropping, zero_frozen
 from tests.ranks import Ranks
 from tests.settings import at_once
@@ -160,6 +161,41 @@ def test_a_buffer_is_made_once_and_used_again() -> None:
     for _ in range(3):
         packing.pack(torch.randn(12))
     assert packing.buffer.data_ptr() == place
+
+
+def _flags_of_half(size: int) -> list[bool]:
+    return [place % 2 == 0 for place in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "pack", "unpack"),
+    [
+        # One gather and one scatter, after one fill, for all small gradients of a bucket.
+        ([(16,)] * 5 + [(16, 3, 3, 3)] * 5 + [(64, 16, 3, 3)] * 3, 1, 2),
+        # A large gradient of whole rows is copied alone.
+        ([(16,), (64, 128, 3, 3), (16,), (16, 64)], 3, 4),
+    ],
+)
+def test_operations_of_a_bucket(shapes: list[tuple[int, ...]], pack: int, unpack: int) -> None:
+    """They do not grow with the number of small gradients, whatever their shapes."""
+    blocks = [_block(shape, {0: _flags_of_half(shape[0])}) for shape in shapes]
+    bucket, gradients = _bucket([torch.randn(shape) for shape in shapes])
+    packing = Packing(blocks, gradients, bucket)
+    packing.pack(bucket)
+    assert num_operations(lambda: packing.pack(bucket)) == pack
+    assert num_operations(lambda: packing.unpack(bucket)) == unpack
+
+
+def test_operations_of_a_block_of_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_module, "_LARGE", 0)
+    shape = (8, 6, 3, 3)
+    block = _block(shape, {dim: _flags_of_half(shape[dim]) for dim in (0, 1)})
+    bucket, gradients = _bucket([torch.randn(shape)])
+    packing = Packing([block], gradients, bucket)
+    packing.pack(bucket)
+    packing.unpack(bucket)
+    assert num_operations(lambda: packing.pack(bucket)) == 2
+    assert num_operations(lambda: packing.unpack(bucket)) == 4
 
 
 def test_strided_gradients_are_packed_by_their_indices(way: None) -> None:

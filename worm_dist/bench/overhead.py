@@ -1,4 +1,4 @@
-"""Benchmark of overhead: an engine that truncates nothing, a check, and a stage of the draw."""
+"""Benchmark of overhead: an engine that truncates nothing, and a check."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import RemovalConfig, TruncationConfig, WormConfig
+from ..config import TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine
-from ..interval import Interval
 from ..models import build_model
-from ..verdict import Phase
 from .network import Link, over_ranks
 from .results import Panel, Spread, rows
 from .step import seconds_of
-from .variants import DDP, HALF, WARM_UP, Batch, Step, Variant, dense, training, uniform_mask
+from .variants import DDP, Batch, Step, Variant, dense, training
 from .workload import Workload, alternate
 
 __all__ = ["overhead"]
@@ -26,7 +24,7 @@ __all__ = ["overhead"]
 _TIMES_THE_ROUNDS = 8
 """Factor on the number of rounds, as differences of a few percent must be resolved."""
 _CHECKS = 12
-"""Number of checks; the third one starts truncation and plans it."""
+"""Number of checks."""
 
 
 def overhead(workload: Workload) -> Panel:
@@ -40,7 +38,7 @@ def overhead(workload: Workload) -> Panel:
         unit="s",
         rows=rows(variants, over_ranks(measured, dist.ReduceOp.MAX)),
         setting={"network": link.network, "rounds": len(measured[0])},
-        figures={**_check(workload), **_stages(workload)},
+        figures=_check(workload),
     )
 
 
@@ -83,8 +81,7 @@ def _check(workload: Workload) -> dict[str, float]:
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = torch.randn(1, 3, 32, 32)
-    # During gradual removal a check does not compute a new mask.
-    config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
+    config = WormConfig(truncation=TruncationConfig(mode="off"))
     engine = attach(model, optimizer, config, example_inputs=images, steps_per_epoch=1)
     before = _num_collectives(model.process_group)
     engine.check()
@@ -97,37 +94,6 @@ def _check(workload: Workload) -> dict[str, float]:
         "collectives of a check": collectives,
         "check, median (ms)": 1000 * Spread.of(slowest).median,
         "check, third quartile (ms)": 1000 * Spread.of(slowest).high,
-        "check that starts truncation (ms)": 1000 * max(slowest),
-    }
-
-
-def _stages(workload: Workload) -> dict[str, float]:
-    """Measure a stage of the draw, including the new wrapper, in dense steps."""
-    batch = workload.batch()
-    model, optimizer = training(workload.build)
-    step = dense(model, optimizer, batch)
-    for _ in range(WARM_UP):
-        step()
-    steps = [seconds_of(step) for _ in range(workload.rounds)]
-    removal = RemovalConfig(duration=Interval(8, "ba"), fade_steps=1, stage=0.1)
-    config = WormConfig(truncation=TruncationConfig(removal=removal))
-    engine = attach(model, optimizer, config, example_inputs=batch[0][:1], steps_per_epoch=100)
-    engine.truncate(uniform_mask(engine.groups, HALF))
-    draws = []
-    while engine.phase is not Phase.TICKET:
-        dense(engine.model, optimizer, batch)()
-        verdict = engine.check()
-        if verdict.stage or verdict.ticket:
-            draws.append(seconds_of(engine.draw))
-    slowest_steps, slowest_draws = (
-        over_ranks([steps], dist.ReduceOp.MAX)[0],
-        over_ranks([draws], dist.ReduceOp.MAX)[0],
-    )
-    step_ms, stage_ms = (1000 * Spread.of(s).median for s in (slowest_steps, slowest_draws))
-    return {
-        "stages of the draw": len(draws),
-        "stage, median (ms)": stage_ms,
-        "stage, in dense steps": stage_ms / step_ms,
     }
 
 

@@ -18,7 +18,7 @@ from .results import Panel, Spread
 __all__ = ["read_panels", "show", "write_panels"]
 
 _FILE = "bench.json"
-_KINDS = ("wire", "step", "overhead", "zero", "checkpoint")
+_KINDS = ("wire", "step", "overhead", "hiccup", "zero", "checkpoint")
 
 
 def read_panels(folder: Path) -> list[Panel]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import checkpoint
+from .hiccup import hiccup
 from .network import Link, two_ranks
 from .overhead import overhead
 from .report import read_panels, show, write_panels
@@ -25,6 +26,7 @@ _BENCHMARKS: Mapping[str, Callable[[Workload], Panel]] = {
     "wire": wire,
     "step": step,
     "overhead": overhead,
+    "hiccup": hiccup,
     "zero": zero,
     "checkpoint": checkpoint,
 }
@@ -34,7 +36,7 @@ def run(benchmark: str, quick: bool, folder: Path) -> None:
     """Run a benchmark; rank zero prints and writes the results.  Both ranks call it.
 
     Args:
-        benchmark: ``wire``, ``step``, ``overhead``, ``zero`` or ``checkpoint``.
+        benchmark: ``wire``, ``step``, ``overhead``, ``hiccup``, ``zero`` or ``checkpoint``.
         quick: True for a small network and few rounds.
         folder: folder of ``bench.json`` and ``bench.png``; results of other benchmarks are kept.
 

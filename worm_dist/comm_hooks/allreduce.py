@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..groups.freeze_plan import FreezePlan
 from .callbacks import then
 from .checksums import NUM_CHECKSUMS, Checksums
-from .packing import Packing
+from .packing import Packing, with_parameter_strides
 
 __all__ = ["AllReduce", "Averager", "BucketView", "completed"]
 
@@ -28,10 +29,9 @@ class BucketView:
         plan: the freeze plan; None if all slices are live.
         parameters: the parameters whose gradients are in the bucket.
         full: the bucket's full buffer.
-        gradients: views of ``full`` with the parameters' shapes and strides.
+        rows: returns views of ``full`` with the parameters' shapes, as if they were contiguous.
         packing: the packing of ``elements``; None if the whole bucket is live.
         elements: ``[live elements]``, averaged in place; ``full`` itself if all of it is live.
-        parts: views of ``elements``, one per gradient.
     """
 
     bucket: tuple[int, ...]
@@ -39,10 +39,22 @@ class BucketView:
     plan: FreezePlan | None
     parameters: Sequence[Tensor]
     full: Tensor
-    gradients: Sequence[Tensor]
+    rows: Callable[[], Sequence[Tensor]]
     packing: Packing | None
     elements: Tensor
-    parts: Sequence[Tensor]
+
+    @cached_property
+    def gradients(self) -> Sequence[Tensor]:
+        """Views of ``full`` with the parameters' shapes and strides."""
+        return [
+            with_parameter_strides(parameter, rows)
+            for parameter, rows in zip(self.parameters, self.rows(), strict=True)
+        ]
+
+    @cached_property
+    def parts(self) -> Sequence[Tensor]:
+        """Views of ``elements``, one per gradient."""
+        return self.rows() if self.packing is None else self.packing.parts
 
 
 class Averager(Protocol):

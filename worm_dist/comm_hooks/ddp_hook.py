@@ -4,7 +4,7 @@ As in torch's own hooks there is a state object and a function of state and buck
 """
 
 # No postponed annotations here: torch checks the hook's annotations, and expects classes.
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -68,42 +68,34 @@ class PackedReducer(Reducer):
 
     def bucket_view(self, bucket: GradBucket) -> BucketView:
         """The view of a bucket, with its live elements packed."""
-        parameters, full, parts = bucket.parameters(), bucket.buffer(), bucket.gradients()
+        parameters, full = bucket.parameters(), bucket.buffer()
         # DDP rebuilds its buckets after the first pass, so neither a bucket's index nor its number
         # of parameters identifies it; its parameters do.
         key = tuple(map(id, parameters))
-        gradients = [
-            with_parameter_strides(p, part) for p, part in zip(parameters, parts, strict=True)
-        ]
-        packing = self._packing(key, parameters, gradients, full)
+        packing = self._packing(key, bucket)
         view = BucketView(
             bucket=key,
             is_last=bucket.is_last(),
             plan=self.plan,
             parameters=parameters,
             full=full,
-            gradients=gradients,
+            rows=bucket.gradients,
             packing=packing,
             elements=full if packing is None else packing.buffer,
-            parts=parts if packing is None else packing.parts,
         )
         if packing is not None:
             packing.pack(full)
         return view
 
-    def _packing(
-        self,
-        key: tuple[int, ...],
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        full: Tensor,
-    ) -> Packing | None:
+    def _packing(self, key: tuple[int, ...], bucket: GradBucket) -> Packing | None:
         """The packing of a bucket, cached; None if all of it is live."""
         if key not in self._packings:
             self._packings[key] = None
+            parameters = bucket.parameters()
             if self.plan is not None and not self.plan.blocks.keys().isdisjoint(parameters):
                 blocks = [self.plan.blocks.get(parameter) for parameter in parameters]
-                self._packings[key] = Packing(blocks, gradients, full)
+                gradients = map(with_parameter_strides, parameters, bucket.gradients())
+                self._packings[key] = Packing(blocks, list(gradients), bucket.buffer())
         return self._packings[key]
 
 
@@ -125,7 +117,8 @@ def packed_allreduce(state: PackedReducer, bucket: GradBucket) -> torch.futures.
     if bucket.buffer().is_sparse:
         return _sparse_allreduce(state, bucket.buffer())
     view = state.bucket_view(bucket)
-    state.probe_bucket(zip(bucket.parameters(), view.gradients))
+    if state.nonzero_seen is not None:
+        state.probe_bucket(zip(view.parameters, view.gradients))
     averaged, sent_bytes = state.averager.start(view)
     state.sent_bytes += sent_bytes
     state.dense_bytes += view.full.numel() * view.full.element_size()

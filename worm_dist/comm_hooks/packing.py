@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..groups.freeze_plan import Block
 from .checksums import NUM_CHECKSUMS
+from .wide_rows import write_rows
 
 __all__ = ["Packing", "with_parameter_strides"]
 
@@ -31,8 +33,13 @@ _LARGE = 2**20
 _ROWS_AT_ONCE = 2**21
 """Elements of the rows from which columns are selected at once: the size of a scratch buffer that
 is kept for each bucket that needs one.  With fewer, launches would take longer than copies."""
+_SMALL_ON_CPU = 2**15
+"""Elements of a gradient that a CPU copies by index sooner than it starts another operation."""
 _SHORT_ROW = 64
 """Elements of a row that a CPU copies no faster than as many single elements."""
+
+
+_Pieces: TypeAlias = tuple[list[tuple[Tensor, Tensor]], list[tuple[int, Tensor]]]
 
 
 class Packing:
@@ -87,7 +94,13 @@ class Packing:
     @property
     def num_indices(self) -> int:
         """Number of indices that are kept, each of eight bytes, besides those of the blocks."""
-        return sum(self._sizes[number] for run in self._runs for number in run)
+        in_runs = sum(self._sizes[number] for run in self._runs for number in run)
+        in_rows = sum(
+            block.live[1].numel() * block.shape[2:].numel()
+            for block in map(self.blocks.__getitem__, self._alone)
+            if block is not None and len(block.live) == 2
+        )
+        return in_runs + in_rows
 
     @cached_property
     def wire(self) -> Tensor:
@@ -112,18 +125,15 @@ class Packing:
 
     def gradients_of(self, bucket: Tensor) -> list[Tensor]:
         """The gradients as views of a tensor of the bucket's size."""
-        begin = bucket.storage_offset()
-        return [
-            bucket.as_strided(shape, stride, begin + offset)
-            for shape, stride, offset in self._layouts
-        ]
+        return [self._gradient(bucket, number) for number in range(len(self._layouts))]
 
     def pack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
         """Copy the live elements of a bucket into the buffer, or into another one."""
-        buffer = self.buffer if buffer is None else buffer
-        for index, begin in self._indices:
-            torch.index_select(bucket, 0, index, out=buffer[begin : begin + index.numel()])
-        for gradient, block, part in self._written_alone(bucket, buffer):
+        indexed, alone = self._own_pieces if buffer is None else self._pieces(buffer)
+        for index, part in indexed:
+            torch.index_select(bucket, 0, index, out=part)
+        for number, part in alone:
+            gradient, block = self._gradient(bucket, number), self.blocks[number]
             if block is None:
                 part.copy_(gradient)
             else:
@@ -134,19 +144,44 @@ class Packing:
         its frozen ones."""
         # One pass over contiguous memory is faster than a fill of every frozen slice.
         bucket.zero_()
-        self.update(bucket, buffer)
+        self._write(bucket, buffer, is_zero=True)
 
     def update(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
         """Write the buffer, or another one, to the live elements of a bucket; frozen ones stay
         unchanged."""
-        buffer = self.buffer if buffer is None else buffer
-        for index, begin in self._indices:
-            bucket.index_copy_(0, index, buffer[begin : begin + index.numel()])
-        for gradient, block, part in self._written_alone(bucket, buffer):
+        self._write(bucket, buffer, is_zero=False)
+
+    def _write(self, bucket: Tensor, buffer: Tensor | None, is_zero: bool) -> None:
+        """See ``update``; ``is_zero`` if all frozen elements are zero."""
+        indexed, alone = self._own_pieces if buffer is None else self._pieces(buffer)
+        for index, part in indexed:
+            # ``index_copy_`` does the same, but takes twice as long on a CPU.
+            bucket.scatter_(0, index, part)
+        for number, part in alone:
+            gradient, block = self._gradient(bucket, number), self.blocks[number]
             if block is None:
                 gradient.copy_(part)
             else:
-                self._put(gradient, block, part)
+                self._put(number, gradient, part, is_zero)
+
+    @cached_property
+    def _own_pieces(self) -> _Pieces:
+        return self._pieces(self.buffer)
+
+    def _pieces(self, buffer: Tensor) -> _Pieces:
+        """Views of a buffer: of what is gathered by each index, and of what is copied alone."""
+        return (
+            [(index, buffer[begin : begin + index.numel()]) for index, begin in self._indices],
+            [
+                (number, buffer[begin : begin + shape.numel()].view(shape))
+                for number in self._alone
+                for begin, shape in [(self._begins[number], self._live_shapes[number])]
+            ],
+        )
+
+    def _gradient(self, bucket: Tensor, number: int) -> Tensor:
+        shape, stride, offset = self._layouts[number]
+        return bucket.as_strided(shape, stride, bucket.storage_offset() + offset)
 
     @cached_property
     def _indices(self) -> list[tuple[Tensor, int]]:
@@ -200,27 +235,40 @@ class Packing:
             ((dim, live),) = block.live.items()
             torch.index_select(gradient, dim, live, out=out)
 
-    def _put(self, gradient: Tensor, block: Block, part: Tensor) -> None:
-        if part.numel() == 0:
+    def _put(self, number: int, gradient: Tensor, part: Tensor, is_zero: bool) -> None:
+        block = self.blocks[number]
+        if block is None or part.numel() == 0:
             return
         if len(block.live) == 2:
+            columns = self._columns[number]
             for rows, part_rows, scratch in self._rows(block, part):
-                torch.index_select(gradient, 0, rows, out=scratch)
-                gradient.index_copy_(0, rows, scratch.index_copy_(1, block.live[1], part_rows))
+                if is_zero:
+                    scratch.zero_()
+                else:
+                    torch.index_select(gradient, 0, rows, out=scratch)
+                scratch.view(rows.numel(), -1).scatter_(
+                    1, columns.expand(rows.numel(), -1), part_rows.view(rows.numel(), -1)
+                )
+                write_rows(gradient, rows, scratch)
         else:
             ((dim, live),) = block.live.items()
-            gradient.index_copy_(dim, live, part)
+            if dim == 0:
+                write_rows(gradient, live, part)
+            else:
+                gradient.index_copy_(dim, live, part)
 
-    def _written_alone(
-        self, bucket: Tensor, buffer: Tensor
-    ) -> Iterator[tuple[Tensor, Block | None, Tensor]]:
-        origin = bucket.storage_offset()
+    @cached_property
+    def _columns(self) -> dict[int, Tensor]:
+        """By the number of every gradient that is copied by rows and columns, int64: where in a row
+        its live elements are."""
+        columns: dict[int, Tensor] = {}
         for number in self._alone:
-            shape, stride, offset = self._layouts[number]
-            gradient = bucket.as_strided(shape, stride, origin + offset)
-            begin, live_shape = self._begins[number], self._live_shapes[number]
-            part = buffer[begin : begin + live_shape.numel()].view(live_shape)
-            yield gradient, self.blocks[number], part
+            block = self.blocks[number]
+            if block is not None and len(block.live) == 2:
+                in_row = torch.arange(block.shape[1:].numel(), device=self._device)
+                live = in_row.view(block.shape[1], -1).index_select(0, block.live[1])
+                columns[number] = live.flatten()
+        return columns
 
 
 def _rows_at_once(shape: torch.Size) -> int:
@@ -236,9 +284,11 @@ def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
     """
     if gradient.numel() >= _LARGE:
         return False
+    if gradient.device.type != "cpu" or gradient.numel() < _SMALL_ON_CPU:
+        return True
     has_long_rows = gradient.shape[1:].numel() >= _SHORT_ROW
     is_of_rows = block is None or block.live.keys() == {0}
-    return gradient.device.type != "cpu" or not (is_of_rows and has_long_rows)
+    return not (is_of_rows and has_long_rows)
 
 
 def with_parameter_strides(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -311,8 +311,7 @@ class TrainingContext(StepListener):
 
     def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
         """Estimate BatchNorm statistics at a check; see ``InputRecord.recalibrate``."""
-        where = f"check at step {self.step}"
-        self.inputs.recalibrate(self.network, groups, self.comm, where, warned)
+        self.inputs.recalibrate(self.network, groups, self.comm, self.step, warned)
 
     def remove(self) -> None:
         """Remove all hooks, and stop truncating gradients."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed.collectives import Communicator
 from ..errors import DrawError, WormError
@@ -47,6 +47,7 @@ def draw(
     *,
     is_complete: bool,
     is_restored: bool = False,
+    are_zero: bool = False,
 ) -> None:
     """Remove channels from network, optimizer and copies, and wrap the network anew.  Collective.
 
@@ -60,6 +61,9 @@ def draw(
             longer recorded.
         is_restored: whether weights and statistics will be loaded: then nothing is rehearsed or
             estimated.
+        are_zero: whether the output of all dropped channels is exactly zero.  Then the statistics
+            of the others are the same before the draw, and those of a check need not be estimated
+            again.
 
     Raises:
         DrawError: on every rank; everything has been rolled back.
@@ -75,8 +79,14 @@ def draw(
                 training.network, groups, mask, training.example_inputs, training.inputs.calls
             )
     transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None
+    estimates = training.inputs.is_on and not is_restored
+    estimated_before = estimates and are_zero
+    is_estimated = estimated_before and training.inputs.is_estimated(training.step, comm)
     before = Snapshot(networks, [optimizer])
     try:
+        if estimated_before and not is_estimated:
+            # Before the cut too, so that a resumed run has the same bits as one that went on.
+            _estimate([training.network], training, where)
         with _on_every_rank(comm, where):
             training.backend.release()
             training.drop_gradients()
@@ -89,10 +99,8 @@ def draw(
             after = dict(training.network.named_parameters())
             if transfer is not None:
                 transfer.replace_parameters(after)
-            estimates = training.inputs.is_on and not is_restored
-            statistics = [Statistics(each, training.inputs.calls) for each in networks if estimates]
-        for estimated in statistics:
-            estimated.write(comm, where)
+        if estimates and (copies or not estimated_before):
+            _estimate(copies if estimated_before else networks, training, where)
         with _on_every_rank(comm, where):
             rewrapped = training.rewrap()
             if transfer is not None:
@@ -105,6 +113,15 @@ def draw(
     training.register_step_hooks()
     if is_complete:
         training.inputs.stop()
+
+
+def _estimate(networks: Sequence[nn.Module], training: TrainingContext, where: str) -> None:
+    """Estimate the BatchNorm statistics of networks.  Collective."""
+    calls = training.inputs.calls
+    with _on_every_rank(training.comm, where):
+        statistics = [Statistics(network, calls) for network in networks]
+    for estimated in statistics:
+        estimated.write(training.comm, where)
 
 
 @contextmanager
@@ -179,12 +196,21 @@ def _difference_on(
 ) -> str | None:
     """Rehearse on a recorded input, which may reach layers that the example inputs do not; in the
     call's own precision, so coarsely.  None if it cannot be run in eval mode."""
-    copy = copied(network)
+    copy = copied(network, lambda data: data)  # shares the memory of the parameters
+    has_run = False
+
+    def outputs(each: nn.Module) -> list[Tensor]:
+        nonlocal has_run
+        found = list(floats(call.run(each)))
+        has_run = True
+        return found
+
     try:
-        call.run(copy)
+        return difference(copy, outputs, groups, mask)
     except Exception:  # any error of the user's forward
+        if has_run:
+            raise
         return None
-    return difference(copy, lambda each: list(floats(call.run(each))), groups, mask)
 
 
 def _fold_gates(

@@ -194,6 +194,7 @@ class DroppedChannels(StepListener):
             where,
             is_complete=is_complete,
             is_restored=is_restored,
+            are_zero=bool(self._truncation.zero(training.step)[~remaining.keep].all()),
         )
         self._truncation.remove()
         self.channels.remove(mask)

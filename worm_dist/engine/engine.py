@@ -157,7 +157,8 @@ class Engine:
                 verdict, new_mask=cuts_mask, elbow=cuts_mask and verdict.elbow
             )
             can_draw_now = not could_draw and (verdict.stage or verdict.ticket)
-            if self._removes and (is_due or can_draw_now):
+            # No statistics lag behind when the removal begins.
+            if self._removes and not cuts_mask and (is_due or can_draw_now):
                 groups = self._dropped.channels.groups
                 self._training.recalibrate_statistics(groups, self._warned_groups)
         if can_draw_now:

@@ -35,6 +35,7 @@ class InputRecord:
         self._recorded = RecordedInputs(num_calls, config.recalibrate_memory_mb << 20)
         self.is_on = self._recorded.is_on
         self._handle: RemovableHandle | None = None
+        self._estimated_after: tuple[int, int] | None = None
 
     @property
     def calls(self) -> Sequence[RecordedCall]:
@@ -63,7 +64,7 @@ class InputRecord:
         network: nn.Module,
         groups: Groups,
         comm: Communicator,
-        where: str,
+        step: int,
         warned: set[str],
     ) -> None:
         """Estimate BatchNorm statistics from the recorded inputs, and check the network for
@@ -73,16 +74,29 @@ class InputRecord:
             network: the network.
             groups: its channel groups, as it is now.
             comm: the communicator of the data-parallel ranks.
-            where: prefix of error messages.
+            step: optimizer steps so far, when a check is made.
             warned: names of groups that a warning was given for; new ones are added.
 
         Raises:
             CollapseError: on every rank, if the network's output does not depend on its input.
         """
         if self.is_on:
+            where = f"check at step {step}"
             with Liveness(network, groups) as liveness:
                 recalibrate(network, self.calls, comm, where, liveness.observe)
             liveness.require(comm, where, warned)
+            self._estimated_after = step, self._recorded.num_passes
+
+    def is_estimated(self, step: int, comm: Communicator) -> bool:
+        """Whether the statistics are those that ``recalibrate`` estimated, with nothing trained
+        since.  Collective: a pass on one rank counts for all.
+
+        Args:
+            step: optimizer steps so far.
+            comm: the communicator of the data-parallel ranks.
+        """
+        is_stale = self._estimated_after != (step, self._recorded.num_passes)
+        return not comm.any(torch.tensor([float(is_stale)]))
 
     def stop(self) -> None:
         """Record no inputs from now on, and let go of those recorded."""

@@ -114,6 +114,9 @@ class RecordedInputs:
         num_calls: maximum number of recorded calls.
         most_bytes: maximum size of all of them in bytes; the newest is kept whatever its size.
         belongs_to_an_engine: False for a copy.
+
+    Attributes:
+        num_passes: number of passes so far.
     """
 
     def __init__(self, num_calls: int, most_bytes: int, belongs_to_an_engine: bool = True) -> None:
@@ -121,6 +124,7 @@ class RecordedInputs:
         self._calls: deque[RecordedCall] = deque(maxlen=num_calls)
         self._most_bytes = most_bytes
         self._copies = False
+        self.num_passes = 0
 
     @property
     def is_on(self) -> bool:
@@ -133,7 +137,10 @@ class RecordedInputs:
         return [call for call in self._calls if call.is_intact]
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not network.training or not self.is_on or _is_redirected(network):
+        if not network.training or not self.is_on:
+            return
+        self.num_passes += 1
+        if _is_redirected(network):
             return
         new_tensors = list(tensors_in((args, kwargs)))
         unaffected = self._not_overlapping(new_tensors)

@@ -66,15 +66,18 @@ class Rehearsal:
                 self.network = copied(network, partial(_double_copy, device=device))
                 self.network.to(device).double()
                 self._inputs = mapped(example_inputs, partial(_double, device=device))
-                run(self.network, self._inputs)
+                if calls is None:
+                    calls = Calls.of(self.network, self._inputs)
+                else:
+                    run(self.network, self._inputs)
                 break
             except Exception:  # such as a forward with a fixed dtype or device
                 self.network = None  # type: ignore[assignment]  # its memory is free before the next
         else:
             self.network = copied(network)
             self._inputs = example_inputs
-        if calls is None:
-            calls = Calls.of(self.network, self._inputs)
+            if calls is None:
+                calls = Calls.of(self.network, self._inputs)
         deciding = calls.deciding(may_lack=True)
         if deciding:
             with suppress(Exception):  # training mode may fail in double precision

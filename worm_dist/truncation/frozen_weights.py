@@ -137,7 +137,15 @@ class Removed(Held):
         self._fade.begin(channels, step)
 
     def fading_params(self, frozen: Tensor) -> Collection[Tensor]:
-        return self._scales(frozen).blocks.keys()
+        parameters = dict(self._network.named_parameters())
+        here = zip(self._groups, self._groups.split(frozen).values())
+        return {
+            parameters[name]
+            for group, frozen_here in here
+            if bool(frozen_here.any())
+            for member in group.zeroing_members
+            for name, _ in member.parameters
+        }
 
     def before_step(self) -> None:
         super().before_step()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.optimizer_view import Shard
+from ..comm_hooks.wide_rows import fill_rows_with_zeros, write_rows
 from ..groups.freeze_plan import Block
 
 __all__ = ["ManySlices", "SliceCopies", "Slices", "group_slices"]
@@ -90,7 +91,8 @@ class ManySlices:
         if copies is None:
             flat.index_fill_(0, self._index(there, present), 0)
         else:
-            flat.index_copy_(0, self._index(there, present), self._chosen(copies, there))
+            # ``index_copy_`` does the same, but takes twice as long on a CPU.
+            flat.scatter_(0, self._index(there, present), self._chosen(copies, there))
         parts = flat.split([self._sizes[number] for number in there])
         torch._foreach_copy_([_in_memory_order(tensor) for tensor in present], parts)
 
@@ -148,8 +150,12 @@ class RowSlices:
         if tensor is None:
             return
         for number, (dim, indices) in enumerate(self._frozen.items()):
-            if copies is None:
+            if copies is None and dim == 0:
+                fill_rows_with_zeros(tensor, indices)
+            elif copies is None:
                 tensor.index_fill_(dim, indices, 0)
+            elif dim == 0:
+                write_rows(tensor, indices, copies[number])
             else:
                 tensor.index_copy_(dim, indices, copies[number])
 
