@@ -15,6 +15,9 @@ from typing import Any
 from .analysis import replay_command, report_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
+from .bench.time_to_accuracy.command import NAMES as TIME_TO_ACCURACY
+from .bench.time_to_accuracy.command import add_parsers as add_time_to_accuracy_parsers
+from .bench.time_to_accuracy.command import run as run_time_to_accuracy
 from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
@@ -140,6 +143,7 @@ def _parse(
         )
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     add_ledger_parsers(benchmarks)
+    add_time_to_accuracy_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
     if options.command in strict:
         if rest:
@@ -214,6 +218,9 @@ def _bench(options: argparse.Namespace) -> int:
     require_extras({"train": "bench"})
     if options.benchmark in ("ledger", "grid"):
         run_ledger(options)
+        return 0
+    if options.benchmark in TIME_TO_ACCURACY:
+        run_time_to_accuracy(options)
         return 0
     from .bench.run import run
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..distributed.init import RankInfo, process_group
 from ..errors import BackendError
 
-__all__ = ["Link", "over_ranks", "two_ranks"]
+__all__ = ["Link", "over_ranks", "rate_text", "two_ranks"]
 
 _TIMEOUT = 120.0
 _LOOPBACK = "lo"
@@ -57,10 +57,7 @@ class Link:
 
     def __str__(self) -> str:
         """The network for a heading, such as ``100 Mbit/s``."""
-        rate = re.fullmatch(r"(\d+)([kmg]?)bit", self.network)
-        if rate is None:
-            return {"unlimited": "an unlimited link"}.get(self.network, self.network)
-        return f"{rate[1]} {rate[2].upper()}bit/s"
+        return rate_text(self.network)
 
     def sent_bytes(self) -> int:
         """Bytes that the kernel has transmitted over the interface so far.
@@ -75,6 +72,14 @@ class Link:
                 f"bench wire: no transmit counter of interface {self.name!r} ({error}); run it "
                 "on Linux, in launch/netlab"
             ) from error
+
+
+def rate_text(network: str) -> str:
+    """A network for a heading, such as ``100 Mbit/s`` for ``100mbit``."""
+    rate = re.fullmatch(r"(\d+)([kmg]?)bit", network)
+    if rate is None:
+        return {"unlimited": "an unlimited link"}.get(network, network)
+    return f"{rate[1]} {rate[2].upper()}bit/s"
 
 
 def over_ranks(values: list[list[float]], op: dist.ReduceOp.RedOpType) -> list[list[float]]:
