@@ -45,11 +45,9 @@ def _times(
     rule: str, steps: dict[str, float], check: float = 0.0, removal: float = 0.0
 ) -> StepTimes:
     ratio = 0.0 if rule.startswith("dense") else 0.5
-    quartiles = {phase: (seconds, seconds) for phase, seconds in steps.items()}
+    means = {phase: 2 * seconds for phase, seconds in steps.items()}
     numbers = dict.fromkeys(steps, 40)
-    return StepTimes(
-        SUBJECT, rule, ratio, 2, "100mbit", steps, quartiles, numbers, {}, check, removal
-    )
+    return StepTimes(SUBJECT, rule, ratio, 2, "100mbit", steps, means, numbers, {}, check, removal)
 
 
 WORM = _times("worm", {"search": 4.0, "truncate": 2.0, "ticket": 1.0}, check=0.5, removal=8.0)
@@ -64,6 +62,11 @@ def test_seconds_are_steps_times_their_seconds_with_checks_and_draws() -> None:
         search + 2 * truncate,
         search + 2 * truncate + ticket,
     ]
+
+
+def test_a_disturbed_run_is_composed_of_means() -> None:
+    row = _row("worm", [0.1, 0.2], elbow_epoch=1.0, ticket_epoch=2.0)
+    assert WORM.seconds_of(row, 10, disturbed=True)[-1] == 10 * (8.0 + 4.0) + 0.5 + 8.0
 
 
 def test_a_draw_at_once_is_in_the_epoch_that_ends_with_it() -> None:

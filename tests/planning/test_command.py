@@ -73,7 +73,9 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["estimate"]["samples_per_rank"] == 2
     assert plan["estimate"]["bandwidth_bits_per_second"] == 1e9
     steps = plan["estimate"]["steps"]
-    assert steps["dense"]["all_reduce_seconds"] == 1_152_680 * 8 / 1e9
+    # Two buckets, each of two messages of 50 microseconds.
+    expected = pytest.approx(1_152_680 * 8 / 1e9 + 2 * 2 * 50e-6)
+    assert steps["dense"]["all_reduce_seconds"] == expected
 
 
 def test_the_standard_error_says_what_it_does_meanwhile(

@@ -260,7 +260,7 @@ def _setting(estimate: Estimate) -> str:
 def _times(estimate: Estimate) -> Table:
     table = plain_table()
     table.add_column("")
-    for heading in ("computing", "all-reduce", "both at once", "one after the other"):
+    for heading in ("computing", "all-reduce", "expected", "both at once", "one after the other"):
         table.add_column(heading, justify="right")
     dense = estimate.steps["dense"]
     for stage, step in estimate.steps.items():
@@ -269,6 +269,9 @@ def _times(estimate: Estimate) -> Table:
             stage,
             seconds(step.compute_seconds),
             seconds(step.all_reduce_seconds),
+            compared(
+                seconds(step.expected_seconds), step.expected_seconds / dense.expected_seconds
+            ),
             compared(seconds(shortest), shortest / dense.shortest_seconds),
             compared(seconds(longest), longest / dense.longest_seconds),
         )
@@ -282,6 +285,7 @@ def _method(estimate: Estimate) -> str:
         scaled = f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
     return (
         f"Computing: forward and backward pass, measured on this machine ({measured.device}; "
-        f"median of {measured.rounds}){scaled}. All-reduce: a ring's {FORMULA}. A real step lies "
-        "between the two sums, plus latency, packing, optimizer and input, which are left out."
+        f"median of {measured.rounds}){scaled}. All-reduce: a ring's {FORMULA}. Expected: "
+        "DistributedDataParallel's buckets are reduced one after the other, each as soon as its "
+        "gradients are there. Packing, optimizer and input are left out."
     )

@@ -20,10 +20,12 @@ from .step_times import StepTimes
 
 __all__ = ["measure_steps"]
 
-_STEPS = 40
+_STEPS = 60
 """Steps of a phase whose network stays the same."""
 _REMOVAL_STEPS = 96
 """Steps of a gradual removal; its stages are those of a run."""
+_IN_A_ROW = 5
+"""Steps of one run before those of the next, so that the processor's caches hold its network."""
 _WARM_UP = 4
 _SETTLING = 2
 """Steps after a change of the network that are not typical: DDP rebuilds its buckets in the first,
@@ -36,8 +38,8 @@ Pair = tuple[RunSpec, Row]
 
 
 def measure_steps(pairs: Sequence[Pair], parents: Sequence[Row | None]) -> list[StepTimes]:
-    """Measure the parts of runs, one step of each run after the other, so that a busy machine slows
-    all alike.  Collective.
+    """Measure the parts of runs, a few steps of each run after those of the one before, so that a
+    busy machine slows all alike.  Collective.
 
     Args:
         pairs: specifications of runs, and their rows, which have the widths of the tickets.
@@ -48,9 +50,10 @@ def measure_steps(pairs: Sequence[Pair], parents: Sequence[Row | None]) -> list[
     rounds = [iter(each.steps()) for each in courses]
     num_rounds = 0
     while num_rounds < _WARM_UP + _STEPS or not all(each.is_over for each in endings):
-        num_rounds += 1
+        num_rounds += _IN_A_ROW
         for steps in rounds:
-            next(steps, None)
+            for _ in range(_IN_A_ROW):
+                next(steps, None)
     return [each.times() for each in courses]
 
 
@@ -135,9 +138,9 @@ class _Course:
             if kind in ("start", "draw") or kind.startswith("check in ")
         }
         phases = [kind for kind in seconds if " " not in kind]
-        steps = {phase: statistics.median(seconds[phase]) for phase in phases}
+        means = {phase: statistics.mean(seconds[phase]) for phase in phases}
         settling = sum(
-            sum(values) - len(values) * steps[kind.removeprefix("settling ")]
+            sum(values) - len(values) * means[kind.removeprefix("settling ")]
             for kind, values in seconds.items()
             if kind.startswith("settling ")
         )
@@ -150,8 +153,8 @@ class _Course:
             prune_ratio=spec.prune_ratio,
             ranks=dist.get_world_size(),
             network=self._link.network,
-            steps=steps,
-            quartiles={phase: _quartiles(seconds[phase]) for phase in phases},
+            steps={phase: _first_quartile(seconds[phase]) for phase in phases},
+            mean_steps=means,
             num_steps={phase: len(seconds[phase]) for phase in phases},
             wire_bytes={}
             if is_loopback
@@ -166,6 +169,5 @@ def _slower(values: Sequence[float]) -> list[float]:
     return slower
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
+def _first_quartile(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=4, method="inclusive")[0]

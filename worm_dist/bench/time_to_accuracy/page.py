@@ -21,11 +21,12 @@ _TEXT = """\
 # Time to accuracy
 
 **How the seconds come about.**  The accuracies are those of real runs, each trained once.  The
-seconds are composed: the number of steps that a run has taken in each phase, times the median step
-time of that phase over that network, plus its checks in the search, the stages of its draw, and
-what the first steps after each take longer.  These times were measured between two ranks that take
-a few dozen steps of each method, one after the other.  The learning curve does not depend on the
-link.
+seconds are composed: the number of steps that a run has taken in each phase, times the time of such
+a step over that network, plus its checks in the search, the stages of its draw, and what the first
+steps after each take longer.  The learning curve does not depend on the link.  The times were
+measured between two ranks that take a few dozen steps of each method in turn, through a removal of
+96 steps in the same stages.  A step's time is the first quartile, because the machine also had
+other load.
 
 {tables}
 {whole}```sh
@@ -41,7 +42,8 @@ _WHOLE = """\
 ## Composed beside measured
 
 Short runs that were trained over the link from beginning to end: the seconds of all steps, checks
-and draws, without evaluations, beside those composed from the step times above.
+and draws, without evaluations, beside those composed from the measured step times.  Here these are
+means, not quartiles, as other load has delayed steps of the whole runs as well.
 
 {table}
 
@@ -87,7 +89,8 @@ def _whole_runs(folder: Path, results: Results) -> str:
                 continue
             subject = SUBJECTS[row.key.subject]
             steps = len(subject.samples().images) // subject.batch_size
-            composed, measured = like.seconds_of(row, steps)[-1], sum(row.training_seconds)
+            composed = like.seconds_of(row, steps, disturbed=True)[-1]
+            measured = sum(row.training_seconds)
             lines.append(
                 f"| {rate_text(network)} | {LABELS[row.key.rule]}, {row.key.subject} | "
                 f"{row.key.epochs} | {composed:.1f} | {measured:.1f} | "

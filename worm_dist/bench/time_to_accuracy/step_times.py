@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ class StepTimes:
         subject, rule, prune_ratio: what was run.
         ranks: number of ranks.
         network: rate of the link between them, such as ``100mbit``; ``lo`` for the loopback.
-        steps: median seconds of a step, by phase.
-        quartiles: first and third quartile of these seconds, by phase.
+        steps: seconds of a step, by phase: the first quartile, which other load of the machine
+            hardly changes.
+        mean_steps: mean seconds of a step, by phase, with what other load has delayed.
         num_steps: number of measured steps, by phase.
         wire_bytes: median bytes of a step that left a rank's interface, by phase; empty over the
             loopback, whose counter has all traffic of the machine.
@@ -37,20 +38,22 @@ class StepTimes:
     ranks: int
     network: str
     steps: Mapping[str, float]
-    quartiles: Mapping[str, Sequence[float]]
+    mean_steps: Mapping[str, float]
     num_steps: Mapping[str, int]
     wire_bytes: Mapping[str, float]
     check_seconds: float
     removal_seconds: float
 
-    def seconds_of(self, row: Row, steps_per_epoch: int) -> list[float]:
+    def seconds_of(self, row: Row, steps_per_epoch: int, *, disturbed: bool = False) -> list[float]:
         """Seconds from the start of a run to the end of every epoch: the steps of each phase times
         the seconds of such a step, and the measured checks and draws.
 
         Args:
             row: the run.
             steps_per_epoch: optimizer steps in an epoch.
+            disturbed: True to compose mean times of steps, as of a run beside other load.
         """
+        per_step = self.mean_steps if disturbed else self.steps
         end = len(row.accuracies)
         drawn = end if row.ticket_epoch is None else row.ticket_epoch
         elbow = drawn if row.elbow_epoch is None else row.elbow_epoch
@@ -63,7 +66,7 @@ class StepTimes:
                 "ticket": epoch - min(epoch, drawn),
             }
             seconds = sum(
-                each * steps_per_epoch * self.steps[phase] for phase, each in epochs.items() if each
+                each * steps_per_epoch * per_step[phase] for phase, each in epochs.items() if each
             )
             seconds += int(epochs[first]) * self.check_seconds
             if row.ticket_epoch is not None and epoch > elbow:
