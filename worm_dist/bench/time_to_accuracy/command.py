@@ -27,6 +27,7 @@ _RATIO = 0.5
 _SEEDS = (1, 2, 3)
 _RANKS = 2
 _QUICK_EPOCHS = 3
+_STEPS, _QUICK_STEPS = 100, 10
 
 
 def add_parsers(benchmarks: Any) -> None:
@@ -54,6 +55,13 @@ def add_parsers(benchmarks: Any) -> None:
         )
         if name == "run":
             parser.add_argument("--workers", type=int, help="runs at a time; default: 1")
+        if name != "run-whole":
+            parser.add_argument(
+                "--steps",
+                type=int,
+                default=_STEPS,
+                help=f"measured steps of each phase; default: {_STEPS}",
+            )
         parser.add_argument("--quick", action="store_true", help="the digits, one seed: minutes")
         parser.add_argument("--out", type=Path, help="default: runs/run, or runs/run-quick")
 
@@ -73,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / ("run-quick" if options.quick else "run")
     specs = _specs(options)
     if options.benchmark == "run-steps":
-        _measure_steps(specs, folder)
+        _measure_steps(specs, folder, _QUICK_STEPS if options.quick else options.steps)
     elif options.benchmark == "run-whole":
         _train_whole(specs, folder)
     else:
@@ -93,19 +101,20 @@ def _train(specs: list[RunSpec], folder: Path, options: argparse.Namespace) -> N
     rows = train_rows(specs, folder, options.workers or 1)
     if not (folder / STEP_TIMES).exists():
         print("bench: no step times in the folder; measuring over the loopback interface")
-        on_ranks(_RANKS, _append_step_times, specs, folder)
+        num_steps = _QUICK_STEPS if options.quick else options.steps
+        on_ranks(_RANKS, _append_step_times, specs, folder, num_steps)
     print(write(folder, rows, command))
     print(f"files: {folder}, rewritten from its rows by\n{command}")
 
 
-def _measure_steps(specs: list[RunSpec], folder: Path) -> None:
+def _measure_steps(specs: list[RunSpec], folder: Path, num_steps: int) -> None:
     from ..network import two_ranks
 
     with two_ranks():
-        _append_step_times(specs, folder)
+        _append_step_times(specs, folder, num_steps)
 
 
-def _append_step_times(specs: list[RunSpec], folder: Path) -> None:
+def _append_step_times(specs: list[RunSpec], folder: Path, num_steps: int) -> None:
     """Measure, and append lines of JSON on rank zero.  Collective."""
     import torch.distributed as dist
 
@@ -125,7 +134,8 @@ def _append_step_times(specs: list[RunSpec], folder: Path) -> None:
     for subject in dict.fromkeys(spec.subject for spec in chosen.values()):
         here = [spec for spec in chosen.values() if spec.subject == subject]
         parents = [None if spec.parent is None else rows[spec.parent] for spec in here]
-        for times in measure_steps([(spec, rows[spec.key]) for spec in here], parents):
+        pairs = [(spec, rows[spec.key]) for spec in here]
+        for times in measure_steps(pairs, parents, num_steps):
             if dist.get_rank() == 0:
                 append(folder / STEP_TIMES, times)
 
@@ -166,6 +176,7 @@ def _specs(options: argparse.Namespace) -> list[RunSpec]:
         ("ratio", options.ratio, 0.01, 0.99),
         ("epochs", [] if options.epochs is None else [options.epochs], 1, 10_000),
         ("ranks", [options.ranks], 1, 64),
+        ("steps", [getattr(options, "steps", _STEPS)], 2, 10_000),
     ):
         for value in values:
             if not least <= value <= most:

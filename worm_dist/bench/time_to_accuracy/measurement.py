@@ -20,8 +20,6 @@ from .step_times import StepTimes
 
 __all__ = ["measure_steps"]
 
-_STEPS = 60
-"""Steps of a phase whose network stays the same."""
 _REMOVAL_STEPS = 96
 """Steps of a gradual removal; its stages are those of a run."""
 _IN_A_ROW = 5
@@ -37,19 +35,22 @@ _UNENDING = 1_000_000
 Pair = tuple[RunSpec, Row]
 
 
-def measure_steps(pairs: Sequence[Pair], parents: Sequence[Row | None]) -> list[StepTimes]:
+def measure_steps(
+    pairs: Sequence[Pair], parents: Sequence[Row | None], num_steps: int
+) -> list[StepTimes]:
     """Measure the parts of runs, a few steps of each run after those of the one before, so that a
     busy machine slows all alike.  Collective.
 
     Args:
         pairs: specifications of runs, and their rows, which have the widths of the tickets.
         parents: the row that each specification depends on, if any.
+        num_steps: steps of a phase whose network stays the same.
     """
-    courses = [_Course(spec, row, parent) for (spec, row), parent in zip(pairs, parents)]
+    courses = [_Course(spec, row, parent, num_steps) for (spec, row), parent in zip(pairs, parents)]
     endings = [each for each in courses if each.ends]
     rounds = [iter(each.steps()) for each in courses]
     num_rounds = 0
-    while num_rounds < _WARM_UP + _STEPS or not all(each.is_over for each in endings):
+    while num_rounds < _WARM_UP + num_steps or not all(each.is_over for each in endings):
         num_rounds += _IN_A_ROW
         for steps in rounds:
             for _ in range(_IN_A_ROW):
@@ -58,7 +59,7 @@ def measure_steps(pairs: Sequence[Pair], parents: Sequence[Row | None]) -> list[
 
 
 class _Course:
-    def __init__(self, spec: RunSpec, row: Row, parent: Row | None) -> None:
+    def __init__(self, spec: RunSpec, row: Row, parent: Row | None, num_steps: int) -> None:
         subject = SUBJECTS[spec.subject]
         rule = spec.rule
         if isinstance(rule, Rule) and rule.prunes and rule.is_gradual:
@@ -69,7 +70,8 @@ class _Course:
         self._is_gradual = isinstance(rule, Rule) and rule.prunes and rule.is_gradual
         self._batch_size = subject.batch_size
         self._num_samples = len(subject.samples().images)
-        self._loop = Loop(subject, recipe, _WARM_UP + _STEPS, _UNENDING)
+        self._loop = Loop(subject, recipe, _WARM_UP + num_steps, _UNENDING)
+        self._num_steps = num_steps
         self._link = Link()
         self._seconds: dict[str, list[float]] = {}
         self._bytes: dict[str, list[float]] = {}
@@ -87,7 +89,7 @@ class _Course:
         if not self.ends:
             while True:
                 yield from self._several(1)
-        yield from self._several(_STEPS)
+        yield from self._several(self._num_steps)
         loop.check()
         mask = self._mask()
         if self._is_gradual:
@@ -103,7 +105,7 @@ class _Course:
         else:
             loop.draw(mask)
             yield from self._several(_SETTLING, "settling ")
-        yield from self._several(_STEPS)
+        yield from self._several(self._num_steps)
         self.is_over = True
 
     def _several(self, number: int, prefix: str = "") -> Iterator[None]:
@@ -153,7 +155,7 @@ class _Course:
             prune_ratio=spec.prune_ratio,
             ranks=dist.get_world_size(),
             network=self._link.network,
-            steps={phase: _first_quartile(seconds[phase]) for phase in phases},
+            steps={phase: _tenth_percentile(seconds[phase]) for phase in phases},
             mean_steps=means,
             num_steps={phase: len(seconds[phase]) for phase in phases},
             wire_bytes={}
@@ -169,5 +171,5 @@ def _slower(values: Sequence[float]) -> list[float]:
     return slower
 
 
-def _first_quartile(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=4, method="inclusive")[0]
+def _tenth_percentile(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10, method="inclusive")[0]

@@ -20,13 +20,13 @@ PAGE, STEP_TIMES, WHOLE_RUNS = "time-to-accuracy.md", "steps.jsonl", "whole-runs
 _TEXT = """\
 # Time to accuracy
 
-**How the seconds come about.**  The accuracies are those of real runs, each trained once.  The
-seconds are composed: the number of steps that a run has taken in each phase, times the time of such
-a step over that network, plus its checks in the search, the stages of its draw, and what the first
-steps after each take longer.  The learning curve does not depend on the link.  The times were
-measured between two ranks that take a few dozen steps of each method in turn, through a removal of
-96 steps in the same stages.  A step's time is the first quartile, because the machine also had
-other load.
+**How the seconds come about.**  The accuracies are those of whole runs, each trained once, on
+{trained}.  The seconds are composed: the number of steps that a run has taken in each phase, times
+the time of such a step over that network, plus its checks in the search, the stages of its draw,
+and what the first steps after each take longer.  The learning curve does not depend on the link.
+The times were measured on {measured}, which take a few steps of each method in turn, through a
+removal of 96 steps in the same stages.  A step's time is the tenth percentile, because the machine
+also had other load.  Bytes are those of the gradients.
 
 {tables}
 {whole}```sh
@@ -42,8 +42,8 @@ _WHOLE = """\
 ## Composed beside measured
 
 Short runs that were trained over the link from beginning to end: the seconds of all steps, checks
-and draws, without evaluations, beside those composed from the measured step times.  Here these are
-means, not quartiles, as other load has delayed steps of the whole runs as well.
+and draws, without evaluations, beside those composed of the step times above (tenth percentiles),
+and of the means of the same steps, which include what other load has delayed.
 
 {table}
 
@@ -62,17 +62,29 @@ def write(folder: Path, rows: Sequence[Row], command: str) -> str:
         The tables.
     """
     complete = [row for row in rows if not row.error]
-    results = Results(complete, read_step_times(folder / STEP_TIMES))
+    times = read_step_times(folder / STEP_TIMES)
+    results = Results(complete, times)
     text = tables(results)
-    page = _TEXT.format(tables=text, whole=_whole_runs(folder, results), command=command)
+    page = _TEXT.format(
+        trained=" or ".join(_ranks(number) for number in sorted({r.key.ranks for r in complete})),
+        measured=" or ".join(_ranks(number) for number in sorted({t.ranks for t in times})),
+        tables=text,
+        whole=_whole_runs(folder, results),
+        command=command,
+    )
     (folder / PAGE).write_text(page, encoding="utf-8")
     picture(results).savefig(folder / "time-to-accuracy.png", dpi=110)
     return text
 
 
+def _ranks(number: int) -> str:
+    return "one rank" if number == 1 else f"{number} ranks"
+
+
 def _whole_runs(folder: Path, results: Results) -> str:
     """A table of the whole runs over a link; empty without any."""
-    lines = header(["network", "run", "epochs", "composed (s)", "measured (s)", "ratio"])
+    titles = ["network", "run", "epochs", "of percentiles (s)", "measured (s)", "of means (s)"]
+    lines = header(titles)
     for path in sorted(folder.glob(f"{WHOLE_RUNS}-*.jsonl")):
         network = path.stem.removeprefix(f"{WHOLE_RUNS}-")
         for row in read_rows(path):
@@ -89,11 +101,12 @@ def _whole_runs(folder: Path, results: Results) -> str:
                 continue
             subject = SUBJECTS[row.key.subject]
             steps = len(subject.samples().images) // subject.batch_size
-            composed = like.seconds_of(row, steps, disturbed=True)[-1]
-            measured = sum(row.training_seconds)
+            undisturbed, means = (
+                like.seconds_of(row, steps, disturbed=disturbed)[-1] for disturbed in (False, True)
+            )
             lines.append(
                 f"| {rate_text(network)} | {LABELS[row.key.rule]}, {row.key.subject} | "
-                f"{row.key.epochs} | {composed:.1f} | {measured:.1f} | "
-                f"{composed / measured:.3f} |"
+                f"{row.key.epochs} | {undisturbed:.1f} | {sum(row.training_seconds):.1f} | "
+                f"{means:.1f} |"
             )
     return _WHOLE.format(table="\n".join(lines)) if len(lines) > 2 else ""

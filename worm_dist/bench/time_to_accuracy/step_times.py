@@ -21,7 +21,7 @@ class StepTimes:
         subject, rule, prune_ratio: what was run.
         ranks: number of ranks.
         network: rate of the link between them, such as ``100mbit``; ``lo`` for the loopback.
-        steps: seconds of a step, by phase: the first quartile, which other load of the machine
+        steps: seconds of a step, by phase: the tenth percentile, which other load of the machine
             hardly changes.
         mean_steps: mean seconds of a step, by phase, with what other load has delayed.
         num_steps: number of measured steps, by phase.
