@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from worm_dist import ConfigError
-from worm_dist.planning.step_time import Bucket, Link, StepTime, ring_seconds
+from worm_dist.planning.step_time import Bucket, Link, StepTime, parse_seconds, ring_seconds
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,13 @@ def test_every_message_of_a_ring_pays_the_latency(world_size: int, messages: int
 def test_what_is_no_latency_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--latency"):
         Link.parse(2, "1Gbit/s", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("100ms", 0.1), ("2 s", 2.0), ("0.5us", 5e-7), ("7ns", 7e-9)]
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds("--compute", text) == pytest.approx(seconds)
 
 
 LINK = Link.parse(2, "1GB/s")

@@ -178,6 +178,7 @@ def forecast(
     link: Link | None,
     num_samples: int | None,
     weights: Path | None = None,
+    compute_seconds: float | None = None,
 ) -> Forecast:
     """Build the network with the gates that a run would add, draw a copy, and count the costs.
 
@@ -188,6 +189,8 @@ def forecast(
         num_samples: samples per rank for the estimate; None for the value of the settings.
         weights: weights of the trained dense network, whose scores then decide; see
             ``weights.load_weights``.
+        compute_seconds: time of a forward and backward pass of the dense network; None to measure
+            it, and the ticket's.
 
     Raises:
         ConfigError: the network cannot be built or has no channel group, or the settings, the
@@ -224,8 +227,13 @@ def forecast(
     estimate = None
     if link is not None:
         shape, precision = target.sample_shape, target.precision
-        batch = affordable_batch(network, shape, num_samples, precision)
-        measured = measure((network, ticket_network), shape, batch, precision)
+        if compute_seconds is None:
+            batch = affordable_batch(network, shape, num_samples, precision)
+            measured = measure((network, ticket_network), shape, batch, precision)
+        else:
+            share = costs["ticket"].total.flops / dense.total.flops
+            seconds = (compute_seconds, share * compute_seconds)
+            measured = Measured(seconds, num_samples, rounds=0, device="given")
         steps = _steps(costs, (network, ticket_network), measured, num_samples, link)
         estimate = Estimate(link, num_samples, measured, steps)
     others = _others(ticket_network, ticket_groups)

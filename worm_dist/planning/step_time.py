@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-__all__ = ["FORMULA", "Bucket", "Link", "StepTime", "ring_seconds"]
+__all__ = ["FORMULA", "Bucket", "Link", "StepTime", "parse_seconds", "ring_seconds"]
 
 FORMULA = "2 (n-1)/n x bytes / bandwidth + 2 (n-1) x latency"
 
 _FACTORS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_LATENCY_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
-_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s)")
 _BACKWARD = 2 / 3
 """Share of the backward pass in the compute time: it has two products where the forward pass has
 one."""
@@ -54,12 +54,25 @@ class Link:
                 f"--bandwidth: {bandwidth!r} is not a bandwidth; write 10Gbit/s, 100Mbit/s or "
                 "1.25GB/s"
             )
-        delay = _LATENCY.fullmatch(latency.strip())
-        if not delay:
-            raise ConfigError(f"--latency: {latency!r} is not a latency; write 50us or 0.1ms")
+        seconds = parse_seconds("--latency", latency)
         bits = 8 if match[3] == "B" else 1
-        seconds = float(delay[1]) * _LATENCY_UNITS[delay[2]]
         return cls(world_size, number * _FACTORS[match[2]] * bits, bandwidth.strip(), seconds)
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """Parse a time such as ``50us``, ``0.1ms`` or ``2s``.
+
+    Args:
+        option: the option, for the error message.
+        text: what the user wrote.
+
+    Raises:
+        ConfigError: it is not a time.
+    """
+    match = _SECONDS.fullmatch(text.strip())
+    if not match:
+        raise ConfigError(f"{option}: {text!r} is not a time; write 50us, 0.1ms or 2s")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @dataclass(frozen=True)

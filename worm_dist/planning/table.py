@@ -280,12 +280,13 @@ def _times(estimate: Estimate) -> Table:
 
 def _method(estimate: Estimate) -> str:
     measured = estimate.measured
-    scaled = ""
-    if measured.num_samples < estimate.num_samples:
-        scaled = f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
+    computing = f"measured on this machine ({measured.device}; median of {measured.rounds})"
+    if measured.rounds == 0:
+        computing = "given for the dense network; the ticket's is in proportion to its FLOPs"
+    elif measured.num_samples < estimate.num_samples:
+        computing += f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
     return (
-        f"Computing: forward and backward pass, measured on this machine ({measured.device}; "
-        f"median of {measured.rounds}){scaled}. All-reduce: a ring's {FORMULA}. Expected: "
-        "DistributedDataParallel's buckets are reduced one after the other, each as soon as its "
-        "gradients are there. Packing, optimizer and input are left out."
+        f"Computing: forward and backward pass, {computing}. All-reduce: a ring's {FORMULA}. "
+        "Expected: DistributedDataParallel's buckets are reduced one after the other, each as soon "
+        "as its gradients are there. Packing, optimizer and input are left out."
     )
