@@ -15,6 +15,9 @@ from typing import Any
 from .analysis import replay_command, report_command
 from .bench.ledger.command import add_parsers as add_ledger_parsers
 from .bench.ledger.command import run as run_ledger
+from .bench.time_to_accuracy.command import NAMES as TIME_TO_ACCURACY
+from .bench.time_to_accuracy.command import add_parsers as add_time_to_accuracy_parsers
+from .bench.time_to_accuracy.command import run as run_time_to_accuracy
 from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
@@ -139,7 +142,16 @@ def _parse(
             "--quick", action="store_true", help="a small network and few rounds"
         )
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
+    scale = benchmarks.add_parser(
+        "scale",
+        help="several ranks: bytes, messages and step times beside what plan estimates",
+        allow_abbrev=False,
+    )
+    scale.add_argument("--model", help="a model for 32x32 images; default: resnet20")
+    scale.add_argument("--quick", action="store_true", help="few rounds")
+    scale.add_argument("--out", type=Path, help="default: runs/scale")
     add_ledger_parsers(benchmarks)
+    add_time_to_accuracy_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
     if options.command in strict:
         if rest:
@@ -214,6 +226,14 @@ def _bench(options: argparse.Namespace) -> int:
     require_extras({"train": "bench"})
     if options.benchmark in ("ledger", "grid"):
         run_ledger(options)
+        return 0
+    if options.benchmark in TIME_TO_ACCURACY:
+        run_time_to_accuracy(options)
+        return 0
+    if options.benchmark == "scale":
+        from .bench.scaling.run import run as run_scale
+
+        run_scale(options.model, options.quick, options.out or Path("runs") / "scale")
         return 0
     from .bench.run import run
 

@@ -22,10 +22,11 @@ from worm_dist.__main__ import main
 from worm_dist.bench.ledger.grid import grid_specs, outcome, summary
 from worm_dist.bench.ledger.row import Key, Row, append, read_rows
 from worm_dist.bench.ledger.rule import RULES, triggered_at
-from worm_dist.bench.ledger.run import missing, one_rank
+from worm_dist.bench.ledger.run import missing
 from worm_dist.bench.ledger.spec import Selection
 from worm_dist.bench.ledger.table import markdown
 from worm_dist.bench.ledger.training import train
+from worm_dist.bench.local_ranks import one_rank
 from worm_dist.errors import CheckpointError
 from worm_dist.models.vgg import Vgg
 

@@ -11,11 +11,11 @@ from tests.ranks import NO_GROUP, Ranks
 from worm_dist.bench.ledger.control import CONTROLS, Control, thinner, width_of
 from worm_dist.bench.ledger.row import Key, Row
 from worm_dist.bench.ledger.rule import DENSE, RULES, Rule, triggered_at
-from worm_dist.bench.ledger.run import one_rank
 from worm_dist.bench.ledger.scratch import ticket_from_scratch
 from worm_dist.bench.ledger.spec import RunSpec
 from worm_dist.bench.ledger.subject import SUBJECTS
 from worm_dist.bench.ledger.training import train
+from worm_dist.bench.local_ranks import one_rank
 from worm_dist.groups.flops import count_flops
 from worm_dist.models.vgg import Vgg
 from worm_dist.pruning.exactness import find_drawable_groups

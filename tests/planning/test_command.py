@@ -73,7 +73,20 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["estimate"]["samples_per_rank"] == 2
     assert plan["estimate"]["bandwidth_bits_per_second"] == 1e9
     steps = plan["estimate"]["steps"]
-    assert steps["dense"]["all_reduce_seconds"] == 1_152_680 * 8 / 1e9
+    # Two buckets, each of two messages of 50 microseconds.
+    expected = pytest.approx(1_152_680 * 8 / 1e9 + 2 * 2 * 50e-6)
+    assert steps["dense"]["all_reduce_seconds"] == expected
+
+
+def test_a_compute_time_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    link = ("--world", "1024", "--bandwidth", "100Gbit/s", "--latency", "5us", "--batch", "4")
+    plan = _json(capsys, DIGITS, "--ratio", "0.5", *link, "--compute", "40ms")
+    steps, total = plan["estimate"]["steps"], plan["total"]
+    assert steps["dense"]["compute_seconds"] == 0.04
+    share = total["ticket"]["flops"] / total["dense"]["flops"]
+    assert steps["ticket"]["compute_seconds"] == pytest.approx(0.04 * share)
+    assert plan["estimate"]["latency_seconds"] == 5e-6
+    assert plan["estimate"]["rounds"] == 0
 
 
 def test_the_standard_error_says_what_it_does_meanwhile(

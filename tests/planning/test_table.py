@@ -11,7 +11,6 @@ import torch
 
 from worm_dist import Mask, WormConfig
 from worm_dist.groups.channel_groups import ChannelGroup, Groups
-from worm_dist.planning.costs import Costs
 from worm_dist.planning.forecast import Forecast, forecast
 from worm_dist.planning.step_time import Link
 from worm_dist.planning.table import show
@@ -45,7 +44,9 @@ def deep(found: Forecast) -> Forecast:
     ]
     reasons = {f"features.denseblock1.denselayer{n}.norm1": "because of that" for n in range(12)}
     costs = {
-        stage: Costs({deeper(name): cost for name, cost in each.groups.items()}, each.total)
+        stage: dataclasses.replace(
+            each, groups={deeper(name): cost for name, cost in each.groups.items()}
+        )
         for stage, each in found.costs.items()
     }
     mask = Mask({deeper(name): kept for name, kept in found.mask.items()})
@@ -135,7 +136,7 @@ def test_it_says_what_the_engine_will_hold(found: Forecast) -> None:
 def test_an_estimate_says_what_it_is(found: Forecast) -> None:
     text = "\n".join(_log(found))
     assert "A step's time, estimated: 8 ranks at 10Gbit/s, 4 samples each" in text
-    assert "a ring's 2 (n-1)/n x bytes / bandwidth" in " ".join(text.split())
+    assert "a ring's 2 (n-1)/n x bytes / bandwidth + 2 (n-1) x latency" in " ".join(text.split())
     assert "measured on this machine (CPU, 1 thread; median of" in " ".join(text.split())
     for stage in ("dense", "truncated", "faded", "ticket"):
         assert re.search(rf"^{stage} +\S+ \S?s +\S+ \S?s +.* %$", text, re.MULTILINE)

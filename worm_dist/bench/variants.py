@@ -1,26 +1,25 @@
 """Compared variants: training steps of the same network with different gradient reductions."""
 
-# No postponed annotations here: torch checks the hook's annotations, which must be classes.
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from ..comm_hooks.callbacks import then
 from ..config import RemovalConfig, TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask
 from ..interval import Interval
+from .hooks import bf16_hook, power_sgd_hook
 
 __all__ = [
     "DDP",
@@ -115,13 +114,13 @@ def variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
     yield Variant("fp16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     model, optimizer = training(build)
-    model.register_comm_hook(None, _bf16_hook)
+    model.register_comm_hook(None, bf16_hook)
     yield Variant("bf16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
 
     for rank in (1, 4):
         model, optimizer = training(build)
         state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
-        model.register_comm_hook(state, _power_sgd_in_turn)
+        model.register_comm_hook(state, power_sgd_hook)
         name = f"PowerSGD rank {rank}"
         yield Variant(name, dense(model, optimizer, batch), lambda: None, None)
 
@@ -187,26 +186,3 @@ def uniform_mask(groups: Groups, share: float) -> Mask:
             for group in groups
         }
     )
-
-
-def _bf16_hook(
-    process_group: dist.ProcessGroup | None, bucket: GradBucket
-) -> torch.futures.Future[Tensor]:
-    """Reimplementation of torch's ``bf16_compress_hook``, which requires NCCL."""
-    buffer = bucket.buffer()
-    compressed = buffer.to(torch.bfloat16).div_(dist.get_world_size(process_group))
-    work = dist.all_reduce(compressed, group=process_group, async_op=True)
-    reduced: torch.futures.Future[list[Tensor]] = work.get_future()
-    return then(reduced, lambda _: buffer.copy_(compressed), work=work)
-
-
-def _power_sgd_in_turn(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """torch's PowerSGD hook, waiting for each bucket.
-
-    Its later collectives are started from callbacks.  Over gloo these run in several threads, so
-    with two buckets in flight the ranks start them in different orders, and the process aborts.
-    """
-    reduced: torch.futures.Future[Tensor] = powerSGD_hook(state, bucket)
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(reduced.wait())
-    return done

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
+_LATENCY = "50us"
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,6 +58,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
     parser.add_argument("--bandwidth", help="bandwidth of a rank's connection: 10Gbit/s, 1.25GB/s")
+    parser.add_argument(
+        "--latency",
+        help=f"latency of a message: 5us, 0.1ms; default: {_LATENCY}, as of TCP over Ethernet",
+    )
+    parser.add_argument(
+        "--compute",
+        metavar="TIME",
+        help="time of a forward and backward pass of the dense network elsewhere, such as 100ms on "
+        "a GPU, instead of a measurement here; the ticket's is in proportion to its operations",
+    )
     parser.add_argument("--batch", type=int, help="samples in one rank's share of a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -95,18 +107,21 @@ def _forecast(
     logger.info("plan: loading torch")
     # Imported late: torchvision and torch-pruning take seconds; mistakes are reported first.
     from .forecast import forecast
-    from .step_time import Link
+    from .step_time import Link, parse_seconds
     from .target import target_of, target_of_config
 
     link = None
     if options.world is not None:
-        link = Link.parse(options.world, options.bandwidth)
+        link = Link.parse(options.world, options.bandwidth, options.latency or _LATENCY)
+    compute = None
+    if options.compute is not None:
+        compute = parse_seconds("--compute", options.compute)
     path = Path(options.model)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         target = target_of_config(path, *overrides)
     else:
         target = target_of(options.model, *overrides)
-    return forecast(target, options.ticket, link, options.batch, options.weights)
+    return forecast(target, options.ticket, link, options.batch, options.weights, compute)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -117,6 +132,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.batch is not None and options.world is None:
         raise ConfigError("--batch: only for the time of a step; give --world and --bandwidth too")
+    for name in ("latency", "compute"):
+        if getattr(options, name) is not None and options.world is None:
+            raise ConfigError(
+                f"--{name}: only for the time of a step; give --world and --bandwidth too"
+            )
     if options.ticket is not None and options.weights is not None:
         raise ConfigError("--weights: --ticket determines the dropped channels; give only one")
     determining = [

@@ -47,10 +47,14 @@ class Costs:
     Attributes:
         groups: the cost of each group, by name.
         total: the cost of the whole network.
+        payload_bytes: bytes of gradients that a rank passes to the all-reduce, by parameter.
+        flops: FLOPs of each module, by name.
     """
 
     groups: Mapping[str, Cost]
     total: Cost
+    payload_bytes: Mapping[str, int]
+    flops: Mapping[str, int]
 
     @property
     def rest(self) -> Cost:
@@ -78,6 +82,7 @@ def costs_of(
     shapes = {name: p.shape for name, p in parameters.items()}
     bytes_each = gradient_bytes(parameters, compression)
     flops = count_flops_by_module(network, sample)
+    payload_bytes = {name: p.numel() * bytes_each[name] for name, p in parameters.items()}
     by_group = {}
     for group in groups:
         keep = mask[group.name]
@@ -99,8 +104,10 @@ def costs_of(
         Cost(
             sum(p.numel() for p in parameters.values()),
             sum(flops.values()),
-            sum(p.numel() * bytes_each[name] for name, p in parameters.items()),
+            sum(payload_bytes.values()),
         ),
+        payload_bytes,
+        flops,
     )
 
 
@@ -130,10 +137,11 @@ def truncated(
             for name, dim in member.parameters
         }
         before = dense.groups[group.name]
-        payload_bytes = _weighted_sum(live, shapes, bytes_each)
-        by_group[group.name] = Cost(before.parameters, before.flops, payload_bytes)
-    payload_bytes = sum(prod(shape) * bytes_each[name] for name, shape in shapes.items())
-    return Costs(by_group, Cost(dense.total.parameters, dense.total.flops, payload_bytes))
+        own = _weighted_sum(live, shapes, bytes_each)
+        by_group[group.name] = Cost(before.parameters, before.flops, own)
+    payload_bytes = {name: prod(shape) * bytes_each[name] for name, shape in shapes.items()}
+    total = Cost(dense.total.parameters, dense.total.flops, sum(payload_bytes.values()))
+    return Costs(by_group, total, payload_bytes, dense.flops)
 
 
 def _owning_members(group: ChannelGroup) -> list[Member]:

@@ -21,10 +21,11 @@ from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
 from ..search.rounding import ratio_reached
 from ..training.weights import load_weights
+from .buckets import buckets_of
 from .costs import Costs, costs_of, truncated
 from .hypothetical import drawn, mask_of_ticket
 from .memory import Memory, memory_of_stages
-from .step_time import FORMULA, Link, StepTime, ring_seconds
+from .step_time import FORMULA, Link, StepTime
 from .target import Target
 from .timing import Measured, affordable_batch, measure
 
@@ -177,6 +178,7 @@ def forecast(
     link: Link | None,
     num_samples: int | None,
     weights: Path | None = None,
+    compute_seconds: float | None = None,
 ) -> Forecast:
     """Build the network with the gates that a run would add, draw a copy, and count the costs.
 
@@ -187,6 +189,8 @@ def forecast(
         num_samples: samples per rank for the estimate; None for the value of the settings.
         weights: weights of the trained dense network, whose scores then decide; see
             ``weights.load_weights``.
+        compute_seconds: time of a forward and backward pass of the dense network; None to measure
+            it, and the ticket's.
 
     Raises:
         ConfigError: the network cannot be built or has no channel group, or the settings, the
@@ -223,9 +227,14 @@ def forecast(
     estimate = None
     if link is not None:
         shape, precision = target.sample_shape, target.precision
-        batch = affordable_batch(network, shape, num_samples, precision)
-        measured = measure((network, ticket_network), shape, batch, precision)
-        steps = _steps(costs, measured, num_samples, link)
+        if compute_seconds is None:
+            batch = affordable_batch(network, shape, num_samples, precision)
+            measured = measure((network, ticket_network), shape, batch, precision)
+        else:
+            share = costs["ticket"].total.flops / dense.total.flops
+            seconds = (compute_seconds, share * compute_seconds)
+            measured = Measured(seconds, num_samples, rounds=0, device="given")
+        steps = _steps(costs, (network, ticket_network), measured, num_samples, link)
         estimate = Estimate(link, num_samples, measured, steps)
     others = _others(ticket_network, ticket_groups)
     weight_bytes = sum(p.nbytes for p in network.parameters())
@@ -273,25 +282,36 @@ def _plans(
 
 
 def _steps(
-    costs: Mapping[Stage, Costs], measured: Measured, num_samples: int, link: Link
+    costs: Mapping[Stage, Costs],
+    networks: tuple[nn.Module, nn.Module],
+    measured: Measured,
+    num_samples: int,
+    link: Link,
 ) -> Mapping[Stage, StepTime]:
     """Step time of every stage; until the draw the dense network is computed.  The measured time
-    is scaled to the number of samples."""
+    is scaled to the number of samples.
+
+    Args:
+        costs: the costs of every stage.
+        networks: the dense network and the ticket.
+        measured: compute times of both.
+        num_samples: samples per rank and step.
+        link: the network between the ranks.
+    """
     scale = num_samples / measured.num_samples
-    dense_seconds, ticket_seconds = (scale * seconds for seconds in measured.seconds)
-    return {
-        stage: StepTime(
-            ticket_seconds if stage == "ticket" else dense_seconds,
-            ring_seconds(each.total.payload_bytes, link),
-        )
-        for stage, each in costs.items()
-    }
+    steps: dict[Stage, StepTime] = {}
+    for stage, each in costs.items():
+        which = stage == "ticket"
+        buckets = buckets_of(networks[which], each.payload_bytes, each.flops)
+        steps[stage] = StepTime.of(scale * measured.seconds[which], buckets, link)
+    return steps
 
 
 def _estimate_as_dict(estimate: Estimate) -> dict[str, Any]:
     return {
         "world_size": estimate.link.world_size,
         "bandwidth_bits_per_second": estimate.link.bits_per_second,
+        "latency_seconds": estimate.link.latency_seconds,
         "samples_per_rank": estimate.num_samples,
         "samples_measured": estimate.measured.num_samples,
         "device": estimate.measured.device,
@@ -301,6 +321,7 @@ def _estimate_as_dict(estimate: Estimate) -> dict[str, Any]:
             stage: {
                 "compute_seconds": step.compute_seconds,
                 "all_reduce_seconds": step.all_reduce_seconds,
+                "expected_seconds": step.expected_seconds,
                 "shortest_seconds": step.shortest_seconds,
                 "longest_seconds": step.longest_seconds,
             }

@@ -260,7 +260,7 @@ def _setting(estimate: Estimate) -> str:
 def _times(estimate: Estimate) -> Table:
     table = plain_table()
     table.add_column("")
-    for heading in ("computing", "all-reduce", "both at once", "one after the other"):
+    for heading in ("computing", "all-reduce", "expected", "both at once", "one after the other"):
         table.add_column(heading, justify="right")
     dense = estimate.steps["dense"]
     for stage, step in estimate.steps.items():
@@ -269,6 +269,9 @@ def _times(estimate: Estimate) -> Table:
             stage,
             seconds(step.compute_seconds),
             seconds(step.all_reduce_seconds),
+            compared(
+                seconds(step.expected_seconds), step.expected_seconds / dense.expected_seconds
+            ),
             compared(seconds(shortest), shortest / dense.shortest_seconds),
             compared(seconds(longest), longest / dense.longest_seconds),
         )
@@ -277,11 +280,13 @@ def _times(estimate: Estimate) -> Table:
 
 def _method(estimate: Estimate) -> str:
     measured = estimate.measured
-    scaled = ""
-    if measured.num_samples < estimate.num_samples:
-        scaled = f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
+    computing = f"measured on this machine ({measured.device}; median of {measured.rounds})"
+    if measured.rounds == 0:
+        computing = "given for the dense network; the ticket's is in proportion to its FLOPs"
+    elif measured.num_samples < estimate.num_samples:
+        computing += f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
     return (
-        f"Computing: forward and backward pass, measured on this machine ({measured.device}; "
-        f"median of {measured.rounds}){scaled}. All-reduce: a ring's {FORMULA}. A real step lies "
-        "between the two sums, plus latency, packing, optimizer and input, which are left out."
+        f"Computing: forward and backward pass, {computing}. All-reduce: a ring's {FORMULA}. "
+        "Expected: DistributedDataParallel's buckets are reduced one after the other, each as soon "
+        "as its gradients are there. Packing, optimizer and input are left out."
     )

@@ -35,7 +35,7 @@ class Measured:
     Attributes:
         seconds: median time of each network.
         num_samples: samples in a batch.
-        rounds: number of measurements of each network.
+        rounds: number of measurements of each network; 0 if the times were given.
         device: name of the device.
     """
 

@@ -48,8 +48,10 @@ class Recipe:
         network: the network, newly initialised.
         config: settings of the engine.
         random_removal: what is dropped instead of the mask of the search, if anything.
+        hook: name of plain DDP's compression hook, if any.
     """
 
     network: nn.Module
     config: WormConfig
     random_removal: RandomRemoval | None = None
+    hook: str | None = None

@@ -7,22 +7,28 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...training.reporting.recovery import recovery
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["Key", "Row", "append", "read_rows"]
 
 
 @dataclass(frozen=True)
 class Key:
-    """Unique key of a run; ``prune_ratio`` is 0 for the dense one and with a budget."""
+    """Unique key of a run; ``prune_ratio`` is 0 for the dense one and with a budget.  ``ranks`` is
+    the number of ranks that share each batch."""
 
     subject: str
     rule: str
     prune_ratio: float
     seed: int
     epochs: int
+    ranks: int = 1
 
 
 @dataclass
@@ -57,6 +63,8 @@ class Row:
         paused_steps: number of steps in which removal was paused because of the loss.
         error: the error that ended the run; empty if there was none.
         seconds: wall-clock time.
+        training_seconds: wall-clock time of the steps, checks and draws of every epoch, without
+            evaluations; rows of earlier versions have none.
     """
 
     key: Key
@@ -82,6 +90,7 @@ class Row:
     paused_steps: int = 0
     error: str = ""
     seconds: float = 0.0
+    training_seconds: list[float] = field(default_factory=list)
 
     @property
     def final(self) -> float:
@@ -108,8 +117,8 @@ class Row:
         return recovery(self.before_pruning, self.ticket_epoch, self.after_draw, tests)
 
 
-def append(path: Path, row: Row) -> None:
-    """Append a row to the file and flush it to disk."""
+def append(path: Path, row: DataclassInstance) -> None:
+    """Append a row, or another dataclass of JSON values, to a file and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         cut_short = file.tell() and _last_byte(path) != b"\n"

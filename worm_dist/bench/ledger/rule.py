@@ -24,11 +24,13 @@ class Rule:
         name: name in rows and tables.
         preset: preset of the settings.
         changes: changes to the preset.
+        hook: name of plain DDP's compression hook, one of ``HOOKS``; only without truncation.
     """
 
     name: str
     preset: str = "worm"
     changes: Mapping[str, Any] = field(default_factory=dict)
+    hook: str | None = None
 
     @property
     def prunes(self) -> bool:
@@ -53,14 +55,14 @@ class Rule:
 
     def changed(self, name: str, changes: Mapping[str, Any]) -> Rule:
         """A copy with another name and further changes."""
-        return Rule(name, self.preset, merge(self.changes, changes))
+        return Rule(name, self.preset, merge(self.changes, changes), self.hook)
 
     def recipe(
         self, subject: Subject, prune_ratio: float, seed: int, parent: Row | None = None
     ) -> Recipe:
         """What to train: the dense network, under the settings."""
         torch.manual_seed(seed)
-        return Recipe(subject.build(1.0), self.config(prune_ratio))
+        return Recipe(subject.build(1.0), self.config(prune_ratio), hook=self.hook)
 
 
 def triggered_at(epoch: float) -> dict[str, Any]:

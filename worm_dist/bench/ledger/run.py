@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import rich.progress
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
 
+from ..local_ranks import on_ranks
 from .row import Key, Row, append, read_rows
 from .spec import RunSpec
 from .training import train
 
-__all__ = ["ROWS", "missing", "one_rank", "run"]
+__all__ = ["ROWS", "missing", "run"]
 
 ROWS = "ledger.jsonl"
 
@@ -41,7 +37,7 @@ def run(specs: Sequence[RunSpec], folder: Path, num_workers: int) -> list[Row]:
     Args:
         specs: the specifications of all runs, with those that they depend on.
         folder: folder of ``ledger.jsonl``.
-        num_workers: number of processes, each with one thread.
+        num_workers: number of runs at a time; every rank of a run is a process with one thread.
 
     Returns:
         The rows of all runs, in the order of ``specs``.
@@ -87,19 +83,4 @@ def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _row(spec: RunSpec, parent: Row | None) -> Row:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with one_rank():
-        return train(spec, parent)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Process group with a world size of 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = FileStore(str(Path(folder) / "store"), 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    return on_ranks(spec.ranks, train, spec, parent)

@@ -22,13 +22,14 @@ _Option = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Specification of a run."""
+    """Specification of a run; ``ranks`` is the number of ranks that share each batch."""
 
     subject: str
     rule: Rule | Control
     prune_ratio: float
     seed: int
     epochs: int
+    ranks: int = 1
 
     @property
     def key(self) -> Key:
@@ -40,7 +41,7 @@ class RunSpec:
         return self._key(self.rule.of) if isinstance(self.rule, Control) else None
 
     def _key(self, rule: Rule | Control) -> Key:
-        return Key(self.subject, rule.name, self.prune_ratio, self.seed, self.epochs)
+        return Key(self.subject, rule.name, self.prune_ratio, self.seed, self.epochs, self.ranks)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from itertools import product
 from .control import CONTROLS, EQUAL_FLOPS, control_name
 from .row import Key, Row
 
-__all__ = ["markdown", "parts_of", "title_of"]
+__all__ = ["header", "markdown", "parts_of", "spread", "title_of"]
 
 _EPOCHS_AFTER = 5
 """Number of epochs after the draw in which the deepest accuracy is searched."""
@@ -139,11 +139,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _runs(rows: Sequence[Row], complete: Sequence[Row]) -> list[str]:
     by_key = {row.key: row for row in complete}
-    lines = _header(["run", "seeds", *(column.title for column in _COLUMNS)])
+    lines = header(["run", "seeds", *(column.title for column in _COLUMNS)])
     for rule in dict.fromkeys(row.key.rule for row in rows):
         pairs = [_pair(row, by_key) for row in complete if row.key.rule == rule]
         cells = [
-            _spread([column.figure(pair) for pair in pairs], column.digits, column.is_difference)
+            spread([column.figure(pair) for pair in pairs], column.digits, column.is_difference)
             for column in _COLUMNS
         ]
         lines.append(f"| {rule} | {len(pairs)} | " + " | ".join(cells) + " |")
@@ -164,14 +164,15 @@ def _gains(complete: Sequence[Row]) -> list[str]:
         ]
         if pairs:
             cells = [
-                _spread([_points(accuracy, *pair) for pair in pairs], 2, is_difference=True)
+                spread([_points(accuracy, *pair) for pair in pairs], 2, is_difference=True)
                 for accuracy in (_final, _test)
             ]
             lines.append(f"| {rule} | {kind} | " + " | ".join(cells) + " |")
-    return [*_header(["rule", "difference to", "accuracy", "test"]), *lines] if lines else []
+    return [*header(["rule", "difference to", "accuracy", "test"]), *lines] if lines else []
 
 
-def _header(titles: Sequence[str]) -> list[str]:
+def header(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
 
@@ -182,7 +183,7 @@ def _pair(row: Row, by_key: Mapping[Key, Row]) -> _Pair:
     return _Pair(row, by_key.get(dense), by_key.get(uniform))
 
 
-def _spread(values: Sequence[float | None], digits: int, is_difference: bool) -> str:
+def spread(values: Sequence[float | None], digits: int, is_difference: bool = False) -> str:
     """Mean and standard deviation; the number of values where it may not be that of the seeds."""
     known = [value for value in values if value is not None]
     if not known:

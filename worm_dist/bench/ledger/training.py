@@ -8,18 +8,15 @@ from collections import deque
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import update_bn
 
-from ... import Phase, Verdict, attach
-from ...engine.engine import Engine
+from ... import Phase, Verdict
 from ...errors import WormError
 from ...groups.flops import count_flops
 from ...groups.forward import in_eval
 from ...groups.mask import Mask
 from ...training.evaluation import count_parameters
+from .loop import Loop
 from .row import Row
 from .spec import RunSpec
 from .subject import SUBJECTS, Samples
@@ -33,11 +30,14 @@ _STATISTICS_BATCHES = 8
 
 
 def train(spec: RunSpec, parent: Row | None = None) -> Row:
-    """Train on one rank; gradients are packed as on many ranks, so that traffic is counted.
+    """Train; on one rank gradients are packed as on many, so that traffic is counted.  Collective.
 
     Args:
         spec: what to train.
         parent: the row that the specification depends on, if any.
+
+    Returns:
+        The row; accuracies and losses are this rank's.
     """
     row = Row(spec.key)
     if parent is not None and parent.widths is None:
@@ -66,24 +66,10 @@ class _Run:
         dense = subject.build(1.0)
         self._dense = count_parameters(dense), count_flops(dense, sample)
         self._recipe = spec.rule.recipe(subject, spec.prune_ratio, spec.seed, parent)
-        self._network = self._recipe.network
-        self._network.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self._loop = Loop(subject, self._recipe, self._steps, spec.epochs * self._steps)
+        self._network = self._loop.network
+        self._engine = self._loop.engine
         self._network_flops = count_flops(self._network, sample)
-        model = DistributedDataParallel(self._network)
-        optimizer: Optimizer = (
-            AdamW(model.parameters(), subject.learning_rate, weight_decay=0.05)
-            if subject.adamw
-            else SGD(model.parameters(), subject.learning_rate, momentum=0.9, weight_decay=5e-4)
-        )
-        self._schedule = CosineAnnealingLR(optimizer, spec.epochs * self._steps)
-        self._engine: Engine = attach(
-            model,
-            optimizer,
-            self._recipe.config,
-            example_inputs=sample,
-            steps_per_epoch=self._steps,
-            total_steps=spec.epochs * self._steps,
-        )
         self._newest_batches = deque[Tensor](maxlen=_STATISTICS_BATCHES)
         self._num_steps = 0
         self._flops = 0
@@ -91,7 +77,7 @@ class _Run:
     def train(self) -> None:
         row = self._row
         if self._engine.is_due:
-            self._record(self._engine.check())
+            self._record(self._loop.check())
         for epoch in range(self._spec.epochs):
             generator = torch.Generator().manual_seed(1000 * self._spec.seed + epoch)
             order = torch.randperm(len(self._samples.images), generator=generator)
@@ -101,29 +87,23 @@ class _Run:
             row.accuracies.append(self._accuracy())
             row.estimated_accuracies.append(self._estimated_accuracy())
             row.computed.append(self._flops / (self._steps * flops))
-            row.sent.append(self._engine.traffic.total_sent_bytes / (self._steps * 4 * parameters))
+            row.sent.append(self._loop.total_sent_bytes / (self._steps * 4 * parameters))
+            row.training_seconds.append(round(self._loop.clock.reset(), 3))
 
     def _step(self, batch: Tensor) -> float:
-        engine = self._engine
-        logits = engine.model(self._samples.images[batch])
-        loss = nn.functional.cross_entropy(logits, self._samples.classes[batch])
-        engine.watch(loss)
-        (loss + engine.penalty()).backward()
-        engine.optimizer.step()
-        engine.optimizer.zero_grad()
-        self._schedule.step()
+        loss = self._loop.step(batch)
         self._count(batch)
         self._remove_at_random()
-        verdict = engine.check()
+        verdict = self._loop.check()
         self._record(verdict)
-        if engine.phase != "ticket" and (verdict.stage or verdict.ticket):
+        if self._engine.phase != "ticket" and (verdict.stage or verdict.ticket):
             self._draw(last=verdict.ticket)
-        return float(loss.detach())
+        return loss
 
     def _count(self, batch: Tensor) -> None:
         self._num_steps += 1
         self._flops += self._network_flops
-        self._newest_batches.append(batch)
+        self._newest_batches.append(self._loop.share(batch))
 
     def _remove_at_random(self) -> None:
         """Drop random channels at the step at which the search would drop others."""
@@ -156,7 +136,7 @@ class _Run:
         if row.before_pruning is None:
             row.before_pruning = self._estimated_accuracy()
         before = self._logits(self._samples.validation_images)
-        engine.draw(mask)
+        self._loop.draw(mask)
         after = self._logits(self._samples.validation_images)
         row.change_at_draw = max(row.change_at_draw, float((before - after).abs().max()))
         self._network_flops = count_flops(self._network, self._samples.images[:1])
