@@ -14,6 +14,8 @@ import torch
 import worm_dist
 from worm_dist.__main__ import main
 from worm_dist.bench.ledger.row import Row, read_rows
+from worm_dist.bench.scaling.page import write as write_scale
+from worm_dist.bench.scaling.row import read_scale_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -46,6 +48,26 @@ def test_every_row_is_in_order(folder: Path) -> None:
     for row in read_rows(folder / "ledger.jsonl"):
         assert len(row.accuracies) == row.key.epochs or row.error, row.key
         assert row.error or row.test_accuracy is not None, row.key
+
+
+def test_the_page_of_time_to_accuracy_is_written_by_its_command(tmp_path: Path) -> None:
+    folder = RESULTS / "time-to-accuracy"
+    page = (folder / "time-to-accuracy.md").read_text()
+    (command,) = re.findall(r"```sh\n(python .*)\n```", page)
+    words = shlex.split(command)
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    words[words.index("--out") + 1] = str(copy)
+    assert main(words[3:]) == 0
+    written = (copy / "time-to-accuracy.md").read_text()
+    assert written.replace(str(copy), str(folder.relative_to(ROOT))) == page
+    assert (copy / "ledger.jsonl").read_bytes() == (folder / "ledger.jsonl").read_bytes()
+
+
+def test_the_page_of_scale_is_written_from_its_rows(tmp_path: Path) -> None:
+    folder = RESULTS / "scale"
+    text = write_scale(tmp_path, read_scale_rows(folder / "scale.jsonl"))
+    assert text == (folder / "scale.md").read_text()
 
 
 _RULE = "worm, trigger 3 %, duration 40 %, layer threshold, flops=0.25"
