@@ -85,7 +85,7 @@ def test_a_compute_time_can_be_given(capsys: pytest.CaptureFixture[str]) -> None
     assert steps["dense"]["compute_seconds"] == 0.04
     share = total["ticket"]["flops"] / total["dense"]["flops"]
     assert steps["ticket"]["compute_seconds"] == pytest.approx(0.04 * share)
-    assert plan["estimate"]["latency_seconds"] == 5e-6
+    assert plan["estimate"]["latency_seconds"] == pytest.approx(5e-6)
     assert plan["estimate"]["rounds"] == 0
 
 
