@@ -94,7 +94,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "copy" / name).write_bytes((ROOT / name).read_bytes())
     with tarfile.open(_build("sdist", folder / "copy")) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extractall(folder / "unpacked")
     (source,) = (folder / "unpacked").iterdir()
     sdist = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     wheel = _build("wheel", source)

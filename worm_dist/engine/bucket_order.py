@@ -36,7 +36,7 @@ class BucketOrder:
         network: nn.Module,
         one_pass: Callable[[], Tensor],
         unreduced: AbstractContextManager[None],
-    ) -> bool:
+    ) -> None:
         """Run one pass whose only effect is that the wrapper rebuilds its buckets, if the saved
         run's were rebuilt.
 
@@ -44,12 +44,9 @@ class BucketOrder:
             network: the bare network.
             one_pass: runs a forward pass in training mode; returns the loss.
             unreduced: context in which a reducer neither reduces nor counts gradients.
-
-        Returns:
-            Whether the pass was run.
         """
         if not self._was_rebuilt:
-            return False
+            return
         buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
         device = next(network.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), unreduced:
@@ -58,4 +55,3 @@ class BucketOrder:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        return True

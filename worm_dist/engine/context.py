@@ -43,6 +43,7 @@ class ContextRankSchema(Schema):
     """Schema of ``TrainingContext.rank_state``."""
 
     inputs: list[CallSchema] | None
+    statistics_estimated: bool
     reducer: ReducerSchema | None
     traffic: TrafficSchema
 
@@ -191,17 +192,23 @@ class TrainingContext(StepListener):
         reducer = self.reduction.reducer
         return {
             "inputs": self.inputs.rank_state(),
+            "statistics_estimated": self.inputs.is_estimated_here(self.step),
             "reducer": None if reducer is None else reducer.state_dict(self.names),
             "traffic": asdict(self.traffic),
         }
 
     def load_state_dict(
-        self, state: Mapping[str, Any], traffic: Mapping[str, int], inputs: Sequence[dict[str, Any]]
+        self,
+        state: Mapping[str, Any],
+        traffic: Mapping[str, int],
+        inputs: Sequence[dict[str, Any]],
+        statistics_estimated: bool,
     ) -> None:
-        """Restore step, byte counts and recorded inputs."""
+        """Restore step, byte counts and recorded inputs, and whether the BatchNorm statistics are
+        those that the check at this step has estimated from them."""
         device = next(self.network.parameters()).device
         self._step_hooks.step = state["step"]
-        self.inputs.load_rank_state(inputs, device)
+        self.inputs.load_rank_state(inputs, device, state["step"] if statistics_estimated else None)
         self._traffic = Traffic(**traffic)
         self.comm.sent_bytes = self._traffic.control_bytes
 
@@ -233,12 +240,10 @@ class TrainingContext(StepListener):
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
         """See ``Engine.restore_bucket_order``."""
         reducer = self.reduction.reducer
-        calls = list(self.inputs.calls)
         unreduced = nullcontext() if reducer is None else reducer.pause()
-        if self.backend.rebuilds_buckets and self._bucket_order.restore(
-            self.network, one_pass, unreduced
-        ):
-            self.inputs.replace(calls)
+        if self.backend.rebuilds_buckets:
+            with self.inputs.unrecorded():
+                self._bucket_order.restore(self.network, one_pass, unreduced)
 
     def read_optimizer_state(self) -> dict[str, Any] | None:
         """See ``Engine.optimizer_state``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,9 +56,20 @@ class InputRecord:
         """This rank's inputs in plain values; None if one is of another type."""
         return plain_calls(self.calls)
 
-    def load_rank_state(self, inputs: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Restore inputs, on this device if they were not on the CPU."""
+    def load_rank_state(
+        self, inputs: Sequence[dict[str, Any]], device: torch.device, estimated_after: int | None
+    ) -> None:
+        """Restore inputs, on this device if they were not on the CPU.
+
+        Args:
+            inputs: the result of ``rank_state``.
+            device: the network's device.
+            estimated_after: the step of the check that has estimated the statistics from them; None
+                if something has been trained since.
+        """
         self.replace(calls_from(inputs, device))
+        if estimated_after is not None:
+            self._estimated_after = estimated_after, self._recorded.num_passes
 
     def recalibrate(
         self,
@@ -95,8 +107,19 @@ class InputRecord:
             step: optimizer steps so far.
             comm: the communicator of the data-parallel ranks.
         """
-        is_stale = self._estimated_after != (step, self._recorded.num_passes)
-        return not comm.any(torch.tensor([float(is_stale)]))
+        return not comm.any(torch.tensor([float(not self.is_estimated_here(step))]))
+
+    def is_estimated_here(self, step: int) -> bool:
+        """``is_estimated`` on this rank alone."""
+        return self._estimated_after == (step, self._recorded.num_passes)
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Context after which its passes count as not made; they must not change statistics."""
+        calls, num_passes = list(self.calls), self._recorded.num_passes
+        yield
+        self.replace(calls)
+        self._recorded.num_passes = num_passes
 
     def stop(self) -> None:
         """Record no inputs from now on, and let go of those recorded."""

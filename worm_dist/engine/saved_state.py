@@ -99,7 +99,12 @@ class SavedState:
         if comm.any(torch.tensor([float(inputs is None)], device=device)):
             inputs = None  # statistics must be estimated from as many inputs on every rank
         training.load_state_dict(
-            shared["training"], state["rank"]["training"]["traffic"], inputs or ()
+            shared["training"],
+            state["rank"]["training"]["traffic"],
+            inputs or (),
+            statistics_estimated=own is not None
+            and inputs is not None
+            and own["training"]["statistics_estimated"],
         )
         with uncounted(comm):
             self.dropped.load_state_dict(shared["dropped"], copies)
