@@ -1,6 +1,6 @@
 """Callbacks of collectives, and the end of the process.
 
-gloo runs the Python callbacks of a future in threads of its own.  Such a thread needs the
+gloo runs the Python callbacks of a future in separate threads.  Such a thread needs the
 interpreter once more to let go of a callback, and by then ``backward`` may have returned.  If the
 interpreter shuts down first, the thread is ended within C++ code, and the process aborts
 ("terminate called without an active exception") although its training was complete.  Any Python
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _S = TypeVar("_S")
 
 _SECONDS_TO_FINISH = 2.0
-"""Limit of the wait.  A failed collective's error may hold on to a callback for ever."""
+"""Limit of the wait.  The error of a failed collective may refer to a callback and keep it."""
 
 _registered: list[tuple[weakref.ref[Callable[..., Any]], tuple[Any, ...]]] = []
 """Callbacks, each with what must not be let go of by gloo's thread: it would need the interpreter
