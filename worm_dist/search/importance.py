@@ -229,8 +229,8 @@ class CustomImportance(Importance):
 
 def l1_norm(scales: Iterable[Tensor]) -> Tensor:
     """Return the sum of the magnitudes of tensors ``[elements]``, at least one, as a differentiable
-    float32 scalar."""
-    return torch.cat([scale.float() for scale in scales]).abs().sum()
+    float32 scalar; of sharded ones, of this rank's elements."""
+    return torch.cat([local(scale).float() for scale in scales]).abs().sum()
 
 
 def importance_measure(
