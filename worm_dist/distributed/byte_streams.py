@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["PIECE_BYTES", "fill", "gather_streams", "memory_of", "pieces"]
 
 PIECE_BYTES = 64 << 20
-"""Most bytes of one collective on any rank.  At 64 MiB the bandwidth counts and no longer the number
+"""Most bytes of one collective on any rank.  At 64 MiB bandwidth counts and no longer the number
 of collectives, and beside a network that is worth sharding it is little memory."""
 
 
@@ -81,12 +81,12 @@ def gather_streams(
     sent = pieces(stream, width)
     received = [pieces(to, width) for to in places[1:]]
     buffer = torch.zeros(width, dtype=torch.uint8, device=device)
-    rows = [torch.empty_like(buffer) for _ in range(size)] if rank == 0 else None
+    rows = [torch.empty_like(buffer) for _ in range(size)] if rank == 0 else []
     for _ in range(0, longest, width):
         begin = 0
-        for part in next(sent, []):
+        for part in next(sent, ()):
             buffer[begin : begin + part.numel()] = part
             begin += part.numel()
-        dist.gather(buffer, rows, group=group, group_dst=0)
-        for row, to in zip((rows or [])[1:], received, strict=True):
-            fill(next(to, []), row.cpu())
+        dist.gather(buffer, rows or None, group=group, group_dst=0)
+        for row, to in zip(rows[1:], received, strict=True):
+            fill(next(to, ()), row.cpu())

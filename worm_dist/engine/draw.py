@@ -78,7 +78,8 @@ def draw(
             _rehearse(
                 training.network, groups, mask, training.example_inputs, training.inputs.calls
             )
-    transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None
+    is_moved = view.copies or view.shared
+    transfer = ShardedTransfer(view, parameters, cuts) if is_moved else None
     estimates = training.inputs.is_on and not is_restored
     estimated_before = estimates and are_zero
     is_estimated = estimated_before and training.inputs.is_estimated(training.step, comm)
@@ -104,7 +105,10 @@ def draw(
         with _on_every_rank(comm, where):
             rewrapped = training.rewrap()
             if transfer is not None:
-                transfer.load_into(rewrapped.optimizer_view, after)
+                transfer.prepare(rewrapped.optimizer_view, after)
+        if transfer is not None:
+            with _on_every_rank(comm, where):
+                transfer.load(comm)  # issues its collectives even if it fails
     except BaseException:  # an interrupt, too, must not leave mixed widths
         before.restore()
         training.roll_back()
@@ -127,7 +131,7 @@ def _estimate(networks: Sequence[nn.Module], training: TrainingContext, where: s
 @contextmanager
 def _on_every_rank(comm: Communicator, where: str) -> Iterator[None]:
     """Context that raises on every rank if its body raises on any.  Its exit is collective; its
-    body must not be.
+    body must not be, unless it issues its collectives in any case.
 
     Raises:
         DrawError: naming the ranks that failed, and why.
