@@ -187,10 +187,12 @@ class _ReplicatedComm(ProcessGroupComm):
             else ProcessGroupComm(shard_group, device)
         )
 
-    def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
+    def merge_disjoint(self, memory: Tensor) -> None:
         if self._sharing is self:
-            return super().all_reduce_disjoint(parts)
-        return self._sharing.all_reduce_disjoint(parts)
+            super().merge_disjoint(memory)
+        else:
+            self._count(memory)
+            self._sharing.merge_disjoint(memory)
 
 
 def _group_of_all(mesh: torch.distributed.DeviceMesh) -> dist.ProcessGroup:

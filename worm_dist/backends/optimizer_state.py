@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -84,23 +83,15 @@ class OptimizerState:
             On rank zero the full state in plain values, elsewhere None.  ``"value"`` is None where
             the stepped value equals the parameter bit for bit.
         """
-        is_zero = self._comm.rank == 0
-
-        def take(parameter: Tensor, full: Tensor) -> Tensor:
-            if not self._view.shared:
-                return full
-            # The training device may have no memory for the full state.
-            return full.cpu() if is_zero else full.new_empty(0)
-
-        found = gather(self._view, self._comm, take)
-        if not is_zero:
+        found = gather(self._view, self._comm)
+        if found is None:
             return None
         options = self._view.optimizer.param_groups
         return {
             "format": _FORMAT,
             "parameters": {
                 name: {
-                    "value": None if _same_bits(found[p].value, p) else found[p].value,
+                    "value": found[p].value,
                     "moments": dict(found[p].moments),
                     "per_param": dict(found[p].per_param),
                 }
@@ -173,8 +164,7 @@ class OptimizerState:
         for name, saved in state["parameters"].items():
             parameter = self._parameters[name]
             self._drop_other_keys(parameter, saved)
-            value = parameter.detach() if saved["value"] is None else saved["value"]
-            full_states[parameter] = FullParamState(value, saved["moments"], saved["per_param"])
+            full_states[parameter] = FullParamState(**saved)
         scatter_full_state(self._view, full_states)
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
@@ -185,7 +175,3 @@ class OptimizerState:
         state = self._view.optimizer.state.get(self._view.owner(parameter), {})
         for key in state.keys() - saved["moments"].keys() - saved["per_param"].keys():
             del state[key]
-
-
-def _same_bits(value: Tensor, parameter: Tensor) -> bool:
-    return value.dtype == parameter.dtype and torch.equal(value, parameter.to(value.device))

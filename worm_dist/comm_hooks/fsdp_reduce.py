@@ -70,7 +70,9 @@ class FsdpReducer(Reducer):
         for group in self._groups:
             group.rows.clear()
 
-    def probe_rows(self, shapes: Sequence[torch.Size], parameters: Sequence[Tensor], rows: Tensor) -> None:
+    def probe_rows(
+        self, shapes: Sequence[torch.Size], parameters: Sequence[Tensor], rows: Tensor
+    ) -> None:
         """Probe the gradients of a group before they are reduced; see ``probe_bucket``.
 
         Args:

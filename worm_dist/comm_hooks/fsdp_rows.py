@@ -162,16 +162,12 @@ class PackedRows:
             packing.unpack(row, scratch)
 
 
-def is_any_frozen(
-    blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]
-) -> bool:
+def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]) -> bool:
     """Whether any of these parameters has a frozen part."""
     return blocks is not None and not blocks.keys().isdisjoint(parameters)
 
 
-def _reduce_scatter(
-    out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp
-) -> None:
+def _reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
     # torch 2.14 renamed both functions and warns about the old names.
     single = getattr(dist, "reduce_scatter_single", None)
     (single or dist.reduce_scatter_tensor)(out, rows, group=group, op=op)

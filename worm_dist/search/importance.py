@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SearchConfig
+from ..distributed.sharded import local
 from ..errors import ConfigError, NonFiniteError, WormError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
