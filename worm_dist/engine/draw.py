@@ -135,6 +135,9 @@ def _cut(
                     after = dict(training.network.named_parameters())
                     transfer.replace_parameters(after)
                 transfer.prepare(rewrapped.optimizer_view, after)
+        if transfer is not None:
+            with _on_every_rank(comm, where):
+                transfer.load(comm)  # issues its collectives even if it fails
     except BaseException:  # an interrupt, too, must not leave mixed widths
         before.restore()
         training.roll_back()
