@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["PIECE_BYTES", "fill", "gather_streams", "memory_of", "pieces"]
 
-PIECE_BYTES = 64 << 20
-"""Most bytes of one collective on any rank.  At 64 MiB bandwidth counts and no longer the number
+PIECE_BYTES = 32 << 20
+"""Most bytes of one collective on any rank.  At 32 MiB bandwidth counts and no longer the number
 of collectives, and beside a network that is worth sharding it is little memory."""
 
 
