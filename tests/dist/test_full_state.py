@@ -47,6 +47,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _gathered(dtype: torch.dtype, piece_bytes: int, masters_differ: bool) -> Any:
     """The largest allocation, and what is wrong."""
     byte_streams.PIECE_BYTES = piece_bytes
+    assert dist.group.WORLD is not None
     comm = ProcessGroupComm(dist.group.WORLD, torch.device("cpu"))
     view, parameters, rows = _view(dtype)
     if not masters_differ:
@@ -64,7 +65,7 @@ def _gathered(dtype: torch.dtype, piece_bytes: int, masters_differ: bool) -> Any
             here = state.value if key == "value" else state.moments[key]
             if key == "value" and not masters_differ:
                 wrong += [] if here is None else [key]
-            elif here is None or not _same(here, part):
+            elif not isinstance(here, Tensor) or not _same(here, part):
                 wrong.append(key)
             wrong += [] if state.per_param == {"step": 3.0} else ["step"]
     return largest, comm.rank, wrong
@@ -91,7 +92,7 @@ def _scattered() -> list[str]:
     view, parameters, rows = _view(torch.bfloat16)
     fresh = PartitionView(parameters, nn.Parameter(torch.zeros_like(partition(rows["value"]))))
     whole = {key: _of(row, parameters) for key, row in rows.items()}
-    states = {
+    states: dict[Tensor, FullParamState] = {
         parameter: FullParamState(
             whole["value"][number],
             {key: whole[key][number] for key in MOMENTS},

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
+from ..errors import CheckpointError
 from .optimizer_view import OptimizerView, Shard
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "allocate_state",
     "bits_of",
     "gather",
+    "local_shards",
     "part_of",
     "scatter_full_state",
     "split_state",
@@ -37,10 +40,12 @@ class FullParamState:
             the bits of the parameter, or are the parameter.
         moments: per-element state of the same shape, by the optimizer's keys.
         per_param: state that is not per element, such as the step count.
+
+    Tensors may be ``LocalShards`` that are to be saved, or ``StoredTensor`` that were.
     """
 
-    value: Tensor | None
-    moments: Mapping[str, Tensor]
+    value: AnyTensor | None
+    moments: Mapping[str, AnyTensor]
     per_param: Mapping[str, object]
 
 
@@ -136,12 +141,45 @@ def _gather_shards(
 
 
 @torch.no_grad()
+def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamState]:
+    """The state of every parameter of a sharded optimizer, of which every rank has its shards.
+    Collective; the tensors are views of the optimizer's.
+
+    Args:
+        view: the optimizer's view.
+        comm: the communicator of the ranks that share the optimizer.
+    """
+    parameters = [p for group in view.groups for p in group]
+    differ = torch.tensor(
+        [any(_differs(view, p, shard) for shard in view.shards(p)) for p in parameters]
+    )
+    differ = comm.mean(differ.float()).cpu() > 0  # on any rank
+    found = {}
+    for parameter, differs in zip(parameters, differ.tolist(), strict=True):
+        dtypes, others = split_state(view, parameter)
+        shards = [(s.begin, s.value, view.moments(s)) for s in view.shards(parameter)]
+        shape = parameter.shape
+        values = LocalShards(
+            shape, view.owner(parameter).dtype, [(begin, value) for begin, value, _ in shards]
+        )
+        moments = {
+            key: LocalShards(shape, dtype, [(begin, tensors[key]) for begin, _, tensors in shards])
+            for key, dtype in dtypes.items()
+        }
+        found[parameter] = FullParamState(values if differs else None, moments, others)
+    return found
+
+
+@torch.no_grad()
 def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullParamState]) -> None:
     """Write this rank's shards of a full state into its optimizer, in place where tensors exist.
 
     Args:
         view: the optimizer's view.
-        full_states: the full state by parameter, on any device.
+        full_states: the full state by parameter, on any device, or in a checkpoint.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or has NaN or infinite elements.
     """
     for parameter, full_state in full_states.items():
         dtypes = {key: moment.dtype for key, moment in full_state.moments.items()}
@@ -181,8 +219,19 @@ def allocate_state(
             state[key] = torch.zeros_like(owner, dtype=dtype)
 
 
-def part_of(full: Tensor, shard: Shard) -> Tensor:
-    """The shard's part of a tensor of its parameter's shape: a view of the shape of its value."""
+def part_of(full: AnyTensor, shard: Shard) -> Tensor:
+    """The shard's part of a tensor of its parameter's shape, of the shape of its value: a view, or
+    read from a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has NaN or infinite elements.
+    """
+    assert not isinstance(full, LocalShards)
+    if isinstance(full, StoredTensor):
+        part = full.read(shard.begin, shard.begin + shard.value.numel())
+        if not bool(part.isfinite().all()):
+            raise CheckpointError(f"{full.name}: has NaN or infinite elements")
+        return part.view(shard.value.shape)
     if shard.value.shape == full.shape:
         return full
     return full.reshape(-1)[shard.begin :][: shard.value.numel()]

@@ -88,5 +88,5 @@ def gather_streams(
             buffer[begin : begin + part.numel()] = part
             begin += part.numel()
         dist.gather(buffer, rows or None, group=group, group_dst=0)
-        for row, to in zip(rows[1:], received, strict=True):
-            fill(next(to, ()), row.cpu())
+        for row, target in zip(rows[1:], received, strict=True):
+            fill(next(target, ()), row.cpu())

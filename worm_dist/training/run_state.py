@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..backends.optimizer_state import OptimizerStateSchema
+from ..checkpoint.sharded_tensor import StoredTensor
 from ..engine.state import EngineSchema
 from ..errors import CheckpointError
 from ..groups.finite_values import finite_names
@@ -101,7 +102,9 @@ def _odd_moments(state: OptimizerStateSchema) -> Iterator[str]:
     anew without a word."""
     found = {
         name: {
-            key: f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+            key: f"{value.dtype} tensor"
+            if isinstance(value, (Tensor, StoredTensor))
+            else type(value).__name__
             for key, value in {**parameter.moments, **parameter.per_param}.items()
         }
         for name, parameter in state.parameters.items()

@@ -56,17 +56,19 @@ class TrainingState:
         self.losses = torch.zeros(2, dtype=torch.float64, device=device)
         self.phase_stats = PhaseStats(parts.result)
 
-    def state_dict(self, report: Mapping[str, Any]) -> dict[str, Any]:
+    def state_dict(self, report: Mapping[str, Any], *, sharded: bool = False) -> dict[str, Any]:
         """The complete state on rank zero, an incomplete one on other ranks.  Collective.
 
         The tensors are the live ones, not copies.
 
         Args:
             report: the state of the run's report.
+            sharded: whether ranks keep their shards of the optimizer's state, ``LocalShards``; else
+                it is gathered on rank zero.
         """
         parts = self._parts
         engine = parts.engine.state_dict()
-        optimizer = parts.engine.optimizer_state()
+        optimizer = parts.engine.optimizer_state(sharded=sharded)
         rank_states = gathered_on_rank_zero(rank_state(self.losses, engine), self._device)
         return {
             "format": FORMAT,
