@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
+from ..distributed.sharded import is_first_replica
 from ..errors import CheckpointError
 from .optimizer_view import OptimizerView, Shard
 
@@ -24,11 +25,16 @@ __all__ = [
     "allocate_state",
     "bits_of",
     "gather",
+    "gather_shards",
     "local_shards",
     "part_of",
     "scatter_full_state",
     "split_state",
 ]
+
+
+_VALUE = "the weights themselves"
+"""Key of the stepped values; moments have the optimizer's own keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +84,7 @@ def gather(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamSta
     """
     parameters = [p for group in view.groups for p in group]
     if view.shared:
-        return _gather_shards(view, parameters, comm)
+        return _full(local_shards(view, comm), comm)
     if comm.rank != 0:
         return None
     found = {}
@@ -89,55 +95,6 @@ def gather(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamSta
         value = shard.value.detach() if _differs(view, parameter, shard) else None
         found[parameter] = FullParamState(value, {key: moments[key] for key in dtypes}, others)
     return found
-
-
-def _gather_shards(
-    view: OptimizerView, parameters: Sequence[Tensor], comm: Communicator
-) -> dict[Tensor, FullParamState] | None:
-    """Each rank's stream has, for every shard, its values if they differ from the parameter's, and
-    then its moments; a table with a row for every shard tells rank zero where they belong."""
-    states = [split_state(view, parameter) for parameter in parameters]
-    rows, stream = [], []
-    for number, (parameter, (dtypes, _)) in enumerate(zip(parameters, states, strict=True)):
-        for shard in view.shards(parameter):
-            differs = _differs(view, parameter, shard)
-            rows.append([number, shard.begin, shard.value.numel(), differs])
-            moments = view.moments(shard)
-            sent = [*([shard.value] if differs else []), *(moments[key] for key in dtypes)]
-            stream += [memory_of(tensor) for tensor in sent]
-    tables: list[Tensor] = []
-
-    def place_table(rank: int, num_bytes: int) -> list[Tensor]:
-        tables.append(torch.empty(num_bytes, dtype=torch.uint8))
-        return tables[-1:]
-
-    comm.gather_streams([memory_of(torch.tensor(rows, dtype=torch.int64))], place_table)
-    values: dict[int, Tensor] = {}
-    full = [
-        {key: torch.empty(p.shape, dtype=dtype) for key, dtype in dtypes.items()}
-        for p, (dtypes, _) in zip(parameters, states, strict=True)
-        if comm.rank == 0
-    ]
-
-    def places(rank: int, num_bytes: int) -> list[Tensor]:
-        found = []
-        for number, begin, length, differs in tables[rank].view(torch.int64).view(-1, 4).tolist():
-            if differs and number not in values:
-                # Shards that do not differ have the parameter's bits.
-                parameter = parameters[number]
-                values[number] = torch.empty(parameter.shape, dtype=view.owner(parameter).dtype)
-                values[number].copy_(parameter)
-            tensors = [*([values[number]] if differs else []), *full[number].values()]
-            found += [memory_of(t.view(-1)[begin : begin + length]) for t in tensors]
-        return found
-
-    comm.gather_streams(stream, places)
-    if comm.rank != 0:
-        return None
-    return {
-        parameter: FullParamState(values.get(number), full[number], others)
-        for number, (parameter, (_, others)) in enumerate(zip(parameters, states, strict=True))
-    }
 
 
 @torch.no_grad()
@@ -157,7 +114,11 @@ def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullPa
     found = {}
     for parameter, differs in zip(parameters, differ.tolist(), strict=True):
         dtypes, others = split_state(view, parameter)
-        shards = [(s.begin, s.value, view.moments(s)) for s in view.shards(parameter)]
+        shards = [
+            (shard.begin, shard.value, view.moments(shard))
+            for shard in view.shards(parameter)
+            if is_first_replica(parameter)
+        ]
         shape = parameter.shape
         values = LocalShards(
             shape, view.owner(parameter).dtype, [(begin, value) for begin, value, _ in shards]
@@ -168,6 +129,61 @@ def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullPa
         }
         found[parameter] = FullParamState(values if differs else None, moments, others)
     return found
+
+
+def _full(
+    found: Mapping[Tensor, FullParamState], comm: Communicator
+) -> dict[Tensor, FullParamState] | None:
+    sharded = {
+        (parameter, key): tensor
+        for parameter, state in found.items()
+        for key, tensor in {_VALUE: state.value, **state.moments}.items()
+        if isinstance(tensor, LocalShards)
+    }
+    full = gather_shards(list(sharded.values()), comm)
+    if full is None:
+        return None
+    tensors = dict(zip(sharded, full, strict=True))
+    return {
+        parameter: FullParamState(
+            tensors.get((parameter, _VALUE)),
+            {key: tensors[parameter, key] for key in state.moments},
+            state.per_param,
+        )
+        for parameter, state in found.items()
+    }
+
+
+def gather_shards(sharded: Sequence[LocalShards], comm: Communicator) -> list[Tensor] | None:
+    """Gather sharded tensors on rank zero, bit for bit, on the CPU; None on other ranks.
+    Collective.
+
+    Args:
+        sharded: what this rank has of each tensor, the same tensors on all ranks.
+        comm: the communicator of the ranks.
+    """
+    # A table with a row for every part tells rank zero where a stream's bytes belong.
+    rows, stream = [], []
+    for number, shards in enumerate(sharded):
+        for begin, elements in shards.parts:
+            rows.append([number, begin, elements.numel()])
+            stream.append(memory_of(elements))
+    tables: list[Tensor] = []
+
+    def place_table(rank: int, num_bytes: int) -> list[Tensor]:
+        tables.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return tables[-1:]
+
+    comm.gather_streams([memory_of(torch.tensor(rows, dtype=torch.int64))], place_table)
+    is_zero = comm.rank == 0
+    full = [torch.empty(each.shape, dtype=each.dtype) for each in sharded if is_zero]
+
+    def places(rank: int, num_bytes: int) -> list[Tensor]:
+        table: list[list[int]] = tables[rank].view(torch.int64).view(-1, 3).tolist()
+        return [memory_of(full[n].view(-1)[begin : begin + length]) for n, begin, length in table]
+
+    comm.gather_streams(stream, places)
+    return full if is_zero else None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ValidationError
 from torch import Tensor, nn
 
-from ..checkpoint.sharded_tensor import StoredTensor
+from ..checkpoint.sharded_tensor import SavedTensor, StoredTensor
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
@@ -29,19 +29,12 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _FORMAT = 2
 
 
-def _require_tensor(value: Any) -> Tensor | StoredTensor:
-    if not isinstance(value, (Tensor, StoredTensor)):
-        raise ValueError("must be a tensor")
-    return value
-
-
-_Tensor = Annotated[Any, AfterValidator(_require_tensor)]
-
-
 def _require_finite(value: Any) -> Tensor | StoredTensor | None:
     if value is None:
         return None
-    tensor = _require_tensor(value)
+    if not isinstance(value, (Tensor, StoredTensor)):
+        raise ValueError("must be a tensor")
+    tensor = value
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         raise ValueError(f"must be floating point, not {tensor.dtype}")
     if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
@@ -53,7 +46,7 @@ class _ParameterSchema(Schema):
     """A tensor in the files of a checkpoint is looked at in detail when it is read."""
 
     value: Annotated[Any, AfterValidator(_require_finite)]
-    moments: dict[str, _Tensor]
+    moments: dict[str, SavedTensor]
     per_param: dict[str, Any]
 
 

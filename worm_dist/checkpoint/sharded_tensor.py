@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -22,6 +23,7 @@ from .tensor_meta import TensorMetadata
 __all__ = [
     "AnyTensor",
     "LocalShards",
+    "SavedTensor",
     "ShardFiles",
     "StoredTensor",
     "has_shards",
@@ -140,6 +142,16 @@ class StoredTensor:
 
 AnyTensor: TypeAlias = Tensor | LocalShards | StoredTensor
 """A tensor, or what stands for one that is sharded: before it is saved, and after."""
+
+
+def _require_tensor(value: Any) -> Tensor | StoredTensor:
+    if not isinstance(value, (Tensor, StoredTensor)):
+        raise ValueError("must be a tensor")
+    return value
+
+
+SavedTensor = Annotated[Any, AfterValidator(_require_tensor)]
+"""A tensor in the schema of a saved state: sharded ones are not read until they are needed."""
 
 
 class ShardFiles:
