@@ -80,10 +80,10 @@ _BF16: Mapping[str, Any] = {
 ROWS: Mapping[str, Row] = {
     "SGD": Row(),
     "one unit, AdamW": Row(units=(), optimizer=_adamw),
-    "resharded, surplus": Row(reshard=True, surplus=True),
+    "resharded, surplus": Row(reshard=True, surplus=True, rules=("remove",)),
     "not resharded, 2 passes": Row(reshard=False, passes=2, rules=("remove",)),
     "clipped": Row(clip=0.05, ddp=1e-6, rules=("remove",)),
-    "bf16 weights, fp32 sums": Row(**_BF16, reduce_dtype=torch.float32),
+    "bf16 weights, fp32 sums": Row(**_BF16, reduce_dtype=torch.float32, rules=("hold",)),
     "bf16, AdamW, 2 passes, surplus": Row(
         **_BF16, optimizer=_adamw, passes=2, surplus=True, rules=("remove",)
     ),

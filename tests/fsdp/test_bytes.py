@@ -21,6 +21,7 @@ from worm_dist import WormConfig
 
 pytestmark = [
     pytest.mark.slow("attaches to large networks"),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif("LARGE_FSDP" not in os.environ, reason="a few minutes; see the docstring"),
 ]
 

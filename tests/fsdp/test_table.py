@@ -11,7 +11,7 @@ from tests.fsdp.run import run
 from tests.matrix.findings import Findings
 from tests.ranks import Outcome, Ranks
 
-_ROWS_A_CALL = 6
+_ROWS_A_CALL = 3
 
 
 def _calls() -> Iterator[tuple[str, ...]]:

@@ -31,14 +31,14 @@ class FsdpOptimizerView(OptimizerView):
         self._reshard = reshard
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
-        """See ``OptimizerView``: consecutive rows; none if the parameter has too few for all."""
+        """See ``OptimizerView``: consecutive rows, which keep their shape; none if the parameter
+        has too few for all ranks."""
         if not isinstance(parameter, DTensor):
             return (Shard(parameter, 0, parameter, 0),)
         value, begin = local_part(parameter)
         if not value.numel():
             return ()
-        is_complete = value.numel() == parameter.numel()
-        return (Shard(value if is_complete else value.view(-1), begin, parameter, 0),)
+        return (Shard(value, begin, parameter, 0),)
 
     def moments(self, shard: Shard) -> dict[str, Tensor]:
         state: dict[str, Any] = self.optimizer.state.get(shard.owner, {})

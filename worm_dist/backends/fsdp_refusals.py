@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -32,6 +32,11 @@ def refusals(sharding: Sharding) -> Iterator[str]:
         yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"
     if any(map(_is_compiled, sharding.network.modules())):
         yield "torch.compile has not been verified together with it; leave it out"
+    for module in sharding.network.modules():
+        for name, method in vars(module).items():
+            code = getattr(getattr(method, "__func__", None), "__code__", None)
+            if code is not None and code.co_filename == inspect.getfile(fully_shard.__wrapped__):  # type: ignore[attr-defined]
+                yield f"{name} is called like forward (register_fsdp_forward_method); call forward"
     for state in sharding.states:
         if len(state._fsdp_param_groups) > 1:
             yield (

@@ -250,7 +250,8 @@ def part_of(full: AnyTensor, shard: Shard) -> Tensor:
         return part.view(shard.value.shape)
     if shard.value.shape == full.shape:
         return full
-    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
+    part = full.reshape(-1)[shard.begin :][: shard.value.numel()]
+    return part.view(shard.value.shape)
 
 
 def _differs(view: OptimizerView, parameter: Tensor, shard: Shard) -> bool:

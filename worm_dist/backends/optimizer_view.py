@@ -44,7 +44,8 @@ class Shard:
     """Consecutive elements of one parameter, as this rank's optimizer steps them.
 
     Attributes:
-        value: the elements, of the parameter's shape if it is complete, else ``[elements]``.
+        value: the elements: of the parameter's shape if it is complete, or has whole rows of it;
+            else ``[elements]``.
         begin: index of the first element in the flattened parameter.
         owner: the tensor that the optimizer steps; ``value`` is a view of it.
         offset: index of the first element in the flattened owner.

@@ -40,6 +40,7 @@ class FsdpReducer(Reducer):
     def __init__(self, groups: Sequence[Any]) -> None:
         super().__init__()
         self._groups = [_Group(self, group) for group in groups]
+        self._memory: dict[tuple[object, ...], Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def set_plan(
@@ -67,8 +68,22 @@ class FsdpReducer(Reducer):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._memory.clear()
         for group in self._groups:
             group.rows.clear()
+
+    def memory(self, what: str, size: int, like: Tensor) -> Tensor:
+        """Memory that the collectives of one kind share, at least ``[size]``.
+
+        Args:
+            what: the kind, which torch calls on a stream of its own.
+            size: number of elements.
+            like: a tensor of its dtype and device.
+        """
+        key = what, like.dtype
+        if key not in self._memory or len(self._memory[key]) < size:
+            self._memory[key] = like.new_empty(size)
+        return self._memory[key]
 
     def probe_rows(
         self, shapes: Sequence[torch.Size], parameters: Sequence[Tensor], rows: Tensor
@@ -150,7 +165,8 @@ class _Group:
         if packed is None:
             reducer.sent_bytes += flat.nbytes
             return False
-        packed.reduce_scatter(out, rows, group, op)
+        memory = reducer.memory("gradients", packed.lent_size, flat)
+        packed.reduce_scatter(out, rows, group, op, memory)
         reducer.sent_bytes += packed.num_elements * flat.element_size()
         return True
 
@@ -168,7 +184,7 @@ class _Group:
         if packed is None:
             reducer.sent_bytes += own.nbytes * is_counted
             return False
-        packed.all_gather(rows, group)
+        packed.all_gather(rows, group, reducer.memory("weights", packed.lent_size, own))
         sent_bytes = packed.num_elements * own.element_size() // num_ranks
         reducer.sent_bytes += sent_bytes * is_counted
         return True

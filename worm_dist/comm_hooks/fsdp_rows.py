@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import Block
-from .packing import Packing
+from .packing import LARGE, Packing
 
 __all__ = ["PackedRows", "pieces_of"]
 
@@ -58,10 +58,11 @@ class PackedRows:
     beyond the length of all rows is sent by a collective of its own; the length is the one that
     costs least.  All ranks know all layouts, so they decide alike.
 
-    The buffers are kept for the generation.  On a GPU torch calls the collectives of one kind on
-    one stream of its own, one group after the other: what packs, sends and unpacks is queued there
-    in order, so a buffer is not written to before the collective that reads it is over.  What torch
-    reads afterwards, on other streams, are its own tensors, and it waits for that stream itself.
+    The memory to send from is lent for each call, so that one piece of it serves all groups.  On a
+    GPU torch calls the collectives of one kind on one stream of its own, one group after the other:
+    what packs, sends and unpacks is queued there in order, so memory is not written to before the
+    collective that reads it is over.  What torch reads afterwards, on other streams, are its own
+    tensors, and it waits for that stream itself.
 
     Args:
         shapes: the shapes of the group's parameters, in its order.
@@ -91,13 +92,28 @@ class PackedRows:
                 num = num_rows * shape[1:].numel()
                 views.append(row_like[offset : offset + num].view(num_rows, *shape[1:]))
                 parts.append(None if block is None else block.rows(first, num_rows))
-            self._packings.append(Packing(parts, views, row_like))
+            # Of a large parameter every rank's piece is copied alone: an index for each element of
+            # all of them would take more memory than the rank's own weights.
+            self._packings.append(Packing(parts, views, row_like, max(1, LARGE // num_ranks)))
         self._shares = [packing.num_live for packing in self._packings]
         self.num_padded = _even_share(self._shares, row_like.element_size())
         self.surplus = [max(0, share - self.num_padded) for share in self._shares]
-        self._matrix = row_like.new_zeros(num_ranks, self.num_padded)
-        self._own = row_like.new_zeros(self.num_padded)
-        self._scratch = [row_like.new_empty(share) for share in self._shares]
+        self._scratch_size = max(packing.scratch_size for packing in self._packings)
+
+    @property
+    def lent_size(self) -> int:
+        """Number of elements of memory that the collectives need."""
+        num_ranks = len(self._shares)
+        return (num_ranks + 1) * self.num_padded + sum(self._shares) + self._scratch_size
+
+    def _divided(self, memory: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Lent memory as this rank's row of the matrix, the matrix, and every rank's elements."""
+        num_ranks, num_padded = len(self._shares), self.num_padded
+        sizes = [num_padded, num_ranks * num_padded, *self._shares, self._scratch_size]
+        own, matrix, *elements, scratch = memory[: self.lent_size].split(sizes)
+        for packing in self._packings:
+            packing.lend(scratch)
+        return own, matrix.view(num_ranks, num_padded), elements
 
     @property
     def num_elements(self) -> int:
@@ -105,7 +121,12 @@ class PackedRows:
         return len(self._shares) * self.num_padded + sum(self.surplus)
 
     def reduce_scatter(
-        self, out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp
+        self,
+        out: Tensor,
+        rows: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        memory: Tensor,
     ) -> None:
         """Reduce the live elements of every row to its rank, and write zeros to the frozen ones.
 
@@ -114,54 +135,54 @@ class PackedRows:
             rows: ``[num_ranks, elements of a row]``.
             group: the process group.
             op: how elements are reduced.
+            memory: at least ``[lent_size]``; what is in it before and after has no meaning.
         """
-        rank = dist.get_rank(group)
-        for row, packing, scratch, padded in zip(
-            rows, self._packings, self._scratch, self._matrix, strict=True
-        ):
-            packing.pack(row, scratch)
-            padded[: len(scratch)] = scratch[: self.num_padded]
+        rank, (own_row, matrix, elements) = dist.get_rank(group), self._divided(memory)
+        for row, packing, live, padded in zip(rows, self._packings, elements, matrix, strict=True):
+            packing.pack(row, live)
+            padded[: len(live)] = live[: self.num_padded]
+            padded[len(live) :] = 0
         if self.num_padded:
-            _reduce_scatter(self._own, self._matrix.view(-1), group, op)
+            _reduce_scatter(own_row, matrix.view(-1), group, op)
         works = [
-            dist.reduce(scratch[self.num_padded :], group=group, group_dst=to, op=op, async_op=True)
-            for to, (scratch, num) in enumerate(zip(self._scratch, self.surplus, strict=True))
+            dist.reduce(live[self.num_padded :], group=group, group_dst=to, op=op, async_op=True)
+            for to, (live, num) in enumerate(zip(elements, self.surplus, strict=True))
             if num
         ]
         for work in works:
             assert work is not None
             work.wait()  # on a GPU the current stream waits, not the host
-        own = self._scratch[rank]
-        own[: self.num_padded] = self._own[: len(own)]
+        own = elements[rank]
+        own[: self.num_padded] = own_row[: len(own)]
         self._packings[rank].unpack(out, own)
 
-    def all_gather(self, rows: Tensor, group: dist.ProcessGroup) -> None:
+    def all_gather(self, rows: Tensor, group: dist.ProcessGroup, memory: Tensor) -> None:
         """Send the live elements of this rank's row and receive those of the others; write zeros to
         the frozen ones, in every row.
 
         Args:
             rows: ``[num_ranks, elements of a row]``, with this rank's own row.
             group: the process group.
+            memory: at least ``[lent_size]``; what is in it before and after has no meaning.
         """
-        rank = dist.get_rank(group)
-        own = self._scratch[rank]
+        rank, (own_row, matrix, elements) = dist.get_rank(group), self._divided(memory)
+        own = elements[rank]
         self._packings[rank].pack(rows[rank], own)
-        self._own[: len(own)] = own[: self.num_padded]
+        own_row[: len(own)] = own[: self.num_padded]
+        own_row[len(own) :] = 0
         if self.num_padded:
-            _all_gather(self._matrix.view(-1), self._own, group)
+            _all_gather(matrix.view(-1), own_row, group)
         works = [
-            dist.broadcast(scratch[self.num_padded :], group=group, group_src=of, async_op=True)
-            for of, (scratch, num) in enumerate(zip(self._scratch, self.surplus, strict=True))
+            dist.broadcast(live[self.num_padded :], group=group, group_src=of, async_op=True)
+            for of, (live, num) in enumerate(zip(elements, self.surplus, strict=True))
             if num
         ]
         for work in works:
             assert work is not None
             work.wait()
-        for row, packing, scratch, padded in zip(
-            rows, self._packings, self._scratch, self._matrix, strict=True
-        ):
-            scratch[: self.num_padded] = padded[: len(scratch)]
-            packing.unpack(row, scratch)
+        for row, packing, live, padded in zip(rows, self._packings, elements, matrix, strict=True):
+            live[: self.num_padded] = padded[: len(live)]
+            packing.unpack(row, live)
 
 
 def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]) -> bool:

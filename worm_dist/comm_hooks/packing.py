@@ -26,9 +26,9 @@ from ..groups.freeze_plan import Block
 from .checksums import NUM_CHECKSUMS
 from .wide_rows import write_rows
 
-__all__ = ["Packing", "with_parameter_strides"]
+__all__ = ["LARGE", "Packing", "with_parameter_strides"]
 
-_LARGE = 2**20
+LARGE = _LARGE = 2**20
 """Elements of a gradient that is copied alone."""
 _ROWS_AT_ONCE = 2**21
 """Elements of the rows from which columns are selected at once: the size of a scratch buffer that
@@ -50,6 +50,7 @@ class Packing:
             a gradient is live.
         gradients: views of the bucket, one for each block.
         bucket: the bucket, one-dimensional and contiguous.
+        large: number of elements from which on a gradient is copied alone.
 
     Attributes:
         blocks: the argument.
@@ -57,7 +58,11 @@ class Packing:
     """
 
     def __init__(
-        self, blocks: Sequence[Block | None], gradients: Sequence[Tensor], bucket: Tensor
+        self,
+        blocks: Sequence[Block | None],
+        gradients: Sequence[Tensor],
+        bucket: Tensor,
+        large: int = _LARGE,
     ) -> None:
         assert bucket.dim() == 1 and bucket.is_contiguous()
         self.blocks = blocks
@@ -74,7 +79,7 @@ class Packing:
         self._runs: list[list[int]] = []
         self._alone: list[int] = []
         for number, (gradient, block) in enumerate(zip(gradients, blocks, strict=True)):
-            if not _gathers_by_index(gradient, block):
+            if not _gathers_by_index(gradient, block, large):
                 self._alone.append(number)
             elif self._runs and self._runs[-1][-1] == number - 1:
                 self._runs[-1].append(number)
@@ -101,6 +106,19 @@ class Packing:
             if block is not None and len(block.live) == 2
         )
         return in_runs + in_rows
+
+    @property
+    def scratch_size(self) -> int:
+        """Number of elements that ``lend`` needs."""
+        return self._scratch_size
+
+    def lend(self, scratch: Tensor) -> None:
+        """Copy by way of this memory, which may serve other packings too, at other times.
+
+        Args:
+            scratch: at least ``[scratch_size]``.
+        """
+        self._scratch = scratch
 
     @cached_property
     def wire(self) -> Tensor:
@@ -275,14 +293,14 @@ def _rows_at_once(shape: torch.Size) -> int:
     return max(1, _ROWS_AT_ONCE // shape[1:].numel())
 
 
-def _gathers_by_index(gradient: Tensor, block: Block | None) -> bool:
+def _gathers_by_index(gradient: Tensor, block: Block | None, large: int) -> bool:
     """Whether a gradient is copied element by element, by an index that its neighbours share,
     rather than alone, by rows and columns.
 
     On an accelerator the number of operations counts.  A CPU copies a long row at once several
     times faster than its elements; blocks of rows and columns take the same time in both ways.
     """
-    if gradient.numel() >= _LARGE:
+    if gradient.numel() >= large:
         return False
     if gradient.device.type != "cpu" or gradient.numel() < _SMALL_ON_CPU:
         return True

@@ -70,7 +70,6 @@ class TrainingContext(StepListener):
         model: the wrapped network; a new object after ``switch_to`` and ``roll_back``.
         backend: the model's backend.
         example_inputs: small inputs that the network accepts.
-        network: the bare network, always the same object.
         comm: the communicator of the data-parallel ranks.
         trained: the network's parameters that train at any time.
         optimizer_view: the optimizer's view.
@@ -88,7 +87,6 @@ class TrainingContext(StepListener):
     ) -> None:
         self.model = model
         self.backend: Backend = backend_of(model)
-        self.network = self.backend.network
         self.comm = self.backend.comm
         self.optimizer_view: OptimizerView = self.backend.optimizer_view(optimizer)
         # DeepSpeed wraps the optimizer; else the user may step a wrapper of the one that has hooks.
@@ -165,6 +163,11 @@ class TrainingContext(StepListener):
         if self._pass_handle is not None:
             self._pass_handle.remove()
         self._pass_handle = self.model.register_forward_pre_hook(before_forward)
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network, always the same object, with the parameters that the optimizer has."""
+        return self.backend.network
 
     @property
     def optimizer(self) -> Optimizer:

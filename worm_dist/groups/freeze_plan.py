@@ -93,6 +93,17 @@ class Block:
         shape = torch.Size((num_rows, *self.shape[1:]))
         return Block(shape, here(self.live), here(self.frozen))
 
+    def of_shard(self, begin: int, shape: torch.Size) -> Block:
+        """Return the block of a shard of this shape: of whole rows, or of the flattened parameter.
+
+        Args:
+            begin: index of its first element in the flattened parameter.
+            shape: its shape; if it has several dimensions, the later ones are the parameter's.
+        """
+        if len(shape) > 1:
+            return self.rows(begin // max(1, self.shape[1:].numel()), shape[0])
+        return self.part(begin, shape.numel())
+
     def part(self, begin: int, num_elements: int) -> Block:
         """Return the block of a slice of the flattened parameter, such as a ZeRO shard.
 

@@ -212,10 +212,14 @@ class _Slices:
     def __init__(self, shard: Shard, block: Block, channel_at: Tensor) -> None:
         self.shard, self.block = shard, block
         (dim,) = block.frozen
-        part = block.part(shard.begin, shard.value.numel())
+        part = block.of_shard(shard.begin, shard.value.shape)
         ((self._dim, self._indices),) = part.frozen.items()
         channel_at = channel_at.to(self._indices.device)
-        if part is not block:  # a part of the flattened parameter
+        if part is not block and shard.value.dim() > 1:  # whole rows
+            if dim == 0:
+                first = shard.begin // block.shape[1:].numel()
+                channel_at = channel_at[first : first + len(shard.value)]
+        elif part is not block:  # a part of the flattened parameter
             shape = [1] * len(block.shape)
             shape[dim] = -1
             channel_at = channel_at.view(shape).expand(block.shape).flatten()[shard.begin :]

@@ -172,7 +172,7 @@ def group_slices(
     together: dict[object, list[tuple[Shard, Block]]] = defaultdict(list)
     for shard, block in items:
         value = shard.value
-        part = block.part(shard.begin, value.numel())
+        part = block.of_shard(shard.begin, value.shape)
         is_dense = bool(torch.ops.aten.is_non_overlapping_and_dense(value))
         limit = _MERGED_ON_CPU if value.device.type == "cpu" else _MERGED
         if value.numel() >= limit or not is_dense:
