@@ -1,10 +1,8 @@
-"""The examples run, on two real processes each."""
+"""The examples run, on two real processes each, as torchrun would start them."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import pytest
 from tests.programs import call, variables_of_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.slow("trains a whole run")
@@ -27,27 +24,22 @@ def test_the_loop_leaves_a_small_network(tmp_path: Path) -> None:
     assert (tmp_path / "ticket" / "ticket.safetensors").exists()
 
 
-@pytest.mark.slow("trains a whole run under a launcher")
+@pytest.mark.slow("trains a whole run and imports a trainer")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("name", "extra", "launcher"),
+    ("name", "extra", "world_size"),
     [
-        ("lightning", "lightning", []),  # which starts the second process itself
-        ("huggingface", "hf", _TORCHRUN),
-        ("accelerate", "hf", _TORCHRUN),
+        ("lightning", "lightning", 0),  # it starts the second process itself
+        ("huggingface", "hf", 2),
+        ("accelerate", "hf", 2),
     ],
 )
-def test_it_ends_with_a_ticket(name: str, extra: str, launcher: list[str], tmp_path: Path) -> None:
+def test_it_ends_with_a_ticket(name: str, extra: str, world_size: int, tmp_path: Path) -> None:
     for package in {"lightning": ["lightning"], "hf": ["accelerate", "transformers"]}[extra]:
         pytest.importorskip(package, reason=f"the extra worm_dist[{extra}] is not installed")
     script = EXAMPLES / f"{name}_digits.py"
     assert len(script.read_text().splitlines()) < 40
-    ended = subprocess.run(
-        [sys.executable, *launcher, script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert [line for line in ended.stdout.splitlines() if line.startswith("ticket ")], ended.stdout
+    ranks = variables_of_ranks(world_size) or [{}]
+    ended = call([script], tmp_path, ranks, limit=280)
+    assert [each.exitcode for each in ended] == [0] * len(ended), ended[0].err
+    assert [line for line in ended[0].out.splitlines() if line.startswith("ticket ")], ended
