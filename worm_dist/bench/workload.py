@@ -47,7 +47,7 @@ class Workload:
 
 
 FULL = Workload("resnet18", "torchvision/resnet50", rounds=10)
-QUICK = Workload("vgg_small", "vgg_small", rounds=2)
+QUICK = Workload("resnet20", "resnet20", rounds=2)
 
 
 def alternate(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..ledger.row import append
 from ..network import several_ranks
-from ..workload import Workload
+from ..workload import QUICK
 from .measurement import measure
 from .page import write
 from .row import read_scale_rows
@@ -14,7 +15,6 @@ from .row import read_scale_rows
 __all__ = ["ROWS", "run"]
 
 ROWS = "scale.jsonl"
-_MODEL = "resnet20"
 
 
 def run(model: str | None, quick: bool, folder: Path) -> None:
@@ -31,7 +31,7 @@ def run(model: str | None, quick: bool, folder: Path) -> None:
         CheckpointError: the folder has rows of another version.
         ConfigError: the model does not exist.
     """
-    workload = Workload(model or _MODEL, _MODEL, rounds=2 if quick else 8)
+    workload = replace(QUICK, model=model or QUICK.model, rounds=2 if quick else 8)
     read_scale_rows(folder / ROWS)
     with several_ranks() as rank:
         rows = list(measure(workload))
