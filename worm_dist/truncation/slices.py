@@ -253,7 +253,7 @@ _Part: TypeAlias = tuple[Tensor, Tensor | None, int]
 and the number of elements."""
 
 
-def _write_together(views: Sequence[Tensor], parts: Sequence[_Part]) -> None:
+def _write_together(views: list[Tensor], parts: Sequence[_Part]) -> None:
     """Write to slices in the concatenation of one-dimensional views, in as many parts, and copy it
     back."""
     flat = torch.cat(views)
