@@ -11,6 +11,8 @@ from ..errors import BackendError
 from .backend import Backend, not_compiled
 from .ddp import DdpBackend
 from .deepspeed import DeepSpeedBackend, is_deepspeed
+from .fsdp import FsdpBackend
+from .fsdp_sharding import is_fully_sharded
 from .single_process import SingleProcess
 
 __all__ = ["backend_of"]
@@ -35,6 +37,8 @@ def backend_of(model: nn.Module) -> Backend:
     """
     if is_deepspeed(model):
         return DeepSpeedBackend(model)
+    if is_fully_sharded(model):
+        return FsdpBackend(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):
         return DdpBackend(model)

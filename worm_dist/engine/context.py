@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -232,6 +232,10 @@ class TrainingContext(StepListener):
                 reducer.load_state_dict(reducer_state, averaged)
         except CheckpointError as error:  # the other ranks must not wait for this one
             failure = error
+        self._raise_on_all_ranks(failure)
+
+    def _raise_on_all_ranks(self, failure: CheckpointError | None) -> None:
+        """Raise an error of this rank, or of another one.  Collective."""
         with uncounted(self.comm):
             failures = self.comm.failures("" if failure is None else str(failure))
         if failures:
@@ -245,14 +249,23 @@ class TrainingContext(StepListener):
             with self.inputs.unrecorded():
                 self._bucket_order.restore(self.network, one_pass, unreduced)
 
-    def read_optimizer_state(self) -> dict[str, Any] | None:
+    def read_optimizer_state(self, *, sharded: bool) -> dict[str, Any] | None:
         """See ``Engine.optimizer_state``."""
         with uncounted(self.comm):
-            return self.optimizer_state.read()
+            return self.optimizer_state.read(sharded=sharded)
 
     def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load an optimizer state; see ``OptimizerState.write``."""
-        self.optimizer_state.write(state)
+        """Load an optimizer state; see ``OptimizerState.write``.  Collective.
+
+        Raises:
+            CheckpointError: on every rank, if one of them cannot read its part.
+        """
+        failure: CheckpointError | None = None
+        try:
+            self.optimizer_state.write(state)
+        except CheckpointError as error:  # the other ranks must not wait for this one
+            failure = error
+        self._raise_on_all_ranks(failure)
         self.register_step_hooks()  # which also links moments under DeepSpeed
 
     @property
@@ -263,6 +276,14 @@ class TrainingContext(StepListener):
     def register_step_hooks(self) -> None:
         """Register the step hooks on the present optimizer."""
         self._step_hooks.register(self.optimizer_view)
+
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """Context in which the network has full weights; see ``Backend.full_network``."""
+        return self.backend.full_network()
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The full values of parameters; see ``Backend.full_values``."""
+        return self.backend.full_values(parameters)
 
     @property
     def num_elements(self) -> int:
@@ -299,7 +320,7 @@ class TrainingContext(StepListener):
         self.model, self.backend, self.optimizer_view = rewrapped
         old.retire()
         self.reduction.follow(self.backend)
-        self.trained &= frozenset(self.network.parameters())  # gates may have been folded
+        self.trained = self.backend.averaged  # without gates that have been folded
         self._step_bytes = self.backend.step_bytes
         self._bucket_order.wrapped(self.step)
         self._register_pass_hook()
@@ -316,7 +337,9 @@ class TrainingContext(StepListener):
 
     def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
         """Estimate BatchNorm statistics at a check; see ``InputRecord.recalibrate``."""
-        self.inputs.recalibrate(self.network, groups, self.comm, self.step, warned)
+        if self.inputs.is_on:
+            with self.full_network() as network:
+                self.inputs.recalibrate(network, groups, self.comm, self.step, warned)
 
     def remove(self) -> None:
         """Remove all hooks, and stop truncating gradients."""

@@ -189,7 +189,9 @@ class Fade:
         fade is under way."""
         shared = self._view.shared
         full = {
-            p: p.new_zeros(p.shape, dtype=torch.float32 if shared else _compute_dtype(p))
+            p: torch.zeros(
+                p.shape, dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
+            )
             for p in self._slices
         }
         for parameter, all_slices in self._items:

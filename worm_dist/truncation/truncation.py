@@ -236,10 +236,19 @@ class Truncation(StepListener):
         if self._reduction.is_ours:
             # Channels whose columns are dropped are zero already and will not change again.
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
-            self._reduction.require_reducer().set_plan(plan, held, fading_params)
+            reducer = self._reduction.require_reducer()
+            reducer.unread = self._unread()
+            reducer.set_plan(plan, held, fading_params)
         else:
             self._hooks.set_plan(plan, self._ratio)
         return held
+
+    def _unread(self) -> FreezePlan | None:
+        """All slices of channels whose output is exactly zero for good."""
+        zero = self._columns.dropped
+        if not bool(zero.any()):
+            return None
+        return FreezePlan(self._network, self._groups, zero, "coupled")
 
     def _probe(self, zero: Tensor) -> None:
         nothing = torch.zeros_like(zero)
