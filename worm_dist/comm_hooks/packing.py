@@ -208,7 +208,7 @@ class Packing:
         spans = [(0, 0)]
         for number, (shape, _, begin) in enumerate(self._layouts):
             if number not in skipped:
-                end = begin + shape.numel()
+                end = begin + prod(shape)
                 last_begin, last_end = spans[-1]
                 spans[-1:] = [(last_begin, end)] if last_end == begin else [spans[-1], (begin, end)]
         return [(begin, end) for begin, end in spans if begin < end]
