@@ -205,12 +205,14 @@ class Packing:
         """Parts of the bucket that become zero: all others; one pass over contiguous memory is
         faster than a fill of every frozen slice."""
         skipped = {*self._rows_to_zero}
-        spans = [(0, 0)]
-        for number, (shape, _, begin) in enumerate(self._layouts):
-            if number not in skipped:
-                end = begin + prod(shape)
-                last_begin, last_end = spans[-1]
-                spans[-1:] = [(last_begin, end)] if last_end == begin else [spans[-1], (begin, end)]
+        spans: list[tuple[int, int]] = []
+        for number, (shape, _, offset) in enumerate(self._layouts):
+            begin, end = int(offset), int(offset) + prod(shape)
+            if number in skipped:
+                continue
+            if spans and spans[-1][1] == begin:
+                begin = spans.pop()[0]
+            spans.append((begin, end))
         return [(begin, end) for begin, end in spans if begin < end]
 
     def _gradient(self, bucket: Tensor, number: int) -> Tensor:
