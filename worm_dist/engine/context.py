@@ -121,7 +121,7 @@ class TrainingContext(StepListener):
 
     def set_step_listeners(self, listeners: Sequence[StepListener]) -> None:
         """Call these around every optimizer step, in this order, and then count its bytes."""
-        self._step_hooks.listeners = (*listeners, self)
+        self._step_hooks.listen((*listeners, self))
 
     def before_step(self) -> None:
         """Refuse to step with gradients that were averaged wrongly; see ``Checksums``.
