@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import worm_dist
@@ -32,7 +32,7 @@ def network_of(row: Row) -> nn.Module:
     return network
 
 
-def sharded(row: Row, network: nn.Module) -> nn.Module:
+def sharded(row: Row, network: nn.Module) -> Any:
     """The same network, sharded."""
     names = ("replicas", "shards")[-len(row.mesh) :]
     arguments: dict[str, Any] = {
@@ -47,8 +47,11 @@ def sharded(row: Row, network: nn.Module) -> nn.Module:
 
 def full(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor.  Collective if it is sharded."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return (tensor.detach() if gather is None else gather().detach()).clone()
+    whole: Any = tensor
+    if isinstance(tensor, DTensor):
+        whole = whole.full_tensor()
+    copy: Tensor = whole.detach().clone()
+    return copy
 
 
 class Trainee:
@@ -66,7 +69,8 @@ class Trainee:
         )
 
     def step(self, number: int) -> None:
-        row, model = self._row, self.engine.model
+        row = self._row
+        model: Any = self.engine.model
         self.optimizer.zero_grad()
         for micro in range(row.passes):
             is_last = micro == row.passes - 1
