@@ -31,7 +31,8 @@ def import_deepspeed() -> Any:
     # Shared memory for inference: half a minute of compiling for nothing.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel("ERROR")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{renamed}. is deprecated")
     return deepspeed
 
 

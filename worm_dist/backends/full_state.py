@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..distributed.collectives import Communicator
+from ..groups.full_shape import full_numel, full_shape
 from .optimizer_view import OptimizerView, Shard
 
 __all__ = ["FullParamState", "gather", "part_of", "scatter_full_state"]
@@ -79,7 +79,7 @@ def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullPar
         if full_state.moments or full_state.per_param:
             state = view.optimizer.state[owner]
             for key, value in full_state.per_param.items():
-                state[key] = _placed(key, value, owner, view.optimizer)
+                state[key] = _placed(key, value, owner, view)
             for key, moment in full_state.moments.items():
                 if not _is_per_element(state.get(key), view, parameter):
                     state[key] = torch.zeros_like(owner, dtype=moment.dtype)
@@ -106,25 +106,23 @@ def _full_tensors(
 
     if not view.shared:
         return [local(shard).detach() for p in parameters for shard in view.shards(p)]
-    sizes = [p.numel() for p in parameters]
+    sizes = [full_numel(p) for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    tensors = [t.view(p.shape) for p, t in zip(parameters, flat.split(sizes), strict=True)]
+    tensors = [t.view(full_shape(p)) for p, t in zip(parameters, flat.split(sizes), strict=True)]
     for parameter, full in zip(parameters, tensors, strict=True):
         for shard in view.shards(parameter):
             assert local(shard).dtype == torch.float32
             part_of(full, shard).copy_(local(shard))
     flat = comm.all_reduce_disjoint(flat)
-    return [t.view(p.shape) for p, t in zip(parameters, flat.split(sizes), strict=True)]
+    return [t.view(full_shape(p)) for p, t in zip(parameters, flat.split(sizes), strict=True)]
 
 
-def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> object:
+def _placed(key: str, value: object, owner: Tensor, view: OptimizerView) -> object:
     """A copy on the device where torch keeps this state: the step count is on the CPU unless the
     optimizer is capturable or fused."""
     if not isinstance(value, Tensor):
         return value
-    options = next(
-        group for group in optimizer.param_groups if any(p is owner for p in group["params"])
-    )
+    options = view.options(owner)
     on_device = key != "step" or options.get("capturable") or options.get("fused")
     return value.to(owner.device if on_device else "cpu", copy=True)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
+from ..groups.full_shape import full_shape
 from ..schema import Count, FiniteTensor, Schema, first_problem
 from .full_state import FullParamState, gather, scatter_full_state
 from .optimizer_view import OptimizerView
@@ -100,7 +101,7 @@ class OptimizerState:
             "format": _FORMAT,
             "parameters": {
                 name: {
-                    "value": None if _same_bits(found[p].value, p) else found[p].value,
+                    "value": None if self._has_bits(p, found[p].value) else found[p].value,
                     "moments": dict(found[p].moments),
                     "per_param": dict(found[p].per_param),
                 }
@@ -151,7 +152,7 @@ class OptimizerState:
         if groups != self._groups:
             yield "groups: the optimizer's parameter groups differ from the saved ones"
         for name, parameter in state.parameters.items():
-            shape = self._parameters[name].shape
+            shape = full_shape(self._parameters[name])
             tensors = {"value": parameter.value, **parameter.moments}
             for key, tensor in tensors.items():
                 if tensor is not None and tensor.shape != shape:
@@ -176,16 +177,19 @@ class OptimizerState:
             value = parameter.detach() if saved["value"] is None else saved["value"]
             full_states[parameter] = FullParamState(value, saved["moments"], saved["per_param"])
         scatter_full_state(self._view, full_states)
+        self._view.values_written()
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
                 setattr(self._model, name, count)
+
+    def _has_bits(self, parameter: Tensor, value: Tensor) -> bool:
+        """Whether the parameter itself says what its stepped value is."""
+        if self._view.cuts_weights or value.dtype != parameter.dtype:
+            return False
+        return torch.equal(value, parameter.to(value.device))
 
     def _drop_other_keys(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
         """Delete keys that the saved state lacks: a new optimizer may already have some state."""
         state = self._view.optimizer.state.get(self._view.owner(parameter), {})
         for key in state.keys() - saved["moments"].keys() - saved["per_param"].keys():
             del state[key]
-
-
-def _same_bits(value: Tensor, parameter: Tensor) -> bool:
-    return value.dtype == parameter.dtype and torch.equal(value, parameter.to(value.device))

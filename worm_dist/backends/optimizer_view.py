@@ -76,10 +76,13 @@ class OptimizerView:
         optimizer: the torch optimizer that holds the state.
         copies: whether it steps copies of the parameters (master weights).
         shared: whether its state is sharded: each rank steps only its part.
+        cuts_weights: whether a rank holds only its part of the weights, too, so that the stepped
+            values are the only full record of them.
     """
 
     copies = False
     shared = False
+    cuts_weights = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -97,6 +100,15 @@ class OptimizerView:
     def owner(self, parameter: Tensor) -> Tensor:
         """The tensor under which the optimizer keeps this parameter's state."""
         return parameter
+
+    def options(self, owner: Tensor) -> dict[str, Any]:
+        """The options of the parameter group of an owner."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return next(group for group in groups if any(p is owner for p in group["params"]))
+
+    def values_written(self) -> None:
+        """Called when stepped values have been written to: bring them to where they are used, if
+        nothing else does."""
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
         """The shards of a parameter that this rank steps."""

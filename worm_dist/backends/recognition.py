@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.contract import _get_registry
@@ -34,7 +36,7 @@ def backend_of(model: nn.Module) -> Backend:
             wrapper or DeepSpeed engine.
     """
     if is_deepspeed(model):
-        return DeepSpeedBackend(model)
+        return _deepspeed(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):
         return DdpBackend(model)
@@ -50,6 +52,15 @@ def backend_of(model: nn.Module) -> Backend:
             "deepspeed.initialize, first"
         )
     return SingleProcess(model)
+
+
+def _deepspeed(model: Any) -> Backend:
+    if model.zero_optimization_stage() == 3:
+        raise BackendError(
+            "attach: DeepSpeed: ZeRO stage 3 partitions the weights themselves, and here every rank "
+            "scores, holds and prunes full weights; choose stage 0, 1 or 2"
+        )
+    return DeepSpeedBackend(model)
 
 
 def _require_not_sharded(model: nn.Module) -> None:

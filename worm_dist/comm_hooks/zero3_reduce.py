@@ -1,0 +1,205 @@
+"""ZeRO-3 reduction: the reduce-scatter of gradients without frozen slices.
+
+DeepSpeed cuts every flattened gradient into one part for each rank, and reduces all first parts to
+the first rank, all second parts to the second one, and so on, by one collective for a bucket.  Here
+each rank's share of the collective is the live elements of its parts.  A reduce-scatter needs equal
+shares, so they are padded to the largest.
+
+DeepSpeed's own function is called with the packed elements, so scaling, precision and process
+groups follow its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..groups.freeze_plan import Block, FreezePlan
+from .packing import Packing
+from .patching import Patch
+from .reducer import Reducer
+
+__all__ = ["Zero3Reducer"]
+
+_AVERAGE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+class Zero3Reducer(Reducer):
+    """Packs the gradients that DeepSpeed's stage 3 reduces.
+
+    Args:
+        wrapper: the ``DeepSpeedZeroOptimizer_Stage3``, patched until ``remove``.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        from deepspeed.runtime.zero import stage3
+
+        super().__init__()
+        self._module = stage3
+        self._layouts: dict[tuple[object, ...], _Layout | None] = {}
+        # DeepSpeed calls a function of its module, the same for every engine of the process; so it
+        # is patched only while this optimizer reduces.
+        self._average = Patch(wrapper, _AVERAGE, self._averaged)
+
+    def set_plan(
+        self,
+        plan: FreezePlan,
+        held: FreezePlan | None = None,
+        fading_params: Collection[Tensor] = (),
+    ) -> None:
+        super().set_plan(plan, held, fading_params)
+        self._layouts.clear()
+
+    def remove(self) -> None:
+        super().remove()
+        self._average.remove()
+        self._layouts.clear()
+
+    def _averaged(self, parameters: Sequence[Tensor], *arguments: Any) -> Any:
+        """Replacement of ``__avg_scatter_grads``; the parameters' gradients are full."""
+
+        def reduce(gradients: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+            return self._reduced(parameters, gradients, group, taken.original)
+
+        taken = Patch(self._module, "reduce_scatter_coalesced", reduce)
+        try:
+            return self._average.original(parameters, *arguments)
+        finally:
+            taken.remove()
+
+    def _reduced(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        group: Any,
+        reduce: Callable[..., list[Tensor]],
+    ) -> list[Tensor]:
+        """This rank's part of every gradient, averaged, with zeros for frozen slices."""
+        self.probe_bucket(zip(parameters, gradients, strict=True))
+        size, world_size = gradients[0].element_size(), dist.get_world_size(group)
+        padded = sum(_part_size(g.numel(), world_size) * world_size for g in gradients)
+        self.dense_bytes += size * padded
+        layout = self._layout(parameters, gradients, group)
+        if layout is None:
+            self.sent_bytes += size * padded
+            return reduce(gradients, group)
+        if layout.num_sent:  # else no live element on any rank: the plan is the same
+            (own,) = reduce([layout.packed(gradients)], group)
+            self.sent_bytes += size * layout.num_sent
+        else:
+            own = gradients[0].new_empty(0)
+        return layout.unpacked(own)
+
+    def _layout(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], group: Any
+    ) -> _Layout | None:
+        """The layout of this bucket, cached; None if all of it is live."""
+        key = (gradients[0].dtype, group, *map(id, parameters))
+        if key not in self._layouts:
+            blocks = [self.plan.blocks.get(p) if self.plan else None for p in parameters]
+            self._layouts[key] = _Layout(blocks, gradients, group) if any(blocks) else None
+        return self._layouts[key]
+
+
+class _Layout:
+    """Where the live elements of a bucket's gradients are, and whose they are.
+
+    Args:
+        blocks: the live and frozen slices of each gradient; None if all of it is live.
+        gradients: the gradients.
+        group: the process group.
+
+    Attributes:
+        num_sent: number of elements that a rank hands over, with padding.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block | None], gradients: Sequence[Tensor], group: Any
+    ) -> None:
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        sizes = [gradient.numel() for gradient in gradients]
+        like = gradients[0].new_empty(0)
+        self._dtype, self._device = like.dtype, like.device
+        self._sizes = sizes
+        pieces = like.new_empty(sum(sizes)).split(sizes)
+        views = [piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True)]
+        self._packing = Packing(blocks, views, like)
+        # The live elements of a gradient keep their order, so each rank's are a section of them.
+        self._sections = [
+            _sections(block, size, world_size) for block, size in zip(blocks, sizes, strict=True)
+        ]
+        shares = [
+            sum(sections[number] for sections in self._sections) for number in range(world_size)
+        ]
+        self._padding = [max(shares) - share for share in shares]
+        self.num_sent = max(shares) * world_size
+        self._part_sizes = [_part_of(size, world_size, rank)[1] for size in sizes]
+        own = [
+            block.part(*_part_of(size, world_size, rank)) if block is not None else None
+            for block, size in zip(blocks, sizes, strict=True)
+        ]
+        self._own = Packing(
+            own, like.new_empty(sum(self._part_sizes)).split(self._part_sizes), like
+        )
+
+    def packed(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The live elements ``[ranks * largest share]``: each rank's, then its padding."""
+        bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._packing.pack(bucket)
+        del bucket
+        parts = zip(self._packing.parts, self._sections, strict=True)
+        by_rank = zip(*(part.reshape(-1).split(sections) for part, sections in parts))
+        padding = (self._packing.buffer.new_zeros(size) for size in self._padding)
+        return torch.cat([piece for row, rest in zip(by_rank, padding) for piece in (*row, rest)])
+
+    def unpacked(self, own: Tensor) -> list[Tensor]:
+        """This rank's part of every gradient.
+
+        Args:
+            own: what this rank has received: its averaged live elements, and its padding.
+        """
+        flat = torch.empty(sum(self._part_sizes), dtype=self._dtype, device=self._device)
+        self._own.unpack(flat, own[: self._own.num_live])
+        return list(flat.split(self._part_sizes))
+
+
+def _part_size(num_elements: int, world_size: int) -> int:
+    """Number of elements of every rank's part of a gradient, with padding."""
+    return -(-num_elements // world_size)
+
+
+def _part_of(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
+    """The first element and the number of elements of a rank's part, without padding."""
+    size = _part_size(num_elements, world_size)
+    begin = min(rank * size, num_elements)
+    return begin, min(size, num_elements - begin)
+
+
+def _sections(block: Block | None, num_elements: int, world_size: int) -> list[int]:
+    """How many live elements of a gradient are in each rank's part."""
+    ends = [sum(_part_of(num_elements, world_size, rank)) for rank in range(world_size)]
+    upto = ends if block is None else [_num_live_before(block, end) for end in ends]
+    return [end - begin for begin, end in zip([0, *upto], upto)]
+
+
+def _num_live_before(block: Block, end: int) -> int:
+    """How many of the first elements of a flattened gradient are live."""
+    if end >= block.shape.numel():
+        return block.num_live
+    sizes = list(accumulate(reversed(block.shape[1:]), lambda a, b: a * b, initial=1))[::-1]
+    found, rest = 0, end
+    live_sizes = list(accumulate(reversed(block.live_shape[1:]), lambda a, b: a * b, initial=1))[
+        ::-1
+    ]
+    for dim, (size, live_size) in enumerate(zip(sizes, live_sizes, strict=True)):
+        index, rest = divmod(rest, size)
+        live = block.live.get(dim)
+        found += (index if live is None else int((live < index).sum())) * live_size
+        if live is not None and not bool((live == index).any()):
+            break  # the rest is within a frozen slice
+    return found
