@@ -67,6 +67,14 @@ class Reducer:
         self.plan = plan
         self.nonzero_seen = None
 
+    def set_absent(self, absent: FreezePlan | None) -> None:
+        """Leave out slices on which no output depends, also where weights are gathered; the ranks
+        have agreed on them.
+
+        Args:
+            absent: these slices; None if there are none.
+        """
+
     def probe(self, plan: FreezePlan, device: torch.device) -> None:
         """Record in the next backward passes whether a slice frozen by this plan has a non-zero
         gradient on this rank; see ``nonzero_seen``."""

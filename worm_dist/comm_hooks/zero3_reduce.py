@@ -12,7 +12,6 @@ groups follow its settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from ..groups.freeze_plan import Block, FreezePlan
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
+from .zero3_gather import Zero3Gather
+from .zero3_parts import live_sections, part_of, part_size
 
 __all__ = ["Zero3Reducer"]
 
@@ -30,7 +31,7 @@ _AVERAGE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
 class Zero3Reducer(Reducer):
-    """Packs the gradients that DeepSpeed's stage 3 reduces.
+    """Packs the gradients that DeepSpeed's stage 3 reduces, and the weights it gathers.
 
     Args:
         wrapper: the ``DeepSpeedZeroOptimizer_Stage3``, patched until ``remove``.
@@ -45,6 +46,7 @@ class Zero3Reducer(Reducer):
         # DeepSpeed calls a function of its module, the same for every engine of the process; so it
         # is patched only while this optimizer reduces.
         self._average = Patch(wrapper, _AVERAGE, self._averaged)
+        self._gather = Zero3Gather(wrapper, self)
 
     def set_plan(
         self,
@@ -55,9 +57,14 @@ class Zero3Reducer(Reducer):
         super().set_plan(plan, held, fading_params)
         self._layouts.clear()
 
+    def set_absent(self, absent: FreezePlan | None) -> None:
+        super().set_absent(absent)
+        self._gather.set_absent(absent)
+
     def remove(self) -> None:
         super().remove()
         self._average.remove()
+        self._gather.remove()
         self._layouts.clear()
 
     def _averaged(self, parameters: Sequence[Tensor], *arguments: Any) -> Any:
@@ -82,7 +89,7 @@ class Zero3Reducer(Reducer):
         """This rank's part of every gradient, averaged, with zeros for frozen slices."""
         self.probe_bucket(zip(parameters, gradients, strict=True))
         size, world_size = gradients[0].element_size(), dist.get_world_size(group)
-        padded = sum(_part_size(g.numel(), world_size) * world_size for g in gradients)
+        padded = sum(part_size(g.numel(), world_size) * world_size for g in gradients)
         self.dense_bytes += size * padded
         layout = self._layout(parameters, gradients, group)
         if layout is None:
@@ -131,16 +138,17 @@ class _Layout:
         self._packing = Packing(blocks, views, like)
         # The live elements of a gradient keep their order, so each rank's are a section of them.
         self._sections = [
-            _sections(block, size, world_size) for block, size in zip(blocks, sizes, strict=True)
+            live_sections(block, size, world_size)
+            for block, size in zip(blocks, sizes, strict=True)
         ]
         shares = [
             sum(sections[number] for sections in self._sections) for number in range(world_size)
         ]
         self._padding = [max(shares) - share for share in shares]
         self.num_sent = max(shares) * world_size
-        self._part_sizes = [_part_of(size, world_size, rank)[1] for size in sizes]
+        self._part_sizes = [part_of(size, world_size, rank)[1] for size in sizes]
         own = [
-            block.part(*_part_of(size, world_size, rank)) if block is not None else None
+            block.part(*part_of(size, world_size, rank)) if block is not None else None
             for block, size in zip(blocks, sizes, strict=True)
         ]
         self._own = Packing(
@@ -166,40 +174,3 @@ class _Layout:
         flat = torch.empty(sum(self._part_sizes), dtype=self._dtype, device=self._device)
         self._own.unpack(flat, own[: self._own.num_live])
         return list(flat.split(self._part_sizes))
-
-
-def _part_size(num_elements: int, world_size: int) -> int:
-    """Number of elements of every rank's part of a gradient, with padding."""
-    return -(-num_elements // world_size)
-
-
-def _part_of(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
-    """The first element and the number of elements of a rank's part, without padding."""
-    size = _part_size(num_elements, world_size)
-    begin = min(rank * size, num_elements)
-    return begin, min(size, num_elements - begin)
-
-
-def _sections(block: Block | None, num_elements: int, world_size: int) -> list[int]:
-    """How many live elements of a gradient are in each rank's part."""
-    ends = [sum(_part_of(num_elements, world_size, rank)) for rank in range(world_size)]
-    upto = ends if block is None else [_num_live_before(block, end) for end in ends]
-    return [end - begin for begin, end in zip([0, *upto], upto)]
-
-
-def _num_live_before(block: Block, end: int) -> int:
-    """How many of the first elements of a flattened gradient are live."""
-    if end >= block.shape.numel():
-        return block.num_live
-    sizes = list(accumulate(reversed(block.shape[1:]), lambda a, b: a * b, initial=1))[::-1]
-    found, rest = 0, end
-    live_sizes = list(accumulate(reversed(block.live_shape[1:]), lambda a, b: a * b, initial=1))[
-        ::-1
-    ]
-    for dim, (size, live_size) in enumerate(zip(sizes, live_sizes, strict=True)):
-        index, rest = divmod(rest, size)
-        live = block.live.get(dim)
-        found += (index if live is None else int((live < index).sum())) * live_size
-        if live is not None and not bool((live == index).any()):
-            break  # the rest is within a frozen slice
-    return found
