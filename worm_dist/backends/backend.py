@@ -6,6 +6,8 @@ A new backend is one class with this protocol, one reducer in ``comm_hooks``, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -28,6 +30,7 @@ class Backend(Protocol):
         network: the bare network.
         comm: the communicator of the data-parallel ranks.
         process_group: the process group in which gradients are reduced; None on a single process.
+        shards_weights: whether each rank holds only its part of the weights.
         averages: whether the wrapper averages gradients over ranks.
         finds_unused: whether the wrapper looks for parameters that a forward pass has not used.
         keeps_hooks: whether a communication hook cannot be unregistered from the wrapper.
@@ -37,6 +40,7 @@ class Backend(Protocol):
     called: nn.Module
     network: nn.Module
     comm: Communicator
+    shards_weights: bool
     averages: bool
     finds_unused: bool
     keeps_hooks: bool
@@ -52,6 +56,24 @@ class Backend(Protocol):
     @property
     def step_bytes(self) -> int:
         """Bytes per rank in the collectives of one optimizer step of the unfrozen network."""
+
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """Context in which ``network`` is a plain module with full weights, to be run and copied.
+
+        The module and its buffers are the network's own, so statistics written to them stay.  Its
+        parameters are the network's own only where every rank holds full weights; where they are
+        sharded they are gathered for the context, which takes one copy of the weights (never of the
+        optimizer's state) on every rank, and what is written to them is lost.  Collective where
+        weights are sharded: the entry is, the exit is not.
+        """
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The full values of a few small parameters, detached; by one collective where they are
+        sharded.
+
+        Args:
+            parameters: parameters of the network, the same on every rank.
+        """
 
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Refuse settings that this backend does not support.
@@ -79,7 +101,8 @@ class Backend(Protocol):
         """The optimizer object that the training loop steps."""
 
     def release(self) -> None:
-        """Remove the wrapper's hooks from the network before the network is pruned."""
+        """Remove the wrapper's hooks from the network before the network is pruned; called within
+        ``full_network``, whose weights the network keeps."""
 
     def rewrap(self) -> nn.Module:
         """Wrap the network as it is now in a new wrapper with the old wrapper's arguments.  Not a

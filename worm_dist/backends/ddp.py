@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class DdpBackend:
         model: the wrapper.
     """
 
+    shards_weights = False
     averages = True
     keeps_hooks = True  # torch cannot unregister a communication hook; only a new wrapper has none
     rebuilds_buckets = True
@@ -55,6 +57,14 @@ class DdpBackend:
     def step_bytes(self) -> int:
         """Bytes of all averaged gradients."""
         return sum(p.numel() * p.element_size() for p in self.averaged)
+
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """The network itself; see ``Backend``."""
+        return nullcontext(self.network)
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' own values; see ``Backend``."""
+        return [parameter.detach() for parameter in parameters]
 
     def reduces_at_once(self, truncation: TruncationConfig) -> bool:
         """Whether gradients are compressed; otherwise DDP's own reduction does."""

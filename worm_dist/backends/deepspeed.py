@@ -6,7 +6,8 @@ import copy
 import gc
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -62,6 +63,7 @@ class DeepSpeedBackend:
         wrapper: the engine's optimizer; in stage 0 it may be a torch optimizer.
     """
 
+    shards_weights = False
     averages = True
     finds_unused = False  # DeepSpeed reduces missing gradients as zeros
     keeps_hooks = False
@@ -98,6 +100,14 @@ class DeepSpeedBackend:
             return int(gradients)
         weights = sum(flat.nbytes // self.comm.size for flat in self.wrapper.bit16_groups_flat)
         return int(gradients + weights)
+
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """The network itself; see ``Backend``."""
+        return nullcontext(self.network)
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' own values; see ``Backend``."""
+        return [parameter.detach() for parameter in parameters]
 
     def reduces_at_once(self, truncation: TruncationConfig) -> bool:
         """Always, so that bytes are counted in the same way in every phase."""

@@ -14,6 +14,7 @@ from .backend import Backend, not_compiled
 from .ddp import DdpBackend
 from .deepspeed import DeepSpeedBackend, is_deepspeed
 from .single_process import SingleProcess
+from .zero3 import Zero3Backend
 
 __all__ = ["backend_of"]
 
@@ -55,12 +56,7 @@ def backend_of(model: nn.Module) -> Backend:
 
 
 def _deepspeed(model: Any) -> Backend:
-    if model.zero_optimization_stage() == 3:
-        raise BackendError(
-            "attach: DeepSpeed: ZeRO stage 3 partitions the weights themselves, and here every rank "
-            "scores, holds and prunes full weights; choose stage 0, 1 or 2"
-        )
-    return DeepSpeedBackend(model)
+    return Zero3Backend(model) if model.zero_optimization_stage() == 3 else DeepSpeedBackend(model)
 
 
 def _require_not_sharded(model: nn.Module) -> None:

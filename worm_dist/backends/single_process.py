@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ class SingleProcess:
 
     process_group = None
     step_bytes = 0
+    shards_weights = False
     averages = False
     finds_unused = False
     keeps_hooks = False
@@ -35,6 +38,14 @@ class SingleProcess:
     def averaged(self) -> frozenset[Tensor]:
         """All parameters; see ``Backend``."""
         return frozenset(self.network.parameters())
+
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """The network itself; see ``Backend``."""
+        return nullcontext(self.network)
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' own values; see ``Backend``."""
+        return [parameter.detach() for parameter in parameters]
 
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Accept all settings: no gradients are reduced."""

@@ -9,38 +9,40 @@ from torch import Tensor, nn
 
 from ..config import WormConfig
 from ..digest import digest_of
-from ..distributed.collectives import Communicator, refused_on_all_ranks
+from ..distributed.collectives import refused_on_all_ranks
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..pruning.predicted_cost import predicted_cost
 from ..search.ranking import Ranking
+from .context import TrainingContext
 
 __all__ = ["agreed_ranking"]
 
 
 def agreed_ranking(
     config: WormConfig,
-    network: nn.Module,
+    training: TrainingContext,
     groups: Groups,
     custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
     example_inputs: Any,
-    ranks: Communicator,
 ) -> Ranking:
     """Build the ranking, and compare its cost model across the ranks.  Collective.
 
     Args:
-        config, network, groups, custom: as for ``Ranking``.
+        config, groups, custom: as for ``Ranking``.
+        training: the training of the network that is ranked.
         example_inputs: inputs as for ``forward.run``.
-        ranks: the communicator of the ranks to compare.
 
     Raises:
         ConfigError: as in ``Ranking`` and ``predicted_cost``.
         DivergenceError: the ranks predict different costs, or it failed on another rank.
     """
+    network, ranks = training.network, training.comm
     if config.search.budget.chosen is None:
-        return Ranking(config, network, groups, custom)
+        return Ranking(config, network, groups, custom, full_values=training.full_values)
     with refused_on_all_ranks(ranks, "attach"):
-        cost = predicted_cost(config, network, groups, example_inputs)
-        ranking = Ranking(config, network, groups, custom, cost)
+        with training.full_network() as full:
+            cost = predicted_cost(config, full, groups, example_inputs)
+        ranking = Ranking(config, network, groups, custom, cost, training.full_values)
     assert cost is not None
     parts = [cost.dense, cost.coefficients, cost.fixed, cost.per_channel]
     ranks.assert_equal({"state": {"search.budget": digest_of(parts)}}, "attach")

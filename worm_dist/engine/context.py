@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -265,6 +265,14 @@ class TrainingContext(StepListener):
         """Register the step hooks on the present optimizer."""
         self._step_hooks.register(self.optimizer_view)
 
+    def full_network(self) -> AbstractContextManager[nn.Module]:
+        """Context in which the network has full weights; see ``Backend.full_network``."""
+        return self.backend.full_network()
+
+    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The full values of parameters; see ``Backend.full_values``."""
+        return self.backend.full_values(parameters)
+
     @property
     def num_elements(self) -> int:
         """Number of elements of ``trained``."""
@@ -300,7 +308,7 @@ class TrainingContext(StepListener):
         self.model, self.backend, self.optimizer_view = rewrapped
         old.retire()
         self.reduction.follow(self.backend)
-        self.trained &= frozenset(self.network.parameters())  # gates may have been folded
+        self.trained = self.backend.averaged  # without gates that have been folded
         self._step_bytes = self.backend.step_bytes
         self._bucket_order.wrapped(self.step)
         self._register_pass_hook()
@@ -317,7 +325,9 @@ class TrainingContext(StepListener):
 
     def recalibrate_statistics(self, groups: Groups, warned: set[str]) -> None:
         """Estimate BatchNorm statistics at a check; see ``InputRecord.recalibrate``."""
-        self.inputs.recalibrate(self.network, groups, self.comm, self.step, warned)
+        if self.inputs.is_on:
+            with self.full_network() as network:
+                self.inputs.recalibrate(network, groups, self.comm, self.step, warned)
 
     def remove(self) -> None:
         """Remove all hooks, and stop truncating gradients."""

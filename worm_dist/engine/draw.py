@@ -6,7 +6,7 @@ rolled back on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,8 @@ from ..pruning.optimizer_transfer import (
 from ..pruning.recorded_inputs import RecordedCall
 from ..pruning.rehearsal import Rehearsal, difference
 from ..pruning.sharded_transfer import ShardedTransfer
-from ..pruning.surgery import cuts_of, remove_channels, shapes_of
-from .context import TrainingContext
+from ..pruning.surgery import Cut, cuts_of, remove_channels, shapes_of
+from .context import TrainingContext, WrappedNetwork
 from .snapshot import Snapshot
 
 __all__ = ["draw"]
@@ -68,17 +68,44 @@ def draw(
     Raises:
         DrawError: on every rank; everything has been rolled back.
     """
+    cuts = cuts_of(groups, mask, shapes_of(training.network))
+    view, parameters = training.optimizer_view, dict(training.network.named_parameters())
+    with _on_every_rank(training.comm, where):
+        require_cuttable(view, parameters, kept_indices(cuts), "optimizer")
+    with training.full_network():
+        if not is_restored:
+            with _on_every_rank(training.comm, where):
+                inputs, calls = training.example_inputs, training.inputs.calls
+                _rehearse(training.network, groups, mask, inputs, calls)
+        rewrapped = _cut(
+            training, parameters, cuts, copies, where, is_complete, is_restored, are_zero
+        )
+    training.switch_to(rewrapped)
+    training.register_step_hooks()
+    if is_complete:
+        training.inputs.stop()
+
+
+def _cut(
+    training: TrainingContext,
+    parameters: Mapping[str, nn.Parameter],
+    cuts: Sequence[Cut],
+    copies: Sequence[nn.Module],
+    where: str,
+    is_complete: bool,
+    is_restored: bool,
+    are_zero: bool,
+) -> WrappedNetwork:
+    """Cut the network, which has full weights, and wrap it anew; see ``draw``.  Collective.
+
+    Args:
+        parameters: the parameters that the optimizer steps, by name.
+        cuts: the cuts to make.
+    """
     comm, networks = training.comm, (training.network, *copies)
     view, optimizer = training.optimizer_view, training.optimizer_view.optimizer
-    cuts = cuts_of(groups, mask, shapes_of(training.network))
-    parameters = dict(training.network.named_parameters())
-    with _on_every_rank(comm, where):
-        require_cuttable(view, parameters, kept_indices(cuts), "optimizer")
-        if not is_restored:
-            _rehearse(
-                training.network, groups, mask, training.example_inputs, training.inputs.calls
-            )
-    transfer = ShardedTransfer(view, parameters, cuts, comm) if view.copies else None
+    is_sharded = view.copies or view.shared
+    transfer = ShardedTransfer(view, parameters, cuts, comm) if is_sharded else None
     estimates = training.inputs.is_on and not is_restored
     estimated_before = estimates and are_zero
     is_estimated = estimated_before and training.inputs.is_estimated(training.step, comm)
@@ -104,15 +131,15 @@ def draw(
         with _on_every_rank(comm, where):
             rewrapped = training.rewrap()
             if transfer is not None:
+                if not view.copies:  # sharding has replaced the parameters that are stepped
+                    after = dict(training.network.named_parameters())
+                    transfer.replace_parameters(after)
                 transfer.load_into(rewrapped.optimizer_view, after)
     except BaseException:  # an interrupt, too, must not leave mixed widths
         before.restore()
         training.roll_back()
         raise
-    training.switch_to(rewrapped)
-    training.register_step_hooks()
-    if is_complete:
-        training.inputs.stop()
+    return rewrapped
 
 
 def _estimate(networks: Sequence[nn.Module], training: TrainingContext, where: str) -> None:

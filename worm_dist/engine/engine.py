@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,13 @@ class Engine:
         lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         settings = agreed_settings(self._comm, config, score, lengths)
         network = self._training.network
-        self.groups: Groups = agreed_groups(
-            network, example_inputs, self._comm, search, score is not None, optional=not may_draw
-        )
+        with self._training.full_network() as full:
+            self.groups: Groups = agreed_groups(
+                full, example_inputs, self._comm, search, score is not None, optional=not may_draw
+            )
         require_optimized(self._training.optimizer_view, network, self.groups)
         if self.groups:
-            self._ranking = agreed_ranking(config, network, self.groups, score, inputs, self._comm)
+            self._ranking = agreed_ranking(config, self._training, self.groups, score, inputs)
         ranking = self._ranking if self.groups else None
         self.budget = None if ranking is None else ranking.budget
         tracks_usage = search.enabled and self._training.backend.finds_unused
@@ -198,7 +200,8 @@ class Engine:
     def _averaged_scores(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and loss levels averaged over the ranks, by one all-reduce; and this rank's own
         scores.  All on the CPU, by one copy."""
-        scores = self._ranking.scores()
+        with self._training.full_network() if self._ranking.reads_weights else nullcontext():
+            scores = self._ranking.scores()
         levels = self._dropped.guard.levels(scores.device)
         average = self._comm.mean(torch.cat([scores, levels]))
         sizes = [len(scores), len(levels), len(scores)]
@@ -387,6 +390,7 @@ class Engine:
 
     def save_ticket(self, folder: str | Path, model: Mapping[str, Any] | None = None) -> None:
         """Write the drawn network as ``ticket.json`` and ``ticket.safetensors``, on one rank.
+        Collective if weights are sharded: then every rank calls it, and rank zero writes.
 
         Args:
             folder: the folder to write to, created if missing.
@@ -404,7 +408,10 @@ class Engine:
             )
         cuts = ungated(cuts_of(self.groups, self.mask, self._dense.shapes))
         parts = self.groups, self.mask, cuts, self._training.example_inputs, self.config
-        save_ticket(Path(folder), self._training.network, *parts, model)
+        is_sharded = self._training.backend.shards_weights
+        with self._calls.at("save_ticket", is_sharded), self._training.full_network() as network:
+            if self._comm.rank == 0 or not is_sharded:
+                save_ticket(Path(folder), network, *parts, model)
 
     def detach(self) -> nn.Module:
         """Remove all hooks.  Collective if a communication hook was registered: torch cannot

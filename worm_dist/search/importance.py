@@ -7,7 +7,7 @@ they are the scales of every single norm.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
 from ..groups.selection import importance_of
 from .candidates import Candidates, NormCandidates
-from .scale_index import ScaleIndex
+from .scale_index import FullValues, ScaleIndex, detached
 
 __all__ = [
     "ChannelScales",
@@ -41,11 +41,14 @@ class Importance(ABC):
         candidates: the candidates that are scored.
         replicated: whether all ranks must compute bit-identical scores, because these depend on the
             weights only and not on data.
+        reads_weights: whether scores are computed from the network's weights, so that the network
+            must have full ones then; otherwise from its scales alone.
         failure: the error to raise if scores are not finite; None if only diverged weights can be
             the cause.
     """
 
     replicated = True
+    reads_weights = False
 
     def __init__(self, candidates: Candidates, device: torch.device) -> None:
         self.candidates = candidates
@@ -86,8 +89,9 @@ class ChannelScales(Importance):
         groups: Groups,
         coupling: Coupling = "mean",
         signed: bool = False,
+        full_values: FullValues = detached,
     ) -> None:
-        self._index = ScaleIndex(network, groups)
+        self._index = ScaleIndex(network, groups, full_values)
         super().__init__(Candidates(groups.sizes), self._index.device)
         self._largest = coupling == "max"
         self._signed = signed
@@ -112,8 +116,14 @@ class LayerScales(Importance):
     Source: Early-Bird (arXiv 1909.11957), which computes a mask for each layer.
     """
 
-    def __init__(self, network: nn.Module, groups: Groups, signed: bool = False) -> None:
-        self._index = ScaleIndex(network, groups)
+    def __init__(
+        self,
+        network: nn.Module,
+        groups: Groups,
+        signed: bool = False,
+        full_values: FullValues = detached,
+    ) -> None:
+        self._index = ScaleIndex(network, groups, full_values)
         self._signed = signed
         index = self._index
         indices = index.indices_TN.cpu(), index.present_TN.cpu()
@@ -139,13 +149,15 @@ class WeightNorm(Importance):
     different widths comparable.
     """
 
+    reads_weights = True
+
     def __init__(self, network: nn.Module, groups: Groups, coupling: Coupling = "mean") -> None:
-        parameters = dict(network.named_parameters())
-        super().__init__(Candidates(groups.sizes), next(iter(parameters.values())).device)
+        super().__init__(Candidates(groups.sizes), next(network.parameters()).device)
+        self._network = network
         self._largest = coupling == "max"
         self._sources = [
             [
-                (parameters[member.parameters[0][0]], member.parameters[0][1], member.positions)
+                (*member.parameters[0], member.positions)
                 for member in group.members
                 if member.role == "producer"
             ]
@@ -154,11 +166,16 @@ class WeightNorm(Importance):
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        return torch.cat([self._of_group(sources) for sources in self._sources])
+        # By name: sharded weights are gathered into other parameters of the same module.
+        weights = dict(self._network.named_parameters())
+        return torch.cat([self._of_group(sources, weights) for sources in self._sources])
 
-    def _of_group(self, sources: list[tuple[nn.Parameter, int, Tensor]]) -> Tensor:
+    def _of_group(
+        self, sources: list[tuple[str, int, Tensor]], weights: Mapping[str, nn.Parameter]
+    ) -> Tensor:
         norms = []
-        for weight, dim, positions in sources:
+        for name, dim, positions in sources:
+            weight = weights[name]
             squares = weight.float().transpose(0, dim).flatten(1).square().sum(dim=1)
             norm = squares[positions.to(weight.device)].sum(dim=1).sqrt()
             norms.append(norm / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny))
@@ -170,6 +187,7 @@ class CustomImportance(Importance):
     """A score function of the user; it may use this rank's data, and is averaged over ranks."""
 
     replicated = False
+    reads_weights = True
 
     def __init__(
         self,
@@ -220,6 +238,7 @@ def importance_measure(
     network: nn.Module,
     groups: Groups,
     custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
+    full_values: FullValues = detached,
 ) -> Importance:
     """Return the importance measure of the settings, or the custom one.
 
@@ -228,6 +247,7 @@ def importance_measure(
         network: the unwrapped network.
         groups: the searched groups, all of which the measure can rank.
         custom: the user's score function, or None.
+        full_values: as for ``ScaleIndex``.
     """
     coupling: Coupling = "max" if search.coupling == "max" else "mean"
     if custom is not None:
@@ -236,5 +256,5 @@ def importance_measure(
     if importance == "weight_norm":
         return WeightNorm(network, groups, coupling)
     if search.grouping == "layer":
-        return LayerScales(network, groups, importance == "signed_gate")
-    return ChannelScales(network, groups, coupling, importance == "signed_gate")
+        return LayerScales(network, groups, importance == "signed_gate", full_values)
+    return ChannelScales(network, groups, coupling, importance == "signed_gate", full_values)

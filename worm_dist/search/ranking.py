@@ -15,6 +15,7 @@ from ..groups.mask import Mask
 from .budgets import Budget, Pool, pools_of
 from .importance import importance_measure
 from .rounding import rounded
+from .scale_index import FullValues, detached
 from .select import not_empty, quantiles, select_channels
 
 __all__ = ["Ranking"]
@@ -33,6 +34,7 @@ class Ranking:
         custom: the user's score function, or None.
         cost: the cost of what ``search.budget`` limits, as a function of the kept channels; None
             without a budget.
+        full_values: as for ``ScaleIndex``.
 
     Attributes:
         budget: the budget that masks meet; None without one.
@@ -49,12 +51,14 @@ class Ranking:
         groups: Groups,
         custom: Callable[[nn.Module, ChannelGroup], Tensor] | None,
         cost: CostModel | None = None,
+        full_values: FullValues = detached,
     ) -> None:
         search = config.search
         self._config = config
         self._groups = groups
         self._custom = custom
-        self._importance = importance_measure(search, network, groups, custom)
+        self._full_values = full_values
+        self._importance = importance_measure(search, network, groups, custom, full_values)
         self._candidates = self._importance.candidates
         self._removed = torch.zeros(self._candidates.number, dtype=torch.bool)
         self.budget = _budget(search, cost, groups)
@@ -81,6 +85,11 @@ class Ranking:
         """The parameters that the L1 penalty applies to."""
         return self._importance.scales
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether ``scores`` needs a network with full weights; see ``Importance``."""
+        return self._importance.reads_weights
+
     def follow(self, network: nn.Module, groups: Groups, removed: Tensor) -> None:
         """Switch to the smaller network after channels have been removed.
 
@@ -89,7 +98,9 @@ class Ranking:
             groups: the channel groups of the smaller network.
             removed: bool ``[num_channels]``, the removed channels of the dense network.
         """
-        self._importance = importance_measure(self._config.search, network, groups, self._custom)
+        self._importance = importance_measure(
+            self._config.search, network, groups, self._custom, self._full_values
+        )
         self._removed = self._candidates.flags(removed)
 
     def penalty(self, used: Container[nn.Parameter] | None = None) -> Tensor:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..groups.channel_groups import Groups
 from ..groups.full_shape import full_numel
 
-__all__ = ["ScaleIndex"]
+__all__ = ["FullValues", "ScaleIndex", "detached"]
+
+FullValues = Callable[[Sequence[Tensor]], list[Tensor]]
+"""A function that returns the full values of parameters, detached; collective if these are
+sharded."""
+
+
+def detached(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The values of parameters that every rank holds in full."""
+    return [parameter.detach() for parameter in parameters]
 
 
 class ScaleIndex:
@@ -19,6 +30,8 @@ class ScaleIndex:
     Args:
         network: the unwrapped network.
         groups: the network's channel groups, each with norms or gates.
+        full_values: returns the full values of parameters, detached; see
+            ``Backend.full_values``.
 
     Attributes:
         scales: the scale parameters, each once.
@@ -30,7 +43,10 @@ class ScaleIndex:
         shares_TN: float32 of the same shape, 1/n for each of the n scales of a channel.
     """
 
-    def __init__(self, network: nn.Module, groups: Groups) -> None:
+    def __init__(
+        self, network: nn.Module, groups: Groups, full_values: FullValues = detached
+    ) -> None:
+        self._full_values = full_values
         parameters = dict(network.named_parameters())
         members = [(n, member) for n, g in enumerate(groups) for member in g.norms + g.gates]
         names = [group.name for group in groups]
@@ -78,8 +94,8 @@ class ScaleIndex:
 
     def values(self) -> Tensor:
         """Return all scales that belong to channels, float32 ``[scales]``."""
-        scales = zip(self.scales, self._counted, strict=True)
-        return torch.cat([scale.detach().float()[at] for scale, at in scales])
+        values = zip(self._full_values(self.scales), self._counted, strict=True)
+        return torch.cat([value.float()[at] for value, at in values])
 
     def magnitudes(self) -> Tensor:
         """Return their magnitudes, float32 ``[scales]``."""
