@@ -131,6 +131,10 @@ class Trainee:
 class Parallel(Trainee):
     """The same network under DistributedDataParallel."""
 
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        yield
+
     def _wrapped(self, optimizer: Any) -> Any:
         self.optimizer = optimizer
         return DistributedDataParallel(self.network)

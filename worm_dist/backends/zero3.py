@@ -16,7 +16,7 @@ from ..groups.full_shape import full_numel
 from .deepspeed import DeepSpeedBackend
 from .optimizer_view import OptimizerView
 from .zero3_optimizer import Zero3OptimizerView
-from .zero3_weights import FullNetwork, gathered
+from .zero3_weights import FullNetwork, gather, gathered
 
 __all__ = ["Zero3Backend"]
 
@@ -54,7 +54,8 @@ class Zero3Backend(DeepSpeedBackend):
     def full_network(self) -> Iterator[nn.Module]:
         """Gather all weights into plain parameters; see ``Backend``."""
         assert self._full is None, "the weights are full already"
-        # Parameters of the wrapper of torch.compile are those of the network.
+        # What a step has gathered lacks what no output depends on.
+        self.wrapper.parameter_offload.partition_all_parameters()
         with gathered(list(self.network.parameters())):
             self._full = FullNetwork(self.called, self._hook_ids)
             try:
@@ -68,6 +69,11 @@ class Zero3Backend(DeepSpeedBackend):
         """See ``Backend``."""
         with gathered(parameters):
             return [parameter.detach() for parameter in parameters]
+
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """Gather parameters that DeepSpeed has released since the forward pass; it releases them
+        again after the backward pass."""
+        gather(parameters)
 
     def release(self) -> None:
         """Do nothing: in ``full_network`` the network has none of the engine's hooks."""

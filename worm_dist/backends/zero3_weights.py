@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FullNetwork", "gathered"]
+__all__ = ["FullNetwork", "gather", "gathered"]
 
 _MODULE_ATTRIBUTES = frozenset(
     {
@@ -31,14 +31,23 @@ _MODULE_ATTRIBUTES = frozenset(
 them for its own."""
 
 
-@contextmanager
-def gathered(parameters: Sequence[Any]) -> Iterator[None]:
-    """Context in which these parameters are full.  Collective: the entry is, the exit is not."""
-    status = {id(p): p.ds_status.name for p in parameters}
-    missing = list({id(p): p for p in parameters if status[id(p)] == "NOT_AVAILABLE"}.values())
+def gather(parameters: Sequence[Any]) -> list[Any]:
+    """Make these parameters full.  Collective.
+
+    Returns:
+        Those that were not.
+    """
+    missing = list({id(p): p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"}.values())
     missing.sort(key=lambda parameter: parameter.ds_id)  # the same order on all ranks
     if missing:
         missing[0].all_gather(param_list=missing)
+    return missing
+
+
+@contextmanager
+def gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Context in which these parameters are full.  Collective: the entry is, the exit is not."""
+    missing = gather(parameters)
     try:
         yield
     finally:

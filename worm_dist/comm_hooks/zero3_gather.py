@@ -2,9 +2,9 @@
 
 Stage 3 gathers the weights of a layer before its passes, and small weights after a step.  Once a
 channel's scale and shift are exactly zero, and no column that reads it has had a gradient, its
-filters and the columns that read it have no effect, neither on outputs nor on gradients of others.
-So they are not sent: the weights that a layer is given have zeros there.  The stored weights and the
-master weights keep their values.
+filters and the columns that read it have no effect, neither on outputs nor on other gradients.
+So they are not sent: the weights that a layer is given have zeros there.  The stored weights and
+the master weights keep their values.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Zero3Gather:
             return
 
         def gather(param_list: Sequence[Any]) -> None:
-            handle = self._start(param_list)
+            missing = [p for p in param_list if p.ds_status.name == "NOT_AVAILABLE"]
+            handle = self._start(missing)
             if handle is None:
                 taken.original(param_list)
             else:
@@ -88,7 +89,7 @@ class Zero3Gather:
             taken.remove()
 
     def _start(self, parameters: Sequence[Any]) -> _Handle | None:
-        """Start to gather, unless all of these parameters are sent in full; counts in both cases."""
+        """Start to gather, unless these parameters are sent in full; counts in both cases."""
         group = parameters[0].ds_process_group if parameters else None
         if not parameters or dist.get_world_size(group) == 1:
             return None
@@ -127,7 +128,8 @@ class _Handle:
         """Wait, and give the parameters their full weights."""
         started, self._started = self._started, []
         for layout, rows, work in started:
-            work.wait()
+            if work is not None:
+                work.wait()
             layout.finish(rows)
 
 
@@ -174,7 +176,7 @@ class _Layout:
         """Send this rank's elements.  Collective.
 
         Returns:
-            The rows that will hold each rank's elements, and what to wait for.
+            The rows that will hold each rank's elements, and what to wait for, if anything.
         """
         for parameter in self._parameters:
             assert parameter.ds_status.name == "NOT_AVAILABLE", parameter.ds_summary()
@@ -187,7 +189,9 @@ class _Layout:
         )
         share = max(self._shares)
         received = self._like.new_empty(len(self._shares) * share)
-        rows = received.split(share) if share else [received] * len(self._shares)
+        if not share:
+            return [received] * len(self._shares), None
+        rows = received.split(share)
         own = rows[self._rank]
         self._own.pack(bucket, own[: self._own.num_live])
         # torch 2.14 renamed the function and warns about the old name.

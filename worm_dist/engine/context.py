@@ -273,6 +273,10 @@ class TrainingContext(StepListener):
         """The full values of parameters; see ``Backend.full_values``."""
         return self.backend.full_values(parameters)
 
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """See ``Backend.make_available``."""
+        self.backend.make_available(parameters)
+
     @property
     def num_elements(self) -> int:
         """Number of elements of ``trained``."""
