@@ -150,6 +150,13 @@ def _parse(
     scale.add_argument("--model", help="a model for 32x32 images; default: resnet20")
     scale.add_argument("--quick", action="store_true", help="few rounds")
     scale.add_argument("--out", type=Path, help="default: runs/scale")
+    memory = benchmarks.add_parser(
+        "memory",
+        help="several ranks: what attach, check, save and draw take under ZeRO",
+        allow_abbrev=False,
+    )
+    memory.add_argument("--model", default="resnet18", help="a model for 32x32 images")
+    memory.add_argument("--out", type=Path, help="default: runs/memory")
     add_ledger_parsers(benchmarks)
     add_time_to_accuracy_parsers(benchmarks)
     options, rest = parser.parse_known_args(arguments)
@@ -234,6 +241,11 @@ def _bench(options: argparse.Namespace) -> int:
         from .bench.scaling.run import run as run_scale
 
         run_scale(options.model, options.quick, options.out or Path("runs") / "scale")
+        return 0
+    if options.benchmark == "memory":
+        from .bench.memory import run as run_memory
+
+        run_memory(options.model, options.out or Path("runs") / "memory")
         return 0
     from .bench.run import run
 

@@ -30,9 +30,9 @@ def _gathered() -> tuple[Any, list[int], list[str]]:
     torch.manual_seed(rank)
     real = dist.gather
 
-    def seen(tensor: torch.Tensor, parts: Any, dst: int) -> Any:
+    def seen(tensor: torch.Tensor, parts: Any, **keywords: Any) -> Any:
         largest.append(tensor.nbytes)
-        return real(tensor, parts, dst=dst)
+        return real(tensor, parts, **keywords)
 
     vars(dist)["gather"] = seen
     states = gathered_on_rank_zero(_state(rank), torch.device("cpu"), MOST_BYTES)

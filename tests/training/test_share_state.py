@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.faults.training import train
 from tests.ranks import Ranks
 from tests.resuming import differences
-from worm_dist.training import share_state as sharing
+from worm_dist.distributed import byte_streams
 from worm_dist.training.share_state import share_state
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def _state() -> dict[str, Any]:
 
 def _share(piece_bytes: int) -> list[str]:
     """What differs from what this rank should have."""
-    sharing._PIECE_BYTES = piece_bytes
+    byte_streams.PIECE_BYTES = piece_bytes
     rank = dist.get_rank()
     state = share_state(_state() if rank == 0 else None, CPU)
     wanted = _state()

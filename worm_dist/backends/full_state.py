@@ -1,21 +1,31 @@
-"""Full state: the full (unsharded) optimizer state of each parameter, gathered and scattered."""
+"""Full state: the full (unsharded) optimizer state of each parameter, gathered and scattered.
+
+Under sharding only rank zero ever has all of it, in host memory.  It receives the state in pieces
+of limited size (``distributed/byte_streams.py``); the other ranks hold nothing but their shards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
-from ..groups.full_shape import full_numel, full_shape
-from .optimizer_view import OptimizerView, Shard
+from ..groups.full_shape import full_shape
+from .optimizer_view import OptimizerView, Shard, part_of
 
-__all__ = ["FullParamState", "gather", "part_of", "scatter_full_state"]
-
-_VALUE = "the weights themselves"
-"""Key of the stepped values; moments have the optimizer's own keys."""
+__all__ = [
+    "FullParamState",
+    "allocate_state",
+    "bits_of",
+    "gather",
+    "part_of",
+    "scatter_full_state",
+    "split_state",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,46 +33,107 @@ class FullParamState:
     """The full (unsharded) state of one parameter.
 
     Attributes:
-        value: the stepped values, of the parameter's shape: the parameter or its master weights.
+        value: the stepped values, of the parameter's shape: the master weights.  None if they have
+            the bits of the parameter, or are the parameter.
         moments: per-element state of the same shape, by the optimizer's keys.
         per_param: state that is not per element, such as the step count.
     """
 
-    value: Tensor
+    value: Tensor | None
     moments: Mapping[str, Tensor]
     per_param: Mapping[str, object]
 
 
-def gather(
-    view: OptimizerView, comm: Communicator, take: Callable[[Tensor, Tensor], Tensor]
-) -> dict[Tensor, FullParamState]:
-    """Gather the full state of every parameter, bit for bit.  Collective if the state is sharded.
+def split_state(
+    view: OptimizerView, parameter: Tensor
+) -> tuple[dict[str, torch.dtype], dict[str, object]]:
+    """The dtypes of a parameter's per-element state, by the optimizer's keys in sorted order, and
+    its other state; the same on all ranks, whatever their shards."""
+    state = view.optimizer.state.get(view.owner(parameter), {})
+    dtypes = {
+        key: value.dtype
+        for key, value in sorted(state.items())
+        if _is_per_element(value, view, parameter)
+    }
+    return dtypes, {key: value for key, value in state.items() if key not in dtypes}
+
+
+@torch.no_grad()
+def gather(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamState] | None:
+    """Gather the full state of every parameter on rank zero, bit for bit.  Collective if the state
+    is sharded.
 
     Args:
         view: the optimizer's view.
         comm: the communicator of the ranks that share the optimizer.
-        take: called with a parameter and one full tensor of its shape; returns what is to be kept
-            of it, since there may be no memory for all full tensors at once.
 
     Returns:
-        The state by parameter, with the tensors that ``take`` returned.
+        On rank zero the state by parameter: on the CPU if it is sharded, else its tensors are those
+        of the optimizer.  None on other ranks.
     """
     parameters = [p for group in view.groups for p in group]
-    states = {p: view.optimizer.state.get(view.owner(p), {}) for p in parameters}
-    keys = {p: [k for k, v in states[p].items() if _is_per_element(v, view, p)] for p in parameters}
-    found: dict[Tensor, dict[str, Tensor]] = {p: {} for p in parameters}
-    # Parameter groups may have different keys: without momentum there is no buffer.
-    for key in (_VALUE, *sorted({key for p in parameters for key in keys[p]})):
-        having = [p for p in parameters if key in (_VALUE, *keys[p])]
-        for p, full in zip(having, _full_tensors(view, having, key, comm), strict=True):
-            found[p][key] = take(p, full)
+    if view.shared:
+        return _gather_shards(view, parameters, comm)
+    if comm.rank != 0:
+        return None
+    found = {}
+    for parameter in parameters:
+        (shard,) = view.shards(parameter)
+        dtypes, others = split_state(view, parameter)
+        moments = view.moments(shard)
+        value = shard.value.detach() if _differs(view, parameter, shard) else None
+        found[parameter] = FullParamState(value, {key: moments[key] for key in dtypes}, others)
+    return found
+
+
+def _gather_shards(
+    view: OptimizerView, parameters: Sequence[Tensor], comm: Communicator
+) -> dict[Tensor, FullParamState] | None:
+    """Each rank's stream has, for every shard, its values if they differ from the parameter's, and
+    then its moments; a table with a row for every shard tells rank zero where they belong."""
+    states = [split_state(view, parameter) for parameter in parameters]
+    rows, stream = [], []
+    for number, (parameter, (dtypes, _)) in enumerate(zip(parameters, states, strict=True)):
+        for shard in view.shards(parameter):
+            differs = _differs(view, parameter, shard)
+            rows.append([number, shard.begin, shard.value.numel(), differs])
+            moments = view.moments(shard)
+            sent = [*([shard.value] if differs else []), *(moments[key] for key in dtypes)]
+            stream += [memory_of(tensor) for tensor in sent]
+    tables: list[Tensor] = []
+
+    def place_table(rank: int, num_bytes: int) -> list[Tensor]:
+        tables.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return tables[-1:]
+
+    comm.gather_streams([memory_of(torch.tensor(rows, dtype=torch.int64))], place_table)
+    values: dict[int, Tensor] = {}
+    full = [
+        {key: torch.empty(full_shape(p), dtype=dtype) for key, dtype in dtypes.items()}
+        for p, (dtypes, _) in zip(parameters, states, strict=True)
+        if comm.rank == 0
+    ]
+
+    def places(rank: int, num_bytes: int) -> list[Tensor]:
+        found = []
+        for number, begin, length, differs in tables[rank].view(torch.int64).view(-1, 4).tolist():
+            if differs and number not in values:
+                # Shards that do not differ have the parameter's bits.
+                parameter = parameters[number]
+                shape, dtype = full_shape(parameter), view.owner(parameter).dtype
+                values[number] = torch.empty(shape, dtype=dtype)
+                if not view.cuts_weights:
+                    values[number].copy_(parameter)
+            tensors = [*([values[number]] if differs else []), *full[number].values()]
+            found += [memory_of(t.view(-1)[begin : begin + length]) for t in tensors]
+        return found
+
+    comm.gather_streams(stream, places)
+    if comm.rank != 0:
+        return None
     return {
-        p: FullParamState(
-            tensors.pop(_VALUE),
-            tensors,
-            {key: value for key, value in states[p].items() if key not in keys[p]},
-        )
-        for p, tensors in found.items()
+        parameter: FullParamState(values.get(number), full[number], others)
+        for number, (parameter, (_, others)) in enumerate(zip(parameters, states, strict=True))
     }
 
 
@@ -75,46 +146,55 @@ def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullPar
         full_states: the full state by parameter, on any device.
     """
     for parameter, full_state in full_states.items():
-        owner = view.owner(parameter)
-        if full_state.moments or full_state.per_param:
-            state = view.optimizer.state[owner]
-            for key, value in full_state.per_param.items():
-                state[key] = _placed(key, value, owner, view)
-            for key, moment in full_state.moments.items():
-                if not _is_per_element(state.get(key), view, parameter):
-                    state[key] = torch.zeros_like(owner, dtype=moment.dtype)
+        dtypes = {key: moment.dtype for key, moment in full_state.moments.items()}
+        allocate_state(view, parameter, dtypes, full_state.per_param)
         for shard in view.shards(parameter):
-            local = {_VALUE: shard.value, **view.moments(shard)}
-            for key, full in {_VALUE: full_state.value, **full_state.moments}.items():
-                local[key].copy_(part_of(full, shard))
+            if full_state.value is not None:
+                shard.value.copy_(part_of(full_state.value, shard))
+            elif view.copies:
+                shard.value.copy_(view.weights(parameter, shard))
+            moments = view.moments(shard)
+            for key, full in full_state.moments.items():
+                moments[key].copy_(part_of(full, shard))
 
 
-def part_of(full: Tensor, shard: Shard) -> Tensor:
-    """The shard's part of a tensor of its parameter's shape: a view of the shape of its value."""
-    if shard.value.shape == full.shape:
-        return full
-    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
+def allocate_state(
+    view: OptimizerView,
+    parameter: Tensor,
+    dtypes: Mapping[str, torch.dtype],
+    others: Mapping[str, object],
+) -> None:
+    """Give a parameter the optimizer state into which ``Shard.moments`` can be written.
+
+    Args:
+        view: the optimizer's view.
+        parameter: the parameter.
+        dtypes: dtype of each per-element tensor, by the optimizer's keys; existing ones are kept.
+        others: state that is not per element; it is copied.
+    """
+    if not dtypes and not others:
+        return
+    owner = view.owner(parameter)
+    state = view.optimizer.state[owner]
+    for key, value in others.items():
+        state[key] = _placed(key, value, owner, view)
+    for key, dtype in dtypes.items():
+        if not _is_per_element(state.get(key), view, parameter):
+            state[key] = torch.zeros_like(owner, dtype=dtype)
 
 
-def _full_tensors(
-    view: OptimizerView, parameters: Sequence[Tensor], key: str, comm: Communicator
-) -> list[Tensor]:
-    """One full tensor per parameter, of its shape, put together from every rank's shards."""
+def _differs(view: OptimizerView, parameter: Tensor, shard: Shard) -> bool:
+    """Whether stepped values have other bits than their parameter."""
+    if not view.copies or view.cuts_weights:  # then the full values are nowhere else
+        return view.cuts_weights
+    value, part = shard.value, part_of(parameter.detach(), shard)
+    return value.dtype != part.dtype or not torch.equal(bits_of(value), bits_of(part))
 
-    def local(shard: Shard) -> Tensor:
-        return shard.value if key == _VALUE else view.moments(shard)[key]
 
-    if not view.shared:
-        return [local(shard).detach() for p in parameters for shard in view.shards(p)]
-    sizes = [full_numel(p) for p in parameters]
-    flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    tensors = [t.view(full_shape(p)) for p, t in zip(parameters, flat.split(sizes), strict=True)]
-    for parameter, full in zip(parameters, tensors, strict=True):
-        for shard in view.shards(parameter):
-            assert local(shard).dtype == torch.float32
-            part_of(full, shard).copy_(local(shard))
-    flat = comm.all_reduce_disjoint(flat)
-    return [t.view(full_shape(p)) for p, t in zip(parameters, flat.split(sizes), strict=True)]
+def bits_of(tensor: Tensor) -> Tensor:
+    """A view as integers, in which -0 and NaN are values like any other."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers.get(tensor.element_size(), tensor.dtype))
 
 
 def _placed(key: str, value: object, owner: Tensor, view: OptimizerView) -> object:

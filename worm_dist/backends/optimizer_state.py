@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -85,23 +84,15 @@ class OptimizerState:
             On rank zero the full state in plain values, elsewhere None.  ``"value"`` is None where
             the stepped value equals the parameter bit for bit.
         """
-        is_zero = self._comm.rank == 0
-
-        def take(parameter: Tensor, full: Tensor) -> Tensor:
-            if not self._view.shared:
-                return full
-            # The training device may have no memory for the full state.
-            return full.cpu() if is_zero else full.new_empty(0)
-
-        found = gather(self._view, self._comm, take)
-        if not is_zero:
+        found = gather(self._view, self._comm)
+        if found is None:
             return None
         options = self._view.optimizer.param_groups
         return {
             "format": _FORMAT,
             "parameters": {
                 name: {
-                    "value": None if self._has_bits(p, found[p].value) else found[p].value,
+                    "value": found[p].value,
                     "moments": dict(found[p].moments),
                     "per_param": dict(found[p].per_param),
                 }
@@ -174,19 +165,12 @@ class OptimizerState:
         for name, saved in state["parameters"].items():
             parameter = self._parameters[name]
             self._drop_other_keys(parameter, saved)
-            value = parameter.detach() if saved["value"] is None else saved["value"]
-            full_states[parameter] = FullParamState(value, saved["moments"], saved["per_param"])
+            full_states[parameter] = FullParamState(**saved)
         scatter_full_state(self._view, full_states)
         self._view.values_written()
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
                 setattr(self._model, name, count)
-
-    def _has_bits(self, parameter: Tensor, value: Tensor) -> bool:
-        """Whether the parameter itself says what its stepped value is."""
-        if self._view.cuts_weights or value.dtype != parameter.dtype:
-            return False
-        return torch.equal(value, parameter.to(value.device))
 
     def _drop_other_keys(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
         """Delete keys that the saved state lacks: a new optimizer may already have some state."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Handle", "OptimizerView", "Owners", "Shard", "StepListener"]
+__all__ = ["Handle", "OptimizerView", "Owners", "Shard", "StepListener", "part_of"]
 
 Owners: TypeAlias = Collection[Tensor] | None
 """Tensors that the optimizer has just stepped; None for all of its tensors."""
@@ -69,6 +69,13 @@ class Shard:
         return span.view(self.value.shape)
 
 
+def part_of(full: Tensor, shard: Shard) -> Tensor:
+    """The shard's part of a tensor of its parameter's shape: a view of the shape of its value."""
+    if shard.value.shape == full.shape:
+        return full
+    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
+
+
 class OptimizerView:
     """View of a torch optimizer that steps the parameters themselves.
 
@@ -105,6 +112,10 @@ class OptimizerView:
         """The options of the parameter group of an owner."""
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         return next(group for group in groups if any(p is owner for p in group["params"]))
+
+    def weights(self, parameter: Tensor, shard: Shard) -> Tensor:
+        """A shard's elements of the parameter itself, of the shape of its value."""
+        return part_of(parameter.detach(), shard)
 
     def values_written(self) -> None:
         """Called when stepped values have been written to: bring them to where they are used, if

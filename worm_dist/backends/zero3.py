@@ -92,6 +92,7 @@ class Zero3Backend(DeepSpeedBackend):
 
     def revive(self) -> nn.Module:
         """The same engine; ``full_network`` gives the network its hooks back."""
+        self._is_rewrapped = False
         model: nn.Module = self.model
         return model
 

@@ -68,6 +68,10 @@ class Zero3OptimizerView(WrappedOptimizerView):
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
         return self._shards[parameter]
 
+    def weights(self, parameter: Any, shard: Shard) -> Tensor:
+        part: Tensor = parameter.ds_tensor.detach()[: shard.value.numel()]
+        return part.view(shard.value.shape)
+
     @torch.no_grad()
     def values_written(self) -> None:
         """Copy the master weights to the parts from which DeepSpeed gathers weights."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..digest import digest_of
 from ..errors import BackendError, CheckpointError, ConfigError, DivergenceError
+from .byte_streams import gather_streams
 
 __all__ = [
     "Communicator",
@@ -65,6 +66,19 @@ class Communicator(Protocol):
         Returns:
             The complete tensor, with every element bit for bit as its rank has it.
         """
+
+    def merge_disjoint(self, memory: Tensor) -> None:
+        """Assemble memory whose non-zero bytes are disjoint across the ranks, in place.
+
+        Args:
+            memory: int32 ``[n]`` on the device of the collectives: this rank's bytes, zero
+                elsewhere.
+        """
+
+    def gather_streams(
+        self, stream: Sequence[Tensor], place: Callable[[int, int], Sequence[Tensor]]
+    ) -> None:
+        """Send the bytes of every rank to rank zero, in pieces; see ``byte_streams``."""
 
     def any(self, flag: Tensor) -> bool:
         """Whether a number ``[1]`` is above zero on any rank."""
@@ -157,6 +171,15 @@ class SingleProcessComm:
     def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
         return parts
 
+    def merge_disjoint(self, memory: Tensor) -> None:
+        pass
+
+    def gather_streams(
+        self, stream: Sequence[Tensor], place: Callable[[int, int], Sequence[Tensor]]
+    ) -> None:
+        for part, to in zip(stream, place(0, sum(map(len, stream))), strict=True):
+            to.copy_(part)
+
     def any(self, flag: Tensor) -> bool:
         return bool(flag > 0)
 
@@ -195,11 +218,22 @@ class ProcessGroupComm:
         return mean
 
     def all_reduce_disjoint(self, parts: Tensor) -> Tensor:
-        # Summed as integers: a float sum would turn -0 into 0.
         bits = parts.view(torch.int32).to(self._device, copy=True)
-        self._count(bits)
-        dist.all_reduce(bits, group=self._group)
+        self.merge_disjoint(bits)
         return bits.view(torch.float32)
+
+    def merge_disjoint(self, memory: Tensor) -> None:
+        # Summed as integers: a float sum would turn -0 into 0.  Nothing is carried from one byte to
+        # the next, so elements may be of any size.
+        assert memory.dtype == torch.int32
+        self._count(memory)
+        dist.all_reduce(memory, group=self._group)
+
+    def gather_streams(
+        self, stream: Sequence[Tensor], place: Callable[[int, int], Sequence[Tensor]]
+    ) -> None:
+        self.sent_bytes += sum(map(len, stream))
+        gather_streams(stream, place, self._group, self._device)
 
     def any(self, flag: Tensor) -> bool:
         largest = flag.to(self._device, copy=True)

@@ -104,8 +104,8 @@ def _cut(
     """
     comm, networks = training.comm, (training.network, *copies)
     view, optimizer = training.optimizer_view, training.optimizer_view.optimizer
-    is_sharded = view.copies or view.shared
-    transfer = ShardedTransfer(view, parameters, cuts, comm) if is_sharded else None
+    is_moved = view.copies or view.shared
+    transfer = ShardedTransfer(view, parameters, cuts) if is_moved else None
     estimates = training.inputs.is_on and not is_restored
     estimated_before = estimates and are_zero
     is_estimated = estimated_before and training.inputs.is_estimated(training.step, comm)
@@ -134,7 +134,10 @@ def _cut(
                 if not view.copies:  # sharding has replaced the parameters that are stepped
                     after = dict(training.network.named_parameters())
                     transfer.replace_parameters(after)
-                transfer.load_into(rewrapped.optimizer_view, after)
+                transfer.prepare(rewrapped.optimizer_view, after)
+        if transfer is not None:
+            with _on_every_rank(comm, where):
+                transfer.load(comm)  # issues its collectives even if it fails
     except BaseException:  # an interrupt, too, must not leave mixed widths
         before.restore()
         training.roll_back()
@@ -154,7 +157,7 @@ def _estimate(networks: Sequence[nn.Module], training: TrainingContext, where: s
 @contextmanager
 def _on_every_rank(comm: Communicator, where: str) -> Iterator[None]:
     """Context that raises on every rank if its body raises on any.  Its exit is collective; its
-    body must not be.
+    body must not be, unless it issues its collectives in any case.
 
     Raises:
         DrawError: naming the ranks that failed, and why.

@@ -19,7 +19,16 @@ from .attention import find_attentions, weight_of
 from .feed_forward import find_feed_forwards
 from .parameter_storage import replace_data
 
-__all__ = ["Gate", "absorb_gates", "add_gates", "fold_gates", "gated", "gates_of", "remove_gates"]
+__all__ = [
+    "Gate",
+    "absorb_gates",
+    "add_gates",
+    "column_factors",
+    "fold_gates",
+    "gated",
+    "gates_of",
+    "remove_gates",
+]
 
 
 class Gate(nn.Module):
@@ -106,6 +115,16 @@ def gated(network: nn.Module, search: SearchConfig) -> nn.Module:
     can_be_gated = bool(find_attentions(network)[0] or find_feed_forwards(network))
     wants_gates = search.importance in ("auto", "gate", "signed_gate")
     return add_gates(network) if can_be_gated and wants_gates else network
+
+
+def column_factors(scale: Tensor, num_columns: int) -> Tensor:
+    """The factor of every column ``[num_columns]`` of a gated weight.
+
+    Args:
+        scale: the gate's factors ``[heads]`` or ``[neurons]``.
+        num_columns: number of columns.
+    """
+    return scale.repeat_interleave(num_columns // len(scale))
 
 
 def gates_of(network: nn.Module) -> list[tuple[str, Gate]]:

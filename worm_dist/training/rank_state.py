@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checkpoint.rng_state import random_state, require_random_state, restore_random_state
+from ..distributed.byte_streams import gather_streams
 from ..engine.state import RankSchema
 from ..errors import CheckpointError
 from ..groups.nested import mapped
@@ -37,9 +38,6 @@ __all__ = [
     "states_of_ranks",
     "with_inputs",
 ]
-
-_MOST_BYTES = 256 << 20
-_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -114,7 +112,7 @@ def _without_tensors(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gathered_on_rank_zero(
-    state: Any, device: torch.device, most_bytes: int = _MOST_BYTES
+    state: Any, device: torch.device, most_bytes: int | None = None
 ) -> list[Any]:
     """Gather every rank's state on rank zero, in its host memory.  Collective.
 
@@ -124,32 +122,27 @@ def gathered_on_rank_zero(
     Args:
         state: this rank's state in plain values and tensors on any device.
         device: the device on which collectives expect their tensors.
-        most_bytes: most memory of rank zero's device to use, at least one byte for each rank.
+        most_bytes: most bytes at a time on rank zero's device; see ``gather_streams``.
 
     Returns:
         On rank zero the states by rank, those of other ranks on the CPU; empty on other ranks.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    file = io.BytesIO()
+    rank = dist.get_rank()
+    own: list[Tensor] = []
     if rank != 0:  # rank zero keeps its own
+        file = io.BytesIO()
         torch.save(mapped(state, Tensor.cpu), file)
-    own = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8) if rank else _NOTHING
-    sizes = torch.zeros(size, dtype=torch.int64, device=device)
-    sizes[rank] = own.numel()
-    dist.all_reduce(sizes)
-    others = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()] if rank == 0 else []
-    longest, piece = int(sizes.max()), max(1, most_bytes // size)
-    for begin in range(0, longest, piece):
-        length = min(piece, longest - begin)
-        part = torch.zeros(length, dtype=torch.uint8, device=device)
-        mine = own[begin : begin + length]
-        part[: mine.numel()] = mine.to(device)
-        parts = [torch.empty_like(part) for _ in others]
-        dist.gather(part, parts or None, dst=0)
-        for whole, found in zip(others, parts, strict=True):
-            here = whole[begin : begin + length]
-            here.copy_(found[: here.numel()])
-    return [state, *map(_unpickled, others[1:])] if rank == 0 else []
+        own = [torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)]
+    others: list[Tensor] = []
+
+    def place(other: int, num_bytes: int) -> list[Tensor]:
+        if other == 0:
+            return []
+        others.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return others[-1:]
+
+    gather_streams(own, place, dist.group.WORLD, device, most_bytes)
+    return [state, *map(_unpickled, others)] if rank == 0 else []
 
 
 def _unpickled(state: Tensor) -> Any:

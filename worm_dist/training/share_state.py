@@ -6,7 +6,7 @@ What all ranks share is broadcast; what differs from rank to rank is scattered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint.state_file import allocate, pack
+from ..distributed import byte_streams
+from ..distributed.byte_streams import fill, pieces
 from ..errors import CheckpointError
 from .rank_state import states_of_ranks
 
 __all__ = ["share_state"]
-
-_PIECE_BYTES = 32 << 20
-"""Size of all messages of one collective, at most; it limits the memory that sending takes."""
 
 
 def share_state(
@@ -102,12 +101,12 @@ def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
 def _broadcast(parts: Sequence[Tensor], device: torch.device, source: int) -> None:
     """Send tensors, uint8 and one-dimensional, from the source; others receive into theirs."""
     is_source = dist.get_rank() == source
-    for piece in _pieces(parts, _PIECE_BYTES):
+    for piece in pieces(parts, byte_streams.PIECE_BYTES):
         size = sum(part.numel() for part in piece)
         buffer = torch.cat(piece).to(device) if is_source else _empty(size, device)
         dist.broadcast(buffer, src=source)
         if not is_source:
-            _fill(piece, buffer)
+            fill(piece, buffer.cpu())
 
 
 def _scatter(
@@ -122,10 +121,10 @@ def _scatter(
         source: this rank.
     """
     width = _width(size)
-    pieces = [_pieces(parts, width) for parts in of_ranks]
+    of_each = [pieces(parts, width) for parts in of_ranks]
     for _ in range(0, size, width):
         rows = torch.zeros(len(of_ranks), width, dtype=torch.uint8)
-        for row, of_rank in zip(rows, pieces):
+        for row, of_rank in zip(rows, of_each):
             piece = torch.cat([row[:0], *next(of_rank, [])])
             row[: piece.numel()] = piece
         dist.scatter(_empty(width, device), list(rows.to(device)), src=source)
@@ -134,39 +133,16 @@ def _scatter(
 def _scattered(parts: Sequence[Tensor], size: int, device: torch.device, source: int) -> None:
     """Receive what ``_scatter`` sends to this rank into tensors."""
     width = _width(size)
-    pieces = _pieces(parts, width)
+    mine = pieces(parts, width)
     for _ in range(0, size, width):
         buffer = _empty(width, device)
         dist.scatter(buffer, src=source)
-        _fill(next(pieces, []), buffer)
+        fill(next(mine, []), buffer.cpu())
 
 
 def _width(size: int) -> int:
     """Bytes that each rank is sent in one scatter."""
-    return max(1, min(size, _PIECE_BYTES // dist.get_world_size()))
-
-
-def _pieces(parts: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Views of consecutive parts, of ``limit`` bytes in each piece but the last."""
-    piece: list[Tensor] = []
-    room = limit
-    for part in parts:
-        while part.numel():
-            view, part = part[:room], part[room:]
-            piece.append(view)
-            room -= view.numel()
-            if not room:
-                yield piece
-                piece, room = [], limit
-    if piece:
-        yield piece
-
-
-def _fill(piece: Sequence[Tensor], buffer: Tensor) -> None:
-    received, begin = buffer.cpu(), 0
-    for part in piece:
-        part.copy_(received[begin : begin + part.numel()])
-        begin += part.numel()
+    return max(1, min(size, byte_streams.PIECE_BYTES // dist.get_world_size()))
 
 
 def _empty(size: int, device: torch.device) -> Tensor:
