@@ -31,7 +31,7 @@ class Zero3Gather:
 
     Args:
         wrapper: the ``DeepSpeedZeroOptimizer_Stage3``.
-        counter: the reducer whose byte counters are increased.
+        counter: the reducer whose byte counters are increased, in training mode.
     """
 
     def __init__(self, wrapper: Any, counter: Reducer) -> None:
@@ -94,17 +94,21 @@ class Zero3Gather:
         if not parameters or dist.get_world_size(group) == 1:
             return None
         dense_bytes = sum(p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in parameters)
-        self._counter.dense_bytes += dense_bytes
         blocks = {} if self._absent is None else self._absent.blocks
         if blocks.keys().isdisjoint(parameters):
-            self._counter.sent_bytes += dense_bytes
+            self._count(dense_bytes, dense_bytes)
             return None
         kinds: dict[torch.dtype, list[Any]] = {}
         for parameter in sorted(parameters, key=lambda p: p.ds_id):  # the same order on all ranks
             kinds.setdefault(parameter.ds_tensor.dtype, []).append(parameter)
         layouts = [self._layout(alike, group) for alike in kinds.values()]
-        self._counter.sent_bytes += sum(layout.sent_bytes for layout in layouts)
+        self._count(sum(layout.sent_bytes for layout in layouts), dense_bytes)
         return _Handle(layouts)
+
+    def _count(self, sent_bytes: int, dense_bytes: int) -> None:
+        if self._wrapper.module.training:  # an evaluation is no part of a step
+            self._counter.sent_bytes += sent_bytes
+            self._counter.dense_bytes += dense_bytes
 
     def _layout(self, parameters: Sequence[Any], group: Any) -> _Layout:
         key = tuple(map(id, parameters))
