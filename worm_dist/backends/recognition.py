@@ -13,6 +13,8 @@ from ..errors import BackendError
 from .backend import Backend, not_compiled
 from .ddp import DdpBackend
 from .deepspeed import DeepSpeedBackend, is_deepspeed
+from .fsdp import FsdpBackend
+from .fsdp_sharding import is_fully_sharded
 from .single_process import SingleProcess
 from .zero3 import Zero3Backend
 
@@ -38,6 +40,8 @@ def backend_of(model: nn.Module) -> Backend:
     """
     if is_deepspeed(model):
         return _deepspeed(model)
+    if is_fully_sharded(model):
+        return FsdpBackend(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):
         return DdpBackend(model)

@@ -30,6 +30,8 @@ class Reducer:
 
     Attributes:
         plan: the freeze plan of the generation in force; None reduces everything.
+        unread: the slices of channels whose output is exactly zero: whoever gathers weights may
+            leave them out, and read zeros instead; None if there are none.
         nonzero_seen: float ``[1]`` on the gradients' device, above zero once a probed slice had a
             non-zero gradient; None while nothing is probed.
         num_buckets_probed: number of buckets probed so far.
@@ -43,6 +45,7 @@ class Reducer:
 
     def __init__(self) -> None:
         self.plan: FreezePlan | None = None
+        self.unread: FreezePlan | None = None
         self.nonzero_seen: Tensor | None = None
         self.num_buckets_probed = 0
         self.sent_bytes = 0
@@ -66,14 +69,6 @@ class Reducer:
         """
         self.plan = plan
         self.nonzero_seen = None
-
-    def set_absent(self, absent: FreezePlan | None) -> None:
-        """Leave out slices on which no output depends, also where weights are gathered; the ranks
-        have agreed on them.
-
-        Args:
-            absent: these slices; None if there are none.
-        """
 
     def probe(self, plan: FreezePlan, device: torch.device) -> None:
         """Record in the next backward passes whether a slice frozen by this plan has a non-zero
@@ -134,6 +129,6 @@ class Reducer:
 
     def remove(self) -> None:
         """Reduce everything from now on."""
-        self.plan = None
+        self.plan = self.unread = None
         self.nonzero_seen = None
         self._probed = {}

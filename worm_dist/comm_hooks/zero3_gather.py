@@ -37,15 +37,15 @@ class Zero3Gather:
     def __init__(self, wrapper: Any, counter: Reducer) -> None:
         self._wrapper = wrapper
         self._counter = counter
-        self._absent: FreezePlan | None = None
+        self._unread: FreezePlan | None = None
         self._layouts: dict[tuple[int, ...], _Layout] = {}
         # Any one of the parameters is asked to gather several.
         self._patches = [self._coalesced(parameter) for parameter in wrapper.param_names]
         self._post_step = Patch(wrapper, "_post_step", self._after_step)
 
-    def set_absent(self, absent: FreezePlan | None) -> None:
+    def set_unread(self, unread: FreezePlan | None) -> None:
         """Leave these slices out from the next gather on."""
-        self._absent = absent
+        self._unread = unread
         self._layouts.clear()
 
     def remove(self) -> None:
@@ -94,7 +94,7 @@ class Zero3Gather:
         if not parameters or dist.get_world_size(group) == 1:
             return None
         dense_bytes = sum(p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in parameters)
-        blocks = {} if self._absent is None else self._absent.blocks
+        blocks = {} if self._unread is None else self._unread.blocks
         if blocks.keys().isdisjoint(parameters):
             self._count(dense_bytes, dense_bytes)
             return None
@@ -113,8 +113,8 @@ class Zero3Gather:
     def _layout(self, parameters: Sequence[Any], group: Any) -> _Layout:
         key = tuple(map(id, parameters))
         if key not in self._layouts:
-            assert self._absent is not None
-            self._layouts[key] = _Layout(parameters, self._absent, group)
+            assert self._unread is not None
+            self._layouts[key] = _Layout(parameters, self._unread, group)
         return self._layouts[key]
 
 
@@ -142,20 +142,20 @@ class _Layout:
 
     Args:
         parameters: parameters of one dtype.
-        absent: the slices that are not sent.
+        unread: the slices that are not sent.
         group: the process group.
 
     Attributes:
         sent_bytes: bytes that a rank hands over, with padding; comparable to its parts.
     """
 
-    def __init__(self, parameters: Sequence[Any], absent: FreezePlan, group: Any) -> None:
+    def __init__(self, parameters: Sequence[Any], unread: FreezePlan, group: Any) -> None:
         self._parameters = parameters
         self._group = group
         self._rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         like = parameters[0].ds_tensor.new_empty(0)
         self._like = like
-        blocks = [absent.blocks.get(parameter) for parameter in parameters]
+        blocks = [unread.blocks.get(parameter) for parameter in parameters]
         sizes = [full_numel(parameter) for parameter in parameters]
         self._sections = [
             live_sections(block, size, world_size)

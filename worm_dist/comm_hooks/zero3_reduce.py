@@ -56,10 +56,7 @@ class Zero3Reducer(Reducer):
     ) -> None:
         super().set_plan(plan, held, fading_params)
         self._layouts.clear()
-
-    def set_absent(self, absent: FreezePlan | None) -> None:
-        super().set_absent(absent)
-        self._gather.set_absent(absent)
+        self._gather.set_unread(self.unread)
 
     def remove(self) -> None:
         super().remove()

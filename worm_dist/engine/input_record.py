@@ -45,8 +45,10 @@ class InputRecord:
 
     def register(self, module: nn.Module) -> None:
         """Record the inputs of this module: the outermost one, so that inputs are recorded outside
-        of torch.compile's graph."""
-        self._handle = module.register_forward_pre_hook(self._recorded, with_kwargs=True)
+        of torch.compile's graph; before its other hooks, which run again with what is recorded."""
+        self._handle = module.register_forward_pre_hook(
+            self._recorded, prepend=True, with_kwargs=True
+        )
 
     def replace(self, calls: Sequence[RecordedCall]) -> None:
         """Replace the recorded inputs."""

@@ -80,6 +80,20 @@ class Block:
         device = next(iter(self.live.values())).device
         return torch.arange(self.shape.numel(), device=device).as_strided(self.shape, stride)
 
+    def rows(self, first: int, num_rows: int) -> Block:
+        """Return the block of some rows of the parameter, as a parameter of its own."""
+        if num_rows == self.shape[0]:
+            return self
+
+        def here(indices: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {
+                dim: at[(at >= first) & (at < first + num_rows)] - first if dim == 0 else at
+                for dim, at in indices.items()
+            }
+
+        shape = torch.Size((num_rows, *self.shape[1:]))
+        return Block(shape, here(self.live), here(self.frozen))
+
     def part(self, begin: int, num_elements: int) -> Block:
         """Return the block of a slice of the flattened parameter, such as a ZeRO shard.
 

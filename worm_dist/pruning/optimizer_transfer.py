@@ -59,14 +59,14 @@ def require_cuttable(
     for name in names:
         owner = view.owner(parameters[name]) if parameters[name] in stepped else parameters[name]
         for key, value in optimizer.state.get(owner, {}).items():
-            for problem in _problems(value, owner):
+            for problem in _problems(value, owner, view.shared):
                 raise ConfigError(
                     f"{where}: the state {key!r} that {type(optimizer).__name__} keeps of {name} "
                     f"{problem}; it cannot be cut with the channels, choose another optimizer"
                 )
 
 
-def _problems(value: object, parameter: Tensor) -> Iterator[str]:
+def _problems(value: object, parameter: Tensor, is_sharded: bool) -> Iterator[str]:
     if isinstance(value, (list, tuple, dict)):
         parts = value.values() if isinstance(value, dict) else value
         if any(isinstance(part, Tensor) and part.numel() > 1 for part in parts):
@@ -76,8 +76,11 @@ def _problems(value: object, parameter: Tensor) -> Iterator[str]:
     factors = value.dim() == parameter.dim() and all(
         size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
     )
-    if type(value) not in (Tensor, nn.Parameter):  # which quantizes, or is a part of a larger one
+    plain = (Tensor, nn.Parameter, type(parameter.detach()))  # a shard's state is sharded likewise
+    if type(value) not in plain:  # which quantizes, or is a part of a larger one
         yield f"is a {type(value).__name__}"
+    elif is_sharded and value.shape != parameter.shape:
+        yield f"is {list(value.shape)}, and a shard of the parameter {list(parameter.shape)}"
     elif not factors:
         yield f"is {list(value.shape)}, and the parameter {list(parameter.shape)}"
     elif not (value.is_floating_point() or value.is_complex()):

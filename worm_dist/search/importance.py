@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SearchConfig
+from ..distributed.sharded import local
 from ..errors import ConfigError, NonFiniteError, WormError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
@@ -229,8 +230,8 @@ class CustomImportance(Importance):
 
 def l1_norm(scales: Iterable[Tensor]) -> Tensor:
     """Return the sum of the magnitudes of tensors ``[elements]``, at least one, as a differentiable
-    float32 scalar."""
-    return torch.cat([scale.float() for scale in scales]).abs().sum()
+    float32 scalar; of sharded ones, of this rank's elements."""
+    return torch.cat([local(scale).float() for scale in scales]).abs().sum()
 
 
 def importance_measure(

@@ -180,7 +180,9 @@ class Fade:
         fade is under way."""
         shared = self._view.shared
         full = {
-            p: p.new_zeros(full_shape(p), dtype=torch.float32 if shared else _compute_dtype(p))
+            p: torch.zeros(
+                full_shape(p), dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
+            )
             for p in self._slices
         }
         for parameter, all_slices in self._items:

@@ -237,19 +237,18 @@ class Truncation(StepListener):
             # Channels whose columns are dropped are zero already and will not change again.
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
             reducer = self._reduction.require_reducer()
+            reducer.unread = self._unread()
             reducer.set_plan(plan, held, fading_params)
-            reducer.set_absent(self._absent)
         else:
             self._hooks.set_plan(plan, self._ratio)
         return held
 
-    @property
-    def _absent(self) -> FreezePlan | None:
-        """All slices of the channels whose output is zero and whose readers have no gradient."""
-        dropped = self._columns.dropped
-        if not bool(dropped.any()):
+    def _unread(self) -> FreezePlan | None:
+        """All slices of channels whose output is exactly zero for good."""
+        zero = self._columns.dropped
+        if not bool(zero.any()):
             return None
-        return FreezePlan(self._network, self._groups, dropped, "coupled")
+        return FreezePlan(self._network, self._groups, zero, "coupled")
 
     def _probe(self, zero: Tensor) -> None:
         nothing = torch.zeros_like(zero)

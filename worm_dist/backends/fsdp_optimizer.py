@@ -1,0 +1,71 @@
+"""FSDP optimizer view: each rank steps its rows of every parameter, as ``fully_shard`` shards it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from .optimizer_view import Handle, OptimizerView, Owners, Shard
+
+__all__ = ["FsdpOptimizerView", "local_part"]
+
+
+class FsdpOptimizerView(OptimizerView):
+    """View of a torch optimizer that steps sharded parameters (DTensors).
+
+    Args:
+        optimizer: the torch optimizer.
+        reshard: lets the modules have their sharded parameters.
+    """
+
+    shared = True
+
+    def __init__(self, optimizer: Optimizer, reshard: Callable[[], None]) -> None:
+        super().__init__(optimizer)
+        self._reshard = reshard
+
+    def shards(self, parameter: Tensor) -> Sequence[Shard]:
+        """See ``OptimizerView``: consecutive rows; none if the parameter has too few for all."""
+        if not isinstance(parameter, DTensor):
+            return (Shard(parameter, 0, parameter, 0),)
+        value, begin = local_part(parameter)
+        if not value.numel():
+            return ()
+        is_complete = value.numel() == parameter.numel()
+        return (Shard(value if is_complete else value.view(-1), begin, parameter, 0),)
+
+    def moments(self, shard: Shard) -> dict[str, Tensor]:
+        return {
+            key: moment.to_local().view(shard.value.shape)
+            for key, moment in self.optimizer.state.get(shard.owner, {}).items()
+            if isinstance(moment, DTensor) and moment.shape == shard.owner.shape
+        }
+
+    def register_hooks(
+        self,
+        before: Callable[[], None],
+        hold: Callable[[Owners], None],
+        after: Callable[[], None],
+    ) -> list[Handle]:
+        def before_step() -> None:
+            self._reshard()
+            before()
+
+        return super().register_hooks(before_step, hold, after)
+
+
+def local_part(parameter: DTensor) -> tuple[Tensor, int]:
+    """This rank's rows of a parameter, detached, and the index of their first element in the
+    flattened parameter."""
+    local = parameter.detach().to_local()
+    mesh = parameter.device_mesh
+    dim = mesh.ndim - 1  # replicas, if there are any, are in the first dimension of the mesh
+    rank, size = mesh.get_local_rank(dim), mesh.size(dim)
+    num_rows = -(-len(parameter) // size)
+    first = min(rank * num_rows, len(parameter))
+    assert len(local) == min(num_rows, len(parameter) - first)
+    return local, first * torch.Size(parameter.shape[1:]).numel()

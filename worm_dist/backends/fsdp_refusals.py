@@ -1,0 +1,98 @@
+"""FSDP refusals: what ``fully_shard`` can do that has not been verified to be exact."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor, Shard
+
+from .fsdp_sharding import Sharding
+
+__all__ = ["refusals"]
+
+
+def refusals(sharding: Sharding) -> Iterator[str]:
+    """Reasons why this sharding is refused, each in one line.
+
+    Args:
+        sharding: the sharding of the network.
+    """
+    if list(inspect.signature(FSDPParamGroup.post_backward).parameters) != ["self", "unused"]:
+        yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"
+    compiled = (m for m in sharding.network.modules() if m._compiled_call_impl is not None)
+    if next(compiled, None) is not None:
+        yield "torch.compile has not been verified together with it; leave module.compile() out"
+    for state in sharding.states:
+        if len(state._fsdp_param_groups) > 1:
+            yield (
+                "a module has several parameter groups (shard_placement_fn returned meshes), whose "
+                "collectives cannot be told apart; give all parameters the same mesh"
+            )
+    for group in sharding.groups:
+        yield from _of_group(group)
+    meshes = {group.mesh_info.mesh for group in sharding.groups}
+    if len(meshes) > 1:
+        yield "modules are sharded over different meshes; shard all of them over the same one"
+    managed = {parameter.sharded_param for parameter in sharding.parameters}
+    sharding.reshard()
+    for name, parameter in sharding.network.named_parameters():
+        if parameter not in managed:
+            yield (
+                f"parameter {name} is not sharded (ignored_params, or a module outside), and its "
+                "gradients are not averaged; let fully_shard have all parameters"
+            )
+
+
+def _of_group(group: Any) -> Iterator[str]:
+    info = group.mesh_info
+    if not hasattr(info, "shard_mesh_size"):
+        yield "replicate() averages in a collective of torch's own, before any hook; use DDP"
+        return
+    if info.is_spmd_mesh:
+        yield "dp_mesh_dims is for tensor parallelism, which spreads a channel over ranks"
+    if info.shard_mesh_size == 1:
+        yield "the mesh shards over one rank, where nothing is reduced; attach the bare network"
+    if isinstance(group.offload_policy, CPUOffloadPolicy):
+        yield "CPUOffloadPolicy keeps weights and gradients on the CPU; leave offload_policy out"
+    after = group.post_forward_mesh_info
+    if after is not None and after is not info:
+        yield "reshard_after_forward as a number gathers on another mesh; choose True or False"
+    if group._all_reduce_hook is not None:
+        yield "an all-reduce hook is set (set_all_reduce_hook); averages would differ, remove it"
+    known = type(group._all_gather_comm), type(group._reduce_scatter_comm)
+    if known != (DefaultAllGather, DefaultReduceScatter):
+        yield "custom collectives are set (set_custom_all_gather and others); leave them out"
+    if torch.float16 in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype):
+        yield "fp16 with its loss scale has not been proved exact; choose bf16 or fp32"
+    for parameter in group.fsdp_params:
+        yield from _of_parameter(parameter)
+
+
+def _of_parameter(parameter: Any) -> Iterator[str]:
+    sharded = parameter.sharded_param
+    name = parameter._module_info.param_name
+    if parameter.is_dtensor:
+        yield f"parameter {name} was a DTensor before (tensor parallelism); use data parallelism"
+    elif not isinstance(sharded, DTensor) or sharded.placements[-1] != Shard(0):
+        yield f"parameter {name} is sharded by columns (shard_placement_fn); shard dimension 0"
+    elif hasattr(sharded.to_local(), "fsdp_pre_all_gather"):
+        yield f"parameter {name} is gathered in a form of its own (float8); use plain tensors"
+    elif sharded.is_meta:
+        yield f"parameter {name} is on the meta device; give it values before attach"
+    elif sharded.dtype == torch.float16 or sharded.is_complex():
+        yield f"parameter {name} is {sharded.dtype}, which has not been proved exact"
+
+
+def has_compiled_wrapper(model: nn.Module) -> bool:
+    """Whether torch.compile wraps the model, or a part of it."""
+    return any(hasattr(module, "_orig_mod") for module in model.modules())

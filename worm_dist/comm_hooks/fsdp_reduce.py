@@ -1,0 +1,254 @@
+"""FSDP reduction: reduce-scatter of gradients and all-gather of weights, without frozen slices.
+
+``fully_shard`` lets both collectives be replaced for each of its groups of parameters.  Scaling,
+precision and process groups stay its own.  A group without frozen slices is sent as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from ..groups.freeze_plan import Block, FreezePlan
+from .fsdp_rows import PackedRows, is_any_frozen, pieces_of
+from .patching import Patch
+from .reducer import Reducer
+
+__all__ = ["FsdpReducer"]
+
+
+class FsdpReducer(Reducer):
+    """Packs the gradients that ``fully_shard`` reduces, and the weights that it gathers.
+
+    Weights need not be gathered where their channel's output is exactly zero: their ranks keep
+    them, and the others read zeros.  Outputs and live gradients are the same.
+
+    Args:
+        groups: torch's parameter groups.
+    """
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        super().__init__()
+        self._groups = [_Group(self, group) for group in groups]
+        self._hooks: list[RemovableHandle] = []
+
+    def set_plan(
+        self,
+        plan: FreezePlan,
+        held: FreezePlan | None = None,
+        fading_params: Collection[Tensor] = (),
+    ) -> None:
+        super().set_plan(plan, held, fading_params)
+        self._forget()
+        # What a loss adds to the shards themselves, such as a penalty, is not reduced.
+        self._hooks = [
+            parameter.register_hook(_zeroing(block, parameter))
+            for parameter, block in plan.blocks.items()
+            if isinstance(parameter, DTensor) and parameter.requires_grad
+        ]
+
+    def remove(self) -> None:
+        super().remove()
+        self._forget()
+        for group in self._groups:
+            group.remove()
+
+    def _forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for group in self._groups:
+            group.rows.clear()
+
+    def probe_rows(
+        self, shapes: Sequence[torch.Size], parameters: Sequence[Tensor], rows: Tensor
+    ) -> None:
+        """Probe the gradients of a group before they are reduced; see ``probe_bucket``.
+
+        Args:
+            shapes: the parameters' shapes.
+            parameters: the parameters that have gradients.
+            rows: ``[ranks, elements of a row]``.
+        """
+        if self.nonzero_seen is None:
+            return
+        self.num_buckets_probed += 1
+        if not is_any_frozen(self._probed, parameters):
+            return
+        for row, pieces in zip(rows, pieces_of(shapes, len(rows))[0], strict=True):
+            for number, first, num_rows, offset in pieces:
+                block = self._probed.get(parameters[number])
+                if block is not None:
+                    shape = (num_rows, *shapes[number][1:])
+                    size = num_rows * shapes[number][1:].numel()
+                    gradient = row[offset : offset + size].view(shape)
+                    for dim, frozen in block.rows(first, num_rows).frozen.items():
+                        # A NaN counts as non-zero.
+                        self.nonzero_seen += (gradient.index_select(dim, frozen) != 0).any()
+
+
+class _Group:
+    """The two collectives of one parameter group.
+
+    Attributes:
+        rows: packed rows by collective, parameters and dtype; None if nothing of them is frozen.
+    """
+
+    def __init__(self, reducer: FsdpReducer, group: Any) -> None:
+        self._reducer = reducer
+        self._group = group
+        self._with_gradients: list[Any] = []
+        self.rows: dict[tuple[object, ...], PackedRows | None] = {}
+        self._previous = group._reduce_scatter_comm, group._all_gather_comm
+        group._reduce_scatter_comm = _ReduceScatter(self.reduce_scatter)
+        group._all_gather_comm = _AllGather(self.all_gather)
+        # The gradients of a backward pass are put together here; parameters without one are left
+        # out, and the reduce-scatter is not told which.
+        self._patch = Patch(group, "post_backward", self._post_backward)
+
+    def remove(self) -> None:
+        self._patch.remove()
+        self.rows.clear()
+        self._group._reduce_scatter_comm, self._group._all_gather_comm = self._previous
+
+    def _post_backward(self, *unused: Any) -> None:
+        includes_all = self._group.reduce_scatter_unused_params
+        self._with_gradients = [
+            parameter
+            for parameter in self._group.fsdp_params
+            if hasattr(parameter, "_unsharded_param")
+            and (
+                parameter.unsharded_accumulated_grad is not None
+                or parameter._unsharded_param.grad is not None
+                or (includes_all and parameter._unsharded_param.requires_grad)
+            )
+        ]
+        self._patch.original(*unused)
+
+    def reduce_scatter(
+        self, out: Tensor, flat: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp
+    ) -> bool:
+        """Reduce packed rows; returns whether it was done."""
+        reducer, num_ranks = self._reducer, dist.get_world_size(group)
+        parameters = [parameter.sharded_param for parameter in self._with_gradients]
+        shapes = [parameter.shape for parameter in parameters]
+        rows = flat.view(num_ranks, -1)
+        assert rows.shape[1] == pieces_of(shapes, num_ranks)[1], "gradients are missing"
+        reducer.dense_bytes += flat.nbytes
+        reducer.probe_rows(shapes, parameters, rows)
+        packed = self._packed("gradients", reducer.plan, parameters, rows[0], num_ranks)
+        if packed is None:
+            reducer.sent_bytes += flat.nbytes
+            return False
+        packed.reduce_scatter(out, rows, group, op)
+        reducer.sent_bytes += packed.num_elements * flat.element_size()
+        return True
+
+    def all_gather(self, out: Tensor, own: Tensor, group: dist.ProcessGroup) -> bool:
+        """Gather packed rows; returns whether it was done."""
+        reducer, num_ranks = self._reducer, dist.get_world_size(group)
+        parameters = [parameter.sharded_param for parameter in self._group.fsdp_params]
+        reducer.dense_bytes += own.nbytes
+        rows, plan = out.view(num_ranks, -1), reducer.unread
+        if own.dtype == torch.uint8:  # parameters of several dtypes, as bytes
+            plan = None
+        packed = self._packed("weights", plan, parameters, rows[0], num_ranks)
+        if packed is None:
+            reducer.sent_bytes += own.nbytes
+            return False
+        packed.all_gather(rows, group)
+        reducer.sent_bytes += packed.num_elements * own.element_size() // num_ranks
+        return True
+
+    def _packed(
+        self,
+        what: str,
+        plan: FreezePlan | None,
+        parameters: Sequence[Tensor],
+        row: Tensor,
+        num_ranks: int,
+    ) -> PackedRows | None:
+        key = (what, row.dtype, *map(id, parameters))
+        if key not in self.rows:
+            self.rows[key] = None
+            blocks: Mapping[Tensor, Block] = {} if plan is None else plan.blocks
+            if is_any_frozen(blocks, parameters):
+                shapes = [parameter.shape for parameter in parameters]
+                here = [blocks.get(parameter) for parameter in parameters]
+                self.rows[key] = PackedRows(shapes, here, row, num_ranks)
+        return self.rows[key]
+
+
+class _ReduceScatter(DefaultReduceScatter):
+    """A reduce-scatter that calls a function first, which may do it instead."""
+
+    def __init__(self, replacement: Callable[..., bool]) -> None:
+        self._replacement = replacement
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self._replacement(output_tensor, input_tensor, group, op):
+            return None
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+
+class _AllGather(DefaultAllGather):
+    """An all-gather that calls a function first, which may do it instead."""
+
+    def __init__(self, replacement: Callable[..., bool]) -> None:
+        self._replacement = replacement
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self._replacement(output_tensor, input_tensor, group):
+            return None  # torch then waits for the event that it records behind this call
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+def _zeroing(block: Block, parameter: DTensor) -> Callable[[DTensor], DTensor]:
+    """A hook that writes zeros to the frozen elements of a sharded gradient."""
+
+    def zero(gradient: DTensor) -> DTensor:
+        local = gradient.to_local().clone()
+        first = _first_row(parameter)
+        if len(local):
+            for dim, frozen in block.rows(first, len(local)).frozen.items():
+                local.index_fill_(dim, frozen, 0)
+        return DTensor.from_local(
+            local,
+            gradient.device_mesh,
+            gradient.placements,
+            run_check=False,
+            shape=gradient.shape,
+            stride=gradient.stride(),
+        )
+
+    return zero
+
+
+def _first_row(parameter: DTensor) -> int:
+    """The first row of a parameter that this rank has."""
+    dim = parameter.device_mesh.ndim - 1
+    most = -(-len(parameter) // parameter.device_mesh.size(dim))
+    return min(parameter.device_mesh.get_local_rank(dim) * most, len(parameter))
