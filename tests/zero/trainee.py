@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.nets import random_images, randomise
 from tests.oracles import folded_name, is_gate
-from tests.zero.building import engine_around, import_deepspeed
+from tests.zero.building import engine_around, whole
 from tests.zero.inside import Inside
 from tests.zero.row import Row
 
@@ -93,12 +93,10 @@ class Trainee:
     @contextmanager
     def full(self) -> Iterator[None]:
         """In stage 3 the network's parameters are whole meanwhile.  Collective; may be nested."""
-        if self._row.stage < 3 or self._is_full:
+        if self._is_full:
             yield
             return
-        self.model.empty_partition_cache()  # also what a step has gathered
-        gathered = import_deepspeed().zero.GatheredParameters(list(self.network.parameters()))
-        with gathered:
+        with whole(self.model, self.network):
             self._is_full = True
             yield
             self._is_full = False
@@ -130,10 +128,6 @@ class Trainee:
 
 class Parallel(Trainee):
     """The same network under DistributedDataParallel."""
-
-    @contextmanager
-    def full(self) -> Iterator[None]:
-        yield
 
     def _wrapped(self, optimizer: Any) -> Any:
         self.optimizer = optimizer

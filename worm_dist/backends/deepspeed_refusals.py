@@ -112,6 +112,8 @@ def _refusals_of_stage_3(engine: Any, zero: Any) -> Iterator[str]:
             "quantized weights share scales between channels; turn zero_quantized_weights and "
             "zero_quantized_nontrainable_weights off"
         )
+    if zero.use_all_reduce_for_fetch_params:
+        yield "use_all_reduce_for_fetch_params gathers weights by sums; turn it off"
     if zero.zero_hpz_partition_size > 1:
         yield (
             "zero_hpz_partition_size keeps second copies of the weights, in which channels would "

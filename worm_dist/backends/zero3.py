@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..comm_hooks.reducer import Reducer
+from ..comm_hooks.zero3_parts import part_size
 from ..comm_hooks.zero3_reduce import Zero3Reducer
 from ..config import TruncationConfig
 from ..groups.full_shape import full_numel
@@ -40,11 +41,20 @@ class Zero3Backend(DeepSpeedBackend):
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of all gradients, padded to equal parts, in every backward pass."""
+        """Bytes of all gradients in every backward pass, and of this rank's parts of the weights:
+        of small ones after a step, of others in every forward and backward pass, although DeepSpeed
+        keeps some of those from one to the other; see ``Backend``."""
         size = self.comm.size
-        padded = sum(-(-full_numel(parameter) // size) * size for parameter in self.averaged)
         num_passes = self.model.gradient_accumulation_steps()
-        return int(padded * self.model.communication_data_type.itemsize * num_passes)
+        padded = sum(part_size(full_numel(p), size) * size for p in self.averaged)
+        gradients = padded * self.model.communication_data_type.itemsize * num_passes
+        if size == 1:
+            return int(gradients)
+        weights = sum(
+            p.ds_tensor.nbytes * (1 if p.ds_persist else 2 * num_passes)
+            for p in self.wrapper.param_names
+        )
+        return int(gradients + weights)
 
     def make_reducer(self, truncation: TruncationConfig) -> Reducer:
         """Patch the optimizer's reduction; see ``Backend``."""
