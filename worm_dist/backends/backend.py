@@ -38,13 +38,15 @@ class Backend(Protocol):
     """
 
     called: nn.Module
-    network: nn.Module
     comm: Communicator
     shards_weights: bool
     averages: bool
     finds_unused: bool
     keeps_hooks: bool
     rebuilds_buckets: bool
+
+    @property
+    def network(self) -> nn.Module: ...
 
     @property
     def process_group(self) -> dist.ProcessGroup | None: ...

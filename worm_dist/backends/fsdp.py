@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -133,8 +134,8 @@ class FsdpBackend:
         """
         if truncation.mode == "soft":
             raise BackendError(
-                "attach: truncation.mode 'soft' is not supported under fully_shard, where gradients "
-                "reach the parameters without hooks; choose hard"
+                "attach: truncation.mode 'soft' is not supported under fully_shard, where "
+                "gradients reach the parameters without hooks; choose hard"
             )
         if truncation.mode == "hard" and truncation.frozen_weights == "free":
             raise BackendError(
@@ -195,12 +196,13 @@ class _ReplicatedComm(ProcessGroupComm):
             self._sharing.merge_disjoint(memory)
 
 
-def _group_of_all(mesh: torch.distributed.DeviceMesh) -> dist.ProcessGroup:
+def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of all ranks of a mesh."""
     if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh.size() == dist.get_world_size():
+        group: dist.ProcessGroup | None = mesh.get_group()
+    elif mesh.size() == dist.get_world_size():
         group = dist.group.WORLD
-        assert group is not None
-        return group
-    return mesh._flatten().get_group()
+    else:
+        group = mesh._flatten().get_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group

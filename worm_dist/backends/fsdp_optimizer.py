@@ -1,8 +1,9 @@
-"""FSDP optimizer view: each rank steps its rows of every parameter, as ``fully_shard`` shards it."""
+"""FSDP optimizer view: each rank steps its rows of every parameter that ``fully_shard`` shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ class FsdpOptimizerView(OptimizerView):
         return (Shard(value if is_complete else value.view(-1), begin, parameter, 0),)
 
     def moments(self, shard: Shard) -> dict[str, Tensor]:
+        state: dict[str, Any] = self.optimizer.state.get(shard.owner, {})
         return {
             key: moment.to_local().view(shard.value.shape)
-            for key, moment in self.optimizer.state.get(shard.owner, {}).items()
+            for key, moment in state.items()
             if isinstance(moment, DTensor) and moment.shape == shard.owner.shape
         }
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from ..comm_hooks.fsdp_reduce import PackedAllGather, PackedReduceScatter
 from .fsdp_sharding import Sharding
 
 __all__ = ["refusals"]
@@ -29,9 +30,8 @@ def refusals(sharding: Sharding) -> Iterator[str]:
     """
     if list(inspect.signature(FSDPParamGroup.post_backward).parameters) != ["self", "unused"]:
         yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"
-    compiled = (m for m in sharding.network.modules() if m._compiled_call_impl is not None)
-    if next(compiled, None) is not None:
-        yield "torch.compile has not been verified together with it; leave module.compile() out"
+    if any(map(_is_compiled, sharding.network.modules())):
+        yield "torch.compile has not been verified together with it; leave it out"
     for state in sharding.states:
         if len(state._fsdp_param_groups) > 1:
             yield (
@@ -53,6 +53,10 @@ def refusals(sharding: Sharding) -> Iterator[str]:
             )
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
 def _of_group(group: Any) -> Iterator[str]:
     info = group.mesh_info
     if not hasattr(info, "shard_mesh_size"):
@@ -69,8 +73,8 @@ def _of_group(group: Any) -> Iterator[str]:
         yield "reshard_after_forward as a number gathers on another mesh; choose True or False"
     if group._all_reduce_hook is not None:
         yield "an all-reduce hook is set (set_all_reduce_hook); averages would differ, remove it"
-    known = type(group._all_gather_comm), type(group._reduce_scatter_comm)
-    if known != (DefaultAllGather, DefaultReduceScatter):
+    known = {DefaultAllGather, PackedAllGather, DefaultReduceScatter, PackedReduceScatter}
+    if not {type(group._all_gather_comm), type(group._reduce_scatter_comm)} <= known:
         yield "custom collectives are set (set_custom_all_gather and others); leave them out"
     if torch.float16 in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype):
         yield "fp16 with its loss scale has not been proved exact; choose bf16 or fp32"
@@ -91,8 +95,3 @@ def _of_parameter(parameter: Any) -> Iterator[str]:
         yield f"parameter {name} is on the meta device; give it values before attach"
     elif sharded.dtype == torch.float16 or sharded.is_complex():
         yield f"parameter {name} is {sharded.dtype}, which has not been proved exact"
-
-
-def has_compiled_wrapper(model: nn.Module) -> bool:
-    """Whether torch.compile wraps the model, or a part of it."""
-    return any(hasattr(module, "_orig_mod") for module in model.modules())

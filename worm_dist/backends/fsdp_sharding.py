@@ -97,7 +97,7 @@ class Sharding:
             for module in state._modules
         ]
         for module, kind, composable, state in self._modules:
-            module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
+            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index")]  # noqa: B009
             for key, entries in composable.items():
                 others = {k: v for k, v in entries.items() if not _is_ours(k, v, state)}
                 if others:
@@ -185,14 +185,15 @@ class _Hooks:
         """Let hooks that came before those taken off come before new ones too: ``fully_shard``
         puts its own in front of all others."""
         for table, items in self._tables:
-            first = next(n for n, (key, _) in enumerate(items) if key in self._ids)
+            ours = [number for number, (key, _) in enumerate(items) if key in self._ids]
+            first = min(ours, default=0)
             for key, _ in reversed(items[:first]):
                 if key in table and hasattr(table, "move_to_end"):
                     table.move_to_end(key, last=False)
 
 
 def _handles(states: Sequence[Any]) -> list[Any]:
-    handles = []
+    handles: list[Any] = []
     for state in states:
         for handle in {state._pre_forward_hook_handle, state._post_forward_hook_handle}:
             handles += getattr(handle, "handles", [handle])

@@ -24,7 +24,7 @@ from .fsdp_rows import PackedRows, is_any_frozen, pieces_of
 from .patching import Patch
 from .reducer import Reducer
 
-__all__ = ["FsdpReducer"]
+__all__ = ["FsdpReducer", "PackedAllGather", "PackedReduceScatter"]
 
 
 class FsdpReducer(Reducer):
@@ -110,8 +110,8 @@ class _Group:
         self._with_gradients: list[Any] = []
         self.rows: dict[tuple[object, ...], PackedRows | None] = {}
         self._previous = group._reduce_scatter_comm, group._all_gather_comm
-        group._reduce_scatter_comm = _ReduceScatter(self.reduce_scatter)
-        group._all_gather_comm = _AllGather(self.all_gather)
+        group._reduce_scatter_comm = PackedReduceScatter(self.reduce_scatter)
+        group._all_gather_comm = PackedAllGather(self.all_gather)
         # The gradients of a backward pass are put together here; parameters without one are left
         # out, and the reduce-scatter is not told which.
         self._patch = Patch(group, "post_backward", self._post_backward)
@@ -189,7 +189,7 @@ class _Group:
         return self.rows[key]
 
 
-class _ReduceScatter(DefaultReduceScatter):
+class PackedReduceScatter(DefaultReduceScatter):
     """A reduce-scatter that calls a function first, which may do it instead."""
 
     def __init__(self, replacement: Callable[..., bool]) -> None:
@@ -208,7 +208,7 @@ class _ReduceScatter(DefaultReduceScatter):
         return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
-class _AllGather(DefaultAllGather):
+class PackedAllGather(DefaultAllGather):
     """An all-gather that calls a function first, which may do it instead."""
 
     def __init__(self, replacement: Callable[..., bool]) -> None:
