@@ -273,6 +273,10 @@ class TrainingContext(StepListener):
         """The full values of parameters; see ``Backend.full_values``."""
         return self.backend.full_values(parameters)
 
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Backend.load_weights``."""
+        self.backend.load_weights(state)
+
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """See ``Backend.make_available``."""
         self.backend.make_available(parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["full_numel", "full_shape", "shaped_like"]
+__all__ = ["full_numel", "full_shape", "is_sharded", "shaped_like"]
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -21,6 +21,11 @@ def full_shape(parameter: Tensor) -> torch.Size:
 def full_numel(parameter: Tensor) -> int:
     """The number of elements of the whole parameter."""
     return full_shape(parameter).numel()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether every rank holds a part of the parameter only."""
+    return hasattr(parameter, "ds_shape") or type(parameter).__name__ == "DTensor"
 
 
 def shaped_like(parameter: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class TrainingState:
             "format": FORMAT,
             "position": asdict(self.position),
             "engine": {key: part for key, part in engine.items() if key != "rank"},
-            "network": parts.network.state_dict(),
+            "network": self._weights(),
             "optimizer": optimizer,
             "schedule": parts.schedule.state_dict(),
             "rewound": parts.retraining.state_dict(),
@@ -101,8 +101,9 @@ class TrainingState:
         own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         engine.load_state_dict({**state["engine"], "rank": rank}, parts.retraining.copies)
-        require_network(state["network"], parts.network)
-        parts.network.load_state_dict(state["network"])
+        with engine._training.full_network() as network:
+            require_network(state["network"], network)
+        engine._training.load_weights(state["network"])
         require_options(state["optimizer"], engine.optimizer)
         engine.load_optimizer_state(state["optimizer"])
         parts.retraining.load_state_dict(state["rewound"], self.position)
@@ -115,6 +116,15 @@ class TrainingState:
         if engine.step:
             parts.network.train()
             engine.restore_bucket_order(self.one_pass)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The network's state: if its weights are sharded, the full one on rank zero alone."""
+        training = self._parts.engine._training
+        with training.full_network() as network:
+            if training.backend.shards_weights and training.comm.rank != 0:
+                return {}
+            state: dict[str, Tensor] = network.state_dict()
+        return state
 
     def one_pass(self) -> Tensor:
         """The loss of a forward pass on the newest batch."""
