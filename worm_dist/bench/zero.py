@@ -20,13 +20,14 @@ from .workload import Workload
 
 __all__ = ["zero"]
 
-_STAGES = (0, 1, 2)
+_STAGES = (0, 1, 2, 3)
 
 
 def zero(workload: Workload) -> Panel:
-    """Measure the megabytes that a rank sends in a step, for ZeRO stages 0 to 2.  Collective.
+    """Measure the megabytes that a rank sends in a step, for ZeRO stages 0 to 3.  Collective.
 
-    They include gradients and, in stages 1 and 2, the all-gather of the weights.
+    They include gradients and, in stages 1 to 3, all-gathers of the weights; in stage 3 these are
+    dense, since no channel is zero here.
     """
     rows, setting = bytes_sent(list(_variants(workload.build, workload.batch())), workload.rounds)
     value = {row.name: row.value.median for row in rows}
