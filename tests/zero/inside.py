@@ -84,12 +84,10 @@ class Inside:
             parameter.copy_(values[name])
         if self._is_cut_one_by_one:
             for name, key, own in self._parts():
-                value = values[name if key == _MASTER else f"{name} {key}"].flatten()
-                begin = min(dist.get_rank() * own.numel(), value.numel())
-                here = value[begin : begin + own.numel()]
-                own[: here.numel()] = here
-                if key == _MASTER:  # what the weights are gathered from
-                    self._parameters[name].ds_tensor[: here.numel()] = here  # type: ignore[attr-defined]
+                _write_part(own, values[name if key == _MASTER else f"{name} {key}"])
+            for name, parameter in self._parameters.items():
+                part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                _write_part(part, values[name])  # what the weights are gathered from
             return
         for name, key, own, place in self._pieces():
             value = values[name if key == _MASTER else f"{name} {key}"]
@@ -150,3 +148,11 @@ class Inside:
                 places, length = layout(sizes, dist.get_world_size(), in_turns, unit)
                 assert length == flat.numel() * dist.get_world_size()
                 yield parameters, [flat] * len(parameters), places
+
+
+def _write_part(own: Tensor, value: Tensor) -> None:
+    """Write this rank's part of a value that is cut into equal parts, the last one padded."""
+    flat = value.flatten()
+    begin = min(dist.get_rank() * own.numel(), flat.numel())
+    here = flat[begin : begin + own.numel()]
+    own[: here.numel()] = here

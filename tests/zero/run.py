@@ -229,7 +229,8 @@ class _Course:
                     told_last = sum(self._told[-count:])
                     compared.append(("told last", told_last, self._share_of_weights()))
                 whole = traffic.dense_bytes  # depends on what is gathered when
-            compared.append(("said to be sent", traffic.sent_bytes, said))
+            if self._row.stage < 3 or self._number:  # it looks for stray parameters in the first
+                compared.append(("said to be sent", traffic.sent_bytes, said))
             if self.engine.phase != "ticket" or self._row.style != "unmanaged":
                 compared.append(("said to be dense", traffic.dense_bytes, whole))
             self._gradients = self._dense_gradients = 0
