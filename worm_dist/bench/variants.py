@@ -22,6 +22,7 @@ from ..interval import Interval
 from .hooks import bf16_hook, power_sgd_hook
 
 __all__ = [
+    "AT_ONCE",
     "DDP",
     "HALF",
     "REMARKS",
@@ -63,7 +64,8 @@ Step = Callable[[], object]
 """Takes a training step: forward, backward, all-reduce, optimizer.  Collective."""
 
 
-_AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+"""Removal in which all frozen channels are zero after a step."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _worm(
     """
     model, optimizer = training(build)
     truncation = (
-        TruncationConfig(removal=_AT_ONCE, compression=compression)
+        TruncationConfig(removal=AT_ONCE, compression=compression)
         if fades
         else TruncationConfig(frozen_weights="hold", compression=compression)
     )
