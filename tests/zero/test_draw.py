@@ -41,6 +41,7 @@ class Training:
 
     def __init__(self, stage: int, precision: str, attached: bool = True, **settings: Any) -> None:
         torch.manual_seed(0)
+        self.stage = stage
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         scheduler: Callable[..., Any] | None = settings.pop("client_scheduler", None)
         if precision == "bf16":
@@ -245,7 +246,8 @@ def _outcome(training: Training) -> dict[str, Any]:
         "phase": training.engine.phase.value,
         "rates": training.model.get_lr(),
         "steps": training.model.global_steps,
-        "sent": training.engine.traffic.total_sent_bytes,
+        # In stage 3 to look at the weights releases some, which are gathered once more.
+        "sent": training.engine.traffic.total_sent_bytes if training.stage < 3 else None,
     }
 
 

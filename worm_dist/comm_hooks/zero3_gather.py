@@ -21,7 +21,7 @@ from ..groups.full_shape import full_numel, full_shape
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
-from .zero3_parts import live_sections, part_of
+from .zero3_parts import live_sections, packing_of_parts, part_of
 
 __all__ = ["Zero3Gather"]
 
@@ -165,12 +165,7 @@ class _Layout:
         self.sent_bytes = max(self._shares) * like.element_size()
         spans = [part_of(size, world_size, self._rank) for size in sizes]
         self._part_sizes = [num_elements for _, num_elements in spans]
-        parts = like.new_empty(sum(self._part_sizes)).split(self._part_sizes)
-        own = [
-            None if block is None else block.part(*span)
-            for block, span in zip(blocks, spans, strict=True)
-        ]
-        self._own = Packing(own, parts, like)
+        self._own = packing_of_parts(blocks, spans, like)
         self._full = [
             None if block is None else Packing([block], [like.new_empty(full_shape(p))], like)
             for p, block in zip(parameters, blocks, strict=True)

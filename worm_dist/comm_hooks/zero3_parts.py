@@ -6,12 +6,16 @@ The live elements of a parameter keep their order, so each rank's are a section 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
-from ..groups.freeze_plan import Block
+from torch import Tensor
 
-__all__ = ["live_sections", "part_of", "part_size"]
+from ..groups.freeze_plan import Block
+from .packing import Packing
+
+__all__ = ["live_sections", "packing_of_parts", "part_of", "part_size"]
 
 
 def part_size(num_elements: int, world_size: int) -> int:
@@ -37,6 +41,29 @@ def live_sections(block: Block | None, num_elements: int, world_size: int) -> li
     ends = [sum(part_of(num_elements, world_size, rank)) for rank in range(world_size)]
     upto = ends if block is None else [_num_live_before(block, end) for end in ends]
     return [end - begin for begin, end in zip([0, *upto], upto)]
+
+
+def packing_of_parts(
+    blocks: Sequence[Block | None], spans: Sequence[tuple[int, int]], like: Tensor
+) -> Packing:
+    """The packing of one rank's parts, one after another.
+
+    Args:
+        blocks: the live and frozen slices of each parameter; None if all of it is live.
+        spans: the first element and the number of elements of each part.
+        like: a tensor of the parts' dtype and device.
+    """
+    own = [
+        None if block is None else block.part(*span)
+        for block, span in zip(blocks, spans, strict=True)
+    ]
+    sizes = [num_elements for _, num_elements in spans]
+    flat = like.new_empty(sum(sizes)).split(sizes)
+    parts = [
+        part if block is None else part.view(block.shape)
+        for part, block in zip(flat, own, strict=True)
+    ]
+    return Packing(own, parts, like.new_empty(0))
 
 
 def _num_live_before(block: Block, end: int) -> int:

@@ -23,7 +23,7 @@ from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
 from .zero3_gather import Zero3Gather
-from .zero3_parts import live_sections, part_of, part_size
+from .zero3_parts import live_sections, packing_of_parts, part_of, part_size
 
 __all__ = ["Zero3Reducer"]
 
@@ -129,7 +129,6 @@ class _Layout:
         sizes = [gradient.numel() for gradient in gradients]
         like = gradients[0].new_empty(0)
         self._dtype, self._device = like.dtype, like.device
-        self._sizes = sizes
         pieces = like.new_empty(sum(sizes)).split(sizes)
         views = [piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True)]
         self._packing = Packing(blocks, views, like)
@@ -143,14 +142,9 @@ class _Layout:
         ]
         self._padding = [max(shares) - share for share in shares]
         self.num_sent = max(shares) * world_size
-        self._part_sizes = [part_of(size, world_size, rank)[1] for size in sizes]
-        own = [
-            block.part(*part_of(size, world_size, rank)) if block is not None else None
-            for block, size in zip(blocks, sizes, strict=True)
-        ]
-        self._own = Packing(
-            own, like.new_empty(sum(self._part_sizes)).split(self._part_sizes), like
-        )
+        spans = [part_of(size, world_size, rank) for size in sizes]
+        self._part_sizes = [num_elements for _, num_elements in spans]
+        self._own = packing_of_parts(blocks, spans, like)
 
     def packed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The live elements ``[ranks * largest share]``: each rank's, then its padding."""
