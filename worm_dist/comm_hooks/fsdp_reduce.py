@@ -158,16 +158,19 @@ class _Group:
         """Gather packed rows; returns whether it was done."""
         reducer, num_ranks = self._reducer, dist.get_world_size(group)
         parameters = [parameter.sharded_param for parameter in self._group.fsdp_params]
-        reducer.dense_bytes += own.nbytes
+        # An evaluation gathers weights too, but is not part of a step.
+        is_counted = any(module.training for module in self._group.modules)
+        reducer.dense_bytes += own.nbytes * is_counted
         rows, plan = out.view(num_ranks, -1), reducer.unread
         if own.dtype == torch.uint8:  # parameters of several dtypes, as bytes
             plan = None
         packed = self._packed("weights", plan, parameters, rows[0], num_ranks)
         if packed is None:
-            reducer.sent_bytes += own.nbytes
+            reducer.sent_bytes += own.nbytes * is_counted
             return False
         packed.all_gather(rows, group)
-        reducer.sent_bytes += packed.num_elements * own.element_size() // num_ranks
+        sent_bytes = packed.num_elements * own.element_size() // num_ranks
+        reducer.sent_bytes += sent_bytes * is_counted
         return True
 
     def _packed(

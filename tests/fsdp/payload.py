@@ -1,0 +1,109 @@
+"""Payload: how many bytes a step may send, counted from flags; and what was really handed over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from tests.fsdp.row import Row
+
+__all__ = ["Overheard", "expected_bytes"]
+
+_BYTES_OF_A_COLLECTIVE = 2**18
+
+
+class Overheard:
+    """Counts the bytes that are handed to torch's collectives of shards."""
+
+    def __init__(self) -> None:
+        self._num_bytes = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, position in {
+                "reduce_scatter_single": 1,
+                "all_gather_single": 1,
+                "reduce": 0,
+                "broadcast": 0,
+            }.items():
+                patch.setattr(dist, name, self._counting(getattr(dist, name), name, position))
+            yield
+
+    def take(self) -> int:
+        taken, self._num_bytes = self._num_bytes, 0
+        return taken
+
+    def _counting(self, function: Callable[..., Any], name: str, position: int) -> Any:
+        @functools.wraps(function)
+        def counting(*arguments: Any, **keywords: Any) -> Any:
+            named = {"reduce_scatter_single": "input", "all_gather_single": "input_tensor"}
+            sent = arguments[position] if len(arguments) > position else keywords.get(named[name])
+            assert isinstance(sent, Tensor), (name, keywords)
+            self._num_bytes += sent.nbytes
+            return function(*arguments, **keywords)
+
+        return counting
+
+
+def expected_bytes(
+    row: Row,
+    network: nn.Module,
+    reduced: Mapping[str, Tensor] | None,
+    gathered: Mapping[str, Tensor] | None,
+) -> int:
+    """Bytes that this rank hands over in a step; what is sent to one rank, or from one, by all.
+
+    Args:
+        reduced: for every parameter, which of its elements' gradients are sent; None for all.
+        gathered: for every parameter, which of its elements are gathered; None for all.
+    """
+    names = {id(p): name for name, p in network.named_parameters()}
+    total = 0
+    for module in network.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            shapes = {names[id(p.sharded_param)]: p._orig_size for p in group.fsdp_params}
+            num_gathers = 2 if _reshards(row, module is network) else 1
+            weight = (row.param_dtype or next(network.parameters()).dtype).itemsize
+            gradient = row.reduce_dtype or row.param_dtype or next(network.parameters()).dtype
+            total += row.passes * num_gathers * _sent(row, shapes, gathered, weight, False)
+            total += _sent(row, shapes, reduced, gradient.itemsize, True)
+    return total
+
+
+def _reshards(row: Row, is_root: bool) -> bool:
+    return row.reshard if row.reshard is not None else not is_root
+
+
+def _sent(
+    row: Row,
+    shapes: Mapping[str, Any],
+    flags: Mapping[str, Tensor] | None,
+    size: int,
+    reduces: bool,
+) -> int:
+    num_ranks = row.mesh[-1]
+    most = {name: -(-shape[0] // num_ranks) for name, shape in shapes.items()}
+    if flags is None or all(bool(flags[name].all()) for name in shapes):
+        padded = sum(most[name] * shape[1:].numel() for name, shape in shapes.items())
+        return padded * size * (num_ranks if reduces else 1)
+    live = [
+        sum(int(flags[name][rank * most[name] : (rank + 1) * most[name]].sum()) for name in shapes)
+        for rank in range(num_ranks)
+    ]
+    even = max(live)
+    padding = num_ranks * max(live) - sum(live)
+    saved = sum(each > 0 for each in live) - 1
+    if padding * size > saved * (0 if row.surplus else _BYTES_OF_A_COLLECTIVE):
+        even = min(live)
+    surplus = sum(max(0, each - even) for each in live)
+    return size * (even * (num_ranks if reduces else 1) + surplus)

@@ -1,0 +1,84 @@
+"""A sharded run that is broken off and resumed on as many ranks ends the same, to the bit.
+
+Every rank saves its shards of the weights; the optimizer's state goes through rank zero, whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.fsdp.row import ROWS
+from tests.fsdp.trainee import Trainee, full
+from tests.oracles import mask_dropping
+from tests.ranks import Ranks
+from tests.resuming import Course
+from tests.settings import at_once
+from worm_dist import WormConfig
+
+
+class _Saving(Trainee):
+    def save(self) -> Any:
+        engine = self.engine.state_dict()
+        weights = {
+            name: full(value) if isinstance(value, Tensor) else value
+            for name, value in self.network.state_dict().items()
+        }
+        return {
+            "engine": engine,
+            "network": copy.deepcopy(weights),
+            "optimizer": _from_rank_zero(self.engine.optimizer_state()),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Any) -> None:
+        self.engine.load_state_dict(state["engine"])
+        here = self.network.state_dict()
+        for name, value in here.items():
+            saved = state["network"][name]
+            if hasattr(value, "device_mesh"):
+                begin = dist.get_rank() * -(-len(value) // dist.get_world_size())
+                local = value.to_local()
+                local.copy_(saved[begin : begin + len(local)])
+            else:
+                value.copy_(saved)
+        self.engine.load_optimizer_state(state["optimizer"])
+
+
+def _from_rank_zero(state: Any) -> Any:
+    assert (state is None) == (dist.get_rank() != 0)
+    file = io.BytesIO()
+    torch.save(state, file)
+    content = [file.getvalue()]
+    dist.broadcast_object_list(content)
+    return torch.load(io.BytesIO(content[0]), weights_only=True)
+
+
+def _truncate(*dropped: int) -> Any:
+    return lambda t: t.engine.truncate(mask_dropping(t.engine.groups, *dropped))
+
+
+def _draw(*dropped: int) -> Any:
+    return lambda t: t.engine.draw(mask_dropping(t.engine.groups, *dropped))
+
+
+def _broken_off(row: str) -> list[str]:
+    events = {1: _truncate(0, 3, 9), 3: _truncate(0, 3, 9, 12), 8: _draw(0, 3, 9, 12)}
+    # In a fade, once columns have left, and after the draw.
+    course = Course(num_steps=10, events=events, saved_at=[2, 7, 9])
+    config = WormConfig(
+        search={"every": "2ba", "l1": 0.01},
+        truncation={**at_once(3), "frozen_weights": "remove"},
+        ticket={"recalibrate_batches": 3},
+    )
+    return course.resumed(lambda: _Saving(ROWS[row], config))
+
+
+def test_broken_off_anywhere_it_ends_the_same(ranks: Ranks) -> None:
+    for found in ranks(2, _broken_off, "one unit, AdamW"):
+        assert not found, "\n".join(found[:20])
