@@ -70,6 +70,7 @@ def _parts(flat: Tensor, ranges: Sequence[tuple[int, int]]) -> list[Part]:
 
 def _moved(piece_bytes: int) -> list[str]:
     byte_streams.PIECE_BYTES = piece_bytes
+    assert dist.group.WORLD is not None
     chance, rank = random.Random(piece_bytes), dist.get_rank()
     comm = ProcessGroupComm(dist.group.WORLD, CPU)
     moves, expected = [], []
@@ -101,6 +102,7 @@ def test_elements_arrive_in_any_layout(ranks: Ranks, piece_bytes: int) -> None:
 def _moved_wrongly() -> str:
     """Rank one's old shard has no memory, so that it cannot be read."""
     byte_streams.PIECE_BYTES = 64
+    assert dist.group.WORLD is not None
     rank, comm = dist.get_rank(), ProcessGroupComm(dist.group.WORLD, CPU)
     target = Part(0, torch.zeros(100, dtype=torch.int8))
     old = torch.ones(50, dtype=torch.int8, device="meta" if rank == 1 else "cpu")

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.faults.driver import CONFIG
 from tests.resuming import differences
 from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.checkpoint.sharded_tensor import with_stored_tensors_read
 
 __all__ = [
     "ALL_PHASES",
@@ -55,7 +56,7 @@ def last_state(run: Path) -> Any:
     """What a run has saved at its end, less what clocks have measured."""
     newest = CheckpointManager(run / "checkpoints").newest()
     assert newest is not None
-    state = newest.read("run")
+    state = with_stored_tensors_read(newest.read("run"))
     del state["phase_stats"]["run_seconds"], state["phase_stats"]["phase_seconds"]
     del state["result"]["seconds"]
     return state

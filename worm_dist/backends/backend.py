@@ -6,7 +6,7 @@ A new backend is one class with this protocol, one reducer in ``comm_hooks``, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -76,10 +76,6 @@ class Backend(Protocol):
         Args:
             parameters: parameters of the network, the same on every rank.
         """
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Load a full state dict of the network, the same on every rank.  Collective where weights
-        are sharded.  The optimizer's state must be loaded after."""
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Let a loss of the pass under way depend on these parameters; collective where weights are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,10 +61,6 @@ class DdpBackend:
     def full_network(self) -> AbstractContextManager[nn.Module]:
         """The network itself; see ``Backend``."""
         return nullcontext(self.network)
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Backend``."""
-        self.network.load_state_dict(state)
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: they are; see ``Backend``."""

@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -104,10 +104,6 @@ class DeepSpeedBackend:
     def full_network(self) -> AbstractContextManager[nn.Module]:
         """The network itself; see ``Backend``."""
         return nullcontext(self.network)
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Backend``."""
-        self.network.load_state_dict(state)
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: they are; see ``Backend``."""

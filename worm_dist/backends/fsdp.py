@@ -6,7 +6,7 @@ sharding off, cuts the plain network, and shards it again with the same argument
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,10 +98,6 @@ class FsdpBackend:
         finally:
             if not self._is_released:
                 self._sharding.put_on()
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Backend``."""
-        self.network.load_state_dict(state)
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: torch's own operations gather them; see ``Backend``."""

@@ -12,20 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
+from ..distributed.sharded import is_first_replica
+from ..errors import CheckpointError
 from ..groups.full_shape import full_shape
-from .optimizer_view import OptimizerView, Shard, part_of
+from .optimizer_view import OptimizerView, Shard
 
 __all__ = [
     "FullParamState",
     "allocate_state",
     "bits_of",
     "gather",
+    "gather_shards",
+    "local_shards",
     "part_of",
     "scatter_full_state",
     "split_state",
 ]
+
+
+_VALUE = "the weights themselves"
+"""Key of the stepped values; moments have the optimizer's own keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +46,12 @@ class FullParamState:
             the bits of the parameter, or are the parameter.
         moments: per-element state of the same shape, by the optimizer's keys.
         per_param: state that is not per element, such as the step count.
+
+    Tensors may be ``LocalShards`` that are to be saved, or ``StoredTensor`` that were.
     """
 
-    value: Tensor | None
-    moments: Mapping[str, Tensor]
+    value: AnyTensor | None
+    moments: Mapping[str, AnyTensor]
     per_param: Mapping[str, object]
 
 
@@ -73,7 +84,7 @@ def gather(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamSta
     """
     parameters = [p for group in view.groups for p in group]
     if view.shared:
-        return _gather_shards(view, parameters, comm)
+        return _full(local_shards(view, comm), comm)
     if comm.rank != 0:
         return None
     found = {}
@@ -86,20 +97,77 @@ def gather(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamSta
     return found
 
 
-def _gather_shards(
-    view: OptimizerView, parameters: Sequence[Tensor], comm: Communicator
+@torch.no_grad()
+def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullParamState]:
+    """The state of every parameter of a sharded optimizer, of which every rank has its shards.
+    Collective; the tensors are views of the optimizer's.
+
+    Args:
+        view: the optimizer's view.
+        comm: the communicator of the ranks that share the optimizer.
+    """
+    parameters = [p for group in view.groups for p in group]
+    differ = torch.tensor(
+        [any(_differs(view, p, shard) for shard in view.shards(p)) for p in parameters]
+    )
+    differ = comm.mean(differ.float()).cpu() > 0  # on any rank
+    found = {}
+    for parameter, differs in zip(parameters, differ.tolist(), strict=True):
+        dtypes, others = split_state(view, parameter)
+        shards = [
+            (shard.begin, shard.value, view.moments(shard))
+            for shard in view.shards(parameter)
+            if is_first_replica(parameter)
+        ]
+        shape = full_shape(parameter)
+        values = LocalShards(
+            shape, view.owner(parameter).dtype, [(begin, value) for begin, value, _ in shards]
+        )
+        moments = {
+            key: LocalShards(shape, dtype, [(begin, tensors[key]) for begin, _, tensors in shards])
+            for key, dtype in dtypes.items()
+        }
+        found[parameter] = FullParamState(values if differs else None, moments, others)
+    return found
+
+
+def _full(
+    found: Mapping[Tensor, FullParamState], comm: Communicator
 ) -> dict[Tensor, FullParamState] | None:
-    """Each rank's stream has, for every shard, its values if they differ from the parameter's, and
-    then its moments; a table with a row for every shard tells rank zero where they belong."""
-    states = [split_state(view, parameter) for parameter in parameters]
+    sharded = {
+        (parameter, key): tensor
+        for parameter, state in found.items()
+        for key, tensor in {_VALUE: state.value, **state.moments}.items()
+        if isinstance(tensor, LocalShards)
+    }
+    full = gather_shards(list(sharded.values()), comm)
+    if full is None:
+        return None
+    tensors = dict(zip(sharded, full, strict=True))
+    return {
+        parameter: FullParamState(
+            tensors.get((parameter, _VALUE)),
+            {key: tensors[parameter, key] for key in state.moments},
+            state.per_param,
+        )
+        for parameter, state in found.items()
+    }
+
+
+def gather_shards(sharded: Sequence[LocalShards], comm: Communicator) -> list[Tensor] | None:
+    """Gather sharded tensors on rank zero, bit for bit, on the CPU; None on other ranks.
+    Collective.
+
+    Args:
+        sharded: what this rank has of each tensor, the same tensors on all ranks.
+        comm: the communicator of the ranks.
+    """
+    # A table with a row for every part tells rank zero where a stream's bytes belong.
     rows, stream = [], []
-    for number, (parameter, (dtypes, _)) in enumerate(zip(parameters, states, strict=True)):
-        for shard in view.shards(parameter):
-            differs = _differs(view, parameter, shard)
-            rows.append([number, shard.begin, shard.value.numel(), differs])
-            moments = view.moments(shard)
-            sent = [*([shard.value] if differs else []), *(moments[key] for key in dtypes)]
-            stream += [memory_of(tensor) for tensor in sent]
+    for number, shards in enumerate(sharded):
+        for begin, elements in shards.parts:
+            rows.append([number, begin, elements.numel()])
+            stream.append(memory_of(elements))
     tables: list[Tensor] = []
 
     def place_table(rank: int, num_bytes: int) -> list[Tensor]:
@@ -107,34 +175,15 @@ def _gather_shards(
         return tables[-1:]
 
     comm.gather_streams([memory_of(torch.tensor(rows, dtype=torch.int64))], place_table)
-    values: dict[int, Tensor] = {}
-    full = [
-        {key: torch.empty(full_shape(p), dtype=dtype) for key, dtype in dtypes.items()}
-        for p, (dtypes, _) in zip(parameters, states, strict=True)
-        if comm.rank == 0
-    ]
+    is_zero = comm.rank == 0
+    full = [torch.empty(each.shape, dtype=each.dtype) for each in sharded if is_zero]
 
     def places(rank: int, num_bytes: int) -> list[Tensor]:
-        found = []
-        for number, begin, length, differs in tables[rank].view(torch.int64).view(-1, 4).tolist():
-            if differs and number not in values:
-                # Shards that do not differ have the parameter's bits.
-                parameter = parameters[number]
-                shape, dtype = full_shape(parameter), view.owner(parameter).dtype
-                values[number] = torch.empty(shape, dtype=dtype)
-                if not view.cuts_weights:
-                    values[number].copy_(parameter)
-            tensors = [*([values[number]] if differs else []), *full[number].values()]
-            found += [memory_of(t.view(-1)[begin : begin + length]) for t in tensors]
-        return found
+        table: list[list[int]] = tables[rank].view(torch.int64).view(-1, 3).tolist()
+        return [memory_of(full[n].view(-1)[begin : begin + length]) for n, begin, length in table]
 
     comm.gather_streams(stream, places)
-    if comm.rank != 0:
-        return None
-    return {
-        parameter: FullParamState(values.get(number), full[number], others)
-        for number, (parameter, (_, others)) in enumerate(zip(parameters, states, strict=True))
-    }
+    return full if is_zero else None
 
 
 @torch.no_grad()
@@ -143,7 +192,10 @@ def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullPar
 
     Args:
         view: the optimizer's view.
-        full_states: the full state by parameter, on any device.
+        full_states: the full state by parameter, on any device, or in a checkpoint.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or has NaN or infinite elements.
     """
     for parameter, full_state in full_states.items():
         dtypes = {key: moment.dtype for key, moment in full_state.moments.items()}
@@ -183,11 +235,29 @@ def allocate_state(
             state[key] = torch.zeros_like(owner, dtype=dtype)
 
 
+def part_of(full: AnyTensor, shard: Shard) -> Tensor:
+    """The shard's part of a tensor of its parameter's shape, of the shape of its value: a view, or
+    read from a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has NaN or infinite elements.
+    """
+    assert not isinstance(full, LocalShards)
+    if isinstance(full, StoredTensor):
+        part = full.read(shard.begin, shard.begin + shard.value.numel())
+        if not bool(part.isfinite().all()):
+            raise CheckpointError(f"{full.name}: has NaN or infinite elements")
+        return part.view(shard.value.shape)
+    if shard.value.shape == full.shape:
+        return full
+    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
+
+
 def _differs(view: OptimizerView, parameter: Tensor, shard: Shard) -> bool:
     """Whether stepped values have other bits than their parameter."""
-    if not view.copies or view.cuts_weights:  # then the full values are nowhere else
-        return view.cuts_weights
-    value, part = shard.value, part_of(parameter.detach(), shard)
+    if not view.copies:
+        return False
+    value, part = shard.value, view.weights(parameter, shard)
     return value.dtype != part.dtype or not torch.equal(bits_of(value), bits_of(part))
 
 

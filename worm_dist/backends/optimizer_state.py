@@ -7,17 +7,18 @@ also in another ZeRO stage or under DistributedDataParallel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from torch import Tensor, nn
 
+from ..checkpoint.sharded_tensor import SavedTensor, StoredTensor
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
 from ..groups.full_shape import full_shape
-from ..schema import Count, FiniteTensor, Schema, first_problem
-from .full_state import FullParamState, gather, scatter_full_state
+from ..schema import Count, Schema, first_problem
+from .full_state import FullParamState, gather, local_shards, scatter_full_state
 from .optimizer_view import OptimizerView
 
 __all__ = ["OptimizerState", "OptimizerStateSchema"]
@@ -29,9 +30,24 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _FORMAT = 2
 
 
+def _require_finite(value: Any) -> Tensor | StoredTensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, (Tensor, StoredTensor)):
+        raise ValueError("must be a tensor")
+    tensor = value
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        raise ValueError(f"must be floating point, not {tensor.dtype}")
+    if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
+        raise ValueError("has NaN or infinite elements")
+    return tensor
+
+
 class _ParameterSchema(Schema):
-    value: FiniteTensor | None
-    moments: dict[str, Tensor]
+    """A tensor in the files of a checkpoint is looked at in detail when it is read."""
+
+    value: Annotated[Any, AfterValidator(_require_finite)]
+    moments: dict[str, SavedTensor]
     per_param: dict[str, Any]
 
 
@@ -77,14 +93,19 @@ class OptimizerState:
             self._parameters |= named
             self._groups.append(list(named))
 
-    def read(self) -> dict[str, Any] | None:
-        """Gather the full state.  Collective.
+    def read(self, *, sharded: bool = False) -> dict[str, Any] | None:
+        """Read the full state.  Collective.
+
+        Args:
+            sharded: whether every rank is to get its shards of a sharded state, ``LocalShards``;
+                else it is gathered on rank zero.
 
         Returns:
-            On rank zero the full state in plain values, elsewhere None.  ``"value"`` is None where
-            the stepped value equals the parameter bit for bit.
+            On rank zero the full state in plain values, elsewhere None; but a sharded one on every
+            rank.  ``"value"`` is None where the stepped value equals the parameter bit for bit.
         """
-        found = gather(self._view, self._comm)
+        is_local = sharded and self._view.shared
+        found = (local_shards if is_local else gather)(self._view, self._comm)
         if found is None:
             return None
         options = self._view.optimizer.param_groups
@@ -157,7 +178,12 @@ class OptimizerState:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state that ``structure`` has accepted.  The weights must be
-        loaded before."""
+        loaded before.
+
+        Raises:
+            CheckpointError: the files of a checkpoint cannot be read, or have NaN or infinite
+                elements.
+        """
         optimizer = self._view.optimizer
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             group.update(saved["options"])
@@ -167,7 +193,6 @@ class OptimizerState:
             self._drop_other_keys(parameter, saved)
             full_states[parameter] = FullParamState(**saved)
         scatter_full_state(self._view, full_states)
-        self._view.values_written()
         for name, count in state["counters"].items():
             if hasattr(self._model, name):
                 setattr(self._model, name, count)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Handle", "OptimizerView", "Owners", "Shard", "StepListener", "part_of"]
+__all__ = ["Handle", "OptimizerView", "Owners", "Shard", "StepListener"]
 
 Owners: TypeAlias = Collection[Tensor] | None
 """Tensors that the optimizer has just stepped; None for all of its tensors."""
@@ -69,13 +69,6 @@ class Shard:
         return span.view(self.value.shape)
 
 
-def part_of(full: Tensor, shard: Shard) -> Tensor:
-    """The shard's part of a tensor of its parameter's shape: a view of the shape of its value."""
-    if shard.value.shape == full.shape:
-        return full
-    return full.reshape(-1)[shard.begin :][: shard.value.numel()]
-
-
 class OptimizerView:
     """View of a torch optimizer that steps the parameters themselves.
 
@@ -83,13 +76,10 @@ class OptimizerView:
         optimizer: the torch optimizer that holds the state.
         copies: whether it steps copies of the parameters (master weights).
         shared: whether its state is sharded: each rank steps only its part.
-        cuts_weights: whether a rank holds only its part of the weights, too, so that the stepped
-            values are the only full record of them.
     """
 
     copies = False
     shared = False
-    cuts_weights = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -115,11 +105,10 @@ class OptimizerView:
 
     def weights(self, parameter: Tensor, shard: Shard) -> Tensor:
         """A shard's elements of the parameter itself, of the shape of its value."""
-        return part_of(parameter.detach(), shard)
-
-    def values_written(self) -> None:
-        """Called when stepped values have been written to: bring them to where they are used, if
-        nothing else does."""
+        value = parameter.detach()
+        if shard.value.shape == value.shape:
+            return value
+        return value.reshape(-1)[shard.begin :][: shard.value.numel()]
 
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
         """The shards of a parameter that this rank steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
@@ -42,10 +42,6 @@ class SingleProcess:
     def full_network(self) -> AbstractContextManager[nn.Module]:
         """The network itself; see ``Backend``."""
         return nullcontext(self.network)
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Backend``."""
-        self.network.load_state_dict(state)
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Do nothing: they are; see ``Backend``."""

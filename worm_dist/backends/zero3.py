@@ -3,15 +3,14 @@ weight."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..comm_hooks.reducer import Reducer
-from ..comm_hooks.zero3_parts import part_of, part_size
+from ..comm_hooks.zero3_parts import part_size
 from ..comm_hooks.zero3_reduce import Zero3Reducer
 from ..config import TruncationConfig
 from ..groups.full_shape import full_numel
@@ -80,16 +79,6 @@ class Zero3Backend(DeepSpeedBackend):
         """See ``Backend``."""
         with gathered(parameters):
             return [parameter.detach() for parameter in parameters]
-
-    @torch.no_grad()
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Every rank takes its part; see ``Backend``."""
-        with self.full_network() as network:
-            network.load_state_dict(state)  # the buffers are the network's own
-        for name, parameter in self.network.named_parameters():
-            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-            begin, size = part_of(full_numel(parameter), self.comm.size, self.comm.rank)
-            part[:size].copy_(state[name].reshape(-1)[begin : begin + size])
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """Gather parameters that DeepSpeed has released since the forward pass; it releases them

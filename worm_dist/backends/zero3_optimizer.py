@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..groups.full_shape import full_numel, full_shape
 from .deepspeed_optimizer import WrappedOptimizerView
 from .optimizer_view import Owners, Shard
+from .zero3_weights import zero3_part
 
 __all__ = ["Zero3OptimizerView"]
 
@@ -28,7 +28,6 @@ class Zero3OptimizerView(WrappedOptimizerView):
     """
 
     shared = True
-    cuts_weights = True
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper)
@@ -69,17 +68,8 @@ class Zero3OptimizerView(WrappedOptimizerView):
         return self._shards[parameter]
 
     def weights(self, parameter: Any, shard: Shard) -> Tensor:
-        part: Tensor = parameter.ds_tensor.detach()[: shard.value.numel()]
+        part, _ = zero3_part(parameter)
         return part.view(shard.value.shape)
-
-    @torch.no_grad()
-    def values_written(self) -> None:
-        """Copy the master weights to the parts from which DeepSpeed gathers weights."""
-        wrapper = self._wrapper
-        masters = zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat)
-        for part, master in masters:
-            part.data.copy_(master.data)
-        wrapper.parameter_offload.partition_all_parameters()  # gathered anew when they are used
 
     def _stepped_tensors(self) -> Owners:
         """One sub-group's flat tensor, which is copied back before the next one is stepped."""
@@ -94,12 +84,10 @@ def _shards(parameter: Any, owner: Tensor, offset: int) -> tuple[Shard, ...]:
         owner: the flat tensor that has the part.
         offset: the part's first element in it.
     """
-    size = parameter.ds_tensor.ds_numel
-    begin = parameter.ds_zero_partition_rank * size
-    end = min(begin + size, full_numel(parameter))
-    if begin >= end:
+    part, begin = zero3_part(parameter)
+    if not part.numel():
         return ()
-    value = owner.detach()[offset : offset + end - begin]
+    value = owner.detach()[offset : offset + part.numel()]
     if value.numel() == full_numel(parameter):
         value = value.view(full_shape(parameter))
     return (Shard(value, begin, owner, offset),)

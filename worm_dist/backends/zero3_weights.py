@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FullNetwork", "gather", "gathered"]
+from ..groups.full_shape import full_numel
+
+__all__ = ["FullNetwork", "gather", "gathered", "release", "zero3_part"]
 
 _MODULE_ATTRIBUTES = frozenset(
     {
@@ -29,6 +31,20 @@ _MODULE_ATTRIBUTES = frozenset(
 )
 """What DeepSpeed adds to modules.  Functions in it belong to one engine, and another one would take
 them for its own."""
+
+
+def zero3_part(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's part of a parameter, one-dimensional and without padding, and the index of its
+    first element."""
+    size = parameter.ds_tensor.ds_numel
+    begin = min(parameter.ds_zero_partition_rank * size, full_numel(parameter))
+    part: Tensor = parameter.ds_tensor.detach()[: min(size, full_numel(parameter) - begin)]
+    return part, begin
+
+
+def release(parameter: Any) -> None:
+    """Let go of a gathered parameter, whose parts have been written to."""
+    parameter.partition(param_list=[parameter])
 
 
 def gather(parameters: Sequence[Any]) -> list[Any]:

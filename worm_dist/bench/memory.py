@@ -39,7 +39,8 @@ class MemoryRow:
     Attributes:
         stage: stage of ZeRO.
         ranks: number of ranks.
-        operation: ``attach``, ``check``, ``save`` or ``draw``.
+        operation: ``attach``, ``check``, ``draw``, or ``save`` of the engine's and the optimizer's
+            state, by all ranks or by rank zero, without what is written to disk.
         rank_zero: most bytes in tensors at a time, beyond those from before, for each parameter of
             the dense network; on rank zero.
         others: the same on the rank of all others that needs most.
@@ -85,7 +86,7 @@ def peak_bytes(operation: Callable[[], object]) -> tuple[int, int]:
     """
     with _unreported(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         operation()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
     return max(0, 0, *itertools.accumulate(changes)), max(0, 0, *changes)
 
@@ -144,15 +145,16 @@ def measure(model: str, stage: int) -> Iterator[MemoryRow]:
         _step(engine.model, batch)
     yield _row(stage, "check", engine.check, num_parameters)
 
-    def save() -> None:
+    def save(sharded: bool) -> None:
         saver = AsyncSaver()
         engine.state_dict()
-        state = engine.optimizer_state()
+        state = engine.optimizer_state(sharded=sharded)
         if state is not None:
             saver.save({"run": state}, lambda copies: None)
             saver.finish()
 
-    yield _row(stage, "save", save, num_parameters)
+    yield _row(stage, "save, by all ranks", lambda: save(True), num_parameters)
+    yield _row(stage, "save, by rank 0", lambda: save(False), num_parameters)
     mask = uniform_mask(engine.groups, HALF)
     yield _row(stage, "draw", lambda: engine.draw(mask), num_parameters)
     _step(engine.model, batch)

@@ -84,17 +84,28 @@ class AsyncSaver:
         copies: dict[str, Packed] = {}
         for part, state in states.items():
             packed = pack(state)
-            tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
-            for name, (metadata, memory) in packed.tensors.items():
-                # Reused, because allocating new memory takes several times as long as the copy.
-                buffer = self._buffers.pop((part, name), None)
-                if buffer is None or buffer.numel() != memory.numel():
-                    # Only to pinned memory does a GPU copy while the host goes on.
-                    buffer = torch.empty(
-                        memory.numel(), dtype=torch.uint8, pin_memory=memory.is_cuda
-                    )
-                buffers[part, name] = buffer
-                tensors[name] = metadata, buffer.copy_(memory, non_blocking=True)
-            copies[part] = Packed(packed.structure, tensors)
+            shards = packed.shards
+            copies[part] = Packed(
+                packed.structure,
+                self._copied(part, packed.tensors, buffers),
+                None if shards is None else self._copied(f"{part} shards", shards, buffers),
+            )
         self._buffers = buffers
         return copies
+
+    def _copied(
+        self,
+        part: str,
+        tensors: Mapping[str, tuple[TensorMetadata, Tensor]],
+        buffers: dict[tuple[str, str], Tensor],
+    ) -> dict[str, tuple[TensorMetadata, Tensor]]:
+        copied: dict[str, tuple[TensorMetadata, Tensor]] = {}
+        for name, (metadata, memory) in tensors.items():
+            # Reused, because allocating new memory takes several times as long as the copy.
+            buffer = self._buffers.pop((part, name), None)
+            if buffer is None or buffer.numel() != memory.numel():
+                # Only to pinned memory does a GPU copy while the host goes on.
+                buffer = torch.empty(memory.numel(), dtype=torch.uint8, pin_memory=memory.is_cuda)
+            buffers[part, name] = buffer
+            copied[name] = metadata, buffer.copy_(memory, non_blocking=True)
+        return copied

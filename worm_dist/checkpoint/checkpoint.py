@@ -49,7 +49,7 @@ class Checkpoint:
     @property
     def parts(self) -> list[str]:
         """Sorted names of the states in the checkpoint."""
-        return sorted({Path(name).stem for name in self.manifest.files})
+        return sorted(Path(name).stem for name in self.manifest.files if name.endswith(".json"))
 
     def verify(self) -> None:
         """Verify the sha256 digest of every file.
@@ -65,7 +65,8 @@ class Checkpoint:
         """Read the state of a part; its tensors are on the CPU.
 
         Only the part's own two files are read, each verified before it is parsed, so that a rank
-        need not read the states of the others.
+        need not read the states of the others.  Of sharded tensors ranges are read when they are
+        needed; see ``StoredTensor``.
 
         Args:
             part: name of the part, one of ``parts``.

@@ -23,6 +23,7 @@ __all__ = [
     "FileDigest",
     "check_size",
     "file_size",
+    "open_plain",
     "open_verified",
     "read_small",
     "reading",
@@ -159,7 +160,7 @@ def open_verified(path: Path, expected: FileDigest) -> Iterator[BufferedReader]:
     Raises:
         CheckpointError: the file is missing, not a regular file, or differs from ``expected``.
     """
-    with reading(path), _open(path) as file:
+    with reading(path), open_plain(path) as file:
         check_size(path, os.fstat(file.fileno()).st_size, expected)
         found = sha256_of(iter(partial(file.read, _CHUNK_BYTES), b""))
         if found != expected.sha256:
@@ -211,14 +212,15 @@ def read_small(path: Path, limit: int) -> bytes:
     Raises:
         CheckpointError: the file is missing, not a regular file, or larger than ``limit``.
     """
-    with reading(path), _open(path) as file:
+    with reading(path), open_plain(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise CheckpointError(f"{path}: wanted at most {limit} bytes, found more")
     return content
 
 
-def _open(path: Path) -> BufferedReader:
+def open_plain(path: Path) -> BufferedReader:
+    """Open a regular file for reading; within ``reading``, which turns its errors."""
     # A symbolic link could lead anywhere, and opening a pipe could block forever.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

@@ -14,11 +14,12 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ..digest import sha256_of
 from ..errors import CheckpointError
 from ..schema import Schema, first_problem
 from .durable_io import FileDigest, read_small, write_file
 
-__all__ = ["CheckpointInfo", "Manifest", "read_manifest", "write_manifest"]
+__all__ = ["CheckpointInfo", "Manifest", "manifest_digest", "read_manifest", "write_manifest"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -113,6 +114,15 @@ def read_manifest(folder: Path) -> Manifest:
             "worm_dist wrote it"
         )
     return _validated(Manifest, path, content)
+
+
+def manifest_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's manifest, by which two ranks see whether they see the same files.
+
+    Raises:
+        CheckpointError: the manifest is missing or cannot be read.
+    """
+    return sha256_of([read_small(folder / _NAME, _MAX_BYTES)])
 
 
 def _validated(model: type[_Model], path: Path, content: bytes) -> _Model:

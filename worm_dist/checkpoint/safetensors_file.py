@@ -124,6 +124,14 @@ class TensorFile:
                 f"{self._path}: tensor {name[:200]!r}: {first_problem(error)}"
             ) from error
 
+    def offset(self, name: str) -> int:
+        """Where in the file the content of a tensor begins, in bytes.
+
+        Args:
+            name: name of the tensor, one of ``names``.
+        """
+        return self._data_offset + self._header[name].data_offsets[0]
+
     def read(self, name: str, metadata: TensorMetadata) -> Tensor:
         """Read a tensor into newly allocated CPU memory.
 

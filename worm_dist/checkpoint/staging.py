@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .durable_io import FileDigest, check_size, file_size, reading, sync_folder, writing
 from .manifest import CheckpointInfo, write_manifest
-from .state_file import Packed, pack, write_part
+from .state_file import Packed, pack, write_part, write_shards
 
 __all__ = ["STEP", "Staged", "discard", "is_leftover"]
 
@@ -75,6 +75,22 @@ class Staged:
             CheckpointError: the disk is full or cannot be written, or the state cannot be saved.
         """
         return write_part(self.path, part, state if isinstance(state, Packed) else pack(state))
+
+    def write_shards(self, part: str, rank: int, packed: Packed) -> dict[str, FileDigest]:
+        """Write a rank's parts of a state's sharded tensors and sync them.
+
+        Args:
+            part: name of the state, which one rank writes.
+            rank: this rank.
+            packed: its state, with sharded tensors.
+
+        Returns:
+            Size and hash of the file written, by name, for ``commit``.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written.
+        """
+        return write_shards(self.path, part, rank, packed)
 
     def commit(self, info: CheckpointInfo, files: Mapping[str, FileDigest]) -> Path:
         """Rename the folder to the checkpoint of its step; replaces an earlier one of that step.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -22,9 +22,10 @@ from ..schema import first_problem
 from . import tree_json
 from .durable_io import FileDigest, open_verified, write_file
 from .safetensors_file import TensorFile, write_tensors
+from .sharded_tensor import AnyTensor, LocalShards, ShardFiles, StoredTensor, shard_path
 from .tensor_meta import TensorMetadata
 
-__all__ = ["Packed", "allocate", "pack", "read_part", "write_part"]
+__all__ = ["Packed", "allocate", "pack", "read_part", "write_part", "write_shards"]
 
 _MAX_STRUCTURE_BYTES = 64 << 20
 _NAME = re.compile(r"(?!manifest$)[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
@@ -35,9 +36,16 @@ class _TensorEntry(TensorMetadata):
 
     Attributes:
         tensor: name of the tensor in the safetensors file.
+        is_sharded: True if its elements are in the files of the ranks; see ``sharded_tensor``.
     """
 
     tensor: str
+    is_sharded: Literal[True] | None = None
+
+    @property
+    def metadata(self) -> TensorMetadata:
+        """The tensor's metadata alone."""
+        return TensorMetadata(dtype=self.dtype, shape=self.shape, strides=self.strides)
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,12 @@ class Packed:
         structure: the state as JSON, with an entry in place of each tensor.
         tensors: metadata and content of each tensor, by name; the content is uint8[num_bytes] on
             the tensor's device.
+        shards: the same of this rank's parts of sharded tensors; None if there are no sharded ones.
     """
 
     structure: bytes
     tensors: Mapping[str, tuple[TensorMetadata, Tensor]]
+    shards: Mapping[str, tuple[TensorMetadata, Tensor]] | None = None
 
 
 def pack(state: Any) -> Packed:
@@ -60,6 +70,8 @@ def pack(state: Any) -> Packed:
     Args:
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.  A
             tensor that occurs twice is stored once, and is a single tensor again when it is read.
+            ``LocalShards`` stand for tensors of which each rank packs its own parts, under the same
+            key; ``StoredTensor`` for those of an earlier checkpoint.
 
     Raises:
         CheckpointError: the state contains something else; the message names the key.
@@ -67,7 +79,15 @@ def pack(state: Any) -> Packed:
     tensors: dict[str, tuple[TensorMetadata, Tensor]] = {}
     names: dict[tuple[Any, ...], str] = {}
 
-    def encode_tensor(key: str, tensor: Tensor) -> dict[str, Any]:
+    sharded: dict[str, LocalShards | StoredTensor] = {}
+
+    def encode_tensor(key: str, tensor: AnyTensor) -> dict[str, Any]:
+        if not isinstance(tensor, Tensor):
+            name = tensor.name if isinstance(tensor, StoredTensor) else key.removeprefix(".")
+            if sharded.setdefault(name, tensor) is not tensor:  # a.b, and b nested in a
+                raise CheckpointError(f"state{key[:200]}: two sharded tensors have this name")
+            entry = _TensorEntry(**tensor.metadata.model_dump(), tensor=name, is_sharded=True)
+            return entry.model_dump(exclude_none=True)
         try:
             metadata = TensorMetadata.of(tensor)
         except CheckpointError as error:
@@ -92,14 +112,21 @@ def pack(state: Any) -> Packed:
             f"state: everything but its tensors takes {len(structure)} bytes as JSON, more than "
             f"the limit of {_MAX_STRUCTURE_BYTES}; make tensors of long lists"
         )
-    return Packed(structure, tensors)
+    shards = {
+        name: (metadata, memory)
+        for key, tensor in sharded.items()
+        if isinstance(tensor, LocalShards)
+        for name, metadata, memory in tensor.stored(key)
+    }
+    return Packed(structure, tensors, shards if sharded else None)
 
 
-def allocate(structure: bytes) -> tuple[Any, list[Tensor]]:
+def allocate(structure: bytes, shards: ShardFiles | None = None) -> tuple[Any, list[Tensor]]:
     """Allocate the tensors of a state that another process has packed.
 
     Args:
         structure: ``Packed.structure``.
+        shards: the files of its sharded tensors, if it has any.
 
     Returns:
         The state with tensors of any content on the CPU; and the memory of each, uint8[num_bytes],
@@ -110,12 +137,35 @@ def allocate(structure: bytes) -> tuple[Any, list[Tensor]]:
     """
     memory: dict[str, Tensor] = {}
 
-    def allocated(entry: _TensorEntry) -> Tensor:
+    def allocated(entry: _TensorEntry) -> AnyTensor:
+        if entry.is_sharded:
+            assert shards is not None
+            return shards.tensor(entry.tensor, entry.metadata)
         memory[entry.tensor] = torch.empty(entry.num_bytes, dtype=torch.uint8)
         return entry.tensor_of(memory[entry.tensor])
 
     state = _decode(structure, allocated, Path("state"))
     return state, list(memory.values())
+
+
+def write_shards(folder: Path, part: str, rank: int, packed: Packed) -> dict[str, FileDigest]:
+    """Write the file with a rank's parts of sharded tensors and sync it.
+
+    Args:
+        folder: folder to write to.
+        part: name of the part.
+        rank: the rank, 0 or above.
+        packed: the state, with sharded tensors.
+
+    Returns:
+        Size and hash of the file, by name.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    assert _NAME.fullmatch(part) and packed.shards is not None, part
+    path = shard_path(folder, part, rank)
+    return {path.name: write_tensors(path, packed.shards)}
 
 
 def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]:
@@ -155,7 +205,8 @@ def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
         files: size and hash of the checkpoint's files, by name.
 
     Returns:
-        The state as it was passed to ``pack``, its tensors on the CPU.
+        The state as it was passed to ``pack``, its tensors on the CPU, and a ``StoredTensor`` for
+        each that is sharded.
 
     Raises:
         CheckpointError: a file is missing, damaged or replaced.
@@ -175,8 +226,11 @@ def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
     ):
         tensors = TensorFile(tensor_file, files[tensor_path.name].size, tensor_path)
         decoded: set[str] = set()
+        shards = ShardFiles(folder, part, files)
 
-        def read(entry: _TensorEntry) -> Tensor:
+        def read(entry: _TensorEntry) -> AnyTensor:
+            if entry.is_sharded:
+                return shards.tensor(entry.tensor, entry.metadata)
             decoded.add(entry.tensor)
             return tensors.read(entry.tensor, entry)
 
@@ -189,7 +243,7 @@ def read_part(folder: Path, part: str, files: Mapping[str, FileDigest]) -> Any:
     return state
 
 
-def _decode(structure: bytes, tensor_of: Callable[[_TensorEntry], Tensor], path: Path) -> Any:
+def _decode(structure: bytes, tensor_of: Callable[[_TensorEntry], AnyTensor], path: Path) -> Any:
     """Decode a state.
 
     Args:
@@ -200,9 +254,9 @@ def _decode(structure: bytes, tensor_of: Callable[[_TensorEntry], Tensor], path:
     Raises:
         CheckpointError: the structure is not valid, or ``tensor_of`` raises it.
     """
-    decoded: dict[str, tuple[_TensorEntry, Tensor]] = {}
+    decoded: dict[str, tuple[_TensorEntry, AnyTensor]] = {}
 
-    def decode_tensor(node: dict[str, Any]) -> Tensor:
+    def decode_tensor(node: dict[str, Any]) -> AnyTensor:
         try:
             entry = _TensorEntry.model_validate(node)
         except ValidationError as error:

@@ -105,6 +105,20 @@ class TensorMetadata(Schema):
         names = {code: name for name, code in _CODES.items() if code is not None}
         return cls(dtype=names.get(code, code), shape=shape)
 
+    @classmethod
+    def contiguous(cls, shape: torch.Size, dtype: torch.dtype) -> Self:
+        """The metadata of a contiguous tensor.
+
+        Raises:
+            CheckpointError: tensors of this dtype cannot be saved.
+        """
+        return cls.of(torch.empty(0, dtype=dtype)).model_copy(update={"shape": list(shape)})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
+        return _DTYPES[self.dtype]
+
     @property
     def num_elements(self) -> int:
         """Number of elements."""

@@ -19,21 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from ..errors import CheckpointError
+from .sharded_tensor import AnyTensor
 
 __all__ = ["decode", "encode"]
 
 _MAX_DEPTH = 100
 
 
-def encode(state: Any, encode_tensor: Callable[[str, Tensor], dict[str, Any]]) -> bytes:
+def encode(state: Any, encode_tensor: Callable[[str, AnyTensor], dict[str, Any]]) -> bytes:
     """Encode a state as JSON.
 
     Args:
-        state: nested dicts (ordered ones become plain), lists and tuples of tensors, numbers,
-            strings, booleans and None.
+        state: nested dicts (ordered ones become plain), lists and tuples of tensors, sharded ones
+            among them, numbers, strings, booleans and None.
         encode_tensor: function that returns the JSON object for a tensor, from its dotted key and
             the tensor; the object must have the key ``tensor``.
 
@@ -43,7 +42,7 @@ def encode(state: Any, encode_tensor: Callable[[str, Tensor], dict[str, Any]]) -
     return json.dumps(_encode(state, "", _MAX_DEPTH, encode_tensor), allow_nan=False).encode()
 
 
-def decode(content: bytes, decode_tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> Any:
+def decode(content: bytes, decode_tensor: Callable[[dict[str, Any]], AnyTensor], path: Path) -> Any:
     """Decode a state that was encoded by ``encode``.
 
     Args:
@@ -63,10 +62,10 @@ def decode(content: bytes, decode_tensor: Callable[[dict[str, Any]], Tensor], pa
 
 
 def _encode(
-    state: Any, key: str, depth: int, encode_tensor: Callable[[str, Tensor], dict[str, Any]]
+    state: Any, key: str, depth: int, encode_tensor: Callable[[str, AnyTensor], dict[str, Any]]
 ) -> Any:
     kind = type(state)
-    if isinstance(state, Tensor):
+    if isinstance(state, AnyTensor):
         return encode_tensor(key, state)
     # Exact types: a subclass, such as numpy's float, would be decoded as another type.
     if state is None or kind in (bool, int, str) or (kind is float and math.isfinite(state)):
@@ -104,7 +103,7 @@ def _format(key: str) -> str:
 
 
 class _Decoder:
-    def __init__(self, decode_tensor: Callable[[dict[str, Any]], Tensor], path: Path) -> None:
+    def __init__(self, decode_tensor: Callable[[dict[str, Any]], AnyTensor], path: Path) -> None:
         self._decode_tensor = decode_tensor
         self._path = path
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["PIECE_BYTES", "fill", "gather_streams", "memory_of", "pieces"]
 
-PIECE_BYTES = 64 << 20
-"""Most bytes of one collective on any rank.  At 64 MiB bandwidth counts and no longer the number
+PIECE_BYTES = 32 << 20
+"""Most bytes of one collective on any rank.  At 32 MiB bandwidth counts and no longer the number
 of collectives, and beside a network that is worth sharding it is little memory."""
 
 
@@ -88,5 +88,5 @@ def gather_streams(
             buffer[begin : begin + part.numel()] = part
             begin += part.numel()
         dist.gather(buffer, rows or None, group=group, group_dst=0)
-        for row, to in zip(rows[1:], received, strict=True):
-            fill(next(to, ()), row.cpu())
+        for row, target in zip(rows[1:], received, strict=True):
+            fill(next(target, ()), row.cpu())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["local"]
+__all__ = ["is_first_replica", "local"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -14,3 +14,10 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = to_local()
     return part
+
+
+def is_first_replica(tensor: Tensor) -> bool:
+    """Whether no lower rank has the same part of a sharded tensor; True for any other tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    # Replicas, if there are any, are in the first dimension of a mesh.
+    return mesh is None or mesh.ndim == 1 or mesh.get_local_rank(0) == 0

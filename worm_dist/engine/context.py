@@ -233,6 +233,10 @@ class TrainingContext(StepListener):
                 reducer.load_state_dict(reducer_state, averaged)
         except CheckpointError as error:  # the other ranks must not wait for this one
             failure = error
+        self._raise_on_all_ranks(failure)
+
+    def _raise_on_all_ranks(self, failure: CheckpointError | None) -> None:
+        """Raise an error of this rank, or of another one.  Collective."""
         with uncounted(self.comm):
             failures = self.comm.failures("" if failure is None else str(failure))
         if failures:
@@ -246,14 +250,23 @@ class TrainingContext(StepListener):
             with self.inputs.unrecorded():
                 self._bucket_order.restore(self.network, one_pass, unreduced)
 
-    def read_optimizer_state(self) -> dict[str, Any] | None:
+    def read_optimizer_state(self, *, sharded: bool) -> dict[str, Any] | None:
         """See ``Engine.optimizer_state``."""
         with uncounted(self.comm):
-            return self.optimizer_state.read()
+            return self.optimizer_state.read(sharded=sharded)
 
     def write_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load an optimizer state; see ``OptimizerState.write``."""
-        self.optimizer_state.write(state)
+        """Load an optimizer state; see ``OptimizerState.write``.  Collective.
+
+        Raises:
+            CheckpointError: on every rank, if one of them cannot read its part.
+        """
+        failure: CheckpointError | None = None
+        try:
+            self.optimizer_state.write(state)
+        except CheckpointError as error:  # the other ranks must not wait for this one
+            failure = error
+        self._raise_on_all_ranks(failure)
         self.register_step_hooks()  # which also links moments under DeepSpeed
 
     @property
@@ -272,10 +285,6 @@ class TrainingContext(StepListener):
     def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The full values of parameters; see ``Backend.full_values``."""
         return self.backend.full_values(parameters)
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Backend.load_weights``."""
-        self.backend.load_weights(state)
 
     def make_available(self, parameters: Sequence[Tensor]) -> None:
         """See ``Backend.make_available``."""

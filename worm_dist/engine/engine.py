@@ -502,7 +502,7 @@ class Engine:
         self._training.restore_bucket_order(one_pass)
         self._penalty.forget_pass()
 
-    def optimizer_state(self) -> dict[str, Any] | None:
+    def optimizer_state(self, *, sharded: bool = False) -> dict[str, Any] | None:
         """The full (unsharded) state of the optimizer in plain values, on rank zero; None on other
         ranks.  Collective.
 
@@ -511,11 +511,15 @@ class Engine:
         stages 1 and 2 it is gathered bit for bit, on the CPU; otherwise its tensors are not
         copied.  Learning rate schedules are not part of it.
 
+        Args:
+            sharded: if the state is sharded, do not gather it: every rank gets its shards as
+                ``LocalShards``, to be written to the same checkpoint.
+
         Raises:
             ConfigError: the engine has been detached.
         """
         self._require_not_detached("optimizer_state")
-        return self._training.read_optimizer_state()
+        return self._training.read_optimizer_state(sharded=sharded)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Restore a state of ``optimizer_state``: bit for bit under the same wrapper, and also in

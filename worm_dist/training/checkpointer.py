@@ -1,8 +1,14 @@
-"""Asynchronous checkpoints of a run, written by rank zero in the background."""
+"""Asynchronous checkpoints of a run, written in the background.
+
+Rank zero writes what all ranks share.  Sharded state is written by all ranks, if all of them see
+the run's folder on a shared disk; else it has been gathered, and rank zero writes everything.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,13 @@ import torch.distributed as dist
 
 from ..checkpoint.async_save import AsyncSaver
 from ..checkpoint.lease import Lease
+from ..checkpoint.lock import is_held
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.manifest import CheckpointInfo
+from ..checkpoint.rank_reports import collect, report
+from ..checkpoint.sharded_tensor import has_shards, only_shards
+from ..checkpoint.staging import Staged
+from ..checkpoint.state_file import Packed
 from ..errors import CheckpointError
 from .reporting.failed_writes import FailedWrites
 from .resume_config import fixed_settings
@@ -33,7 +44,7 @@ class Checkpointer:
     ``finish``.
 
     Args:
-        folder: the run's folder; only rank zero's value is used.
+        folder: the run's folder.
         config: the run's settings.
         failed_writes: records failed saves if ``checkpoint.on_error`` is ``continue``.
         lease: the folder's lock on rank zero, which must be held to write there; else None.
@@ -48,16 +59,30 @@ class Checkpointer:
     ) -> None:
         self._settings = fixed_settings(config)
         self._continue_on_error = config.checkpoint.on_error == "continue"
+        self._timeout = config.distributed.timeout_seconds
+        self._folder = folder
         self._manager = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
         self._background = AsyncSaver()
         self._failed_writes = failed_writes
         self._lease = lease
+        self._failure: CheckpointError | None = None
+
+    @cached_property
+    def is_on_shared_disk(self) -> bool:
+        """Whether every rank sees rank zero's folder, by the lock in it.  Collective when it is
+        first read."""
+        tokens = [None if self._lease is None else self._lease.token]
+        dist.broadcast_object_list(tokens, src=0)
+        (token,) = tokens
+        found: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(found, token is not None and is_held(self._folder, token))
+        return all(found)
 
     def save(self, state: Any, step: int, phase: str, value: float | None) -> None:
         """Copy a state and start writing it in the background.  Collective.
 
         Args:
-            state: the run's state on rank zero; ignored on other ranks.
+            state: the run's state on rank zero; on other ranks only ``LocalShards`` in it are used.
             step: optimizer steps taken.
             phase: the engine's phase.
             value: accuracy, 0 to 1, by which the best checkpoint is kept; None if not measured.
@@ -67,9 +92,8 @@ class Checkpointer:
             ConfigError: another run has taken the folder over; raised on rank zero.
         """
         self.finish()
-        if self._lease is None:
-            return
-        self._lease.require()
+        if self._lease is not None:
+            self._lease.require()
         info = CheckpointInfo(
             step=step,
             world_size=dist.get_world_size(),
@@ -77,7 +101,47 @@ class Checkpointer:
             value=value,
         )
         parts = {RUN: state, SETTINGS: self._settings}
-        self._background.save(parts, lambda copies: self._manager.save(info, copies))
+        if self.is_on_shared_disk and has_shards(state):
+            self._save_shards(info, parts)
+        elif dist.get_rank() == 0:
+            self._background.save(parts, lambda copies: self._manager.save(info, copies))
+
+    def _save_shards(self, info: CheckpointInfo, parts: Mapping[str, Any]) -> None:
+        """Let every rank write its shards, and rank zero the rest.  Collective."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        names: list[str | None] = [None]
+        failure: CheckpointError | None = None
+        if rank == 0:
+            try:
+                names = [self._manager.stage(info.step).path.name]
+            except CheckpointError as error:  # the other ranks must not wait for this one
+                failure = error
+        dist.broadcast_object_list(names, src=0)
+        (name,) = names
+        if name is None:
+            self._failure = failure
+            return
+        staged = Staged(self._folder / CHECKPOINTS / name)
+
+        def write(copies: Mapping[str, Packed]) -> None:
+            try:
+                files = staged.write_shards(RUN, rank, copies[RUN])
+                if rank == 0:
+                    for part, copy in copies.items():
+                        files |= staged.write(part, copy)
+                    files |= collect(staged.path, range(1, size), self._timeout)
+            except BaseException as error:
+                if rank == 0:
+                    staged.abandon()
+                else:
+                    report(staged.path, rank, {}, str(error) or type(error).__name__)
+                raise
+            if rank == 0:
+                self._manager.commit(staged, info, files)
+            else:
+                report(staged.path, rank, files, None)
+
+        self._background.save(parts if rank == 0 else {RUN: only_shards(parts[RUN])}, write)
 
     def finish(self) -> None:
         """Wait until the save in flight is written.  Collective.
@@ -87,11 +151,13 @@ class Checkpointer:
                 ranks.
         """
         failures: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                self._background.finish()
-            except CheckpointError as error:
-                failures = [str(error)]
+        failed, self._failure = self._failure, None
+        try:
+            self._background.finish()
+            if failed is not None:
+                raise failed
+        except CheckpointError as error:  # another rank's is in its report to rank zero
+            failures = [str(error)]
         dist.broadcast_object_list(failures, src=0)
         (failure,) = failures
         if failure is None:

@@ -146,7 +146,7 @@ def _saved_state(
         return share_state(None, device, source)
     state = checkpoint.read(RUN)
     require_valid(state, checkpoint.path)
-    return share_state(state, device, source)
+    return share_state(state, device, source, checkpoint.path)
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..backends.optimizer_state import OptimizerStateSchema
+from ..checkpoint.sharded_tensor import SavedTensor, StoredTensor
 from ..engine.state import EngineSchema
 from ..errors import CheckpointError
 from ..groups.finite_values import finite_names
+from ..groups.full_shape import full_shape
 from ..schema import Count, Finite, Schema, first_problem, schema_of
 from .rank_state import Position, PositionSchema, RankStateSchema
 from .reporting.phase_stats import PhaseStatsSchema
@@ -53,7 +55,7 @@ class _RunSchema(Schema):
     format: Count
     position: PositionSchema
     engine: EngineSchema
-    network: dict[str, Tensor]
+    network: dict[str, SavedTensor]
     optimizer: OptimizerStateSchema
     schedule: _ScheduleSchema
     rewound: dict[str, Tensor] | None
@@ -101,7 +103,9 @@ def _odd_moments(state: OptimizerStateSchema) -> Iterator[str]:
     anew without a word."""
     found = {
         name: {
-            key: f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+            key: f"{value.dtype} tensor"
+            if isinstance(value, (Tensor, StoredTensor))
+            else type(value).__name__
             for key, value in {**parameter.moments, **parameter.per_param}.items()
         }
         for name, parameter in state.parameters.items()
@@ -142,8 +146,9 @@ def require_position(position: Position, num_batches: int) -> None:
         )
 
 
-def require_network(state: Mapping[str, Tensor], network: nn.Module) -> None:
-    """Check that weights and statistics are those of a network, and finite.
+def require_network(state: Mapping[str, Tensor | StoredTensor], network: nn.Module) -> None:
+    """Check that weights and statistics are those of a network, and finite; sharded ones are
+    checked when they are read.
 
     Buffers other than running statistics may hold infinities, as masks of attention do.
 
@@ -154,17 +159,18 @@ def require_network(state: Mapping[str, Tensor], network: nn.Module) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    wanted = network.state_dict()
+    wanted = network.state_dict(keep_vars=True)
     finite = finite_names(network)
     for name in wanted.keys() | state.keys():
         here, saved = wanted.get(name), state.get(name)
         problem = None
         if here is None or saved is None:
             problem = "the network has no such tensor" if here is None else "missing"
-        elif (here.dtype, here.shape) != (saved.dtype, saved.shape):
-            problem = (
-                f"wanted {here.dtype} {list(here.shape)}, found {saved.dtype} {list(saved.shape)}"
-            )
+        elif (here.dtype, full_shape(here)) != (saved.dtype, saved.shape):
+            wanted_shape = list(full_shape(here))
+            problem = f"wanted {here.dtype} {wanted_shape}, found {saved.dtype} {list(saved.shape)}"
+        elif isinstance(saved, StoredTensor):
+            continue
         elif name in finite and not bool(torch.isfinite(saved).all()):
             problem = "has NaN or infinite elements"
         if problem is not None:

@@ -1,41 +1,59 @@
 """Sharing of a resumed run's state: one rank reads it, and sends it to the other ranks.
 
 So only that rank's host needs the checkpoint, and it is read and verified once, not by every rank.
-What all ranks share is broadcast; what differs from rank to rank is scattered.
+What all ranks share is broadcast; what differs from rank to rank is scattered.  Only tensors that
+are sharded in the checkpoint are read by every rank, if it can.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.manifest import manifest_digest
+from ..checkpoint.sharded_tensor import ShardFiles, with_stored_tensors_read
 from ..checkpoint.state_file import allocate, pack
 from ..distributed import byte_streams
 from ..distributed.byte_streams import fill, pieces
 from ..errors import CheckpointError
+from .checkpointer import RUN
 from .rank_state import states_of_ranks
 
 __all__ = ["share_state"]
 
+logger = logging.getLogger(__name__)
+
 
 def share_state(
-    state: Mapping[str, Any] | None, device: torch.device, source: int = 0
+    state: Mapping[str, Any] | None,
+    device: torch.device,
+    source: int = 0,
+    path: Path | None = None,
 ) -> dict[str, Any] | None:
     """Send the trainer's state from one rank to all ranks.  Collective.
+
+    Tensors that are sharded in the checkpoint are not sent if all ranks see its files: each reads
+    what it needs of them.  Else they are sent in full.
 
     Args:
         state: ``Trainer.state_dict()`` as rank zero has saved it, on the source; None for a new run
             and on other ranks.
         device: the device on which collectives expect their tensors.
         source: the rank that has the state, the same on all ranks.
+        path: the folder of the checkpoint that it was read from, on the source; needed if tensors
+            of it are sharded.
 
     Returns:
-        The state, its tensors on the CPU, with this rank's own state ``rank`` in place of those of
-        all ranks, ``ranks``.  None for a new run.
+        The state, its tensors on the CPU or in the checkpoint, with this rank's own state ``rank``
+        in place of those of all ranks, ``ranks``.  None for a new run.
 
     Raises:
         CheckpointError: the states of the ranks are malformed; raised on the source.
@@ -43,12 +61,12 @@ def share_state(
     if dist.get_rank() != source:
         return _receive(device, source)
     if state is None:
-        _broadcast([torch.zeros(8, dtype=torch.uint8)], device, source)
+        _broadcast([_numbers([0, 0])], device, source)
         return None
     owns = _states_of_ranks(state.get("ranks"))
     shared = {key: part for key, part in state.items() if key != "ranks"}
     if len(owns) > 1:
-        _send(shared, owns, device, source)
+        _send(shared, owns, device, source, path)
     return {**shared, "rank": owns[source]}
 
 
@@ -61,8 +79,19 @@ def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _send(shared: Any, owns: Sequence[Any], device: torch.device, source: int) -> None:
+def _send(
+    shared: Any, owns: Sequence[Any], device: torch.device, source: int, path: Path | None
+) -> None:
     packed = pack(shared)
+    files = b""
+    if packed.shards is not None:
+        assert path is not None
+        files = json.dumps([str(path.absolute()), manifest_digest(path)]).encode()
+    _broadcast([_numbers([1, len(files)])], device, source)
+    if files:
+        _broadcast([_bytes(files)], device, source)
+        if not _on_all_ranks(True, device):
+            packed = pack(with_stored_tensors_read(shared))
     structure = _bytes(packed.structure)
     _broadcast([_numbers([structure.numel()])], device, source)
     _broadcast([structure], device, source)
@@ -80,13 +109,23 @@ def _send(shared: Any, owns: Sequence[Any], device: torch.device, source: int) -
 
 
 def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
+    header = _numbers([0, 0])
+    _broadcast([header], device, source)
+    has_state, num_bytes = _ints(header)
+    if not has_state:
+        return None
+    shards = None
+    if num_bytes:
+        files = torch.empty(num_bytes, dtype=torch.uint8)
+        _broadcast([files], device, source)
+        shards = _shard_files(*json.loads(files.numpy().tobytes()))
+        if not _on_all_ranks(shards is not None, device):
+            shards = None
     size = _numbers([0])
     _broadcast([size], device, source)
-    if not size.any():
-        return None
     structure = torch.empty(_ints(size)[0], dtype=torch.uint8)
     _broadcast([structure], device, source)
-    shared, memory = allocate(structure.numpy().tobytes())
+    shared, memory = allocate(structure.numpy().tobytes(), shards)
     _broadcast(memory, device, source)
     sizes = _numbers([0] * (2 + dist.get_world_size()))
     _broadcast([sizes], device, source)
@@ -96,6 +135,22 @@ def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
     own, memory = allocate(structure.numpy().tobytes())
     _scattered(memory, most_memory, device, source)
     return {**shared, "rank": own}
+
+
+def _shard_files(path: str, digest: str) -> ShardFiles | None:
+    """The files of a checkpoint; None if this rank does not see the same checkpoint there."""
+    try:
+        if manifest_digest(Path(path)) == digest:
+            return ShardFiles(Path(path), RUN, Checkpoint(path).manifest.files)
+    except CheckpointError as error:
+        logger.info("rank %d is sent all of the optimizer's state: %s", dist.get_rank(), error)
+    return None
+
+
+def _on_all_ranks(flag: bool, device: torch.device) -> bool:
+    least = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least > 0)
 
 
 def _broadcast(parts: Sequence[Tensor], device: torch.device, source: int) -> None:

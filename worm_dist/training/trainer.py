@@ -339,12 +339,12 @@ class Trainer:
             return
         self.require_consistent()
         self._reach("saving", ahead=0)
-        state = self.state_dict()
+        state = self.state_dict(sharded=self._checkpointer.is_on_shared_disk)
         self._checkpointer.save(state, self.engine.step, str(self.engine.phase), accuracy)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
         """See ``TrainingState.state_dict``.  Collective."""
-        return self._state.state_dict(self._report.state_dict(self.engine))
+        return self._state.state_dict(self._report.state_dict(self.engine), sharded=sharded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``TrainingState.load_state_dict``.  Collective."""

@@ -7,8 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..backends.network_state import full_network_state, load_network_state, network_state
+from ..distributed.collectives import ProcessGroupComm
 from .build import TrainingParts
 from .parallelize import num_passes
 from .precision import autocast
@@ -56,23 +59,29 @@ class TrainingState:
         self.losses = torch.zeros(2, dtype=torch.float64, device=device)
         self.phase_stats = PhaseStats(parts.result)
 
-    def state_dict(self, report: Mapping[str, Any]) -> dict[str, Any]:
+    def state_dict(self, report: Mapping[str, Any], *, sharded: bool = False) -> dict[str, Any]:
         """The complete state on rank zero, an incomplete one on other ranks.  Collective.
 
         The tensors are the live ones, not copies.
 
         Args:
             report: the state of the run's report.
+            sharded: whether every rank is to have its part of sharded state, ``LocalShards``; else
+                it is gathered on rank zero.
         """
         parts = self._parts
+        network: Mapping[str, Any] = network_state(parts.network)
+        if not sharded:
+            assert dist.group.WORLD is not None
+            network = full_network_state(network, ProcessGroupComm(dist.group.WORLD, self._device))
         engine = parts.engine.state_dict()
-        optimizer = parts.engine.optimizer_state()
+        optimizer = parts.engine.optimizer_state(sharded=sharded)
         rank_states = gathered_on_rank_zero(rank_state(self.losses, engine), self._device)
         return {
             "format": FORMAT,
             "position": asdict(self.position),
             "engine": {key: part for key, part in engine.items() if key != "rank"},
-            "network": self._weights(),
+            "network": network,
             "optimizer": optimizer,
             "schedule": parts.schedule.state_dict(),
             "rewound": parts.retraining.state_dict(),
@@ -101,9 +110,8 @@ class TrainingState:
         own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         engine.load_state_dict({**state["engine"], "rank": rank}, parts.retraining.copies)
-        with engine._training.full_network() as network:
-            require_network(state["network"], network)
-        engine._training.load_weights(state["network"])
+        require_network(state["network"], parts.network)
+        load_network_state(parts.network, state["network"])
         require_options(state["optimizer"], engine.optimizer)
         engine.load_optimizer_state(state["optimizer"])
         parts.retraining.load_state_dict(state["rewound"], self.position)
@@ -116,15 +124,6 @@ class TrainingState:
         if engine.step:
             parts.network.train()
             engine.restore_bucket_order(self.one_pass)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The network's state: if its weights are sharded, the full one on rank zero alone."""
-        training = self._parts.engine._training
-        with training.full_network() as network:
-            if training.backend.shards_weights and training.comm.rank != 0:
-                return {}
-            state: dict[str, Tensor] = network.state_dict()
-        return state
 
     def one_pass(self) -> Tensor:
         """The loss of a forward pass on the newest batch."""

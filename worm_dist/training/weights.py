@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.sharded_tensor import with_stored_tensors_read
 from ..errors import CheckpointError, ConfigError
 from .checkpointer import RUN
 
@@ -49,7 +50,7 @@ def load_weights(network: nn.Module, path: Path, option: str) -> None:
 def _read(path: Path, option: str) -> Mapping[str, Tensor]:
     try:
         if path.is_dir():
-            state: Any = Checkpoint(path).read(RUN)["network"]
+            state: Any = with_stored_tensors_read(Checkpoint(path).read(RUN)["network"])
         elif path.suffix == ".safetensors":
             state = _read_safetensors(path, option)
         else:
