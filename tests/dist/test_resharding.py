@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import Ranks
+from worm_dist.bench.memory import peak_bytes
 from worm_dist.distributed import byte_streams
 from worm_dist.distributed.collectives import ProcessGroupComm
 from worm_dist.pruning.optimizer_transfer import select
@@ -118,3 +120,29 @@ def _moved_wrongly() -> str:
 def test_a_rank_that_fails_lets_no_other_wait(ranks: Ranks) -> None:
     moved, failed = ranks(2, _moved_wrongly)
     assert moved == "50" and failed.endswith("Error")
+
+
+def _memory_of_a_move() -> tuple[int, int, int]:
+    """Bytes of the buffer; the largest allocation of a move of 40,000 bytes beside it; and those of
+    the move of a tensor that is not cut."""
+    byte_streams.PIECE_BYTES = 1008
+    assert dist.group.WORLD is not None
+    rank, comm = dist.get_rank(), ProcessGroupComm(dist.group.WORLD, CPU)
+    largest = []
+    even = torch.arange(0, 100, 2)
+    for kept in ({0: even, 1: even}, {}):
+        survivors = Survivors([100, 100], kept)
+        source = Part(5000 * rank, torch.ones(5000))
+        target = Part(0, torch.empty(survivors.count))
+        moves = [Move(survivors, torch.float32, [source], [target])]
+        buffer = buffer_for(moves, CPU)
+        reshard(moves, comm, buffer)  # the first collectives of a group allocate buffers
+        largest.append(peak_bytes(partial(reshard, moves, comm, buffer))[1])
+    return buffer.numel(), largest[0], largest[1]
+
+
+def test_a_move_takes_a_piece_and_the_indices_of_its_elements(ranks: Ranks) -> None:
+    """A draw made a row of all parameters on every rank, and an integer copy of it."""
+    for piece, indices, nothing in ranks(2, _memory_of_a_move):
+        assert (piece, nothing) == (1008, 0)
+        assert 0 < indices <= 8 * 1008 // 4

@@ -16,8 +16,6 @@ from tests.fsdp.row import Row
 
 __all__ = ["Overheard", "expected_bytes"]
 
-_BYTES_OF_A_COLLECTIVE = 2**18
-
 
 class Overheard:
     """Counts the bytes that are handed to torch's collectives of shards."""
@@ -81,7 +79,7 @@ def expected_bytes(
 
 
 def _reshards(row: Row, is_root: bool) -> bool:
-    return row.reshard if row.reshard is not None else not is_root
+    return not is_root if row.reshard is None else row.reshard
 
 
 def _sent(
@@ -94,16 +92,14 @@ def _sent(
     num_ranks = row.mesh[-1]
     most = {name: -(-shape[0] // num_ranks) for name, shape in shapes.items()}
     if flags is None or all(bool(flags[name].all()) for name in shapes):
-        padded = sum(most[name] * shape[1:].numel() for name, shape in shapes.items())
+        padded: int = sum(most[name] * shape[1:].numel() for name, shape in shapes.items())
         return padded * size * (num_ranks if reduces else 1)
     live = [
         sum(int(flags[name][rank * most[name] : (rank + 1) * most[name]].sum()) for name in shapes)
         for rank in range(num_ranks)
     ]
     even = max(live)
-    padding = num_ranks * max(live) - sum(live)
-    saved = sum(each > 0 for each in live) - 1
-    if padding * size > saved * (0 if row.surplus else _BYTES_OF_A_COLLECTIVE):
+    if row.surplus:  # a collective costs nothing, so no byte of padding is sent
         even = min(live)
     surplus = sum(max(0, each - even) for each in live)
     return size * (even * (num_ranks if reduces else 1) + surplus)

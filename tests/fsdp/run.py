@@ -18,7 +18,7 @@ from tests.nets import random_images
 from tests.oracles import folded, folded_name, live_flags, mask_dropping
 from tests.settings import at_once
 from worm_dist import Mask, WormConfig
-from worm_dist.comm_hooks import deepspeed_allgather
+from worm_dist.comm_hooks import fsdp_rows
 
 __all__ = ["run"]
 
@@ -42,7 +42,7 @@ def run(names: tuple[str, ...]) -> dict[str, Findings]:
                 stack.enter_context(findings.of(*COLUMNS))
                 if row.surplus:
                     patch = stack.enter_context(pytest.MonkeyPatch.context())
-                    patch.setattr(deepspeed_allgather, "_BYTES_OF_A_COLLECTIVE", 0)
+                    patch.setattr(fsdp_rows, "_BYTES_OF_A_COLLECTIVE", 0)
                 _Course(row, rule, findings).run()
     return found
 

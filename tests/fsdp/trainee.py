@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import worm_dist
@@ -32,7 +32,7 @@ def network_of(row: Row) -> nn.Module:
     return network
 
 
-def sharded(row: Row, network: nn.Module) -> nn.Module:
+def sharded(row: Row, network: nn.Module) -> Any:
     """The same network, sharded."""
     names = ("replicas", "shards")[-len(row.mesh) :]
     arguments: dict[str, Any] = {
@@ -47,8 +47,10 @@ def sharded(row: Row, network: nn.Module) -> nn.Module:
 
 def full(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor.  Collective if it is sharded."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return (tensor.detach() if gather is None else gather().detach()).clone()
+    whole: Tensor = tensor
+    if isinstance(tensor, DTensor):
+        whole = tensor.full_tensor()
+    return whole.detach().clone()
 
 
 class Trainee:

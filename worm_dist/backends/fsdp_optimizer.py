@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..distributed.sharded import local
 from .optimizer_view import Handle, OptimizerView, Owners, Shard
 
 __all__ = ["FsdpOptimizerView", "local_part"]
@@ -41,10 +42,11 @@ class FsdpOptimizerView(OptimizerView):
 
     def moments(self, shard: Shard) -> dict[str, Tensor]:
         state: dict[str, Any] = self.optimizer.state.get(shard.owner, {})
+        moments = {key: m for key, m in state.items() if isinstance(m, DTensor)}
         return {
-            key: moment.to_local().view(shard.value.shape)
-            for key, moment in state.items()
-            if isinstance(moment, DTensor) and moment.shape == shard.owner.shape
+            key: local(moment).view(shard.value.shape)
+            for key, moment in moments.items()
+            if moment.shape == shard.owner.shape
         }
 
     def register_hooks(
@@ -63,11 +65,11 @@ class FsdpOptimizerView(OptimizerView):
 def local_part(parameter: DTensor) -> tuple[Tensor, int]:
     """This rank's rows of a parameter, detached, and the index of their first element in the
     flattened parameter."""
-    local = parameter.detach().to_local()
+    part = local(parameter.detach())
     mesh = parameter.device_mesh
     dim = mesh.ndim - 1  # replicas, if there are any, are in the first dimension of the mesh
     rank, size = mesh.get_local_rank(dim), mesh.size(dim)
     num_rows = -(-len(parameter) // size)
     first = min(rank * num_rows, len(parameter))
-    assert len(local) == min(num_rows, len(parameter) - first)
-    return local, first * torch.Size(parameter.shape[1:]).numel()
+    assert len(part) == min(num_rows, len(parameter) - first)
+    return part, first * torch.Size(parameter.shape[1:]).numel()

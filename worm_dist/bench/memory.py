@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ def peak_bytes(operation: Callable[[], object]) -> tuple[int, int]:
     Returns:
         The most bytes at a time, beyond those from before; and the size of the largest allocation.
     """
+    gc.collect()  # what is freed meanwhile would be subtracted
     with _unreported(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         operation()
     results = profiler.profiler.kineto_results

@@ -14,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import Block
-from .deepspeed_allgather import padding_pays
 from .packing import Packing
 
 __all__ = ["PackedRows", "pieces_of"]
 
 _Piece = tuple[int, int, int, int]
+
+_BYTES_OF_A_COLLECTIVE = 2**16
+"""Bytes that are sent in the time that one more collective takes to start: about 20 microseconds at
+25 Gbit/s."""
 
 
 def pieces_of(shapes: Sequence[torch.Size], num_ranks: int) -> tuple[list[list[_Piece]], int]:
@@ -51,9 +54,9 @@ class PackedRows:
     """The live elements of every rank's row, for one generation.
 
     They are sent as a matrix with equal rows, because these are what reduce-scatter and all-gather
-    need.  The ranks' numbers of live elements differ.  Shorter rows are padded if that is cheap;
-    otherwise all rows are as long as the shortest, and what a rank has beyond that is sent by a
-    collective of its own.  All ranks know all layouts, so they decide alike.
+    need.  The ranks' numbers of live elements differ.  Shorter rows are padded, and what a rank has
+    beyond the length of all rows is sent by a collective of its own; the length is the one that
+    costs least.  All ranks know all layouts, so they decide alike.
 
     The buffers are kept for the generation.  On a GPU torch calls the collectives of one kind on
     one stream of its own, one group after the other: what packs, sends and unpacks is queued there
@@ -90,8 +93,7 @@ class PackedRows:
                 parts.append(None if block is None else block.rows(first, num_rows))
             self._packings.append(Packing(parts, views, row_like))
         self._shares = [packing.num_live for packing in self._packings]
-        pays = padding_pays(self._shares, row_like.element_size())
-        self.num_padded = max(self._shares) if pays else min(self._shares)
+        self.num_padded = _even_share(self._shares, row_like.element_size())
         self.surplus = [max(0, share - self.num_padded) for share in self._shares]
         self._matrix = row_like.new_zeros(num_ranks, self.num_padded)
         self._own = row_like.new_zeros(self.num_padded)
@@ -165,6 +167,22 @@ class PackedRows:
 def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]) -> bool:
     """Whether any of these parameters has a frozen part."""
     return blocks is not None and not blocks.keys().isdisjoint(parameters)
+
+
+def _even_share(shares: Sequence[int], element_size: int) -> int:
+    """The length of all rows that costs least.
+
+    Args:
+        shares: live elements of each rank's row.
+        element_size: bytes of an element.
+    """
+
+    def cost(length: int) -> int:
+        longer = [share - length for share in shares if share > length]
+        num_elements = len(shares) * length + sum(longer)
+        return num_elements * element_size + len(longer) * _BYTES_OF_A_COLLECTIVE
+
+    return min(sorted(set(shares), reverse=True), key=cost)
 
 
 def _reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
