@@ -98,6 +98,8 @@ class Zero3Backend(DeepSpeedBackend):
     def retire(self) -> None:
         """See ``DeepSpeedBackend``."""
         self.model.destroy()
+        # DeepSpeed caches a function by its coordinator, which so never goes; its weights shall.
+        self.wrapper.parameter_offload.get_param_coordinator()._clear_trace_structures()
         super().retire()
 
     def revive(self) -> nn.Module:
