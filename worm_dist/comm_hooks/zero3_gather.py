@@ -5,6 +5,9 @@ channel's scale and shift are exactly zero, and no column that reads it has had 
 filters and the columns that read it have no effect, neither on outputs nor on other gradients.
 So they are not sent: the weights that a layer is given have zeros there.  The stored weights and
 the master weights keep their values.
+
+The ranks' elements are padded to the largest share, or broadcast from each rank where that takes
+less; see ``padding_pays``.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ..groups.freeze_plan import FreezePlan
 from ..groups.full_shape import full_numel, full_shape
+from .deepspeed_allgather import padding_pays
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
@@ -131,8 +135,8 @@ class _Handle:
     def wait(self, handle_dependency: bool = True) -> None:
         """Wait, and give the parameters their full weights."""
         started, self._started = self._started, []
-        for layout, rows, work in started:
-            if work is not None:
+        for layout, rows, works in started:
+            for work in works:
                 work.wait()
             layout.finish(rows)
 
@@ -146,7 +150,8 @@ class _Layout:
         group: the process group.
 
     Attributes:
-        sent_bytes: bytes that a rank hands over, with padding; comparable to its parts.
+        sent_bytes: bytes that a rank hands over, with padding if there is any; otherwise those of
+            the broadcasts, averaged over the ranks.  Comparable to the bytes of its parts.
     """
 
     def __init__(self, parameters: Sequence[Any], unread: FreezePlan, group: Any) -> None:
@@ -161,8 +166,10 @@ class _Layout:
             live_sections(block, size, world_size)
             for block, size in zip(blocks, sizes, strict=True)
         ]
-        self._shares = [sum(of_rank) for of_rank in zip(*self._sections, strict=True)]
-        self.sent_bytes = max(self._shares) * like.element_size()
+        shares = [sum(of_rank) for of_rank in zip(*self._sections, strict=True)]
+        self._is_padded = padding_pays(shares, like.element_size())
+        self._sizes = [max(shares)] * world_size if self._is_padded else shares
+        self.sent_bytes = sum(self._sizes) * like.element_size() // world_size
         spans = [part_of(size, world_size, self._rank) for size in sizes]
         self._part_sizes = [num_elements for _, num_elements in spans]
         self._own = packing_of_parts(blocks, spans, like)
@@ -171,11 +178,11 @@ class _Layout:
             for p, block in zip(parameters, blocks, strict=True)
         ]
 
-    def start(self) -> tuple[Sequence[Tensor], Any]:
+    def start(self) -> tuple[Sequence[Tensor], list[Any]]:
         """Send this rank's elements.  Collective.
 
         Returns:
-            The rows that will hold each rank's elements, and what to wait for, if anything.
+            The rows that will hold each rank's elements, and what to wait for.
         """
         for parameter in self._parameters:
             assert parameter.ds_status.name == "NOT_AVAILABLE", parameter.ds_summary()
@@ -186,16 +193,21 @@ class _Layout:
                 for parameter, size in zip(self._parameters, self._part_sizes, strict=True)
             ]
         )
-        share = max(self._shares)
-        received = self._like.new_empty(len(self._shares) * share)
-        if not share:
-            return [received] * len(self._shares), None
-        rows = received.split(share)
+        received = self._like.new_empty(sum(self._sizes))
+        rows = received.split(self._sizes)
         own = rows[self._rank]
         self._own.pack(bucket, own[: self._own.num_live])
-        # torch 2.14 renamed the function and warns about the old name.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return rows, gather(received, own, group=self._group, async_op=True)
+        if not received.numel():
+            return rows, []
+        if self._is_padded:
+            # torch 2.14 renamed the function and warns about the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            return rows, [gather(received, own, group=self._group, async_op=True)]
+        return rows, [
+            dist.broadcast(row, group=self._group, group_src=rank, async_op=True)
+            for rank, row in enumerate(rows)
+            if row.numel()
+        ]
 
     @torch.no_grad()
     def finish(self, rows: Sequence[Tensor]) -> None:

@@ -3,9 +3,10 @@
 DeepSpeed cuts every flattened gradient into one part for each rank, and reduces all first parts to
 the first rank, all second parts to the second one, and so on, by one collective for a bucket.  Here
 each rank's share of the collective is the live elements of its parts.  A reduce-scatter needs equal
-shares, so they are padded to the largest.
+shares, so they are padded to the largest; or there is a reduction to each rank, where the padding
+would take longer than these; see ``padding_pays``.
 
-DeepSpeed's own function is called with the packed elements, so scaling, precision and process
+DeepSpeed's own functions are called with the packed elements, so scaling, precision and process
 groups follow its settings.
 """
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import Block, FreezePlan
+from .deepspeed_allgather import padding_pays
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
@@ -93,7 +95,7 @@ class Zero3Reducer(Reducer):
             self.sent_bytes += size * padded
             return reduce(gradients, group)
         if layout.num_sent:  # else no live element on any rank: the plan is the same
-            (own,) = reduce([layout.packed(gradients)], group)
+            own = layout.reduced(gradients, reduce)
             self.sent_bytes += size * layout.num_sent
         else:
             own = gradients[0].new_empty(0)
@@ -119,7 +121,7 @@ class _Layout:
         group: the process group.
 
     Attributes:
-        num_sent: number of elements that a rank hands over, with padding.
+        num_sent: number of elements that a rank hands over, with padding if there is any.
     """
 
     def __init__(
@@ -140,14 +142,42 @@ class _Layout:
         shares = [
             sum(sections[number] for sections in self._sections) for number in range(world_size)
         ]
-        self._padding = [max(shares) - share for share in shares]
-        self.num_sent = max(shares) * world_size
+        self._is_padded = padding_pays(shares, like.element_size())
+        padded = [max(shares)] * world_size if self._is_padded else shares
+        self._padding = [size - share for size, share in zip(padded, shares, strict=True)]
+        self.num_sent = sum(padded)
+        self._shares, self._group, self._rank = shares, group, rank
         spans = [part_of(size, world_size, rank) for size in sizes]
         self._part_sizes = [num_elements for _, num_elements in spans]
         self._own = packing_of_parts(blocks, spans, like)
 
-    def packed(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The live elements ``[ranks * largest share]``: each rank's, then its padding."""
+    def reduced(
+        self, gradients: Sequence[Tensor], reduce_scatter: Callable[..., list[Tensor]]
+    ) -> Tensor:
+        """This rank's averaged live elements, perhaps with padding.  Collective.
+
+        Args:
+            gradients: the gradients.
+            reduce_scatter: DeepSpeed's function, which also divides by the number of ranks.
+        """
+        packed = self._packed(gradients)
+        if self._is_padded:
+            (own,) = reduce_scatter([packed], self._group)
+            return own
+        packed.div_(len(self._shares))
+        rows = packed.split(self._shares)
+        works = [
+            dist.reduce(row, group=self._group, group_dst=rank, async_op=True)
+            for rank, row in enumerate(rows)
+            if row.numel()
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+        return rows[self._rank]
+
+    def _packed(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The live elements, each rank's, then its padding."""
         bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._packing.pack(bucket)
         del bucket
