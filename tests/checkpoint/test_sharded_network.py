@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
@@ -27,7 +26,8 @@ from worm_dist.distributed.collectives import ProcessGroupComm
 
 def _engine(seed: int) -> worm_dist.Engine:
     torch.manual_seed(seed)
-    network: nn.Module = fully_shard(Residual())
+    network = Residual()
+    fully_shard(network)
     optimizer = AdamW(network.parameters(), lr=0.01)
     return worm_dist.attach(
         network, optimizer, worm_dist.WormConfig(), example_inputs=random_images(1)

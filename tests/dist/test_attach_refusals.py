@@ -142,9 +142,9 @@ def test_behind_a_wrapper_that_adds_nothing_the_inner_optimizer_is_heard() -> No
     assert not torch.equal(before[0], next(network.parameters()))
 
 
-def _fully_sharded() -> nn.Module:
+def _partly_sharded() -> nn.Module:
     network = Plain()
-    fully_shard(network)
+    fully_shard(network.conv1)
     return network
 
 
@@ -155,7 +155,7 @@ def _replicated() -> nn.Module:
 
 
 _WRAPPERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "FSDP2": (_fully_sharded, "fully_shard"),
+    "FSDP2 in part": (_partly_sharded, "apply it to the whole network too"),
     "FSDP": (lambda: FullyShardedDataParallel(Plain(), device_id=torch.device("cpu")), "FSDP"),
     "replicate": (_replicated, "replicate"),
     "DataParallel": (lambda: nn.DataParallel(Plain()), "nn.DataParallel"),

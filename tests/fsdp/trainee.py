@@ -47,10 +47,11 @@ def sharded(row: Row, network: nn.Module) -> Any:
 
 def full(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor.  Collective if it is sharded."""
-    whole: Tensor = tensor
+    whole: Any = tensor
     if isinstance(tensor, DTensor):
-        whole = tensor.full_tensor()
-    return whole.detach().clone()
+        whole = whole.full_tensor()
+    copy: Tensor = whole.detach().clone()
+    return copy
 
 
 class Trainee:
@@ -68,7 +69,8 @@ class Trainee:
         )
 
     def step(self, number: int) -> None:
-        row, model = self._row, self.engine.model
+        row = self._row
+        model: Any = self.engine.model
         self.optimizer.zero_grad()
         for micro in range(row.passes):
             is_last = micro == row.passes - 1

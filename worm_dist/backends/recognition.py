@@ -21,14 +21,18 @@ from .zero3 import Zero3Backend
 __all__ = ["backend_of"]
 
 _UNSUPPORTED = {
-    "DataParallel": "nn.DataParallel",
-    "FullyShardedDataParallel": "FullyShardedDataParallel (FSDP)",
-    "FSDPModule": "fully_shard (FSDP2)",
-    "fully_shard": "fully_shard (FSDP2)",
-    "replicate": "replicate()",
+    "DataParallel": "nn.DataParallel is not supported; wrap it in DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel (FSDP1) is not supported, because it "
+    "flattens parameters; use fully_shard (FSDP2)",
+    "ReplicateModule": "replicate() is not supported, because it averages gradients before any "
+    "hook; wrap the network in DistributedDataParallel",
+    "replicate": "replicate() is not supported, because it hides its DistributedDataParallel; wrap "
+    "the network in DistributedDataParallel itself",
+    "FSDPModule": "fully_shard in a part of the network alone is not supported; apply it to the "
+    "whole network too",
 }
 """Names of module classes, and of the contracts that torch's functions register on modules, with
-the name to show."""
+the reason for their refusal."""
 
 
 def backend_of(model: nn.Module) -> Backend:
@@ -40,7 +44,7 @@ def backend_of(model: nn.Module) -> Backend:
     """
     if is_deepspeed(model):
         return _deepspeed(model)
-    if is_fully_sharded(model):
+    if is_fully_sharded(not_compiled(model)):
         return FsdpBackend(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):
@@ -53,8 +57,8 @@ def backend_of(model: nn.Module) -> Backend:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise BackendError(
             f"attach: {dist.get_world_size()} processes train together, but the model is a bare "
-            f"{type(model).__name__}; wrap it in DistributedDataParallel, or give it to "
-            "deepspeed.initialize, first"
+            f"{type(model).__name__}; wrap it in DistributedDataParallel, shard it by "
+            "fully_shard, or give it to deepspeed.initialize, first"
         )
     return SingleProcess(model)
 
@@ -71,14 +75,11 @@ def _require_not_sharded(model: nn.Module) -> None:
     """
     for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        for kind, name in _UNSUPPORTED.items():
+        for kind, reason in _UNSUPPORTED.items():
             if kind in kinds or kind in (_get_registry(module) or {}):
-                raise BackendError(
-                    f"attach: the model is parallel by {name}, which is not supported; wrap it in "
-                    "DistributedDataParallel, or give it to deepspeed.initialize"
-                )
+                raise BackendError(f"attach: {reason}")
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise BackendError(
-            "attach: parameters of the model are DTensors (tensor parallelism, FSDP2), which are "
-            "not supported; wrap the whole network in DistributedDataParallel"
+            "attach: parameters of the model are DTensors (tensor parallelism), which are not "
+            "supported; use fully_shard (FSDP2) or DistributedDataParallel on the whole network"
         )
