@@ -8,11 +8,14 @@ import os
 import warnings
 
 import pytest  # noqa: F401
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401
 import torch._dynamo
 import torch.distributed
 import torch.nn.parallel  # noqa: F401
 
 import worm_dist.training.data.digits
+import worm_dist.training.reporting.plots
 import worm_dist.training.run  # noqa: F401
 
 with contextlib.suppress(ImportError), warnings.catch_warnings():

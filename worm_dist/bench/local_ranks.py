@@ -47,9 +47,11 @@ def on_ranks(number: int, function: Callable[..., Value], *arguments: object) ->
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Processes that are copies of one that has imported torch, which takes seconds."""
+    """Processes that are copies of one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.ledger.training"])
+    # What is not installed is passed over; the data set of the digits is a part of scikit-learn.
+    preload = [f"{__package__}.ledger.training", "sklearn.datasets", "sklearn.model_selection"]
+    context.set_forkserver_preload(preload)
     return context
 
 

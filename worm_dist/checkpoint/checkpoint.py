@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .durable_io import check_size, file_size, open_verified
 from .manifest import Manifest, read_manifest
+from .sharded_tensor import is_shard
 from .staging import STEP
 from .state_file import read_part
 
@@ -49,7 +50,7 @@ class Checkpoint:
     @property
     def parts(self) -> list[str]:
         """Sorted names of the states in the checkpoint."""
-        return sorted(Path(name).stem for name in self.manifest.files if name.endswith(".json"))
+        return sorted({Path(name).stem for name in self.manifest.files if not is_shard(name)})
 
     def verify(self) -> None:
         """Verify the sha256 digest of every file.

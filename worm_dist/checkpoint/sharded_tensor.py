@@ -6,6 +6,7 @@ after the sharded tensor and the index of their first element: ``NAME@BEGIN``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ __all__ = [
     "ShardFiles",
     "StoredTensor",
     "has_shards",
+    "is_shard",
     "shard_path",
     "with_stored_tensors_read",
 ]
+
+_SHARD = re.compile(r".*_shard-[0-9]+\.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +237,11 @@ def with_stored_tensors_read(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(map(with_stored_tensors_read, state))
     return state.read().view(state.shape) if isinstance(state, StoredTensor) else state
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is one of ``shard_path``."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def shard_path(folder: Path, part: str, rank: int) -> Path:

@@ -22,7 +22,7 @@ from ..schema import first_problem
 from . import tree_json
 from .durable_io import FileDigest, open_verified, write_file
 from .safetensors_file import TensorFile, write_tensors
-from .sharded_tensor import AnyTensor, LocalShards, ShardFiles, StoredTensor, shard_path
+from .sharded_tensor import AnyTensor, LocalShards, ShardFiles, StoredTensor, is_shard, shard_path
 from .tensor_meta import TensorMetadata
 
 __all__ = ["Packed", "allocate", "pack", "read_part", "write_part", "write_shards"]
@@ -182,7 +182,7 @@ def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    assert _NAME.fullmatch(part), part
+    assert _NAME.fullmatch(part) and not is_shard(f"{part}.safetensors"), part
     json_path, tensor_path = _paths(folder, part)
     try:
         return {

@@ -153,7 +153,8 @@ def deepspeed_module(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise BackendError(
-            "distributed.backend: deepspeed is not installed here; pip install worm_dist[deepspeed]"
+            "distributed.backend: deepspeed is not installed; run: "
+            'pip install "worm_dist[deepspeed]"'
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs its defaults at every draw
     # torch 2.14 renamed functions that DeepSpeed calls.
