@@ -165,7 +165,7 @@ class _Layout:
             (own,) = reduce_scatter([packed], self._group)
             return own
         packed.div_(len(self._shares))
-        rows = packed.split(self._shares)
+        rows: Sequence[Tensor] = packed.split(self._shares)
         works = [
             dist.reduce(row, group=self._group, group_dst=rank, async_op=True)
             for rank, row in enumerate(rows)
