@@ -61,6 +61,7 @@ _SCRIPTS = [
 ]
 _SLOW_SCRIPTS = [
     Script("docs/deepspeed.md", "deepspeed", ranks=2, package="deepspeed"),
+    Script("docs/fsdp.md", "fsdp", ranks=2),
     Script("docs/trainers.md", "lightning", block=0, package="lightning"),
     Script("docs/trainers.md", "huggingface", block=1, package="transformers"),
     Script("docs/trainers.md", "accelerate", block=2, package="accelerate"),
