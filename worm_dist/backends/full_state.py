@@ -21,6 +21,7 @@ from ..groups.full_shape import full_shape
 from .optimizer_view import OptimizerView, Shard
 
 __all__ = [
+    "VALUE",
     "FullParamState",
     "allocate_state",
     "bits_of",
@@ -32,8 +33,7 @@ __all__ = [
     "split_state",
 ]
 
-
-_VALUE = "the weights themselves"
+VALUE = "the weights themselves"
 """Key of the stepped values; moments have the optimizer's own keys."""
 
 
@@ -137,7 +137,7 @@ def _full(
     sharded = {
         (parameter, key): tensor
         for parameter, state in found.items()
-        for key, tensor in {_VALUE: state.value, **state.moments}.items()
+        for key, tensor in {VALUE: state.value, **state.moments}.items()
         if isinstance(tensor, LocalShards)
     }
     full = gather_shards(list(sharded.values()), comm)
@@ -146,7 +146,7 @@ def _full(
     tensors = dict(zip(sharded, full, strict=True))
     return {
         parameter: FullParamState(
-            tensors.get((parameter, _VALUE)),
+            tensors.get((parameter, VALUE)),
             {key: tensors[parameter, key] for key in state.moments},
             state.per_param,
         )
@@ -183,7 +183,11 @@ def gather_shards(sharded: Sequence[LocalShards], comm: Communicator) -> list[Te
         return [memory_of(full[n].view(-1)[begin : begin + length]) for n, begin, length in table]
 
     comm.gather_streams(stream, places)
-    return full if is_zero else None
+    if not is_zero:
+        return None
+    num_elements = sum(int(table.view(torch.int64).view(-1, 3)[:, 2].sum()) for table in tables)
+    assert num_elements >= sum(tensor.numel() for tensor in full)
+    return full
 
 
 @torch.no_grad()
