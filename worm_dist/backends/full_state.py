@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
 from ..distributed.sharded import is_first_replica
 from ..errors import CheckpointError
+from ..groups.full_shape import full_shape
 from .optimizer_view import OptimizerView, Shard
 
 __all__ = [
@@ -119,7 +119,7 @@ def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullPa
             for shard in view.shards(parameter)
             if is_first_replica(parameter)
         ]
-        shape = parameter.shape
+        shape = full_shape(parameter)
         values = LocalShards(
             shape, view.owner(parameter).dtype, [(begin, value) for begin, value, _ in shards]
         )
@@ -208,7 +208,7 @@ def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullPar
             if full_state.value is not None:
                 shard.value.copy_(part_of(full_state.value, shard))
             elif view.copies:
-                shard.value.copy_(part_of(parameter.detach(), shard))
+                shard.value.copy_(view.weights(parameter, shard))
             moments = view.moments(shard)
             for key, full in full_state.moments.items():
                 moments[key].copy_(part_of(full, shard))
@@ -233,7 +233,7 @@ def allocate_state(
     owner = view.owner(parameter)
     state = view.optimizer.state[owner]
     for key, value in others.items():
-        state[key] = _placed(key, value, owner, view.optimizer)
+        state[key] = _placed(key, value, owner, view)
     for key, dtype in dtypes.items():
         if not _is_per_element(state.get(key), view, parameter):
             state[key] = torch.zeros_like(owner, dtype=dtype)
@@ -261,7 +261,7 @@ def _differs(view: OptimizerView, parameter: Tensor, shard: Shard) -> bool:
     """Whether stepped values have other bits than their parameter."""
     if not view.copies:
         return False
-    value, part = shard.value, part_of(parameter.detach(), shard)
+    value, part = shard.value, view.weights(parameter, shard)
     return value.dtype != part.dtype or not torch.equal(bits_of(value), bits_of(part))
 
 
@@ -271,14 +271,12 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(integers.get(tensor.element_size(), tensor.dtype))
 
 
-def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> object:
+def _placed(key: str, value: object, owner: Tensor, view: OptimizerView) -> object:
     """A copy on the device where torch keeps this state: the step count is on the CPU unless the
     optimizer is capturable or fused."""
     if not isinstance(value, Tensor):
         return value
-    options = next(
-        group for group in optimizer.param_groups if any(p is owner for p in group["params"])
-    )
+    options = view.options(owner)
     on_device = key != "step" or options.get("capturable") or options.get("fused")
     return value.to(owner.device if on_device else "cpu", copy=True)
 

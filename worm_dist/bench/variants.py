@@ -27,6 +27,7 @@ from .hooks import bf16_hook, power_sgd_hook
 from .whole_buckets import send_whole
 
 __all__ = [
+    "AT_ONCE",
     "DDP",
     "HALF",
     "REMARKS",
@@ -69,7 +70,8 @@ Step = Callable[[], object]
 """Takes a training step: forward, backward, all-reduce, optimizer.  Collective."""
 
 
-_AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+"""Removal in which all frozen channels are zero after a step."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _worm(build: Callable[[], nn.Module], batch: Batch, kind: Kind) -> Variant:
     compression = kind.compression
     model, optimizer = training(build)
     truncation = (
-        TruncationConfig(removal=_AT_ONCE, compression=compression)
+        TruncationConfig(removal=AT_ONCE, compression=compression)
         if kind.fades
         else TruncationConfig(frozen_weights="hold", compression=compression)
     )

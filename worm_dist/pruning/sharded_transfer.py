@@ -16,6 +16,7 @@ from ..backends.full_state import VALUE, allocate_state, split_state
 from ..backends.optimizer_view import OptimizerView, Shard
 from ..distributed.collectives import Communicator
 from ..groups.attention import weight_of
+from ..groups.full_shape import full_shape
 from ..groups.gates import column_factors, gates_of
 from .optimizer_transfer import kept_indices, select
 from .resharding import Move, Part, Survivors, buffer_for, reshard
@@ -72,7 +73,7 @@ class ShardedTransfer:
             dtypes, others = split_state(optimizer_view, parameter)
             name, value_dtype = names[parameter], optimizer_view.owner(parameter).dtype
             self._old[name] = _Old(
-                parameter.shape,
+                full_shape(parameter),
                 kept.get(name, {}),
                 {VALUE: value_dtype, **dtypes},
                 others,
@@ -153,7 +154,7 @@ class ShardedTransfer:
         else:
             self._select()
         for name, scale in self._scales.items():
-            factors = column_factors(scale, self._after[name].shape[1])
+            factors = column_factors(scale, full_shape(self._after[name])[1])
             for shard, _ in self._new(name):
                 _scale_columns(shard, factors)
 

@@ -18,6 +18,7 @@ from ..backends.optimizer_view import OptimizerView, Owners, Shard
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
+from ..groups.full_shape import full_shape
 from ..schema import FiniteTensor, Flags, Integers, Schema
 from .slices import RepeatedWrite, Slices, group_slices
 
@@ -190,7 +191,7 @@ class Fade:
         shared = self._view.shared
         full = {
             p: torch.zeros(
-                p.shape, dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
+                full_shape(p), dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
             )
             for p in self._slices
         }
@@ -202,7 +203,7 @@ class Fade:
         if shared:
             flat = comm.all_reduce_disjoint(torch.cat([value.flatten() for value in full.values()]))
             parts = flat.split([value.numel() for value in full.values()])
-            full = {p: part.view(p.shape) for p, part in zip(full, parts, strict=True)}
+            full = {p: part.view(full_shape(p)) for p, part in zip(full, parts, strict=True)}
         return {names[parameter]: value.detach() for parameter, value in full.items()}
 
     @property
@@ -340,7 +341,7 @@ def _channels_of_scales(
         channels = torch.arange(first, first + group.num_channels).unsqueeze(1)
         for member in group.zeroing_members:
             for name, dim in member.parameters:
-                size = parameters[name].shape[dim]
+                size = full_shape(parameters[name])[dim]
                 channel_at = found.setdefault(name, torch.full((size,), -1))
                 channel_at[member.positions] = channels.expand_as(member.positions)
         first += group.num_channels
