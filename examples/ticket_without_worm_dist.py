@@ -1,7 +1,8 @@
 """Use a ticket in a project that does not have worm_dist.
 
 ``torch.save`` of the whole network is not enough for that: the file only names the class, which the
-reader has to import. There are two ways without it. From a run of ``configs/digits.yaml``:
+reader has to import. There are two ways without it; the second one needs safetensors (``pip
+install safetensors``). From a run of ``configs/digits.yaml``:
 
     python -m worm_dist ticket export runs/digits/ticket --torch-export small.pt2
     python -m worm_dist ticket show runs/digits/ticket    # prints the widths, such as these

@@ -14,9 +14,15 @@ import torch._dynamo
 import torch.distributed
 import torch.nn.parallel  # noqa: F401
 
+import tests.nets
+import tests.oracles
+import tests.resuming
+import tests.settings  # noqa: F401
+import worm_dist.engine.attach
 import worm_dist.training.data.digits
 import worm_dist.training.reporting.plots
-import worm_dist.training.run  # noqa: F401
+import worm_dist.training.run
+import worm_dist.truncation.memory  # noqa: F401
 
 with contextlib.suppress(ImportError), warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -33,6 +33,9 @@ from .training.required_packages import require_packages
 from .training.settings_template import settings_template
 from .training.user_functions import require_user_functions
 
+_TWO_RANKS = ("wire", "step", "packing", "overhead", "hiccup", "zero", "checkpoint", "compute")
+"""Benchmarks of two ranks."""
+
 _PRINTING: Mapping[str, Any] = {
     "plan": plan_command,
     "ticket": ticket_command,
@@ -136,11 +139,19 @@ def _parse(
         allow_abbrev=False,
     )
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
-    for name in ("wire", "step", "overhead", "hiccup", "zero", "checkpoint"):
+    for name in _TWO_RANKS:
         two_ranks = benchmarks.add_parser(name, allow_abbrev=False)
         two_ranks.add_argument(
             "--quick", action="store_true", help="a small network and few rounds"
         )
+        two_ranks.add_argument("--model", help="the network that is trained; default: resnet18")
+        two_ranks.add_argument("--images", type=int, help="images of a rank in a step; default: 2")
+        two_ranks.add_argument("--side", type=int, help="pixels of an image's side; default: 32")
+        two_ranks.add_argument("--rounds", type=int, help="rounds of measurements at most")
+        if name in ("step", "packing"):
+            two_ranks.add_argument(
+                "--only", metavar="NAMES", help="variants beside DDP, with commas in between"
+            )
         two_ranks.add_argument("--out", type=Path, help="default: runs/bench, or runs/bench-quick")
     scale = benchmarks.add_parser(
         "scale",
@@ -250,7 +261,14 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench.run import run
 
     default = Path("runs") / ("bench-quick" if options.quick else "bench")
-    run(options.benchmark, options.quick, options.out or default)
+    given = {name: getattr(options, name) for name in ("model", "images", "side", "rounds")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        if name != "model" and value < 2:
+            raise ConfigError(f"--{name}: {value} is too small; give at least 2")
+    if getattr(options, "only", None):
+        changes["only"] = tuple(options.only.split(","))
+    run(options.benchmark, options.quick, changes, options.out or default)
     return 0
 
 

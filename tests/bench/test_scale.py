@@ -43,11 +43,14 @@ def test_the_payload_is_that_of_the_elements(ranks: Ranks, size: int) -> None:
             assert row.ring_bytes == 2 * (size - 1) / size * row.payload_bytes
             assert row.seconds > 0
             # The loopback has no limited rate, and counts all traffic of the machine.
-            assert (row.estimate_seconds, row.wire_bytes, row.packets) == (None, 0, 0)
+            assert (row.nominal_estimate_seconds, row.wire_bytes, row.packets) == (None, 0, 0)
+            assert row.bits_per_second > 0
+            assert (row.estimate_seconds is None) == (row.variant == CHECK)
+            assert row.estimate_seconds is None or row.estimate_seconds >= row.compute_seconds
 
 
 def _row(ranks: int, estimate: float | None = 0.09) -> ScaleRow:
-    figures = (1, 800, 800.0, 900.0, 3, 0.1, 0.02, 5e-5, estimate)
+    figures = (1, 800, 800.0, 900.0, 3, 0.1, 0.02, 5e-5, 62.5e6, estimate, 0.08)
     return ScaleRow("vgg", "DDP", ranks, "100mbit", *figures)
 
 
@@ -58,7 +61,7 @@ def test_the_page_has_the_newest_rows(tmp_path: Path) -> None:
     text = write(tmp_path, read_scale_rows(path))
     assert (tmp_path / PAGE).read_text() == text
     assert "| vgg | DDP | 2 | 1 | 800 | 800 | 900 | 3 |" in text
-    assert "| vgg | 100 Mbit/s | 2 | DDP | 20.0 | 50 | 90.0 | 100.0 | 0.90 |" in text
+    assert "| DDP | 20.0 | 50 | 62 | 100.0 | 90.0 | 0.90 | 80.0 | 0.80 |" in text
     path.write_text("{}\n")
     with pytest.raises(CheckpointError, match=r"scale\.jsonl was not written by this version"):
         read_scale_rows(path)

@@ -75,6 +75,24 @@ def test_weights_of_equal_shape_have_a_largest_difference(
     assert "head.weight" in capsys.readouterr().out
 
 
+def _count(tensors: dict[str, Tensor]) -> None:
+    tensors["head.weight"].view(-1)[0] += 0.25
+    tensors["features.1.num_batches_tracked"] += 22
+
+
+def test_counters_do_not_hide_the_largest_difference_of_weights(
+    ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs of other lengths: "largest difference 22", that of a BatchNorm's batches."""
+    other = copied(ticket, tmp_path / "ticket")
+    change_weights(other, _count)
+    found = _diff(capsys, ticket, other, exit_code=1)
+    assert [t["name"] for t in found["tensors"] if t["counts"] and not t["is_equal"]] == [
+        "features.1.num_batches_tracked"
+    ]
+    assert found["largest_difference"] == pytest.approx(0.25, abs=1e-6)
+
+
 def test_equal_is_bit_for_bit(
     ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,15 @@ pytestmark = [pytest.mark.slow("trains runs under DeepSpeed"), pytest.mark.timeo
 
 STEP = 7
 """While channels fade, a stage behind."""
+WAYS = ((True, True), (True, False), (False, True))
+"""Whether all ranks see the disk when the run is broken off, and when it goes on."""
 
 
-def _run(out: Path, until: int | None, has_disk: bool) -> dict[str, int]:
+def _run(out: Path, until: int | None, sees_disk: bool = True) -> dict[str, int]:
     """Train to a step, or to the end; the elements that this rank has read, by tensor."""
     place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     os.environ.update(place.torchrun_environment, MASTER_ADDR="localhost", MASTER_PORT="1")
     warnings.simplefilter("ignore")  # of DeepSpeed's, at its import
-    if not has_disk and dist.get_rank() == 1:
-        vars(checkpointer)["is_held"] = lambda *_: False
-        vars(share_state)["manifest_digest"] = lambda *_: "another disk's"
     read: dict[str, int] = {}
     real = StoredTensor.read
 
@@ -42,20 +42,44 @@ def _run(out: Path, until: int | None, has_disk: bool) -> dict[str, int]:
         read[self.name] = read.get(self.name, 0) + elements.numel()
         return elements
 
-    StoredTensor.read = seen  # type: ignore[method-assign]
-
     def stopped(stop: StopCoordinator) -> None:
         if until is not None:
             stop.stop_at(until)
 
-    train(out, heed=stopped, **{**under_zero(1), "optimizer.name": "adamw"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredTensor, "read", seen)
+        if not sees_disk and dist.get_rank() == 1:
+            patch.setattr(checkpointer, "is_held", lambda *_: False)
+            patch.setattr(share_state, "manifest_digest", lambda *_: "another disk's")
+        train(out, heed=stopped, **{**under_zero(1), "optimizer.name": "adamw"})
     return read
 
 
-def _files(out: Path) -> set[str]:
+def _runs(folder: Path) -> list[dict[str, int]]:
+    """One run to its end, one broken off in each way, and copies of these as they were then."""
+    _run(folder / "unbroken", None)
+    read = []
+    for number, (writes, reads) in enumerate(WAYS):
+        out = folder / str(number)
+        _run(out, STEP, writes)
+        if dist.get_rank() == 0:
+            shutil.copytree(out, folder / f"{number} then")
+        dist.barrier()
+        read.append(_run(out, None, reads))
+    return read
+
+
+def _call(ranks: Ranks, size: int, function: Any, *arguments: Any) -> list[Any]:
+    outcomes = ranks.outcomes(size, function, *arguments, group_timeout=100, wall_limit=200)
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+    return [outcome.value for outcome in outcomes]
+
+
+def _shards(out: Path) -> set[str]:
     newest = CheckpointManager(out / "checkpoints").newest()
     assert newest is not None
-    return {path.name for path in newest.path.iterdir()}
+    return {path.name for path in newest.path.glob("*_shard-*")}
 
 
 def _sharded(out: Path) -> dict[str, int]:
@@ -67,40 +91,19 @@ def _sharded(out: Path) -> dict[str, int]:
     return {t.name: t.shape.numel() for t in tensors if isinstance(t, StoredTensor)}
 
 
-def _call(ranks: Ranks, size: int, *arguments: Any) -> list[dict[str, int]]:
-    outcomes = ranks.outcomes(size, _run, *arguments, group_timeout=100, wall_limit=140)
-    for outcome in outcomes:
-        assert outcome.exitcode == 0, str(outcome)
-    return [outcome.value for outcome in outcomes]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    _call(Ranks(folder), 2, folder / "run", None, True)
-    return folder / "run"
-
-
-@pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.parametrize("reads", [True, False])
-def test_a_run_goes_on_whoever_writes_and_reads(
-    ranks: Ranks, tmp_path: Path, unbroken: Path, writes: bool, reads: bool
-) -> None:
-    out = tmp_path / "run"
-    _call(ranks, 2, out, STEP, writes)
-    shards = {f"run_shard-{rank}.safetensors" for rank in range(2)}
-    assert (_files(out) & shards) == (shards if writes else set())
-    sharded = _sharded(out)
-    zero, one = _call(ranks, 2, out, None, reads)
-    if writes and reads:
-        assert {n: zero.get(n, 0) + one.get(n, 0) for n in zero | one} == sharded
-    assert not list(differences_of_runs(unbroken, out))
-
-
-def test_another_number_of_ranks_goes_on(ranks: Ranks, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    _call(ranks, 2, out, STEP, True)
-    sharded = _sharded(out)
-    assert _call(ranks, 1, out, STEP + 2, True) == [sharded]
-    assert "run_shard-0.safetensors" in _files(out)
-    assert "run_shard-1.safetensors" not in _files(out)
+def test_a_run_goes_on_whoever_writes_and_reads(ranks: Ranks, tmp_path: Path) -> None:
+    zero, one = _call(ranks, 2, _runs, tmp_path)
+    for number, (writes, reads) in enumerate(WAYS):
+        out, then = tmp_path / str(number), tmp_path / f"{number} then"
+        assert not list(differences_of_runs(tmp_path / "unbroken", out)), (writes, reads)
+        assert len(_shards(then)) == 2 * writes
+        assert bool(one[number]) == (writes and reads)
+        if reads:
+            both = zero[number].keys() | one[number].keys()
+            found = {n: zero[number].get(n, 0) + one[number].get(n, 0) for n in both}
+            assert found == _sharded(then), "each element is read once"
+    # Another number of ranks.
+    then = tmp_path / "0 then"
+    sharded = _sharded(then)
+    assert _call(ranks, 1, _run, then, STEP + 2) == [sharded]
+    assert _shards(then) == {"run_shard-0.safetensors"}

@@ -55,8 +55,14 @@ def _packing(blocks: list[Block | None], shapes: list[tuple[int, ...]]) -> Packi
     return Packing(blocks, gradients, bucket)
 
 
-# Of a CPU's own choice; all by one index, as on accelerators; all by rows and columns.
-WAYS = {"chosen": {}, "index": {"_SHORT_ROW": 2**62}, "rows": {"_LARGE": 0}}
+# Of a CPU's own choice; all by one index, as on accelerators; all by rows and columns, as small or
+# as large gradients.
+WAYS = {
+    "chosen": {},
+    "index": {"_SHORT_ROW": 2**62},
+    "rows": {"_LARGE": 0},
+    "large rows": {"_LARGE": 0, "_TOO_LARGE_TO_WRITE_TWICE": 0},
+}
 
 
 @pytest.fixture(params=WAYS)

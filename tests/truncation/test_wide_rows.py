@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worm_dist.comm_hooks.wide_rows import fill_rows_with_zeros, write_rows
+from worm_dist.comm_hooks.wide_rows import row_writer, write_rows
 
 _ROWS = torch.tensor([0, 2, 5])
 _SHAPES = [(7, 4), (7, 3), (7, 2, 3, 3), (7, 8, 2), (7,), (7, 0)]
@@ -31,7 +31,7 @@ def test_rows_are_written_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype)
     write_rows(tensor, _ROWS, values)
     assert torch.equal(_bits(tensor), _bits(expected))
     expected.index_fill_(0, _ROWS, 0)
-    fill_rows_with_zeros(tensor, _ROWS)
+    row_writer(tensor, _ROWS, None)()
     assert torch.equal(_bits(tensor), _bits(expected))
 
 
@@ -51,7 +51,7 @@ def test_tensors_whose_memory_is_not_in_the_order_of_their_rows() -> None:
     expected = tensor.clone().index_copy_(0, _ROWS, values)
     write_rows(tensor, _ROWS, values)
     assert torch.equal(tensor, expected)
-    fill_rows_with_zeros(tensor, _ROWS)
+    row_writer(tensor, _ROWS, None)()
     assert not tensor[_ROWS].any() and torch.equal(tensor[1], expected[1])
 
 
@@ -60,5 +60,5 @@ def test_a_write_is_counted_as_one_of_the_tensor() -> None:
     tensor = torch.randn(7, 4)
     before = tensor._version
     write_rows(tensor, _ROWS, torch.randn(3, 4))
-    fill_rows_with_zeros(tensor, _ROWS)
+    row_writer(tensor, _ROWS, None)()
     assert tensor._version == before + 2

@@ -6,14 +6,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["engine_around", "import_deepspeed", "settings_of"]
+__all__ = ["engine_around", "import_deepspeed", "settings_of", "whole"]
 
 
 def import_deepspeed() -> Any:
@@ -31,7 +32,8 @@ def import_deepspeed() -> Any:
     # Shared memory for inference: half a minute of compiling for nothing.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel("ERROR")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{renamed}. is deprecated")
     return deepspeed
 
 
@@ -61,3 +63,21 @@ def engine_around(
         **arguments,
     )
     return engine
+
+
+@contextmanager
+def whole(model: Any, network: nn.Module, written_by: int | None = None) -> Iterator[None]:
+    """In stage 3 the parameters of a network are whole meanwhile.  Collective.
+
+    Args:
+        model: what is called.
+        network: in it.
+        written_by: the rank that writes to them; what others write is lost.
+    """
+    if getattr(model, "zero_optimization_stage", int)() < 3:
+        yield
+        return
+    model.empty_partition_cache()  # what a step has gathered may lack channels that nobody hears
+    gathered = import_deepspeed().zero.GatheredParameters
+    with gathered(list(network.parameters()), modifier_rank=written_by):
+        yield

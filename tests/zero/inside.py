@@ -31,12 +31,21 @@ class Inside:
         self._wrapper = engine.optimizer
         self._optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._parameters = dict(network.named_parameters())
-        self._is_cut = engine.zero_optimization_stage() > 0
+        stage = engine.zero_optimization_stage()
+        self._is_cut, self._is_cut_one_by_one = stage > 0, stage == 3
 
     def everything(self) -> dict[str, Tensor]:
         """Copies, of the parameters' shapes: masters by name, moments by name and key.
         Collective.  A parameter that nothing steps is its own master."""
         found = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        if self._is_cut_one_by_one:
+            for name, key, own in self._parts():
+                parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, own.contiguous())
+                shape = self._parameters[name].shape
+                whole = torch.cat(parts)[: shape.numel()].view(shape)
+                found[name if key == _MASTER else f"{name} {key}"] = whole
+            return found
         rows: dict[int, Tensor] = {}
         for name, key, own, place in self._pieces():
             if self._is_cut and own.data_ptr() not in rows:
@@ -59,7 +68,8 @@ class Inside:
         if not self._is_cut or in_turns or len(self._optimizer.param_groups) > 1:
             return {}
         utils, found = import_deepspeed().utils, {}
-        for name, key, _, _ in self._pieces():
+        pieces = self._parts() if self._is_cut_one_by_one else self._pieces()
+        for name, key, *_ in pieces:
             parameter = self._parameters[name]
             if key == _MASTER:
                 found[name] = utils.safe_get_full_fp32_param(parameter)
@@ -72,6 +82,13 @@ class Inside:
         """As ``everything`` gives them; also the weights themselves."""
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
+        if self._is_cut_one_by_one:
+            for name, key, own in self._parts():
+                _write_part(own, values[name if key == _MASTER else f"{name} {key}"])
+            for name, parameter in self._parameters.items():
+                part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                _write_part(part, values[name])  # what the weights are gathered from
+            return
         for name, key, own, place in self._pieces():
             value = values[name if key == _MASTER else f"{name} {key}"]
             if self._is_cut:
@@ -81,6 +98,24 @@ class Inside:
                 own[first - begin : last - begin] = value.flatten()[first - place : last - place]
             else:
                 own.copy_(value)
+
+    def _parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """In stage 3: every parameter's name and key, and this rank's part of it, as long as every
+        rank's: the last one's is padded."""
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        groups = zip(self._wrapper.fp32_partitioned_groups_flat, self._wrapper.fp16_groups)
+        for owner, parameters in groups:
+            tensors = {_MASTER: owner.detach()}
+            for key, value in self._optimizer.state.get(owner, {}).items():
+                if isinstance(value, Tensor) and value.shape == owner.shape:
+                    tensors[key] = value
+            place = 0
+            for parameter in parameters:
+                length = -(-parameter.ds_shape.numel() // dist.get_world_size())
+                for key, value in tensors.items():
+                    yield names[parameter], key, value[place : place + length]
+                place += length
+            assert place == owner.numel()
 
     def _pieces(self) -> Iterator[tuple[str, str, Tensor, int]]:
         """Every parameter's name and key, the tensor that this rank has it in, and its place in
@@ -113,3 +148,11 @@ class Inside:
                 places, length = layout(sizes, dist.get_world_size(), in_turns, unit)
                 assert length == flat.numel() * dist.get_world_size()
                 yield parameters, [flat] * len(parameters), places
+
+
+def _write_part(own: Tensor, value: Tensor) -> None:
+    """Write this rank's part of a value that is cut into equal parts, the last one padded."""
+    flat = value.flatten()
+    begin = min(dist.get_rank() * own.numel(), flat.numel())
+    here = flat[begin : begin + own.numel()]
+    own[: here.numel()] = here

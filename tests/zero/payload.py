@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.zero.layout import layout
 from tests.zero.row import Row
 
-__all__ = ["Overheard", "Payload", "dense_payload_of", "payload_of"]
+__all__ = ["Overheard", "Payload", "dense_payload_of", "largest_share", "payload_of"]
 
 _BYTES_OF_A_COLLECTIVE = 2**18
 """More padding than this for each broadcast that it saves is not sent."""
@@ -42,6 +42,8 @@ def dense_payload_of(row: Row, groups: Groups, network: nn.Module) -> Payload:
     named = network.named_parameters()
     whole = {name: torch.ones_like(p, dtype=torch.bool) for name, p in named}
     gathered = sum(_laid_out(row, [whole[name] for name in group]).numel() for group in groups)
+    if row.stage == 3:
+        return Payload(_gradients(row, groups, whole), 0, 0)
     weights = gathered // row.world_size * row.dtype.itemsize if _gathers(row) else 0
     return Payload(_gradients(row, groups, whole), weights, weights)
 
@@ -56,6 +58,8 @@ def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Pay
         gathered: for every parameter, which of its elements are sent after the step.
     """
     gradients = _gradients(row, groups, reduced)
+    if row.stage == 3:
+        return Payload(gradients, 0, 0)
     if not _gathers(row):
         return Payload(gradients, 0, 0)
     rows = [_laid_out(row, [gathered[name] for name in group]) for group in groups]
@@ -77,8 +81,25 @@ def _gathers(row: Row) -> bool:
 
 
 def _gradients(row: Row, groups: Groups, reduced: Flags) -> int:
-    elements = sum(int(reduced[name].sum()) for group in groups for name in group)
+    flags = [reduced[name] for group in groups for name in group]
+    if row.stage == 3:
+        elements = row.world_size * largest_share(row.world_size, flags)
+    else:
+        elements = sum(int(flag.sum()) for flag in flags)
     return row.num_reductions * elements * row.sent_dtype.itemsize
+
+
+def largest_share(world_size: int, flags: Sequence[Tensor]) -> int:
+    """In stage 3 every parameter is cut by itself into equal parts, one for each rank: elements
+    that are sent of the rank's parts that has most of them.  If all are, padding is sent too."""
+    if all(bool(flag.all()) for flag in flags):
+        return sum(-(-flag.numel() // world_size) for flag in flags)
+    shares = [0] * world_size
+    for flag in flags:
+        length = -(-flag.numel() // world_size)
+        for rank in range(world_size):
+            shares[rank] += int(flag.flatten()[rank * length : (rank + 1) * length].sum())
+    return max(shares)
 
 
 def _laid_out(row: Row, flags: Sequence[Tensor]) -> Tensor:
@@ -98,10 +119,12 @@ class Overheard:
 
     Attributes:
         calls: number of calls by the function's name.
+        heard: since the last call of ``take``: the functions' names and bytes, in order.
     """
 
     def __init__(self) -> None:
         self._bytes = 0
+        self.heard: list[tuple[str, int]] = []
         self.calls: Counter[str] = Counter()
         for name, place in (
             ("all_reduce", 0),
@@ -110,6 +133,7 @@ class Overheard:
             ("all_gather_into_tensor", 1),
             ("all_gather_single", 1),
             ("reduce_scatter_tensor", 1),
+            ("reduce_scatter_single", 1),
             ("broadcast", 0),
         ):
             function = getattr(dist, name, None)
@@ -119,6 +143,7 @@ class Overheard:
     def take(self) -> int:
         """Bytes since the last call."""
         taken, self._bytes = self._bytes, 0
+        self.heard.clear()
         return taken
 
     def _counted(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -135,6 +160,7 @@ class Overheard:
             self.calls[function.__name__] += not agreed_on
             if not agreed_on and not elsewhere:
                 self._bytes += sent.numel() * sent.element_size()
+                self.heard.append((function.__name__, sent.numel() * sent.element_size()))
             return function(*arguments, **keywords)
 
         return counted

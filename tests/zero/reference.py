@@ -35,12 +35,17 @@ class Expected:
         self._fades: list[tuple[str, Tensor, Tensor, int]] = []
         self._values: dict[str, Tensor] = {}
         self.lost = torch.zeros(groups.num_channels, dtype=torch.bool)
-        self.flags = live_flags(trainee.network, groups, self.lost, scope)
+        with trainee.full():
+            self.flags = live_flags(trainee.network, groups, self.lost, scope)
         self.over_at = 0
         self.zero_at = torch.full(self.lost.shape, 2**62)
 
     def freeze(self, mask: Mask) -> None:
         """From the next step on, what the mask drops is frozen and the rest is live."""
+        with self._trainee.full():
+            self._freeze(mask)
+
+    def _freeze(self, mask: Mask) -> None:
         trainee, groups, frozen = self._trainee, self._groups, ~mask.keep
         self.flags = live_flags(trainee.network, groups, frozen, self._scope)
         self._values = trainee.inside.everything()
@@ -98,10 +103,15 @@ class Reference(Trainee):
         num_steps = self.num_steps
         super().step(number)
         if self.num_steps > num_steps and self.expected.frozen:
-            self._write_back()
+            with self.full():
+                self._write_back()
 
     def fold_gates(self) -> None:
         """Multiply every gate into the columns that it scales, and let it stay one."""
+        with self.full():
+            self._fold_gates()
+
+    def _fold_gates(self) -> None:
         values = self.inside.everything()
         plain = folded({name: values[name] for name, _ in self.network.named_parameters()})
         for name in values:

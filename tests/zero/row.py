@@ -94,9 +94,15 @@ class Row:
         return settings_of(self.stage, zero_optimization=dict(self.zero), **settings)
 
     @property
+    def persists(self) -> bool:
+        """Whether in stage 3 the weights, which are all small, stay gathered after a step."""
+        threshold = self.zero.get("stage3_param_persistence_threshold", 10**5)
+        return self.stage == 3 and self.world_size > 1 and bool(threshold)
+
+    @property
     def num_reductions(self) -> int:
-        """How often a step's gradients are reduced: stage 2 does it in every pass."""
-        return self.passes if self.stage == 2 and self.style != "coalesced" else 1
+        """How often a step's gradients are reduced: stages 2 and 3 do it in every pass."""
+        return self.passes if self.stage >= 2 and self.style != "coalesced" else 1
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -116,4 +122,6 @@ class Row:
             return "DDP would add in another order, precision or scale"
         if column == "agree" and self.world_size == 1:
             return "one process has nobody to agree with"
+        if column == "bytes" and self.stage == 3 and "reduce_bucket_size" in self.zero:
+            return "how much is padded depends on what is ready at the same time"
         return None

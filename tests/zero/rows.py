@@ -346,6 +346,47 @@ STAGE_2 = (
     ),
 )
 
+_LATE: Mapping[str, Any] = {"stage3_param_persistence_threshold": 0}  # gathered layer by layer
+_SENT_FP32: Mapping[str, Any] = {"communication_data_type": "fp32"}
+_COUPLED: Mapping[str, Any] = {"scope": "coupled"}
+
+STAGE_3 = (
+    Row("3: SGD", 3, like_ddp=True),
+    Row("3: groups, AdamW, 2 passes", 3, optimizer=_groups(AdamW, lr=0.01), passes=2),
+    Row("3: clipped", 3, rules=_HOLD, settings=_CLIP),
+    Row("3: gathered late, AdamW", 3, zero=_LATE, optimizer=_ADAMW, like_ddp=True),
+    Row(
+        "3: gathered late, sub-groups, tiny buckets",
+        3,
+        rules=_REMOVE,
+        zero={**_LATE, **_TINY, "sub_group_size": 200},
+        like_ddp=True,
+    ),
+    Row("3: not contiguous", 3, rules=_REMOVE, zero={"contiguous_gradients": False}),
+    Row("3: bf16, AdamW, 2 passes, clipped", 3, "bf16", optimizer=_ADAMW, passes=2, settings=_CLIP),
+    Row("3: bf16, accumulated in fp32", 3, "bf16", rules=_HOLD, settings=_IN_FP32, passes=2),
+    Row("3: bf16, sent as fp32", 3, "bf16", rules=_REMOVE, settings=_SENT_FP32),
+    Row("3: bf16, gathered late, a frozen shift", 3, "bf16", zero=_LATE, network=frozen_shift),
+    Row("3: bf16, overflow", 3, "bf16", rules=_REMOVE, overflow_at=4),
+    Row("3: scope coupled, loss.backward", 3, truncation=_COUPLED, style="torch", passes=2),
+    Row(
+        "3: a number apart, AdamW",
+        3,
+        network=Tempered,
+        optimizer=_temperature_apart(AdamW, lr=0.01),
+        like_ddp=True,
+    ),
+    Row(
+        "3: gates apart",  # DeepSpeed has a linear layer of its own here, which DDP has not
+        3,
+        network=gated,
+        optimizer=_gates_apart(SGD, lr=0.05, momentum=0.9),
+    ),
+    Row("3: no norms", 3, network=Normless, search=_BY_WEIGHTS, rules=_REMOVE, like_ddp=True),
+    Row("3: 3 ranks", 3, rules=_REMOVE, world_size=3, tolerance=1e-4),
+    Row("3: 1 rank", 3, rules=_REMOVE, world_size=1),
+)
+
 
 def _by_name(rows: Iterable[Row]) -> dict[str, Row]:
     named: dict[str, Row] = {}
@@ -355,4 +396,4 @@ def _by_name(rows: Iterable[Row]) -> dict[str, Row]:
     return named
 
 
-ROWS: Mapping[str, Row] = _by_name((*STAGE_0, *STAGE_1, *STAGE_2))
+ROWS: Mapping[str, Row] = _by_name((*STAGE_0, *STAGE_1, *STAGE_2, *STAGE_3))

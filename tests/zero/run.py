@@ -10,7 +10,13 @@ from tests.matrix.findings import Findings
 from tests.nets import random_images
 from tests.oracles import folded, folded_name, is_gate, live_flags, mask_dropping
 from tests.settings import at_once
-from tests.zero.payload import Overheard, Payload, dense_payload_of, payload_of
+from tests.zero.payload import (
+    Overheard,
+    Payload,
+    dense_payload_of,
+    largest_share,
+    payload_of,
+)
 from tests.zero.reference import FADE_STEPS, Expected, Reference
 from tests.zero.row import COLUMNS, Row
 from tests.zero.rows import ROWS
@@ -74,7 +80,10 @@ class _Course:
             self._parallel_engine = self._attached(self.parallel)
         self._trained = {name for group in self.trainee.groups for name in group}
         self._gradients = self._dense_gradients = 0
-        self._dense = dense_payload_of(row, self.trainee.groups, self.trainee.network)
+        self._told: list[int] = []
+        self._gathers = 0
+        with self.trainee.full():
+            self._dense = dense_payload_of(row, self.trainee.groups, self.trainee.network)
 
     def run(self) -> None:
         for _ in range(_SEARCH_STEPS):
@@ -111,17 +120,36 @@ class _Course:
             self._parallel_engine.truncate(mask)
 
     def _step(self) -> None:
-        findings, where = self._findings, self._where
-        self._overheard.take()
-        self.trainee.step(self._number)
-        handed_over = self._overheard.take()
+        handed_over = self._handed_over()
         self.reference.step(self._number)
+        with self.trainee.full(), self.reference.full():
+            self._compare(handed_over)
+        if self.parallel is not None:
+            self.parallel.step(self._number)
+            pair = self.trainee.weights, self.parallel.weights
+            self._findings.all_same("ddp", *pair, self._where)
+        self._number += 1
+
+    def _handed_over(self) -> int:
+        """Bytes that a step hands over."""
+        overheard = self._overheard
+        overheard.take()
+        self.trainee.step(self._number)
+        if self._row.stage < 3:
+            return overheard.take()
+        # DeepSpeed compares the order of the layers, too.
+        heard = list(overheard.heard)
+        overheard.take()
+        self._told = [sent for name, sent in heard if name.startswith("all_gather")]
+        return sum(sent for name, sent in heard if name.startswith("reduce_scatter"))
+
+    def _compare(self, handed_over: int) -> None:
+        findings, where = self._findings, self._where
         findings.weights.append(self.trainee.digest)
         if self._row.stage == 0:
             findings.weights.append(_digest(self.trainee.inside.everything()))
-        findings.all_same(
-            "exact", self.trainee.values, self.reference.values, where, self._row.tolerance
-        )
+        values = self._heard(self.trainee.values), self._heard(self.reference.values)
+        findings.all_same("exact", *values, where, self._row.tolerance)
         for name in self._expected.frozen:
             here = ~self._expected.flags[name]
             weight = self.trainee.network.get_parameter(name)
@@ -133,13 +161,13 @@ class _Course:
                 faded = network.get_parameter(name)[~flag]
                 findings.expect("held", not bool(faded.any()), f"{where}: {name} is not 0")
         self._expect_bytes(handed_over, self._count())
-        if self.parallel is not None:
-            self.parallel.step(self._number)
-            findings.all_same("ddp", self.trainee.weights, self.parallel.weights, where)
-        self._number += 1
 
     def _compare_insides(self) -> None:
         """Masters and moments; what is frozen also against what it was on this side."""
+        with self.trainee.full(), self.reference.full():
+            self._compare_inside()
+
+    def _compare_inside(self) -> None:
         findings, where = self._findings, self._where
         mine, theirs = self.trainee.inside.everything(), self.reference.inside.everything()
         findings.all_same("exact", mine, theirs, f"{where}, inside", self._row.tolerance)
@@ -157,8 +185,7 @@ class _Course:
             return self._dense
         flags = self._expected.flags
         reduced = {name: flag.clone() for name, flag in flags.items()}
-        # A step after they have become zero channels are probed, then what reads them leaves.
-        unheard = self._expected.zero_at < self.trainee.num_steps - 1
+        unheard = self._unheard
         self._take_out_columns(reduced, unheard)
         network, moving = self.trainee.network, self._expected.lost & ~unheard
         fades = {
@@ -189,15 +216,55 @@ class _Course:
         stepped = self.trainee.model.was_step_applied()
         told = expected.gradients + expected.told * stepped
         compared = [("handed over", handed_over, told)]
+        self._gathers += sum(self._told)
         if stepped:
             said, whole = self._gradients + expected.share, self._dense_gradients + dense.share
-            compared.append(("said to be sent", traffic.sent_bytes, said))
+            if self._row.stage == 3:
+                said += self._gathers
+                self._gathers = 0
+                if self._row.persists:
+                    # A step ends with all weights: packed at once, otherwise one after the other.
+                    is_packed = self.engine.phase != "ticket" and bool(self._unheard.any())
+                    count = 1 if is_packed else len(list(self.trainee.network.parameters()))
+                    told_last = sum(self._told[-count:])
+                    compared.append(("told last", told_last, self._share_of_weights()))
+                whole = traffic.dense_bytes  # depends on what is gathered when
+            if self._row.stage < 3 or self._number:  # it looks for stray parameters in the first
+                compared.append(("said to be sent", traffic.sent_bytes, said))
             if self.engine.phase != "ticket" or self._row.style != "unmanaged":
                 compared.append(("said to be dense", traffic.dense_bytes, whole))
             self._gradients = self._dense_gradients = 0
         for what, actual, right in compared:
             what = f"{where}: {actual} bytes {what}, not {right}"
             self._findings.expect("bytes", actual == right, what)
+
+    def _share_of_weights(self) -> int:
+        """Bytes that a rank tells of all weights, in stage 3: not of channels that nobody hears."""
+        network, unheard = self.trainee.network, self._unheard
+        if self.engine.phase == "ticket":
+            whole = [torch.ones_like(p, dtype=torch.bool) for p in network.parameters()]
+            share = largest_share(self._row.world_size, whole)
+        else:
+            flags = live_flags(network, self.engine.groups, unheard, "coupled")
+            share = largest_share(self._row.world_size, list(flags.values()))
+        return share * self._row.dtype.itemsize
+
+    def _heard(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without statistics of channels that nobody hears: in stage 3 they have zeros for
+        filters."""
+        if self._row.stage == 3:
+            groups = self.engine.groups
+            for group, here in zip(groups, groups.split(self._unheard).values()):
+                for norm in group.norms:
+                    for what in ("running_mean", "running_var"):
+                        values[f"{norm.module}.{what}"][norm.positions[here].flatten()] = 0
+        return values
+
+    @property
+    def _unheard(self) -> Tensor:
+        """bool ``[num_channels]``: a step after they have become zero, channels are probed; then
+        what reads them leaves."""
+        return self._expected.zero_at < self.trainee.num_steps - 1
 
     # ---- the draw, and after ---------------------------------------------------------------------
 
@@ -206,11 +273,12 @@ class _Course:
         network, mask = trainee.network, engine.mask
         assert mask is not None
         with self._findings.of("draw"):
-            flags = live_flags(network, engine.groups, ~mask.keep, "coupled")
+            with trainee.full():
+                flags = live_flags(network, engine.groups, ~mask.keep, "coupled")
+                inside, weights = trainee.inside.everything(), trainee.values
+                silenced = live_flags(network, engine.groups, ~mask.keep, "norm")
             self._kept = {folded_name(name): flag for name, flag in flags.items()}
-            inside, weights = trainee.inside.everything(), trainee.values
             counters = {name: getattr(trainee.model, name) for name in _COUNTERS}
-            silenced = live_flags(network, engine.groups, ~mask.keep, "norm")
             num_steps, total = engine.step, engine.traffic.total_sent_bytes
 
             engine.draw(mask)
@@ -228,11 +296,12 @@ class _Course:
             expect("draw", engine.step == num_steps, f"{where}: {engine.step} steps")
             sent = engine.traffic.total_sent_bytes
             expect("draw", sent == total, f"{where}: {total} bytes in all became {sent}")
-            self._drawn, told = trainee.inside.everything(), trainee.inside.told()
+            with trainee.full():
+                self._drawn, told = trainee.inside.everything(), trainee.inside.told()
             self._findings.all_same("draw", {key: self._drawn[key] for key in told}, told, where)
             self._survivors(self._drawn, inside, where)
             plain = folded(weights)
-            for name, parameter in network.named_parameters():
+            for name, parameter in trainee.weights.items():
                 survived = plain[name][self._kept[name]].view_as(parameter)
                 self._findings.same("draw", parameter, survived, f"{where}: {name}")
             masked = network_of(row).to(row.dtype)
@@ -260,13 +329,12 @@ class _Course:
 
     def _step_after_draw(self) -> None:
         where = f"{self._where}, drawn"
-        self._overheard.take()
-        self.trainee.step(self._number)
-        handed_over = self._overheard.take()
+        handed_over = self._handed_over()
         self.reference.step(self._number)
         self._findings.weights.append(self.trainee.digest)
         row, groups = self._row, self.trainee.groups
-        self._expect_bytes(handed_over, dense_payload_of(row, groups, self.trainee.network))
+        with self.trainee.full():
+            self._expect_bytes(handed_over, dense_payload_of(row, groups, self.trainee.network))
         if self.parallel is not None:
             self.parallel.step(self._number)
             pair = self.trainee.weights, self.parallel.weights
@@ -276,7 +344,8 @@ class _Course:
     def _compare_after_draw(self) -> None:
         """If the dropped channels were zero, the masked network trains like the drawn one."""
         where, tolerance = f"{self._where}, trained on", _TRAINED_ON[self._row.precision]
-        mine, theirs = self.trainee.inside.everything(), self.reference.inside.everything()
+        with self.trainee.full(), self.reference.full():
+            mine, theirs = self.trainee.inside.everything(), self.reference.inside.everything()
         for name, parameter in self.trainee.network.named_parameters():
             sound = bool(mine[name].isfinite().all())
             moved = not parameter.requires_grad or not torch.equal(mine[name], self._drawn[name])

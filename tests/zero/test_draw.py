@@ -21,14 +21,14 @@ from tests.nets import Residual, random_images
 from tests.oracles import mask_dropping
 from tests.ranks import Outcome, Ranks
 from tests.resuming import differences
-from tests.zero.building import engine_around, settings_of
+from tests.zero.building import engine_around, settings_of, whole
 from worm_dist import BackendError, DrawError, WormConfig
 
 pytestmark = pytest.mark.slow("imports DeepSpeed on every rank, many times")
 
 Stage = tuple[int, str]
 
-_STAGES: tuple[Stage, ...] = ((0, "bf16"), (1, "bf16"), (2, "fp32"))
+_STAGES: tuple[Stage, ...] = ((0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
 _SCHEDULERS: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_max_lr": 0.1, "warmup_num_steps": 20, "warmup_type": "linear"},
     "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1, "cycle_first_step_size": 5},
@@ -41,6 +41,7 @@ class Training:
 
     def __init__(self, stage: int, precision: str, attached: bool = True, **settings: Any) -> None:
         torch.manual_seed(0)
+        self.stage = stage
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         scheduler: Callable[..., Any] | None = settings.pop("client_scheduler", None)
         if precision == "bf16":
@@ -78,7 +79,8 @@ class Training:
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([p.detach().float().flatten() for p in self.network.parameters()])
+        with whole(self.model, self.network):
+            return torch.cat([p.detach().float().flatten() for p in self.network.parameters()])
 
 
 def _rates(stage: int, precision: str, **settings: Any) -> list[Any]:
@@ -244,7 +246,8 @@ def _outcome(training: Training) -> dict[str, Any]:
         "phase": training.engine.phase.value,
         "rates": training.model.get_lr(),
         "steps": training.model.global_steps,
-        "sent": training.engine.traffic.total_sent_bytes,
+        # In stage 3 to look at the weights releases some, which are gathered once more.
+        "sent": training.engine.traffic.total_sent_bytes if training.stage < 3 else None,
     }
 
 
@@ -253,7 +256,7 @@ def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
         (stage, precision): {
             "schedules": _schedules(stage, precision),
             "checkpoints": _checkpoints(stage, precision, f"{folder}/{stage}/checkpoints"),
-            "average": _average(stage, precision),
+            "average": _average(stage, precision) if stage < 3 else None,
             "events": _events(stage, precision, f"{folder}/{stage}/events"),
             "between passes": _between_passes(stage, precision),
             "changed batch": _changed_batch(stage, precision),
@@ -297,6 +300,8 @@ def test_a_checkpoint_of_deepspeeds_can_be_returned_to(
 
 def test_an_averaged_copy_follows(everyone: list[dict[str, Any]]) -> None:
     for seen in everyone:
+        if seen["average"] is None:
+            pytest.skip("in stage 3 a rank has no whole weights to average")
         averaged, expected = seen["average"]
         torch.testing.assert_close(averaged, expected, rtol=0.02, atol=0.002)
 

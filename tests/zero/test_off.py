@@ -12,13 +12,13 @@ from torch.optim import SGD
 import worm_dist
 from tests.nets import Residual, random_images
 from tests.ranks import Ranks
-from tests.zero.building import engine_around, settings_of
+from tests.zero.building import engine_around, settings_of, whole
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
 
 pytestmark = pytest.mark.slow("imports DeepSpeed on every rank")
 
-_WAYS = ((0, 2), (1, 2), (2, 1), (2, 2))
+_WAYS = ((0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2))
 """Stage, and passes a step."""
 
 
@@ -34,7 +34,8 @@ def _step(model: Any, passes: int) -> list[Tensor]:
     for number in range(passes):
         model.backward(model(random_images(4, seed=number)).square().mean())
         model.step()
-    return [p.detach().clone() for p in model.module.parameters()]
+    with whole(model, model.module):
+        return [p.detach().clone() for p in model.module.parameters()]
 
 
 def _two_steps(overheard: Overheard, stage: int, passes: int) -> list[tuple[bool, int, int, int]]:
@@ -85,4 +86,6 @@ def test_nothing_is_changed_and_everything_counted(
     for seen in everyone:
         for equal, handed_over, sent, dense in seen[way]:
             assert equal
-            assert handed_over == sent == dense
+            assert sent == dense
+            # In stage 3 the first steps compare the order of the layers, too.
+            assert handed_over == sent or way[0] == 3

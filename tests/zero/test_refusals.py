@@ -1,6 +1,6 @@
 """What cannot be exact under DeepSpeed is refused by name when an engine is attached.
 
-The engines are real ones, built on the CPU, save three that this machine cannot have: fp16, for
+The engines are real ones, built on the CPU, save those that this machine cannot have: fp16, for
 which the accelerator is told that it could; tensor parallelism, for which there is a placeholder of
 one rank; and 1-bit Adam, which DeepSpeed 0.19.6 no longer has: there a class in a module of that
 name.
@@ -128,6 +128,8 @@ class Case:
         arguments: for ``deepspeed.initialize``.
         config: of the attached engine.
         around: in which the engine is built.
+        found: settings of ``zero_optimization`` that this machine cannot have, written into the
+            engine's.
     """
 
     says: str
@@ -138,10 +140,10 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     around: Callable[[], Any] | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES: Mapping[str, Case] = {
-    "stage 3": Case("ZeRO stage 3 partitions the weights themselves", 3),
     "optimizer offload": Case(
         "optimizer offload keeps gradients on the CPU",
         2,
@@ -172,6 +174,38 @@ CASES: Mapping[str, Case] = {
         2,
         {"zero_optimization": {"zero_quantized_gradients": True}},
     ),
+    "parameter offload": Case(
+        "parameter offload moves the weights away; turn it off",
+        3,
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+    ),
+    "stage 3, all-reduce": Case(
+        "reduce_scatter false takes another path to the reduction; leave it true",
+        3,
+        {"zero_optimization": {"reduce_scatter": False}},
+    ),
+    "stage 3, sums for gathers": Case(
+        "use_all_reduce_for_fetch_params gathers weights by sums; turn it off",
+        3,
+        {"zero_optimization": {"use_all_reduce_for_fetch_params": True}},
+    ),
+    "stage 3, quantized weights": Case(
+        "turn zero_quantized_weights and zero_quantized_nontrainable_weights off",
+        3,
+        found={"zero_quantized_weights": True},
+    ),
+    "stage 3, quantized gradients": Case(
+        "turn zero_quantized_gradients off", 3, found={"zero_quantized_gradients": True}
+    ),
+    "stage 3, second copies": Case(
+        "zero_hpz_partition_size keeps second copies of the weights",
+        3,
+        found={"zero_hpz_partition_size": 2},
+    ),
+    "stage 3, zenflow": Case(
+        "zenflow steps some channels on their own; turn it off", 3, found={"zenflow": object()}
+    ),
+    "stage 3, Adagrad": Case("replaces a given Adagrad by its own", 3, optimizer=_adagrad),
     "pipeline": Case("pipeline parallelism splits the network into stages", network=_pipeline),
     "complex": Case("complex parameters have not been proved exact", 0, network=Complex),
     "sparse": Case(
@@ -228,7 +262,9 @@ def _build(case: Case) -> Any:
     network = case.network()
     optimizer = None if case.optimizer is None else case.optimizer(network)
     settings = copy.deepcopy(settings_of(case.stage, **case.settings))
-    return engine_around(network, optimizer, settings, **case.arguments)
+    engine = engine_around(network, optimizer, settings, **case.arguments)
+    vars(engine._config.zero_config).update(case.found)
+    return engine
 
 
 def _sayings() -> dict[str, str]:
@@ -247,7 +283,7 @@ def _sayings() -> dict[str, str]:
 
 def _sayings_of_others() -> dict[str, str]:
     import deepspeed
-    from deepspeed.runtime.zero import stage_1_and_2
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     engine = _build(Case(""))
     said = {"other optimizer": _attach(engine, _sgd(Residual()))}
@@ -266,6 +302,10 @@ def _sayings_of_others() -> dict[str, str]:
     stage_1_and_2.all_gather_dp_groups = lambda groups: None
     said["changed gather"] = _attach(engine)
     stage_1_and_2.all_gather_dp_groups = gather
+    scatter = stage3.reduce_scatter_coalesced
+    stage3.reduce_scatter_coalesced = lambda tensors: []
+    said["changed scatter"] = _attach(engine)
+    stage3.reduce_scatter_coalesced = scatter
 
     said["nothing"] = _attach(engine, engine.optimizer)
     return said
@@ -282,6 +322,7 @@ OTHERS = {
     "changed signature": _CHANGED.format("DeepSpeedZeroOptimizer.average_tensor"),
     "missing point": _CHANGED.format("DeepSpeedZeroOptimizer.average_tensor"),
     "changed gather": _CHANGED.format("stage_1_and_2.all_gather_dp_groups"),
+    "changed scatter": _CHANGED.format("stage3.reduce_scatter_coalesced"),
     "nothing": "",
 }
 

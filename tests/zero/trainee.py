@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.nets import random_images, randomise
 from tests.oracles import folded_name, is_gate
-from tests.zero.building import engine_around
+from tests.zero.building import engine_around, whole
 from tests.zero.inside import Inside
 from tests.zero.row import Row
 
@@ -49,6 +50,7 @@ class Trainee:
         ]
         self.model: Any = self._wrapped(optimizer)
         self.num_steps = 0
+        self._is_full = False
 
     def _wrapped(self, optimizer: Any) -> Any:
         return engine_around(self.network, optimizer, self._row.all_settings)
@@ -88,6 +90,17 @@ class Trainee:
             loss = loss * torch.inf
         return loss
 
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """In stage 3 the network's parameters are whole meanwhile.  Collective; may be nested."""
+        if self._is_full:
+            yield
+            return
+        with whole(self.model, self.network):
+            self._is_full = True
+            yield
+            self._is_full = False
+
     @property
     def inside(self) -> Inside:
         return Inside(self.model, self.network)
@@ -95,12 +108,14 @@ class Trainee:
     @property
     def values(self) -> dict[str, Tensor]:
         """Copies of parameters and buffers."""
-        return {name: value.clone() for name, value in self.network.state_dict().items()}
+        with self.full():
+            return {name: value.clone() for name, value in self.network.state_dict().items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """Copies of parameters alone; statistics are each rank's own under DeepSpeed."""
-        return {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        with self.full():
+            return {name: p.detach().clone() for name, p in self.network.named_parameters()}
 
     @property
     def digest(self) -> str:

@@ -77,6 +77,10 @@ class Backend(Protocol):
             parameters: parameters of the network, the same on every rank.
         """
 
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """Let a loss of the pass under way depend on these parameters; collective where weights are
+        sharded."""
+
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Refuse settings that this backend does not support.
 

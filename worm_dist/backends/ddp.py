@@ -62,6 +62,9 @@ class DdpBackend:
         """The network itself; see ``Backend``."""
         return nullcontext(self.network)
 
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """Do nothing: they are; see ``Backend``."""
+
     def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The parameters' own values; see ``Backend``."""
         return [parameter.detach() for parameter in parameters]

@@ -15,10 +15,15 @@ from torch import Tensor
 from ..comm_hooks.patching import Patch
 from .optimizer_view import Handle, OptimizerView, Owners, Shard
 
-__all__ = ["CopyingOptimizerView", "PartitionedOptimizerView", "partition_shards"]
+__all__ = [
+    "CopyingOptimizerView",
+    "PartitionedOptimizerView",
+    "WrappedOptimizerView",
+    "partition_shards",
+]
 
 
-class _WrappedOptimizerView(OptimizerView):
+class WrappedOptimizerView(OptimizerView):
     """View of the torch optimizer in a DeepSpeed wrapper, which may skip a step, step once per
     parameter group, or step once to initialise its state."""
 
@@ -50,7 +55,7 @@ class _WrappedOptimizerView(OptimizerView):
         return None
 
 
-class CopyingOptimizerView(_WrappedOptimizerView):
+class CopyingOptimizerView(WrappedOptimizerView):
     """View of DeepSpeed's ``FP16_UnfusedOptimizer``: every rank steps a copy of every parameter."""
 
     def __init__(self, wrapper: Any) -> None:
@@ -74,7 +79,7 @@ class CopyingOptimizerView(_WrappedOptimizerView):
         return (Shard(stepped, 0, stepped, 0),)
 
 
-class PartitionedOptimizerView(_WrappedOptimizerView):
+class PartitionedOptimizerView(WrappedOptimizerView):
     """View of DeepSpeed's ``DeepSpeedZeroOptimizer``: every rank steps its partition of every
     parameter group."""
 

@@ -99,6 +99,9 @@ class FsdpBackend:
             if not self._is_released:
                 self._sharding.put_on()
 
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """Do nothing: torch's own operations gather them; see ``Backend``."""
+
     def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """See ``Backend``; in float32."""
         flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)

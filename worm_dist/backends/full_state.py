@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.byte_streams import memory_of
 from ..distributed.collectives import Communicator
 from ..distributed.sharded import is_first_replica
 from ..errors import CheckpointError
+from ..groups.full_shape import full_shape
 from .optimizer_view import OptimizerView, Shard
 
 __all__ = [
+    "VALUE",
     "FullParamState",
     "allocate_state",
     "bits_of",
@@ -32,8 +33,7 @@ __all__ = [
     "split_state",
 ]
 
-
-_VALUE = "the weights themselves"
+VALUE = "the weights themselves"
 """Key of the stepped values; moments have the optimizer's own keys."""
 
 
@@ -119,7 +119,7 @@ def local_shards(view: OptimizerView, comm: Communicator) -> dict[Tensor, FullPa
             for shard in view.shards(parameter)
             if is_first_replica(parameter)
         ]
-        shape = parameter.shape
+        shape = full_shape(parameter)
         values = LocalShards(
             shape, view.owner(parameter).dtype, [(begin, value) for begin, value, _ in shards]
         )
@@ -137,7 +137,7 @@ def _full(
     sharded = {
         (parameter, key): tensor
         for parameter, state in found.items()
-        for key, tensor in {_VALUE: state.value, **state.moments}.items()
+        for key, tensor in {VALUE: state.value, **state.moments}.items()
         if isinstance(tensor, LocalShards)
     }
     full = gather_shards(list(sharded.values()), comm)
@@ -146,7 +146,7 @@ def _full(
     tensors = dict(zip(sharded, full, strict=True))
     return {
         parameter: FullParamState(
-            tensors.get((parameter, _VALUE)),
+            tensors.get((parameter, VALUE)),
             {key: tensors[parameter, key] for key in state.moments},
             state.per_param,
         )
@@ -183,7 +183,11 @@ def gather_shards(sharded: Sequence[LocalShards], comm: Communicator) -> list[Te
         return [memory_of(full[n].view(-1)[begin : begin + length]) for n, begin, length in table]
 
     comm.gather_streams(stream, places)
-    return full if is_zero else None
+    if not is_zero:
+        return None
+    num_elements = sum(int(table.view(torch.int64).view(-1, 3)[:, 2].sum()) for table in tables)
+    assert num_elements >= sum(tensor.numel() for tensor in full)
+    return full
 
 
 @torch.no_grad()
@@ -204,7 +208,7 @@ def scatter_full_state(view: OptimizerView, full_states: Mapping[Tensor, FullPar
             if full_state.value is not None:
                 shard.value.copy_(part_of(full_state.value, shard))
             elif view.copies:
-                shard.value.copy_(part_of(parameter.detach(), shard))
+                shard.value.copy_(view.weights(parameter, shard))
             moments = view.moments(shard)
             for key, full in full_state.moments.items():
                 moments[key].copy_(part_of(full, shard))
@@ -229,7 +233,7 @@ def allocate_state(
     owner = view.owner(parameter)
     state = view.optimizer.state[owner]
     for key, value in others.items():
-        state[key] = _placed(key, value, owner, view.optimizer)
+        state[key] = _placed(key, value, owner, view)
     for key, dtype in dtypes.items():
         if not _is_per_element(state.get(key), view, parameter):
             state[key] = torch.zeros_like(owner, dtype=dtype)
@@ -258,7 +262,7 @@ def _differs(view: OptimizerView, parameter: Tensor, shard: Shard) -> bool:
     """Whether stepped values have other bits than their parameter."""
     if not view.copies:
         return False
-    value, part = shard.value, part_of(parameter.detach(), shard)
+    value, part = shard.value, view.weights(parameter, shard)
     return value.dtype != part.dtype or not torch.equal(bits_of(value), bits_of(part))
 
 
@@ -268,14 +272,12 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(integers.get(tensor.element_size(), tensor.dtype))
 
 
-def _placed(key: str, value: object, owner: Tensor, optimizer: Optimizer) -> object:
+def _placed(key: str, value: object, owner: Tensor, view: OptimizerView) -> object:
     """A copy on the device where torch keeps this state: the step count is on the CPU unless the
     optimizer is capturable or fused."""
     if not isinstance(value, Tensor):
         return value
-    options = next(
-        group for group in optimizer.param_groups if any(p is owner for p in group["params"])
-    )
+    options = view.options(owner)
     on_device = key != "step" or options.get("capturable") or options.get("fused")
     return value.to(owner.device if on_device else "cpu", copy=True)
 

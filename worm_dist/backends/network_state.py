@@ -1,5 +1,5 @@
 """Network state: weights and buffers by name, of which each rank has its rows where weights are
-sharded (DTensors)."""
+sharded (DTensors, ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ..checkpoint.sharded_tensor import AnyTensor, LocalShards, StoredTensor
 from ..distributed.collectives import Communicator
 from ..distributed.sharded import is_first_replica
 from ..errors import CheckpointError
+from ..groups.full_shape import full_shape
 from .fsdp_optimizer import local_part
 from .full_state import gather_shards
+from .zero3_weights import release, zero3_part
 
 __all__ = ["full_network_state", "load_network_state", "network_state"]
 
@@ -24,7 +26,7 @@ def network_state(network: nn.Module) -> dict[str, Tensor | LocalShards]:
 
     The tensors are the live ones, not copies.
     """
-    return {name: _local(tensor) for name, tensor in network.state_dict().items()}
+    return {name: _local(tensor) for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
 def full_network_state(
@@ -57,14 +59,18 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor | StoredTe
         CheckpointError: the checkpoint cannot be read, or has NaN or infinite elements.
     """
     plain = {}
-    own = network.state_dict()
+    own = network.state_dict(keep_vars=True)
     for name, tensor in state.items():
         here = own[name]
-        if isinstance(here, DTensor):
+        if hasattr(here, "ds_shape"):
+            elements, begin = zero3_part(here)
+            elements.copy_(_range(tensor, begin, elements.numel()))
+            release(here)
+        elif isinstance(here, DTensor):
             elements, begin = local_part(here)
             elements.copy_(_range(tensor, begin, elements.numel()).view(elements.shape))
         else:
-            plain[name] = _range(tensor, 0, own[name].numel()).view(own[name].shape)
+            plain[name] = _range(tensor, 0, here.numel()).view(here.shape)
     missing = network.load_state_dict(plain, strict=False).missing_keys
     assert set(missing) == state.keys() - plain.keys()
 
@@ -80,8 +86,11 @@ def _range(tensor: AnyTensor, begin: int, length: int) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor | LocalShards:
+    if hasattr(tensor, "ds_shape"):
+        part, first = zero3_part(tensor)
+        return LocalShards(full_shape(tensor), tensor.dtype, [(first, part)] if len(part) else [])
     if not isinstance(tensor, DTensor):
-        return tensor
+        return tensor.detach()
     elements, begin = local_part(tensor)
     is_saved = elements.numel() and is_first_replica(tensor)
     return LocalShards(tensor.shape, tensor.dtype, [(begin, elements)] if is_saved else [])

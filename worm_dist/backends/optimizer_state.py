@@ -16,6 +16,7 @@ from ..checkpoint.sharded_tensor import SavedTensor, StoredTensor
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
+from ..groups.full_shape import full_shape
 from ..schema import Count, Schema, first_problem
 from .full_state import FullParamState, gather, local_shards, scatter_full_state
 from .optimizer_view import OptimizerView
@@ -163,7 +164,7 @@ class OptimizerState:
         if groups != self._groups:
             yield "groups: the optimizer's parameter groups differ from the saved ones"
         for name, parameter in state.parameters.items():
-            shape = self._parameters[name].shape
+            shape = full_shape(self._parameters[name])
             tensors = {"value": parameter.value, **parameter.moments}
             for key, tensor in tensors.items():
                 if tensor is not None and tensor.shape != shape:

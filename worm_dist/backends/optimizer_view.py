@@ -99,6 +99,18 @@ class OptimizerView:
         """The tensor under which the optimizer keeps this parameter's state."""
         return parameter
 
+    def options(self, owner: Tensor) -> dict[str, Any]:
+        """The options of the parameter group of an owner."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return next(group for group in groups if any(p is owner for p in group["params"]))
+
+    def weights(self, parameter: Tensor, shard: Shard) -> Tensor:
+        """A shard's elements of the parameter itself, of the shape of its value."""
+        value = parameter.detach()
+        if shard.value.shape == value.shape:
+            return value
+        return value.reshape(-1)[shard.begin :][: shard.value.numel()]
+
     def shards(self, parameter: Tensor) -> Sequence[Shard]:
         """The shards of a parameter that this rank steps."""
         return (Shard(parameter, 0, parameter, 0),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.contract import _get_registry
@@ -14,6 +16,7 @@ from .deepspeed import DeepSpeedBackend, is_deepspeed
 from .fsdp import FsdpBackend
 from .fsdp_sharding import is_fully_sharded
 from .single_process import SingleProcess
+from .zero3 import Zero3Backend
 
 __all__ = ["backend_of"]
 
@@ -40,7 +43,7 @@ def backend_of(model: nn.Module) -> Backend:
             wrapper or DeepSpeed engine.
     """
     if is_deepspeed(model):
-        return DeepSpeedBackend(model)
+        return _deepspeed(model)
     if is_fully_sharded(not_compiled(model)):
         return FsdpBackend(model)
     _require_not_sharded(model)
@@ -58,6 +61,10 @@ def backend_of(model: nn.Module) -> Backend:
             "fully_shard, or give it to deepspeed.initialize, first"
         )
     return SingleProcess(model)
+
+
+def _deepspeed(model: Any) -> Backend:
+    return Zero3Backend(model) if model.zero_optimization_stage() == 3 else DeepSpeedBackend(model)
 
 
 def _require_not_sharded(model: nn.Module) -> None:

@@ -59,7 +59,7 @@ def hiccup(workload: Workload) -> Panel:
         setting={
             "network": link.network,
             "rounds": len(rounds),
-            "network checked": f"{workload.checked_model}, 2 images a rank",
+            "network checked": f"{workload.checked_model}, {workload.images} images a rank",
         },
         figures={f"{_START}, in other checks": _ratio(rounds, _START, _CHECK)},
     )

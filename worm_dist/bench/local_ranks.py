@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-__all__ = ["on_ranks", "one_rank"]
+__all__ = ["on_ranks", "one_rank", "process_context"]
 
 Value = TypeVar("Value")
 
@@ -37,7 +37,7 @@ def on_ranks(number: int, function: Callable[..., Value], *arguments: object) ->
         store = Path(folder) / "store"
         if number == 1:
             return _on_rank(0, 1, store, function, arguments)
-        with ProcessPoolExecutor(number, _context()) as pool:
+        with ProcessPoolExecutor(number, process_context()) as pool:
             ranks = [
                 pool.submit(_on_rank, rank, number, store, function, arguments)
                 for rank in range(number)
@@ -46,7 +46,7 @@ def on_ranks(number: int, function: Callable[..., Value], *arguments: object) ->
             return values[0]
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def process_context() -> multiprocessing.context.BaseContext:
     """Processes that are copies of one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     # What is not installed is passed over; the data set of the digits is a part of scikit-learn.

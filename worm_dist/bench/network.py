@@ -14,7 +14,14 @@ import torch.distributed as dist
 from ..distributed.init import RankInfo, process_group
 from ..errors import BackendError
 
-__all__ = ["Link", "over_ranks", "rate_text", "several_ranks", "two_ranks"]
+__all__ = [
+    "Link",
+    "num_collectives",
+    "over_ranks",
+    "rate_text",
+    "several_ranks",
+    "two_ranks",
+]
 
 _TIMEOUT = 120.0
 _LOOPBACK = "lo"
@@ -134,3 +141,9 @@ def over_ranks(values: list[list[float]], op: dist.ReduceOp.RedOpType) -> list[l
     reduced = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(reduced, op=op)
     return [[float(value) for value in row] for row in reduced]
+
+
+def num_collectives(group: dist.ProcessGroup) -> int:
+    """Collectives of a group so far: its sequence number, which torch's debug mode compares across
+    ranks."""
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from ..config import TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine
 from ..models import build_model
-from .network import Link, over_ranks
+from .network import Link, num_collectives, over_ranks
 from .results import Panel, Spread, rows
 from .step import seconds_of
 from .variants import DDP, Batch, Step, Variant, dense, training
@@ -83,9 +83,9 @@ def _check(workload: Workload) -> dict[str, float]:
     images = torch.randn(1, 3, 32, 32)
     config = WormConfig(truncation=TruncationConfig(mode="off"))
     engine = attach(model, optimizer, config, example_inputs=images, steps_per_epoch=1)
-    before = _num_collectives(model.process_group)
+    before = num_collectives(model.process_group)
     engine.check()
-    collectives = _num_collectives(model.process_group) - before
+    collectives = num_collectives(model.process_group) - before
     seconds = [_seconds_of_check(engine) for _ in range(_CHECKS)]
     ((*slowest,),) = over_ranks([seconds], dist.ReduceOp.MAX)
     return {
@@ -95,11 +95,6 @@ def _check(workload: Workload) -> dict[str, float]:
         "check, median (ms)": 1000 * Spread.of(slowest).median,
         "check, third quartile (ms)": 1000 * Spread.of(slowest).high,
     }
-
-
-def _num_collectives(group: dist.ProcessGroup) -> int:
-    """gloo's sequence number of collectives, which torch's debug mode compares across ranks."""
-    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
 
 
 def _seconds_of_check(engine: Engine) -> float:

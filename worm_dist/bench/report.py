@@ -18,7 +18,7 @@ from .results import Panel, Spread
 __all__ = ["read_panels", "show", "write_panels"]
 
 _FILE = "bench.json"
-_KINDS = ("wire", "step", "overhead", "hiccup", "zero", "checkpoint")
+_KINDS = ("wire", "step", "packing", "overhead", "hiccup", "zero", "checkpoint", "compute")
 
 
 def read_panels(folder: Path) -> list[Panel]:
@@ -69,18 +69,21 @@ def show(panel: Panel, file: TextIO | None = None) -> None:
 def _table(panel: Panel) -> Table:
     table = Table(title=panel.title, title_justify="left", box=None, pad_edge=False)
     table.add_column("variant", no_wrap=True)
+    has_processor = any(row.processor is not None for row in panel.rows)
     for heading in (
         panel.unit,
         "quartiles",
         f"to {panel.rows[0].name}",
         "quartiles",
+        *["processor"] * has_processor,
         "handed over",
         "ideal",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in panel.rows:
+        processor = () if row.processor is None else (f"{row.processor.median:.3f}",)
         shares = ("-" if s is None else f"{s:.3f}" for s in (row.sent_share, row.ideal))
-        table.add_row(row.name, *_cells(row.value), *_cells(row.ratio), *shares)
+        table.add_row(row.name, *_cells(row.value), *_cells(row.ratio), *processor, *shares)
     return table
 
 

@@ -38,6 +38,8 @@ class Row:
         sent_share: bytes passed to collectives as a fraction of the gradients' bytes; None if
             unknown.
         ideal: smallest possible fraction; None if not defined.
+        processor: processor time divided by that of the first variant in the same round, the time
+            of all ranks and threads; None if it was not measured.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Row:
     ratio: Spread
     sent_share: float | None
     ideal: float | None
+    processor: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Panel:
     def lines(self) -> list[str]:
         """The additional figures as lines of text."""
         return [
-            f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}"
+            f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {_number(value)}"
             for name, value in self.figures.items()
         ]
 
@@ -86,27 +89,47 @@ class Panel:
             KeyError, TypeError: the content has another format.
         """
         rows = tuple(
-            Row(**{**row, "value": Spread(**row["value"]), "ratio": Spread(**row["ratio"])})
-            for row in content["rows"]
+            Row(**{key: _from_json(value) for key, value in row.items()}) for row in content["rows"]
         )
         return cls(**{**content, "rows": rows})
 
 
-def rows(variants: Sequence[Variant], values: Sequence[Sequence[float]]) -> tuple[Row, ...]:
+def rows(
+    variants: Sequence[Variant],
+    values: Sequence[Sequence[float]],
+    processor_seconds: Sequence[Sequence[float]] | None = None,
+) -> tuple[Row, ...]:
     """Build the rows of a panel.
 
     Args:
         variants: the variants, with the baseline first.
         values: measured values of each variant, one per round.
+        processor_seconds: processor time of each variant, one per round.
     """
+    processor: Sequence[Spread | None] = [None] * len(variants)
+    if processor_seconds is not None:
+        processor = [_ratio(own, processor_seconds[0]) for own in processor_seconds]
     return tuple(
         Row(
             variant.name,
             Spread.of(own_values),
-            # Ratios within a round, as a busy machine slows all variants of a round.
-            Spread.of([value / first for value, first in zip(own_values, values[0], strict=True)]),
+            _ratio(own_values, values[0]),
             variant.sent_share(),
             variant.ideal,
+            own_processor,
         )
-        for variant, own_values in zip(variants, values, strict=True)
+        for variant, own_values, own_processor in zip(variants, values, processor, strict=True)
     )
+
+
+def _ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """Ratios within a round, as a busy machine slows all variants of a round."""
+    return Spread.of([value / first for value, first in zip(values, baseline, strict=True)])
+
+
+def _from_json(value: Any) -> Any:
+    return Spread(**value) if isinstance(value, Mapping) else value
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"

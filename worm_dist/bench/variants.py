@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
+    fp16_compress_hook,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
@@ -20,8 +24,10 @@ from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask
 from ..interval import Interval
 from .hooks import bf16_hook, power_sgd_hook
+from .whole_buckets import send_whole
 
 __all__ = [
+    "AT_ONCE",
     "DDP",
     "HALF",
     "REMARKS",
@@ -30,6 +36,7 @@ __all__ = [
     "Step",
     "Variant",
     "dense",
+    "packed_and_whole",
     "training",
     "uniform_mask",
     "variants",
@@ -57,13 +64,14 @@ REMARKS = {
 """Remarks on the variants, for the readers of the figures."""
 
 Batch = tuple[Tensor, Tensor]
-"""Images ``[n, 3, 32, 32]`` and labels ``[n]``."""
+"""Images ``[n, 3, height, width]`` and labels ``[n]``."""
 
 Step = Callable[[], object]
 """Takes a training step: forward, backward, all-reduce, optimizer.  Collective."""
 
 
-_AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+AT_ONCE = RemovalConfig(duration=Interval(1, "ba"), fade_steps=1)
+"""Removal in which all frozen channels are zero after a step."""
 
 
 @dataclass(frozen=True)
@@ -104,55 +112,100 @@ def dense(model: nn.Module, optimizer: Optimizer, batch: Batch) -> Step:
     return step
 
 
-def variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]:
-    """Yield all variants, plain DDP first."""
-    model, optimizer = training(build)
-    yield Variant(DDP, dense(model, optimizer, batch), lambda: 1.0, 1.0)
-
-    model, optimizer = training(build)
-    model.register_comm_hook(None, fp16_compress_hook)
-    yield Variant("fp16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
-
-    model, optimizer = training(build)
-    model.register_comm_hook(None, bf16_hook)
-    yield Variant("bf16 hook", dense(model, optimizer, batch), lambda: 0.5, 0.5)
-
-    for rank in (1, 4):
-        model, optimizer = training(build)
-        state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
-        model.register_comm_hook(state, power_sgd_hook)
-        name = f"PowerSGD rank {rank}"
-        yield Variant(name, dense(model, optimizer, batch), lambda: None, None)
-
-    for share in LIVE_SHARES:
-        yield _worm(build, batch, share)
-        yield _worm(build, batch, share, compression="bf16")
-    yield _worm(build, batch, HALF, fades=True)
-    yield _worm(build, batch, HALF, fades=True, compression="bf16")
-    yield _worm(build, batch, HALF, compression="powersgd")
-
-
-def _worm(
-    build: Callable[[], nn.Module],
-    batch: Batch,
-    share: float,
-    *,
-    fades: bool = False,
-    compression: Literal["none", "bf16", "powersgd"] = "none",
-) -> Variant:
-    """Variant of worm_dist's engine with a share of every group's channels live.
+def variants(
+    build: Callable[[], nn.Module], batch: Batch, wants: Callable[[str], bool] = lambda name: True
+) -> Iterator[Variant]:
+    """Yield the variants that are wanted, plain DDP first.
 
     Args:
         build: builds the network.
         batch: the batch of every step.
-        share: share of live channels, 0 to 1.
+        wants: whether a variant of this name is to be built.
+    """
+    makers = {DDP: partial(_ddp, DDP, build, batch)}
+    for hook in (fp16_compress_hook, bf16_hook):
+        name = f"{hook.__name__[:4]} hook"
+        makers[name] = partial(_hooked, name, build, batch, None, hook, 0.5)
+    for rank in (1, 4):
+        name = f"PowerSGD rank {rank}"
+        state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+        makers[name] = partial(_hooked, name, build, batch, state, power_sgd_hook, None)
+    kinds = [Kind(share, compression=c) for share in LIVE_SHARES for c in ("none", "bf16")]
+    kinds += [Kind(HALF, fades=True), Kind(HALF, fades=True, compression="bf16")]
+    for kind in (*kinds, Kind(HALF, compression="powersgd")):
+        makers[kind.name] = partial(_worm, build, batch, kind)
+    yield from (make() for name, make in makers.items() if wants(name))
+
+
+def packed_and_whole(
+    build: Callable[[], nn.Module], batch: Batch, wants: Callable[[str], bool] = lambda name: True
+) -> Iterator[Variant]:
+    """Yield plain DDP, twice, and with a hook in Python that averages as DDP itself does; then
+    buckets that are packed, and the same sent whole, with zeros in their frozen slices.  The
+    arguments are those of ``variants``."""
+    again, hook = f"{DDP} again", "hook in Python"
+    makers = {name: partial(_ddp, name, build, batch) for name in (DDP, again)}
+    makers[hook] = partial(_hooked, hook, build, batch, None, allreduce_hook, 1.0)
+    for share, fades in ((0.75, False), (HALF, False), (HALF, True)):
+        for whole in (False, True):
+            kind = Kind(share, fades=fades, whole=whole)
+            makers[kind.name] = partial(_worm, build, batch, kind)
+    yield from (make() for name, make in makers.items() if wants(name))
+
+
+def _ddp(name: str, build: Callable[[], nn.Module], batch: Batch) -> Variant:
+    return Variant(name, dense(*training(build), batch), lambda: 1.0, 1.0)
+
+
+def _hooked(
+    name: str,
+    build: Callable[[], nn.Module],
+    batch: Batch,
+    state: object,
+    hook: Callable[..., object],
+    share: float | None,
+) -> Variant:
+    model, optimizer = training(build)
+    model.register_comm_hook(state, hook)
+    return Variant(name, dense(model, optimizer, batch), lambda: share, share)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a variant of worm_dist's engine does.
+
+    Attributes:
+        share: share of every group's channels that is live, 0 to 1.
         fades: True if the frozen channels have faded, False if they are held.
+        whole: True to send whole buckets, not packed ones.
         compression: the setting ``truncation.compression``.
     """
+
+    share: float
+    fades: bool = False
+    whole: bool = False
+    compression: Literal["none", "bf16", "powersgd"] = "none"
+
+    @property
+    def name(self) -> str:
+        suffix = {"none": "", "bf16": " bf16", "powersgd": " PowerSGD"}[self.compression]
+        faded = " faded" if self.fades else ""
+        return f"worm {100 * self.share:.0f} %{faded}{suffix}{' whole' if self.whole else ''}"
+
+
+def _worm(build: Callable[[], nn.Module], batch: Batch, kind: Kind) -> Variant:
+    """Variant of worm_dist's engine.
+
+    Args:
+        build: builds the network.
+        batch: the batch of every step.
+        kind: what it does.
+    """
+    compression = kind.compression
     model, optimizer = training(build)
     truncation = (
-        TruncationConfig(removal=_AT_ONCE, compression=compression)
-        if fades
+        TruncationConfig(removal=AT_ONCE, compression=compression)
+        if kind.fades
         else TruncationConfig(frozen_weights="hold", compression=compression)
     )
     engine = attach(
@@ -162,16 +215,18 @@ def _worm(
         example_inputs=batch[0][:1],
         steps_per_epoch=1,
     )
-    mask = uniform_mask(engine.groups, share)
+    mask = uniform_mask(engine.groups, kind.share)
     engine.truncate(mask)
     # The columns that read a faded channel need not be sent either.
-    scope: Literal["coupled", "producer"] = "coupled" if fades else "producer"
+    scope: Literal["coupled", "producer"] = "coupled" if kind.fades else "producer"
     plan = FreezePlan(model.module, engine.groups, ~mask.keep, scope)
     live = plan.live_fraction(list(model.module.parameters()))
     ideal = {"none": live, "bf16": live / 2}.get(compression)
-    suffix = {"none": "", "bf16": " bf16", "powersgd": " PowerSGD"}[compression]
+    if kind.whole:
+        send_whole(engine)
+        ideal = 1.0
     return Variant(
-        f"worm {100 * share:.0f} %{' faded' if fades else ''}{suffix}",
+        kind.name,
         dense(engine.model, engine.optimizer, batch),
         lambda: engine.traffic.sent_bytes / engine.traffic.dense_bytes,
         ideal,

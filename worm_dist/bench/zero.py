@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,21 +13,26 @@ from torch.optim import SGD
 from ..config import TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine
+from ..groups.channel_groups import Groups
+from ..groups.mask import Mask
 from ..training.parallelize import deepspeed_module
 from .results import Panel
-from .variants import HALF, Batch, Step, Variant, uniform_mask
+from .variants import AT_ONCE, HALF, Batch, Step, Variant, uniform_mask
 from .wire import bytes_sent
 from .workload import Workload
 
 __all__ = ["zero"]
 
-_STAGES = (0, 1, 2)
+_STAGES = (0, 1, 2, 3)
+_FADED = ", faded"
+"""Suffix of the variant whose frozen channels are zero."""
 
 
 def zero(workload: Workload) -> Panel:
-    """Measure the megabytes that a rank sends in a step, for ZeRO stages 0 to 2.  Collective.
+    """Measure the megabytes that a rank sends in a step, for ZeRO stages 0 to 3.  Collective.
 
-    They include gradients and, in stages 1 and 2, the all-gather of the weights.
+    They include gradients and, in stages 1 to 3, all-gathers of the weights.  In stage 3 these are
+    dense until channels are zero, so it is measured with faded channels too.
     """
     rows, setting = bytes_sent(list(_variants(workload.build, workload.batch())), workload.rounds)
     value = {row.name: row.value.median for row in rows}
@@ -37,9 +43,11 @@ def zero(workload: Workload) -> Panel:
         rows=rows,
         setting=setting,
         figures={
-            f"ZeRO-{stage}, half of the rows / dense": value[_name(stage, HALF)]
+            f"ZeRO-{stage}, half of the rows{suffix} / dense": value[_name(stage, HALF) + suffix]
             / value[_name(stage, None)]
             for stage in _STAGES
+            for suffix in ("", _FADED)
+            if _name(stage, HALF) + suffix in value
         },
     )
 
@@ -52,11 +60,33 @@ def _variants(build: Callable[[], nn.Module], batch: Batch) -> Iterator[Variant]
     for stage in _STAGES:
         model = _engine(build, stage, batch)
         yield Variant(_name(stage, None), _step(model, batch), lambda: None, None)
-        model = _engine(build, stage, batch)
-        config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
-        engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
-        engine.truncate(uniform_mask(engine.groups, HALF))
-        yield Variant(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
+        yield _half(build, stage, batch, TruncationConfig(frozen_weights="hold"))
+    faded = _half(build, 3, batch, TruncationConfig(removal=AT_ONCE))
+    yield dataclasses.replace(faded, name=faded.name + _FADED)
+
+
+def _half(
+    build: Callable[[], nn.Module], stage: int, batch: Batch, truncation: TruncationConfig
+) -> Variant:
+    model = _engine(build, stage, batch)
+    config = WormConfig(truncation=truncation)
+    engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
+    mask = uniform_mask(engine.groups, HALF) if stage < 3 else _scattered_mask(engine.groups)
+    engine.truncate(mask)
+    return Variant(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
+
+
+def _scattered_mask(groups: Groups) -> Mask:
+    """Mask that keeps half of every group, at random: in stage 3 every parameter is cut in two, and
+    the first channels of all would be on one rank."""
+    generator = torch.Generator().manual_seed(0)
+    return Mask(
+        {
+            group.name: torch.randperm(group.num_channels, generator=generator)
+            < max(1, round(HALF * group.num_channels))
+            for group in groups
+        }
+    )
 
 
 def _engine(build: Callable[[], nn.Module], stage: int, batch: Batch) -> Any:

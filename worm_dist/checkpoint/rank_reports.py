@@ -47,7 +47,7 @@ def report(folder: Path, rank: int, files: Mapping[str, FileDigest], failure: st
 
 
 def collect(folder: Path, ranks: Sequence[int], seconds: float) -> dict[str, FileDigest]:
-    """Wait until other ranks have written, and remove their reports.
+    """Wait until all of these ranks have reported, and remove their reports.
 
     Args:
         folder: the staged checkpoint.
@@ -60,16 +60,17 @@ def collect(folder: Path, ranks: Sequence[int], seconds: float) -> dict[str, Fil
     Raises:
         CheckpointError: a rank could not write, or has not reported in time.
     """
-    files: dict[str, FileDigest] = {}
     deadline = time.monotonic() + seconds
     for rank in ranks:
-        path = _path(folder, rank)
-        while not path.exists():
+        while not _path(folder, rank).exists():
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{folder}: rank {rank} has not written its part within {seconds:g} seconds"
                 )
             time.sleep(_POLL_SECONDS)
+    files: dict[str, FileDigest] = {}
+    for rank in ranks:
+        path = _path(folder, rank)
         try:
             found = _Report.model_validate_json(read_small(path, _MAX_BYTES))
         except ValidationError as error:

@@ -60,12 +60,18 @@ class BucketView:
 class Averager(Protocol):
     """A method to average the live elements of buckets over the ranks."""
 
-    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+    def start(
+        self, view: BucketView, finish: Callable[[], Tensor]
+    ) -> tuple[torch.futures.Future[Tensor], int]:
         """Start averaging ``view.elements`` in place.  Collective: the same number of elements on
         every rank.
 
+        Args:
+            view: the bucket.
+            finish: called once when they are averaged, possibly in another thread.
+
         Returns:
-            A future that is done when they are averaged, and the bytes handed to collectives.
+            A future of what ``finish`` returns, and the bytes handed to collectives.
         """
 
     def state_dict(
@@ -116,18 +122,21 @@ class AllReduce:
         checksums: Checksums | None = None,
     ) -> None:
         self._process_group = process_group
+        self._scale = 1 / dist.get_world_size(process_group)
         self._dtype = dtype
         self._checksums = checksums
         self._wires: dict[tuple[int, ...], Tensor] = {}
         self._wires_of_this_pass: dict[tuple[int, ...], Tensor] = {}
 
-    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+    def start(
+        self, view: BucketView, finish: Callable[[], Tensor]
+    ) -> tuple[torch.futures.Future[Tensor], int]:
         elements = view.elements
         if elements.numel() == 0:
             # No live element on any rank: the plan is the same on all.
-            return completed(elements), 0
+            return then(completed(elements), lambda _: finish()), 0
         # Scaled before the sum, by multiplication, as DDP itself does without a hook.
-        elements.mul_(1 / dist.get_world_size(self._process_group))
+        elements.mul_(self._scale)
         checksums = self._checksums if view.packing is not None else None
         if elements.is_complex():  # a cast to a real dtype would drop the imaginary part
             elements, checksums = torch.view_as_real(elements).view(-1), None
@@ -138,14 +147,19 @@ class AllReduce:
         work = dist.all_reduce(wire, group=self._process_group, async_op=True)
         reduced: torch.futures.Future[list[Tensor]] = work.get_future()
 
-        def widened(reduced: torch.futures.Future[list[Tensor]]) -> None:
+        # One callback: each future that is chained to another takes the interpreter once more.
+        def averaged(reduced: torch.futures.Future[list[Tensor]]) -> Tensor:
             reduced.value()  # raises the error of a failed collective
             if checksums is not None:
                 checksums.take(view.parameters, sent, sums)
             if sent.dtype != elements.dtype:
                 elements.copy_(sent)
+            return finish()
 
-        return then(reduced, widened, work=work), sent.numel() * sent.element_size()
+        # Tensors that gloo's thread let go of would take the interpreter too.
+        return then(
+            reduced, averaged, work=(work, view, sent, sums)
+        ), sent.numel() * sent.element_size()
 
     def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:
         return None

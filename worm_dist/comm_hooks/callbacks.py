@@ -42,7 +42,8 @@ def then(
     Args:
         future: the future of a collective, or one that ``then`` has returned.
         callback: called with the completed future; referred to by nothing else.
-        work: the collective's work, if the future is its own.
+        work: the collective's work, if the future is its own; and whatever else the callback
+            refers to and nothing else does.
     """
     forget_finished()
     result = future.then(callback)

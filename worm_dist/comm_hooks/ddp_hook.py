@@ -119,17 +119,16 @@ def packed_allreduce(state: PackedReducer, bucket: GradBucket) -> torch.futures.
     view = state.bucket_view(bucket)
     if state.nonzero_seen is not None:
         state.probe_bucket(zip(view.parameters, view.gradients))
-    averaged, sent_bytes = state.averager.start(view)
-    state.sent_bytes += sent_bytes
-    state.dense_bytes += view.full.numel() * view.full.element_size()
 
-    def unpacked(averaged: torch.futures.Future[None]) -> Tensor:
-        averaged.value()  # raises the error of a failed collective
+    def unpacked() -> Tensor:
         if view.packing is not None:
             view.packing.unpack(view.full)
         return view.full
 
-    return then(averaged, unpacked)
+    averaged, sent_bytes = state.averager.start(view, unpacked)
+    state.sent_bytes += sent_bytes
+    state.dense_bytes += view.full.numel() * view.full.element_size()
+    return averaged
 
 
 def _sparse_allreduce(state: PackedReducer, gradient: Tensor) -> torch.futures.Future[Tensor]:

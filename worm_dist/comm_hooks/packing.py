@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..groups.freeze_plan import Block
 from .checksums import NUM_CHECKSUMS
-from .wide_rows import write_rows
+from .wide_rows import row_writer, write_rows
 
 __all__ = ["LARGE", "Packing", "with_parameter_strides"]
 
@@ -35,6 +35,8 @@ _ROWS_AT_ONCE = 2**21
 is kept for each bucket that needs one.  With fewer, launches would take longer than copies."""
 _SMALL_ON_CPU = 2**15
 """Elements of a gradient that a CPU copies by index sooner than it starts another operation."""
+_TOO_LARGE_TO_WRITE_TWICE = 2**18
+"""Elements of a gradient of which a CPU sets only the frozen rows to zero."""
 _SHORT_ROW = 64
 """Elements of a row that a CPU copies no faster than as many single elements."""
 
@@ -160,8 +162,12 @@ class Packing:
     def unpack(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
         """Write the buffer, or another one, to the live elements of a bucket, and exact zeros to
         its frozen ones."""
-        # One pass over contiguous memory is faster than a fill of every frozen slice.
-        bucket.zero_()
+        for begin, end in self._spans_to_zero:
+            bucket[begin:end].zero_()
+        for number in self._rows_to_zero:
+            block = self.blocks[number]
+            assert block is not None
+            row_writer(self._gradient(bucket, number), block.frozen[0], None)()
         self._write(bucket, buffer, is_zero=True)
 
     def update(self, bucket: Tensor, buffer: Tensor | None = None) -> None:
@@ -196,6 +202,36 @@ class Packing:
                 for begin, shape in [(self._begins[number], self._live_shapes[number])]
             ],
         )
+
+    @cached_property
+    def _rows_to_zero(self) -> list[int]:
+        """Gradients of which only frozen rows become zero before live ones are written: it takes a
+        CPU long to write all of a large gradient twice."""
+        if self._device.type != "cpu":
+            return []
+        return [
+            number
+            for number in self._alone
+            if (block := self.blocks[number]) is not None
+            and 0 in block.live
+            and block.num_live
+            and block.shape.numel() >= _TOO_LARGE_TO_WRITE_TWICE
+        ]
+
+    @cached_property
+    def _spans_to_zero(self) -> list[tuple[int, int]]:
+        """Parts of the bucket that become zero: all others; one pass over contiguous memory is
+        faster than a fill of every frozen slice."""
+        skipped = {*self._rows_to_zero}
+        spans: list[tuple[int, int]] = []
+        for number, (shape, _, offset) in enumerate(self._layouts):
+            begin, end = int(offset), int(offset) + prod(shape)
+            if number in skipped:
+                continue
+            if spans and spans[-1][1] == begin:
+                begin = spans.pop()[0]
+            spans.append((begin, end))
+        return [(begin, end) for begin, end in spans if begin < end]
 
     def _gradient(self, bucket: Tensor, number: int) -> Tensor:
         shape, stride, offset = self._layouts[number]

@@ -7,7 +7,7 @@ repacked when other channels freeze.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from ..errors import CheckpointError
 from ..groups.freeze_plan import FreezePlan
 from .allreduce import BucketView, completed
+from .callbacks import then
 from .packing import Packing
 from .powersgd_state import BucketState, blocks_under, pq_sizes, require_fits
 
@@ -69,7 +70,9 @@ class PowerSGD:
         self._saved_layout: list[Sequence[Tensor]] = []
         self._by_parameter: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
 
-    def start(self, view: BucketView) -> tuple[torch.futures.Future[None], int]:
+    def start(
+        self, view: BucketView, finish: Callable[[], Tensor]
+    ) -> tuple[torch.futures.Future[Tensor], int]:
         """See ``Averager``; the returned future is already completed.
 
         torch's hook starts a bucket's later collectives from callbacks.  gloo runs callbacks in
@@ -87,7 +90,7 @@ class PowerSGD:
         if elements.numel() == 0:
             # The last bucket increments the pass count, also if it has no live element.
             state.maybe_increase_iter(bucket)
-            return completed(elements), 0
+            return then(completed(elements), lambda _: finish()), 0
 
         self._refill_zeros(number)
         exact = state.iter < state.start_powerSGD_iter
@@ -102,7 +105,8 @@ class PowerSGD:
             # in the average, so all ranks reset this bucket.
             state.error_dict.pop(number)
             self._drop_p_and_q(number)
-        return completed(elements), num_sent * elements.element_size()
+        num_bytes = num_sent * elements.element_size()
+        return then(completed(elements), lambda _: finish()), num_bytes
 
     def _repack(self, number: int, view: BucketView) -> None:
         """Repack a bucket's state if its packing has changed.

@@ -7,12 +7,13 @@ that are written are the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["fill_rows_with_zeros", "write_rows"]
+__all__ = ["row_writer", "write_rows"]
 
 _WIDEST = torch.complex128
 
@@ -25,14 +26,17 @@ def write_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
         rows: int64 indices of different rows.
         values: ``[len(rows), ...]``, of the same dtype.
     """
+    row_writer(tensor, rows, values)()
+
+
+def row_writer(tensor: Tensor, rows: Tensor, values: Tensor | None) -> Callable[[], object]:
+    """A function that writes what ``values`` has then to rows of a tensor, or zeros; the arguments
+    are those of ``write_rows``."""
+    if values is None:
+        (wide,) = _wide(tensor)
+        return partial(wide.index_fill_, 0, rows, 0)
     wide, wide_values = _wide(tensor, values)
-    wide.index_copy_(0, rows, wide_values)
-
-
-def fill_rows_with_zeros(tensor: Tensor, rows: Tensor) -> None:
-    """Set rows of a tensor to zero; the arguments are those of ``write_rows``."""
-    (wide,) = _wide(tensor)
-    wide.index_fill_(0, rows, 0)
+    return partial(wide.index_copy_, 0, rows, wide_values)
 
 
 def _wide(*tensors: Tensor) -> Sequence[Tensor]:

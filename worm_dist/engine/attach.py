@@ -37,7 +37,7 @@ def attach(
 
     Args:
         model: a ``DistributedDataParallel``, a network sharded by ``fully_shard`` (FSDP2), a
-            DeepSpeed engine (ZeRO stages 0 to 2), or a bare module on a single process.
+            DeepSpeed engine (ZeRO stages 0 to 3), or a bare module on a single process.
         optimizer: the optimizer of the model's parameters.  For a DeepSpeed engine leave it out, or
             give the one that ``deepspeed.initialize`` returned.
         config: the settings; default ``WormConfig()``.

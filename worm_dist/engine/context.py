@@ -22,6 +22,7 @@ from ..config import WormConfig
 from ..distributed.collectives import uncounted
 from ..errors import CheckpointError, DivergenceError
 from ..groups.channel_groups import Groups
+from ..groups.full_shape import full_numel
 from ..pruning.recorded_inputs import CallSchema
 from ..schema import Count, Schema
 from .bucket_order import BucketOrder
@@ -119,7 +120,7 @@ class TrainingContext(StepListener):
 
     def set_step_listeners(self, listeners: Sequence[StepListener]) -> None:
         """Call these around every optimizer step, in this order, and then count its bytes."""
-        self._step_hooks.listeners = (*listeners, self)
+        self._step_hooks.listen((*listeners, self))
 
     def before_step(self) -> None:
         """Refuse to step with gradients that were averaged wrongly; see ``Checksums``.
@@ -288,10 +289,14 @@ class TrainingContext(StepListener):
         """The full values of parameters; see ``Backend.full_values``."""
         return self.backend.full_values(parameters)
 
+    def make_available(self, parameters: Sequence[Tensor]) -> None:
+        """See ``Backend.make_available``."""
+        self.backend.make_available(parameters)
+
     @property
     def num_elements(self) -> int:
         """Number of elements of ``trained``."""
-        return sum(parameter.numel() for parameter in self.trained)
+        return sum(map(full_numel, self.trained))
 
     @property
     def num_hooks(self) -> int:

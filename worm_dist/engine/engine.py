@@ -94,7 +94,8 @@ class Engine:
         tracks_usage = search.enabled and self._training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
         is_first = self._comm.rank == 0
-        self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, warns=is_first)
+        available = self._training.make_available
+        self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, is_first, available)
         candidates = {} if ranking is None else ranking.sizes
         self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch, total_steps)

@@ -7,6 +7,7 @@ import logging
 from ..config import WormConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
+from ..groups.full_shape import full_numel
 from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
 from ..truncation.memory import num_held_moments, truncation_memory
@@ -47,7 +48,8 @@ def log_memory(
         truncation,
         num_held_moments(view.optimizer),
     )
-    weights = sum(parameter.nbytes for parameter in training.network.parameters())
+    parameters = list(training.network.parameters())
+    weights = sum(full_numel(parameter) * parameter.element_size() for parameter in parameters)
     logger.info(
         "while channels are frozen the engine will hold about %.1f MiB on a rank, %.0f %% of the "
         "weights' %.1f: copies of frozen weights %.1f, of their optimizer state %.1f, packed "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Penalty(StepListener):
         ranking: knows the scales; None without channel groups, where no term is asked for.
         tracks_usage: whether to leave out the scales of norms that a forward pass has not used.
         warns: whether to log a warning if the loop leaves the penalty out, or scales it.
+        make_available: called with the scales before they are read; see ``Backend``.
 
     Attributes:
         weight: the weight of the penalty in the loss of the step under way; 0 without it.
@@ -43,6 +44,7 @@ class Penalty(StepListener):
         ranking: Ranking | None,
         tracks_usage: bool,
         warns: bool,
+        make_available: Callable[[Sequence[Tensor]], None],
     ) -> None:
         self.weight = 0.0
         self.is_on = ranking is not None
@@ -52,6 +54,7 @@ class Penalty(StepListener):
         self._ranking = ranking
         self._tracks_usage = tracks_usage
         self._warns = warns
+        self._make_available = make_available
         self._usage: ParameterUsage | None = None
         self._is_in_loss = False
         self._num_steps = 0
@@ -85,6 +88,7 @@ class Penalty(StepListener):
         """The penalty, a scalar to add to the loss of the forward pass before."""
         assert self.is_on and self._ranking is not None
         used = None if self._usage is None else self._usage.take()
+        self._make_available(self._ticket_scales or self._ranking.scales)
         if self._ticket_scales is None:
             penalty = self._l1 * self._ranking.penalty(used)
         else:

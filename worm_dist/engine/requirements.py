@@ -12,6 +12,7 @@ from ..backends.optimizer_view import OptimizerView
 from ..config import SearchConfig
 from ..errors import ConfigError
 from ..groups.channel_groups import Groups
+from ..groups.full_shape import full_shape
 from ..pruning.agreement import problem_of_copies
 
 __all__ = ["require_alike", "require_optimized", "warn_of_emptied"]
@@ -72,7 +73,7 @@ def require_alike(network: nn.Module, copies: Sequence[nn.Module], where: str) -
     problem = problem_of_copies(copies)
     if problem is not None:
         raise ConfigError(f"{where}: {problem}")
-    shapes = {name: p.shape for name, p in network.named_parameters()}
+    shapes = {name: full_shape(p) for name, p in network.named_parameters()}
     for number, copy in enumerate(copies):
         theirs = {name: p.shape for name, p in copy.named_parameters()}
         if theirs != shapes:

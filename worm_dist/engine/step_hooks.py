@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..backends.optimizer_view import Handle, OptimizerView, Owners, StepListener
@@ -18,15 +18,25 @@ class StepHooks:
 
     Attributes:
         step: optimizer steps so far.
-        listeners: what acts around a step, called in this order.
+        listeners: what acts around a step.
     """
 
     def __init__(self, view: OptimizerView) -> None:
         self.step = 0
         self.listeners: Sequence[StepListener] = ()
+        self._before: list[Callable[[], None]] = []
+        self._holding: list[Callable[[int, Owners], None]] = []
+        self._after: list[Callable[[int], None]] = []
         self._is_suspended = False
         self._handles: list[Handle] = []
         self.register(view)
+
+    def listen(self, listeners: Sequence[StepListener]) -> None:
+        """Call these around every step, in this order, and no others."""
+        self.listeners, base = listeners, StepListener
+        self._before = [x.before_step for x in listeners if _has(x, base.before_step)]
+        self._holding = [x.hold for x in listeners if _has(x, base.hold)]
+        self._after = [x.after_step for x in listeners if _has(x, base.after_step)]
 
     def register(self, view: OptimizerView) -> None:
         """Register the hooks on another optimizer, instead of the one before."""
@@ -50,16 +60,21 @@ class StepHooks:
 
     def _before_step(self) -> None:
         if not self._is_suspended:
-            for listener in self.listeners:
-                listener.before_step()
+            for before_step in self._before:
+                before_step()
 
     def _hold(self, owners: Owners) -> None:
         if not self._is_suspended:
-            for listener in self.listeners:
-                listener.hold(self.step + 1, owners)
+            for hold in self._holding:
+                hold(self.step + 1, owners)
 
     def _after_step(self) -> None:
         if not self._is_suspended:
             self.step += 1
-            for listener in self.listeners:
-                listener.after_step(self.step)
+            for after_step in self._after:
+                after_step(self.step)
+
+
+def _has(listener: StepListener, method: Callable[..., None]) -> bool:
+    """Whether the listener has its own implementation of a method that does nothing by default."""
+    return getattr(type(listener), method.__name__) is not method

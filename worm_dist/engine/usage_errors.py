@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import BackendError, ConfigError
 from ..groups.channel_groups import ChannelGroup
+from ..groups.full_shape import full_shape
 from ..pruning.optimizer_transfer import require_cuttable
 from ..pruning.recorded_inputs import RecordedInputs
 from .context import TrainingContext
@@ -52,7 +53,7 @@ class UsageErrors:
     def follow(self) -> None:
         """Accept the network as it is now, after the engine has changed it."""
         self._parameters = dict(self._training.network.named_parameters())
-        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._shapes = {name: full_shape(p) for name, p in self._parameters.items()}
         self._num_hooks = self._training.num_hooks
         self.forget_weight_versions()
 
@@ -99,9 +100,10 @@ class UsageErrors:
                     "change the network first (adapters, tied weights, parametrizations), then "
                     "wrap it, make the optimizer and attach"
                 )
-            if now[name].shape != self._shapes[name]:
+            shape = full_shape(now[name])
+            if shape != self._shapes[name]:
                 raise ConfigError(
-                    f"{where}: parameter {name} is {list(now[name].shape)} now, and was "
+                    f"{where}: parameter {name} is {list(shape)} now, and was "
                     f"{list(self._shapes[name])} at attach; only engine.draw may change its size"
                 )
         if self._training.num_hooks > self._num_hooks:

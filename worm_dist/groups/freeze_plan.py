@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel_groups import ChannelGroup, Groups, Member
+from .full_shape import full_numel, full_shape
 
 __all__ = ["Block", "FreezePlan", "Scope"]
 
@@ -169,7 +170,7 @@ class FreezePlan:
                 if bool(channels.any()):
                     indices = member.positions[channels].flatten()
                     for name, dim in member.parameters:
-                        shape = parameters[name].shape
+                        shape = full_shape(parameters[name])
                         along = frozen_along.setdefault(name, {})
                         flags = along.setdefault(dim, torch.zeros(shape[dim], dtype=torch.bool))
                         flags[indices] = True
@@ -177,11 +178,13 @@ class FreezePlan:
 
     def num_live(self, parameters: Iterable[Tensor]) -> int:
         """Return the number of live elements of these parameters."""
-        return sum(self.blocks[p].num_live if p in self.blocks else p.numel() for p in parameters)
+        return sum(
+            self.blocks[p].num_live if p in self.blocks else full_numel(p) for p in parameters
+        )
 
     def live_fraction(self, parameters: Collection[Tensor]) -> float:
         """Return the live share of all elements of these parameters, 0 to 1."""
-        return self.num_live(parameters) / sum(p.numel() for p in parameters)
+        return self.num_live(parameters) / sum(map(full_numel, parameters))
 
 
 def _freezes(group: ChannelGroup, member: Member, scope: Scope) -> bool:
@@ -210,7 +213,7 @@ def _blocks(frozen_along: Mapping[Tensor, Mapping[int, Tensor]]) -> dict[Tensor,
         indices |= dict(zip(here, torch.cat(list(here.values())).to(device).split(sizes)))
     return {
         parameter: Block(
-            parameter.shape,
+            full_shape(parameter),
             live={dim: indices[parameter, dim, False] for dim in along},
             frozen={dim: indices[parameter, dim, True] for dim in along},
         )

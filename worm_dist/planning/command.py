@@ -57,7 +57,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "folder, a .safetensors file, or a state dict of torch.save",
     )
     parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
-    parser.add_argument("--bandwidth", help="bandwidth of a rank's connection: 10Gbit/s, 1.25GB/s")
+    parser.add_argument(
+        "--bandwidth",
+        help="what an all-reduce reaches over a rank's connection: 10Gbit/s, 1.25GB/s; often less "
+        "than the nominal rate, so measure it: bench scale does",
+    )
     parser.add_argument(
         "--latency",
         help=f"latency of a message: 5us, 0.1ms; default: {_LATENCY}, as of TCP over Ethernet",

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ class RecordedCall:
         """Whether no argument has been written to since."""
         return all(tensor._version == version for tensor, version in self.versions)
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of the arguments."""
+        return sum(tensor.nbytes for tensor in tensors_in((self.positional, self.keywords)))
+
     def run(self, network: nn.Module) -> Any:
         """The output of a network for copies of the arguments."""
         positional, keywords = mapped((self.positional, self.keywords), _copied)
@@ -142,13 +148,17 @@ class RecordedInputs:
         self.num_passes += 1
         if _is_redirected(network):
             return
-        new_tensors = list(tensors_in((args, kwargs)))
+        arguments = mapped((args, kwargs), Tensor.detach)
+        new_tensors = list(tensors_in(arguments))
         unaffected = self._not_overlapping(new_tensors)
-        self._copies |= len(unaffected) < len(self._calls)
+        if len(unaffected) < len(self._calls):
+            self._copies = True
+            self.replace(unaffected)
         self._copies |= any(tensor.is_inference() for tensor in new_tensors)
-        self.replace(unaffected)
-        positional, keywords = mapped((args, kwargs), _copied if self._copies else Tensor.detach)
-        kept = [] if self._copies else list(tensors_in((positional, keywords)))
+        if self._copies:
+            arguments = mapped(arguments, _copied)
+            new_tensors = []
+        positional, keywords = arguments
         device = next(network.parameters()).device.type
         self._calls.append(
             RecordedCall(
@@ -157,12 +167,8 @@ class RecordedInputs:
                 device,
                 torch.get_autocast_dtype(device),
                 torch.is_autocast_enabled(device),
-                frozenset(
-                    name
-                    for name, module in network.named_modules()
-                    if isinstance(module, Norm) and module.training
-                ),
-                tuple((tensor, tensor._version) for tensor in kept),
+                _training_norms(network),
+                tuple((tensor, tensor._version) for tensor in new_tensors),
             )
         )
         self._bound()
@@ -178,13 +184,9 @@ class RecordedInputs:
         ]
 
     def _bound(self) -> None:
-        sizes = [
-            sum(tensor.nbytes for tensor in tensors_in((call.positional, call.keywords)))
-            for call in self._calls
-        ]
-        while len(sizes) > 1 and sum(sizes) > self._most_bytes:
-            self._calls.popleft()
-            sizes.pop(0)
+        num_bytes = sum(call.num_bytes for call in self._calls)
+        while len(self._calls) > 1 and num_bytes > self._most_bytes:
+            num_bytes -= self._calls.popleft().num_bytes
 
     def replace(self, calls: Sequence[RecordedCall]) -> None:
         """Replace the recorded calls.  If one is a copy, later ones are copied too, so that a
@@ -195,6 +197,27 @@ class RecordedInputs:
 
     def __reduce__(self) -> tuple[type[RecordedInputs], tuple[int, int, bool]]:
         return RecordedInputs, (0, 0, False)
+
+
+def _training_norms(network: nn.Module) -> frozenset[str]:
+    """Names of the norms in training mode: of ``named_modules``, whose nested generators take
+    several times as long, in every pass."""
+    names: list[str] = []
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if module.training and isinstance(module, Norm):
+            names.append(name)
+        prefix = f"{name}." if name else ""
+        for child_name, child in module._modules.items():
+            if child is not None:
+                visit(child, prefix + child_name)
+
+    visit(network, "")
+    return frozenset(names)
 
 
 def _is_redirected(network: nn.Module) -> bool:

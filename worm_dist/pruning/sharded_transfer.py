@@ -12,19 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.full_state import allocate_state, split_state
+from ..backends.full_state import VALUE, allocate_state, split_state
 from ..backends.optimizer_view import OptimizerView, Shard
 from ..distributed.collectives import Communicator
 from ..groups.attention import weight_of
+from ..groups.full_shape import full_shape
 from ..groups.gates import column_factors, gates_of
 from .optimizer_transfer import kept_indices, select
 from .resharding import Move, Part, Survivors, buffer_for, reshard
 from .surgery import Cut
 
 __all__ = ["ShardedTransfer"]
-
-_VALUE = "the weights themselves"
-"""Key of the stepped values; moments have the optimizer's own keys."""
 
 
 class _Old(NamedTuple):
@@ -75,12 +73,12 @@ class ShardedTransfer:
             dtypes, others = split_state(optimizer_view, parameter)
             name, value_dtype = names[parameter], optimizer_view.owner(parameter).dtype
             self._old[name] = _Old(
-                parameter.shape,
+                full_shape(parameter),
                 kept.get(name, {}),
-                {_VALUE: value_dtype, **dtypes},
+                {VALUE: value_dtype, **dtypes},
                 others,
                 [
-                    (shard, {_VALUE: shard.value, **optimizer_view.moments(shard)})
+                    (shard, {VALUE: shard.value, **optimizer_view.moments(shard)})
                     for shard in optimizer_view.shards(parameter)
                 ],
             )
@@ -119,15 +117,15 @@ class ShardedTransfer:
         self._view, self._after = optimizer_view, after
         device = next(iter(after.values())).device
         for name, old in self._old.items():
-            moments = {key: dtype for key, dtype in old.dtypes.items() if key != _VALUE}
+            moments = {key: dtype for key, dtype in old.dtypes.items() if key != VALUE}
             allocate_state(optimizer_view, after[name], moments, old.others)
         self._scales: dict[str, Tensor] = {}
         self._moves: list[Move] = []
         for name, gate in self._gates.items():
-            survivors, dtype = Survivors(gate.shape, gate.kept), gate.dtypes[_VALUE]
+            survivors, dtype = Survivors(gate.shape, gate.kept), gate.dtypes[VALUE]
             scale = torch.empty(survivors.count, dtype=dtype, device=device)
             self._scales[name] = scale
-            self._moves.append(Move(survivors, dtype, gate.sources(_VALUE), [Part(0, scale)]))
+            self._moves.append(Move(survivors, dtype, gate.sources(VALUE), [Part(0, scale)]))
         for name, old in self._old.items():
             survivors = Survivors(old.shape, old.kept)
             new = self._new(name)
@@ -156,7 +154,7 @@ class ShardedTransfer:
         else:
             self._select()
         for name, scale in self._scales.items():
-            factors = column_factors(scale, self._after[name].shape[1])
+            factors = column_factors(scale, full_shape(self._after[name])[1])
             for shard, _ in self._new(name):
                 _scale_columns(shard, factors)
 
@@ -169,12 +167,12 @@ class ShardedTransfer:
         for name, scale in self._scales.items():
             gate = self._gates[name]
             ((_, found),) = gate.shards
-            scale.copy_(select(found[_VALUE], gate.kept))
+            scale.copy_(select(found[VALUE], gate.kept))
 
     def _new(self, name: str) -> list[tuple[Shard, dict[str, Tensor]]]:
         """This rank's new shards of a parameter, and the tensors of each by key."""
         return [
-            (shard, {_VALUE: shard.value, **self._view.moments(shard)})
+            (shard, {VALUE: shard.value, **self._view.moments(shard)})
             for shard in self._view.shards(self._after[name])
         ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..groups.attention import find_attentions
 from ..groups.channel_groups import Groups
+from ..groups.full_shape import full_shape
 from ..groups.mask import Mask
 from ..groups.parameter_storage import replace_data
 from ..groups.selective_norm import SelectiveBatchNorm2d
@@ -45,7 +46,7 @@ class Cut:
 
 def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
     """Return the shape of every parameter, by name."""
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
+    return {name: full_shape(parameter) for name, parameter in network.named_parameters()}
 
 
 def cuts_of(groups: Groups, mask: Mask, shapes: Mapping[str, torch.Size]) -> tuple[Cut, ...]:

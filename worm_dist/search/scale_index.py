@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups.channel_groups import Groups
+from ..groups.full_shape import full_numel
 
 __all__ = ["FullValues", "ScaleIndex", "detached"]
 
@@ -54,7 +55,9 @@ class ScaleIndex:
         for number, member in members:
             name = member.parameters[0][0]
             owners[name] = member.module if member.role == "norm" else names[number]
-            used = counted.setdefault(name, torch.zeros(parameters[name].numel(), dtype=torch.bool))
+            used = counted.setdefault(
+                name, torch.zeros(full_numel(parameters[name]), dtype=torch.bool)
+            )
             used[member.positions.flatten()] = True
         self.scales = [parameters[name] for name in counted]
         self._names = tuple(counted)

@@ -40,6 +40,7 @@ class TensorComparison:
         is_equal: whether dtype, shape and bits are equal.
         difference: the largest absolute difference of two elements; None if the shapes differ, or
             if it is not finite.
+        counts: whether it holds whole numbers, such as the batches that a BatchNorm has seen.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorComparison:
     second: Sequence[int] | None
     is_equal: bool
     difference: float | None
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,12 @@ class Comparison:
 
     @property
     def largest_difference(self) -> float | None:
-        """The largest difference of weights whose shapes are equal; None if there is none."""
-        return max((t.difference for t in self.tensors if t.difference is not None), default=None)
+        """The largest difference of weights whose shapes are equal; None if there is none.
+
+        Counters are left out: after another number of steps theirs would hide that of the weights.
+        """
+        weights = (each for each in self.tensors if not each.counts)
+        return max((t.difference for t in weights if t.difference is not None), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as JSON values."""
@@ -166,5 +172,10 @@ def _compare_tensors(name: str, first: Weights, second: Weights) -> TensorCompar
         dtype = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
         difference = float((one.to(dtype) - other.to(dtype)).abs().max())
     return TensorComparison(
-        name, here.shape, there.shape, is_equal, difference if math.isfinite(difference) else None
+        name,
+        here.shape,
+        there.shape,
+        is_equal,
+        difference if math.isfinite(difference) else None,
+        counts=not (one.is_floating_point() or one.is_complex()),
     )

@@ -125,7 +125,8 @@ def build(
         data=data.description,
     )
     result.parameters.dense = count_parameters(network)
-    result.flops.dense = count_flops(network, sample)
+    with engine._training.full_network() as full:
+        result.flops.dense = count_flops(full, sample)
     retraining = Retraining(config, network, rewound, schedule, start, steps_per_epoch)
     return TrainingParts(
         network,

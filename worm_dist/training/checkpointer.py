@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,25 +124,36 @@ class Checkpointer:
             return
         staged = Staged(self._folder / CHECKPOINTS / name)
 
-        def write(copies: Mapping[str, Packed]) -> None:
+        def write_part(copies: Mapping[str, Packed]) -> None:
             try:
                 files = staged.write_shards(RUN, rank, copies[RUN])
-                if rank == 0:
-                    for part, copy in copies.items():
-                        files |= staged.write(part, copy)
-                    files |= collect(staged.path, range(1, size), self._timeout)
             except BaseException as error:
-                if rank == 0:
-                    staged.abandon()
-                else:
-                    report(staged.path, rank, {}, str(error) or type(error).__name__)
+                report(staged.path, rank, {}, str(error) or type(error).__name__)
                 raise
-            if rank == 0:
-                self._manager.commit(staged, info, files)
-            else:
-                report(staged.path, rank, files, None)
+            report(staged.path, rank, files, None)
 
-        self._background.save(parts if rank == 0 else {RUN: only_shards(parts[RUN])}, write)
+        def write_and_commit(copies: Mapping[str, Packed]) -> None:
+            others = range(1, size)
+            try:
+                files = staged.write_shards(RUN, rank, copies[RUN])
+                for part, copy in copies.items():
+                    files |= staged.write(part, copy)
+            except BaseException:
+                with suppress(CheckpointError):  # until then they write to the folder
+                    collect(staged.path, others, self._timeout)
+                staged.abandon()
+                raise
+            try:
+                files |= collect(staged.path, others, self._timeout)
+            except BaseException:
+                staged.abandon()
+                raise
+            self._manager.commit(staged, info, files)
+
+        if rank == 0:
+            self._background.save(parts, write_and_commit)
+        else:
+            self._background.save({RUN: only_shards(parts[RUN])}, write_part)
 
     def finish(self) -> None:
         """Wait until the save in flight is written.  Collective.

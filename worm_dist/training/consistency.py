@@ -13,6 +13,7 @@ import worm_dist
 from ..digest import digest_of, fingerprints
 from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
+from ..groups.full_shape import is_sharded
 from .data import Data
 from .reporting.result import versions
 from .required_packages import require_packages
@@ -150,7 +151,8 @@ def _replicated(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for statistic in (module.running_mean, module.running_var)
     }
     for name, parameter in network.named_parameters():
-        yield f"parameter {name}", parameter
+        if not is_sharded(parameter):  # then no rank holds a replica
+            yield f"parameter {name}", parameter
     for name, buffer in network.named_buffers():
         if id(buffer) not in per_rank:
             yield f"buffer {name}", buffer

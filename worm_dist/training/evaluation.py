@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.progress import Progress
 from ..groups.forward import in_eval
+from ..groups.full_shape import full_numel
 from .precision import autocast
 
 __all__ = [
@@ -161,4 +162,4 @@ def total_over_ranks(values: Tensor) -> Tensor:
 
 
 def count_parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
+    return sum(map(full_numel, network.parameters()))

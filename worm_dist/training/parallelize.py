@@ -157,8 +157,9 @@ def deepspeed_module(device: torch.device) -> Any:
             'pip install "worm_dist[deepspeed]"'
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs its defaults at every draw
-    # torch 2.14 renamed a function that DeepSpeed calls.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # torch 2.14 renamed functions that DeepSpeed calls.
+    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{renamed}", category=FutureWarning)
     if device.type == "cpu":
         # Compiles for half a minute at the first start, for an all-reduce that training never uses.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

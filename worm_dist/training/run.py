@@ -150,7 +150,8 @@ def _saved_state(
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:
-    if dist.get_rank() == 0 and trainer.engine.phase is Phase.TICKET:
+    is_sharded = trainer.engine._training.backend.shards_weights  # then all ranks save together
+    if (is_sharded or dist.get_rank() == 0) and trainer.engine.phase is Phase.TICKET:
         ticket = (out / TICKET, trainer.model_arguments)
         failed_writes.best_effort(TICKET, trainer.engine.save_ticket, *ticket)
     report.finish(trainer.engine, trainer.result)

@@ -21,6 +21,7 @@ from ..checkpoint.sharded_tensor import SavedTensor, StoredTensor
 from ..engine.state import EngineSchema
 from ..errors import CheckpointError
 from ..groups.finite_values import finite_names
+from ..groups.full_shape import full_shape
 from ..schema import Count, Finite, Schema, first_problem, schema_of
 from .rank_state import Position, PositionSchema, RankStateSchema
 from .reporting.phase_stats import PhaseStatsSchema
@@ -158,17 +159,16 @@ def require_network(state: Mapping[str, Tensor | StoredTensor], network: nn.Modu
     Raises:
         CheckpointError: naming the tensor.
     """
-    wanted = network.state_dict()
+    wanted = network.state_dict(keep_vars=True)
     finite = finite_names(network)
     for name in wanted.keys() | state.keys():
         here, saved = wanted.get(name), state.get(name)
         problem = None
         if here is None or saved is None:
             problem = "the network has no such tensor" if here is None else "missing"
-        elif (here.dtype, here.shape) != (saved.dtype, saved.shape):
-            problem = (
-                f"wanted {here.dtype} {list(here.shape)}, found {saved.dtype} {list(saved.shape)}"
-            )
+        elif (here.dtype, full_shape(here)) != (saved.dtype, saved.shape):
+            wanted_shape = list(full_shape(here))
+            problem = f"wanted {here.dtype} {wanted_shape}, found {saved.dtype} {list(saved.shape)}"
         elif isinstance(saved, StoredTensor):
             continue
         elif name in finite and not bool(torch.isfinite(saved).all()):

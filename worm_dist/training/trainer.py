@@ -316,18 +316,21 @@ class Trainer:
 
     def _measure_network(self) -> None:
         """Count the FLOPs of the current network for one sample."""
-        self._flops = count_flops(self._parts.network, self._parts.sample)
+        with self.engine._training.full_network() as network:
+            self._flops = count_flops(network, self._parts.sample)
 
     def _evaluate(self) -> EvalResult:
-        return evaluate(
-            self._parts.network,
-            self._parts.placement.batches(self._parts.test_loader),
-            self.model_arguments["num_classes"],
-            self._device,
-            self._stop,
-            self._progress,
-            self._config.precision,
-        )
+        # The ranks may test different numbers of batches, so no weights are gathered meanwhile.
+        with self.engine._training.full_network() as network:
+            return evaluate(
+                network,
+                self._parts.placement.batches(self._parts.test_loader),
+                self.model_arguments["num_classes"],
+                self._device,
+                self._stop,
+                self._progress,
+                self._config.precision,
+            )
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from ..backends.optimizer_view import OptimizerView, Owners, Shard
 from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import Block, FreezePlan
+from ..groups.full_shape import full_shape
 from ..schema import FiniteTensor, Flags, Integers, Schema
-from .slices import Slices, group_slices
+from .slices import RepeatedWrite, Slices, group_slices
 
 __all__ = ["NEVER", "Fade", "FadeSchema"]
 
@@ -60,6 +61,7 @@ class Fade:
         self._num_steps = num_steps
         self._remaining = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         self._over_at = self.over_at
+        self._changes_until = 0
         self._slices: dict[Tensor, list[_Slices]] = {}
         self._written: list[_WrittenTogether] = []
         self._has_started = True
@@ -101,6 +103,7 @@ class Fade:
             step: optimizer steps so far.
         """
         self.over_at[channels] = step + self._num_steps
+        self._changes_until = step + self._num_steps
         self._over_at = self.over_at.to(self._remaining.device)
 
     def before_step(self) -> None:
@@ -122,10 +125,17 @@ class Fade:
 
     def write(self, step: int, owners: Owners) -> None:
         """Overwrite the scales in ``owners`` after the ``step``-th step."""
-        remaining = self._remaining[(self._over_at - step).clamp(0, self._num_steps)]
+        remaining: Tensor | None = None
         for written in self._written:
             if owners is None or written.owner in owners:
-                written.write(remaining)
+                # Once no channel fades, scales are overwritten with the same values.
+                if written.newest_step < self._changes_until:
+                    if remaining is None:
+                        left = (self._over_at - step).clamp(0, self._num_steps)
+                        remaining = self._remaining[left]
+                    written.fade(remaining)
+                    written.newest_step = step
+                written.write()
 
     def num_nonzero(self, step: int) -> Tensor:
         """int64 scalar: the number of scales that are not zero although their fade is over."""
@@ -153,6 +163,7 @@ class Fade:
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Restore a state; ``set_scales`` must follow."""
         self.over_at = state["over_at"].to("cpu", copy=True)
+        self._changes_until = int((self.over_at * (self.over_at < NEVER)).max())
         self._known = state["under_way"].to("cpu", copy=True)
         self._starts = {
             (p := parameters[name]): [part_of(start, shard) for shard in self._view.shards(p)]
@@ -180,7 +191,7 @@ class Fade:
         shared = self._view.shared
         full = {
             p: torch.zeros(
-                p.shape, dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
+                full_shape(p), dtype=torch.float32 if shared else _compute_dtype(p), device=p.device
             )
             for p in self._slices
         }
@@ -192,7 +203,7 @@ class Fade:
         if shared:
             flat = comm.all_reduce_disjoint(torch.cat([value.flatten() for value in full.values()]))
             parts = flat.split([value.numel() for value in full.values()])
-            full = {p: part.view(p.shape) for p, part in zip(full, parts, strict=True)}
+            full = {p: part.view(full_shape(p)) for p, part in zip(full, parts, strict=True)}
         return {names[parameter]: value.detach() for parameter, value in full.items()}
 
     @property
@@ -277,27 +288,39 @@ class _WrittenTogether:
     Args:
         members: the scales of each shard, with their start values.
         slices: the slices of the same shards.
+
+    Attributes:
+        owner: the tensor of the first shard that the optimizer steps.
+        newest_step: the step for which ``fade`` has been called last; -1 before.
     """
 
     def __init__(self, members: Sequence[_Slices], slices: Slices) -> None:
         self.owner = members[0].shard.owner
+        self.newest_step = -1
         self._values = [member.shard.value for member in members]
         self._slices = slices
         pairs = [member.starts_and_channels for member in members]
         self._starts = torch.cat([starts.flatten() for starts, _ in pairs])
         self._channels = torch.cat([channels.flatten() for _, channels in pairs])
-        self._shape = pairs[0][0].shape if len(pairs) == 1 else self._starts.shape
+        self._faded = torch.empty_like(self._starts, dtype=self._values[0].dtype)
+        shape = pairs[0][0].shape if len(pairs) == 1 else self._faded.shape
+        self._copies = (self._faded.view(shape),)
+        self._write = RepeatedWrite(slices)
 
     @torch.no_grad()
-    def write(self, remaining: Tensor) -> None:
-        """Overwrite the scales.
+    def fade(self, remaining: Tensor) -> None:
+        """Compute the scales.
 
         Args:
             remaining: float64 ``[num_channels]``, the remaining share of each start value, 0 to 1.
         """
         share = remaining[self._channels].to(self._starts.dtype)
-        faded = (self._starts * share).to(self._values[0].dtype)
-        self._slices.write(self._values, (faded.view(self._shape),))
+        torch.mul(self._starts, share, out=self._faded)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Overwrite the scales with those computed last."""
+        self._write([(self._values, self._copies)])
 
     @torch.no_grad()
     def num_nonzero(self, is_over: Tensor) -> Tensor:
@@ -322,7 +345,7 @@ def _channels_of_scales(
         channels = torch.arange(first, first + group.num_channels).unsqueeze(1)
         for member in group.zeroing_members:
             for name, dim in member.parameters:
-                size = parameters[name].shape[dim]
+                size = full_shape(parameters[name])[dim]
                 channel_at = found.setdefault(name, torch.full((size,), -1))
                 channel_at[member.positions] = channels.expand_as(member.positions)
         first += group.num_channels

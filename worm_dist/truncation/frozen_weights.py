@@ -18,7 +18,7 @@ from ..distributed.collectives import Communicator
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
 from .fading import NEVER, Fade
-from .slices import Slices, group_slices
+from .slices import RepeatedWrite, Slices, group_slices
 
 __all__ = ["Free", "FrozenWeights", "Held", "Removed"]
 
@@ -238,18 +238,20 @@ class _HeldSlices:
         self.shards = shards
         self._slices = slices
         self._view = view
-        self._values = slices.take([shard.value for shard in shards])
+        self._tensors = [shard.value for shard in shards]
+        self._values = slices.take(self._tensors)
         self._moments = {
             key: slices.take(tensors)
             for key, tensors in self._current_moments().items()
             if key not in _FIRST_MOMENTS
         }
+        self._write = RepeatedWrite(slices)
 
     @torch.no_grad()
     def restore(self) -> None:
-        self._slices.write([shard.value for shard in self.shards], self._values)
-        for key, tensors in self._current_moments().items():
-            self._slices.write(tensors, self._moments.get(key))
+        moments = self._current_moments().items()
+        held = [(tensors, self._moments.get(key)) for key, tensors in moments]
+        self._write([(self._tensors, self._values), *held])
 
     def _current_moments(self) -> dict[str, list[Tensor | None]]:
         """The per-element optimizer state by key, in the order of the shards."""

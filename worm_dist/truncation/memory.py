@@ -22,6 +22,7 @@ from ..comm_hooks.packing import Packing
 from ..comm_hooks.powersgd_state import pq_sizes
 from ..config import TruncationConfig
 from ..groups.freeze_plan import FreezePlan
+from ..groups.full_shape import shaped_like
 from .slices import group_slices
 
 __all__ = [
@@ -125,8 +126,9 @@ def _packings(plan: FreezePlan, averaged: Iterable[Tensor]) -> list[tuple[Packin
         if not plan.blocks.keys().isdisjoint(parameters):
             blocks = [plan.blocks.get(parameter) for parameter in parameters]
             # Gradients have the parameters' shapes and strides.
-            bucket = parameters[0].detach().new_empty(0)
-            found.append((Packing(blocks, parameters, bucket), bucket.element_size()))
+            gradients = [shaped_like(parameter) for parameter in parameters]
+            bucket = gradients[0].new_empty(0)
+            found.append((Packing(blocks, gradients, bucket), bucket.element_size()))
     return found
 
 

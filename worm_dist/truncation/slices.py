@@ -8,26 +8,32 @@ index of eight bytes for each of their elements would take more memory than they
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..backends.optimizer_view import Shard
-from ..comm_hooks.wide_rows import fill_rows_with_zeros, write_rows
+from ..comm_hooks.wide_rows import row_writer
 from ..groups.freeze_plan import Block
 
-__all__ = ["ManySlices", "SliceCopies", "Slices", "group_slices"]
+__all__ = ["ManySlices", "RepeatedWrite", "SliceCopies", "Slices", "group_slices"]
 
 _MERGED_ON_CPU, _MERGED = 2**12, 2**20
 """Elements from which on a tensor is written alone.  Operations cost more on accelerators."""
-_MOST_AT_ONCE = 2**23
-"""Elements that are concatenated at once: the size of a temporary tensor."""
+_MOST_AT_ONCE = 2**22
+"""Elements of tensors that are concatenated at once, together with as many of each of their
+moments: the size of a temporary tensor."""
 
 SliceCopies: TypeAlias = Sequence[Tensor]
 """Copies of frozen slices, as ``Slices.take`` returns them."""
+
+Written: TypeAlias = tuple[Sequence[Tensor | None], SliceCopies | None]
+"""Tensors, and the copies that are written to their slices; zeros if there are none."""
 
 
 class Slices(Protocol):
@@ -45,8 +51,8 @@ class Slices(Protocol):
     def take(self, tensors: Sequence[Tensor | None]) -> SliceCopies | None:
         """Copies of the slices, of zeros for missing tensors; None if all are missing."""
 
-    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
-        """Write copies to the slices; zeros if there are none."""
+    def writer(self, together: Sequence[Written]) -> Callable[[], None]:
+        """A function that writes to the slices of all these tensors what the copies have then."""
 
 
 class ManySlices:
@@ -82,19 +88,24 @@ class ManySlices:
         flat = torch.cat([_in_memory_order(tensor) for tensor in filled])
         return (flat.index_select(0, self._index(range(len(filled)), filled)),)
 
-    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
-        there = [number for number, tensor in enumerate(tensors) if tensor is not None]
-        if not there:
-            return
-        present = [tensor for tensor in tensors if tensor is not None]
-        flat = torch.cat([_in_memory_order(tensor) for tensor in present])
-        if copies is None:
-            flat.index_fill_(0, self._index(there, present), 0)
-        else:
-            # ``index_copy_`` does the same, but takes twice as long on a CPU.
-            flat.scatter_(0, self._index(there, present), self._chosen(copies, there))
-        parts = flat.split([self._sizes[number] for number in there])
-        torch._foreach_copy_([_in_memory_order(tensor) for tensor in present], parts)
+    def writer(self, together: Sequence[Written]) -> Callable[[], None]:
+        # Those of one dtype are written together.
+        alike: dict[torch.dtype, tuple[list[Tensor], list[_Part]]] = {}
+        for tensors, copies in together:
+            there = [number for number, tensor in enumerate(tensors) if tensor is not None]
+            if there:
+                present = [tensor for tensor in tensors if tensor is not None]
+                views, parts = alike.setdefault(present[0].dtype, ([], []))
+                views += map(_in_memory_order, present)
+                chosen = None if copies is None else self._chosen(copies, there)
+                num_elements = sum(self._sizes[number] for number in there)
+                parts.append((self._index(there, present), chosen, num_elements))
+
+        def write() -> None:
+            for views, parts in alike.values():
+                _write_together(views, parts)
+
+        return write
 
     def _chosen(self, copies: SliceCopies, there: Sequence[int]) -> Tensor:
         (taken,) = copies
@@ -145,19 +156,56 @@ class RowSlices:
             return None
         return [tensor.index_select(dim, indices) for dim, indices in self._frozen.items()]
 
-    def write(self, tensors: Sequence[Tensor | None], copies: SliceCopies | None) -> None:
-        (tensor,) = tensors
-        if tensor is None:
-            return
-        for number, (dim, indices) in enumerate(self._frozen.items()):
-            if copies is None and dim == 0:
-                fill_rows_with_zeros(tensor, indices)
-            elif copies is None:
-                tensor.index_fill_(dim, indices, 0)
-            elif dim == 0:
-                write_rows(tensor, indices, copies[number])
-            else:
-                tensor.index_copy_(dim, indices, copies[number])
+    def writer(self, together: Sequence[Written]) -> Callable[[], None]:
+        writers: list[Callable[[], object]] = []
+        for (tensor,), copies in together:
+            for number, (dim, indices) in enumerate(self._frozen.items()):
+                values = None if copies is None else copies[number]
+                if tensor is None:
+                    continue
+                if dim == 0:
+                    writers.append(row_writer(tensor, indices, values))
+                elif values is None:
+                    writers.append(partial(tensor.index_fill_, dim, indices, 0))
+                else:
+                    writers.append(partial(tensor.index_copy_, dim, indices, values))
+
+        def write() -> None:
+            for each in writers:
+                each()
+
+        return write
+
+
+class RepeatedWrite:
+    """Writes copies to the slices of the same tensors after every step.
+
+    Views and indices are kept for as long as the tensors stay the same, and where they are in
+    memory; loading an optimizer's state replaces its tensors.
+
+    Args:
+        slices: the slices.
+    """
+
+    def __init__(self, slices: Slices) -> None:
+        self._slices = slices
+        self._tensors: list[Tensor | None] = []
+        self._addresses: list[int] = []
+        self._write: Callable[[], None] = lambda: None
+
+    def __call__(self, together: Sequence[Written]) -> None:
+        """Write.
+
+        Args:
+            together: tensors with their copies, which are the same for the same tensors; what the
+                copies have may change.
+        """
+        tensors = [tensor for each, _ in together for tensor in each]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses or not all(map(operator.is_, tensors, self._tensors)):
+            self._tensors, self._addresses = tensors, addresses
+            self._write = self._slices.writer(together)
+        self._write()
 
 
 def group_slices(
@@ -198,6 +246,27 @@ def _chunks(items: Sequence[tuple[Shard, Block]]) -> list[list[tuple[Shard, Bloc
         chunks[-1].append((shard, block))
         size += shard.value.numel()
     return chunks
+
+
+_Part: TypeAlias = tuple[Tensor, Tensor | None, int]
+"""Of a part of a concatenation: the index of the slices, what is written there, or None for zeros,
+and the number of elements."""
+
+
+def _write_together(views: list[Tensor], parts: Sequence[_Part]) -> None:
+    """Write to slices in the concatenation of one-dimensional views, in as many parts, and copy it
+    back."""
+    flat = torch.cat(views)
+    begin = 0
+    for index, values, size in parts:
+        part = flat[begin : begin + size]
+        if values is None:
+            part.index_fill_(0, index, 0)
+        else:
+            # ``index_copy_`` does the same, but takes twice as long on a CPU.
+            part.scatter_(0, index, values)
+        begin += size
+    torch._foreach_copy_(views, flat.split([view.numel() for view in views]))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import rich.progress
 
-from ..local_ranks import on_ranks
+from ..local_ranks import on_ranks, process_context
 from .row import Key, Row, append, read_rows
 from .spec import RunSpec
 from .training import train
@@ -75,7 +74,7 @@ def _parent(spec: RunSpec, rows: dict[Key, Row]) -> Row | None:
 @contextmanager
 def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that begin no further run after an error."""
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(number, process_context())
     try:
         yield pool
     finally:

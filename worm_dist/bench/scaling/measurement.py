@@ -21,7 +21,7 @@ from ...groups.freeze_plan import FreezePlan
 from ...planning.buckets import buckets_of
 from ...planning.step_time import Bucket, StepTime
 from ...planning.step_time import Link as PlannedLink
-from ..network import Link, over_ranks
+from ..network import Link, num_collectives, over_ranks
 from ..variants import DDP, HALF, WARM_UP, Batch, dense, training, uniform_mask
 from ..workload import Workload
 from .row import CHECK, ScaleRow
@@ -31,7 +31,7 @@ __all__ = ["measure"]
 _IN_A_ROW = 3
 """Steps of one variant before those of the next."""
 _CHECKS = 8
-_PINGS = 20
+_PINGS, _PROBES = 20, 7
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def measure(workload: Workload) -> Iterator[ScaleRow]:
     link = _CountedLink()
     latency = _latency()
     variants = list(_variants(workload))
+    bandwidth = _bandwidth(sum(variants[0].payload.values()), latency)
     for variant in variants:
         for _ in range(WARM_UP):
             variant.step()
@@ -88,9 +89,13 @@ def measure(workload: Workload) -> Iterator[ScaleRow]:
             seconds=measured.seconds,
             compute_seconds=compute_seconds,
             latency_seconds=latency,
-            estimate_seconds=_estimate(variant, compute_seconds, link, latency),
+            bits_per_second=bandwidth,
+            estimate_seconds=_estimate(variant, compute_seconds, bandwidth, latency),
+            nominal_estimate_seconds=None
+            if link.bits_per_second is None
+            else _estimate(variant, compute_seconds, link.bits_per_second, latency),
         )
-    yield _check(workload, link, latency)
+    yield _check(workload, link, latency, bandwidth)
 
 
 def _variants(workload: Workload) -> Iterator[_Variant]:
@@ -139,7 +144,7 @@ def _variant(
     return _Variant(name, model, step, payload, buckets_of(model.module, payload, flops))
 
 
-def _check(workload: Workload, link: _CountedLink, latency: float) -> ScaleRow:
+def _check(workload: Workload, link: _CountedLink, latency: float, bandwidth: float) -> ScaleRow:
     images, _ = workload.batch()
     config = WormConfig(search={"l1": 0}, truncation=TruncationConfig(mode="off"))
     model, optimizer = training(workload.build)
@@ -151,10 +156,10 @@ def _check(workload: Workload, link: _CountedLink, latency: float) -> ScaleRow:
     measured, payload, collectives = [], 0, 0
     for _ in range(_CHECKS):
         engine.optimizer.step()  # without gradients no weight changes, but a check is due again
-        sent, begun = engine.traffic.control_bytes, _num_collectives()
+        sent, begun = engine.traffic.control_bytes, num_collectives(model.process_group)
         measured.append(link.sent_by(check))
         payload = engine.traffic.control_bytes - sent
-        collectives = _num_collectives() - begun - 2  # without the two barriers
+        collectives = num_collectives(model.process_group) - begun - 2  # without the two barriers
     typical = _typical(measured)
     return ScaleRow(
         model=workload.model,
@@ -169,7 +174,9 @@ def _check(workload: Workload, link: _CountedLink, latency: float) -> ScaleRow:
         seconds=typical.seconds,
         compute_seconds=0.0,
         latency_seconds=latency,
+        bits_per_second=bandwidth,
         estimate_seconds=None,
+        nominal_estimate_seconds=None,
     )
 
 
@@ -180,30 +187,41 @@ def _ring_bytes(payload: int) -> float:
 
 
 def _estimate(
-    variant: _Variant, compute_seconds: float, link: Link, latency: float
-) -> float | None:
-    if link.bits_per_second is None:
-        return None
-    planned = PlannedLink(dist.get_world_size(), link.bits_per_second, link.network, latency)
-    return StepTime.of(compute_seconds, variant.buckets, planned).expected_seconds
+    variant: _Variant, compute_seconds: float, bits_per_second: float, latency: float
+) -> float:
+    link = PlannedLink(dist.get_world_size(), bits_per_second, "", latency)
+    return StepTime.of(compute_seconds, variant.buckets, link).expected_seconds
 
 
 def _latency() -> float:
     """Seconds of a message: those of an all-reduce of one element, which is a ring of them."""
-    element = torch.zeros(1)
+    return _all_reduce_seconds(1, _PINGS) / (2 * (dist.get_world_size() - 1))
+
+
+def _bandwidth(num_bytes: int, latency: float) -> float:
+    """Bits per second of a rank's connection that an all-reduce of so many bytes reaches, while
+    nothing is computed: so much that ``plan``'s formula gives its measured time.
+
+    Args:
+        num_bytes: bytes of all gradients of the dense network.
+        latency: seconds of a message.
+    """
+    size = dist.get_world_size()
+    seconds = _all_reduce_seconds(num_bytes // 4, _PROBES) - 2 * (size - 1) * latency
+    return 2 * (size - 1) / size * num_bytes * 8 / max(seconds, 1e-9)
+
+
+def _all_reduce_seconds(numel: int, times: int) -> float:
+    """Median time of the slowest rank."""
+    elements = torch.zeros(numel)
     seconds = []
-    for _ in range(_PINGS):
+    for _ in range(times):
         dist.barrier()
         begin = time.perf_counter()
-        dist.all_reduce(element)
+        dist.all_reduce(elements)
         seconds.append(time.perf_counter() - begin)
     ((*slowest,),) = over_ranks([seconds], dist.ReduceOp.MAX)
-    return statistics.median(slowest) / (2 * (dist.get_world_size() - 1))
-
-
-def _num_collectives() -> int:
-    group = dist.group.WORLD
-    return int(group._get_sequence_number_for_group())  # type: ignore[union-attr]
+    return statistics.median(slowest)
 
 
 class _CountedLink(Link):

@@ -30,8 +30,10 @@ acknowledgements and, in a step, BatchNorm's buffers.  Means over the ranks.
 
 {times}
 
-The estimate is `expected` of `python -m worm_dist plan`, from the measured compute time and latency
-of a message, and the rate.
+The estimate is `expected` of `python -m worm_dist plan`, from the measured compute time, latency of
+a message, and bandwidth: that which an all-reduce of the network's gradients reaches while nothing
+is computed.  `by the rate`: the same from the rate of the link instead.  Ratios are to the measured
+time.
 """
 
 
@@ -61,17 +63,20 @@ def _traffic(rows: Sequence[ScaleRow]) -> list[str]:
 
 def _times(rows: Sequence[ScaleRow]) -> list[str]:
     titles = ["network", "link", "ranks", "what", "computing (ms)", "latency (us)"]
-    lines = header([*titles, "estimated (ms)", "measured (ms)", "ratio"])
+    titles += ["bandwidth (Mbit/s)", "measured (ms)", "estimated (ms)", "ratio"]
+    lines = header([*titles, "by the rate (ms)", "ratio"])
     for row in rows:
         if row.variant == CHECK:
             continue
-        estimate = ("–", "–")
-        if row.estimate_seconds is not None:
-            ratio = row.estimate_seconds / row.seconds
-            estimate = (f"{1000 * row.estimate_seconds:.1f}", f"{ratio:.2f}")
+        estimates = (row.estimate_seconds, row.nominal_estimate_seconds)
+        cells = [
+            ("–", "–") if each is None else (f"{1000 * each:.1f}", f"{each / row.seconds:.2f}")
+            for each in estimates
+        ]
         lines.append(
             f"| {row.model} | {rate_text(row.network)} | {row.ranks} | {row.variant} | "
-            f"{1000 * row.compute_seconds:.1f} | {1e6 * row.latency_seconds:.0f} | {estimate[0]} | "
-            f"{1000 * row.seconds:.1f} | {estimate[1]} |"
+            f"{1000 * row.compute_seconds:.1f} | {1e6 * row.latency_seconds:.0f} | "
+            f"{row.bits_per_second / 1e6:.0f} | {1000 * row.seconds:.1f} | "
+            f"{' | '.join(cells[0])} | {' | '.join(cells[1])} |"
         )
     return lines

@@ -33,8 +33,11 @@ class ScaleRow:
         compute_seconds: median time of the same without averaging the gradients, on all ranks at
             the same time; 0 for a check.
         latency_seconds: measured latency of a message.
-        estimate_seconds: what ``plan`` estimates, from this compute time, this latency and the
-            rate; None without a limited rate, and for a check.
+        bits_per_second: bandwidth that an all-reduce of the dense network's gradients reached
+            while nothing was computed.
+        estimate_seconds: what ``plan`` estimates, from this compute time, latency and bandwidth;
+            None for a check.
+        nominal_estimate_seconds: the same from the link's rate; None also if that is not limited.
     """
 
     model: str
@@ -49,7 +52,9 @@ class ScaleRow:
     seconds: float
     compute_seconds: float
     latency_seconds: float
+    bits_per_second: float
     estimate_seconds: float | None
+    nominal_estimate_seconds: float | None
 
 
 def read_scale_rows(path: Path) -> list[ScaleRow]:

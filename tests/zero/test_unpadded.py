@@ -1,0 +1,35 @@
+"""Stage 3 where each rank's elements travel by themselves, as they do where padding costs more."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.matrix.findings import Findings
+from tests.ranks import Ranks
+from tests.zero.rows import ROWS
+from tests.zero.run import run
+from worm_dist.comm_hooks import deepspeed_allgather
+
+pytestmark = pytest.mark.slow("trains rows of the table under DeepSpeed")
+
+_ROWS = {2: ("3: bf16, gathered late, a frozen shift",), 3: ("3: 3 ranks",)}
+
+
+def _never_padded(names: tuple[str, ...]) -> dict[str, Findings]:
+    vars(deepspeed_allgather)["_BYTES_OF_A_COLLECTIVE"] = -1
+    return run(names)
+
+
+@pytest.mark.parametrize("world_size", _ROWS)
+def test_all_but_the_bytes_is_as_with_padding(ranks: Ranks, world_size: int) -> None:
+    names = _ROWS[world_size]
+    outcomes = ranks.outcomes(world_size, _never_padded, names, group_timeout=60, wall_limit=110)
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+    for name in names:
+        assert ROWS[name].world_size == world_size
+        everyone: list[Findings] = [outcome.value[name] for outcome in outcomes]
+        for findings in everyone:
+            wrong = {column: text for column, text in findings.wrong.items() if column != "bytes"}
+            assert not wrong
+        assert all(other.weights == everyone[0].weights for other in everyone)
