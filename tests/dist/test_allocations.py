@@ -97,7 +97,7 @@ def _watch(found: list[str]) -> None:
 
 def _allocated(truncation: dict[str, Any]) -> list[list[str]]:
     """What is allocated in each pass of two generations; the first pass of each has to."""
-    vars(packing)["_LARGE"] = _WIDTH * _WIDTH * 9
+    vars(packing)["LARGE"] = _WIDTH * _WIDTH * 9
     vars(packing)["_ROWS_AT_ONCE"] = 5 * _WIDTH * 9
     torch.manual_seed(0)
     model = DistributedDataParallel(_Wide(), bucket_cap_mb=0.01)

@@ -60,8 +60,8 @@ def _packing(blocks: list[Block | None], shapes: list[tuple[int, ...]]) -> Packi
 WAYS = {
     "chosen": {},
     "index": {"_SHORT_ROW": 2**62},
-    "rows": {"_LARGE": 0},
-    "large rows": {"_LARGE": 0, "_TOO_LARGE_TO_WRITE_TWICE": 0},
+    "rows": {"LARGE": 0},
+    "large rows": {"LARGE": 0, "_TOO_LARGE_TO_WRITE_TWICE": 0},
 }
 
 
@@ -193,7 +193,7 @@ def test_operations_of_a_bucket(shapes: list[tuple[int, ...]], pack: int, unpack
 
 
 def test_operations_of_a_block_of_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_module, "_LARGE", 0)
+    monkeypatch.setattr(packing_module, "LARGE", 0)
     shape = (8, 6, 3, 3)
     block = _block(shape, {dim: _flags_of_half(shape[dim]) for dim in (0, 1)})
     bucket, gradients = _bucket([torch.randn(shape)])

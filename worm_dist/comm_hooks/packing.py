@@ -28,7 +28,7 @@ from .wide_rows import row_writer, write_rows
 
 __all__ = ["LARGE", "Packing", "with_parameter_strides"]
 
-LARGE = _LARGE = 2**20
+LARGE = 2**20
 """Elements of a gradient that is copied alone."""
 _ROWS_AT_ONCE = 2**21
 """Elements of the rows from which columns are selected at once: the size of a scratch buffer that
@@ -52,7 +52,7 @@ class Packing:
             a gradient is live.
         gradients: views of the bucket, one for each block.
         bucket: the bucket, one-dimensional and contiguous.
-        large: number of elements from which on a gradient is copied alone.
+        large: number of elements from which on a gradient is copied alone; ``LARGE`` by default.
 
     Attributes:
         blocks: the argument.
@@ -64,7 +64,7 @@ class Packing:
         blocks: Sequence[Block | None],
         gradients: Sequence[Tensor],
         bucket: Tensor,
-        large: int = _LARGE,
+        large: int | None = None,
     ) -> None:
         assert bucket.dim() == 1 and bucket.is_contiguous()
         self.blocks = blocks
@@ -81,7 +81,7 @@ class Packing:
         self._runs: list[list[int]] = []
         self._alone: list[int] = []
         for number, (gradient, block) in enumerate(zip(gradients, blocks, strict=True)):
-            if not _gathers_by_index(gradient, block, large):
+            if not _gathers_by_index(gradient, block, LARGE if large is None else large):
                 self._alone.append(number)
             elif self._runs and self._runs[-1][-1] == number - 1:
                 self._runs[-1].append(number)
