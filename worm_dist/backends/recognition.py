@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.contract import _get_registry
@@ -13,7 +14,6 @@ from ..errors import BackendError
 from .backend import Backend, not_compiled
 from .ddp import DdpBackend
 from .deepspeed import DeepSpeedBackend, is_deepspeed
-from .fsdp import FsdpBackend
 from .fsdp_sharding import is_fully_sharded
 from .single_process import SingleProcess
 from .zero3 import Zero3Backend
@@ -45,7 +45,7 @@ def backend_of(model: nn.Module) -> Backend:
     if is_deepspeed(model):
         return _deepspeed(model)
     if is_fully_sharded(not_compiled(model)):
-        return FsdpBackend(model)
+        return _fsdp(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):
         return DdpBackend(model)
@@ -61,6 +61,17 @@ def backend_of(model: nn.Module) -> Backend:
             "fully_shard, or give it to deepspeed.initialize, first"
         )
     return SingleProcess(model)
+
+
+def _fsdp(model: nn.Module) -> Backend:
+    try:
+        # Not imported before it is needed: its parts of torch are not a public interface.
+        from .fsdp import FsdpBackend
+    except ImportError as error:
+        raise BackendError(
+            f"attach: fully_shard of torch {torch.__version__} is not known; install torch 2.14"
+        ) from error
+    return FsdpBackend(model)
 
 
 def _deepspeed(model: Any) -> Backend:

@@ -112,8 +112,7 @@ def _together(
     from .deadline import deadline
     from .ranks import reach
 
-    chosen = "auto" if config is None else config.distributed.backend
-    transport = "auto" if chosen == "deepspeed" else chosen
+    transport = "auto" if config is None else config.distributed.transport
 
     def expired(seconds: float, where: str) -> Any:
         return lambda: _give_up(report, rank_info, seconds, where, options.json)

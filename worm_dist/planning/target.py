@@ -140,9 +140,10 @@ def target_of_config(
         )
     shape, classes = _sample(config.data, sample_shape, num_classes)
     remarks = []
-    if config.distributed.backend == "deepspeed":
+    if config.distributed.backend in ("deepspeed", "fsdp"):
+        kind = "ZeRO" if config.distributed.backend == "deepspeed" else "fully_shard"
         remarks.append(
-            "bytes and memory are DistributedDataParallel's; under ZeRO ranks also send weights"
+            f"bytes and memory are DistributedDataParallel's; under {kind} ranks also send weights"
         )
     return Target(
         model=config.model.name,

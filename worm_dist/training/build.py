@@ -25,7 +25,7 @@ from .data import Placement, load_data, test_loader, train_loader
 from .evaluation import count_parameters
 from .initial_network import initial_network
 from .kernels import memory_format
-from .optim import ScheduleStart, build_optimizer, build_schedule
+from .optim import ScheduleStart, build_schedule
 from .parallelize import backend_name, parallelize
 from .rank_state import seed_all
 from .reporting.result import Result
@@ -102,8 +102,7 @@ def build(
     if layout is not torch.contiguous_format:
         network.to(memory_format=layout)
     rewound = copied(network) if config.retraining.weights != "keep" else None
-    optimizer = build_optimizer(config.optimizer, network)
-    model = parallelize(network, optimizer, config, rank_info.world_size, device)
+    model, optimizer = parallelize(network, config, rank_info.world_size, device)
     dtype = next(network.parameters()).dtype  # DeepSpeed may have changed it
     placement = Placement(device, dtype, layout, data.normalization)
     sample = torch.zeros(1, *data.sample_shape, device=device, dtype=dtype)

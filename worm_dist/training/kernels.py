@@ -35,7 +35,7 @@ def memory_format(config: RunConfig, device: torch.device) -> torch.memory_forma
     pays = (
         device.type == "cuda"
         and config.precision != "fp32"
-        and config.distributed.backend != "deepspeed"
+        and config.distributed.backend not in ("deepspeed", "fsdp")
     )
     choice = config.model.channels_last
     is_last = choice == "on" or (choice == "auto" and pays)

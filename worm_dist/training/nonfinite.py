@@ -29,8 +29,8 @@ class FiniteCheck:
 
     The gradients are averaged by then, so a NaN on one rank is seen by all, and all stop at the
     same step without further communication.  The check costs one pass over the gradients.
-    DeepSpeed does not expose its gradients; there the ranks average their losses, one number a
-    step.
+    Under DeepSpeed and ``fully_shard`` a rank has its part of the gradients alone; there the ranks
+    average their losses, one number a step.
 
     Waiting for the result would stall a GPU, so there it is copied asynchronously and read one step
     later.  The weights have been updated once more by then; call ``wait`` before they are saved or
@@ -50,7 +50,7 @@ class FiniteCheck:
         Args:
             step: the step's number.
             loss: this rank's loss, a detached scalar.
-            gradients: the averaged gradients; empty if the backend does not expose them.
+            gradients: the averaged gradients; empty if no rank has all of them.
 
         Raises:
             NonFiniteError: the gradients are not finite; raised on every rank.  A norm above 1e19

@@ -1,4 +1,7 @@
-"""Wraps a network in DistributedDataParallel or DeepSpeed's engine, and steps either one."""
+"""Wraps a network for training on several ranks, and steps it.
+
+In DistributedDataParallel, in DeepSpeed's engine, or by torch's ``fully_shard``.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..backends.deepspeed import is_deepspeed
+from ..backends.fsdp_sharding import is_fully_sharded
 from ..engine.engine import Engine
 from ..errors import BackendError, ConfigError
 from .deepspeed_config import deepspeed_settings
+from .fully_sharded import shard
+from .optim import build_optimizer
 from .run_config import RunConfig
 
 __all__ = [
@@ -33,42 +40,46 @@ __all__ = [
 
 def parallelize(
     network: nn.Module,
-    optimizer: Optimizer,
     config: RunConfig,
     world_size: int,
     device: torch.device,
-) -> nn.Module:
-    """Wrap the network for data-parallel training.  Collective.
+) -> tuple[nn.Module, Optimizer]:
+    """Wrap the network for data-parallel training, and make its optimizer.  Collective.
 
     Args:
         network: the network, on ``device``.
-        optimizer: the optimizer of its parameters; only DeepSpeed wraps it.
         config: the run's settings.
         world_size: number of ranks.
         device: this rank's device.
 
     Returns:
-        DistributedDataParallel or DeepSpeed's engine.
+        DistributedDataParallel, the sharded network or DeepSpeed's engine; and the torch optimizer
+        of its parameters, which only DeepSpeed wraps.
 
     Raises:
-        ConfigError: DeepSpeed's settings do not fit the run.
+        ConfigError: DeepSpeed's settings do not fit the run, or there is one rank only to shard
+            over.
         BackendError: DeepSpeed is selected but not installed.
     """
+    if config.distributed.backend == "fsdp":
+        model = shard(network, config.distributed.bucket_cap_mb, world_size, device)
+        return model, build_optimizer(config.optimizer, model)  # torch has replaced the parameters
+    optimizer = build_optimizer(config.optimizer, network)
     if config.distributed.backend == "deepspeed":
         settings = deepspeed_settings(config, world_size)
         deepspeed = deepspeed_module(device)
         _require_valid(deepspeed, settings, config.distributed.deepspeed)
-        model, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        engine: nn.Module = model
-        return engine
-    return DistributedDataParallel(
+        return engine, optimizer
+    wrapped = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         bucket_cap_mb=config.distributed.bucket_cap_mb,
         **_fewer_copies(),
     )
+    return wrapped, optimizer
 
 
 def _fewer_copies() -> dict[str, Any]:
@@ -105,8 +116,10 @@ def _require_valid(deepspeed: Any, settings: dict[str, Any], path: str | None) -
 def backend_name(model: nn.Module, device: torch.device) -> str:
     """Name of the backend, for people, such as ``deepspeed zero-1, nccl``."""
     transport = "nccl" if device.type == "cuda" else "gloo"
-    stage = getattr(model, "zero_optimization_stage", None)
-    return transport if stage is None else f"deepspeed zero-{int(stage())}, {transport}"
+    if is_deepspeed(model):
+        stage: Any = model.zero_optimization_stage
+        return f"deepspeed zero-{int(stage())}, {transport}"
+    return f"fsdp, {transport}" if is_fully_sharded(model) else transport
 
 
 def num_passes(engine: Engine) -> int:
@@ -117,15 +130,15 @@ def num_passes(engine: Engine) -> int:
 
 def backward(engine: Engine, loss: Tensor) -> None:
     """Run the backward pass; in the last pass of a step the gradients are averaged."""
-    if isinstance(engine.model, DistributedDataParallel):
-        loss.backward()
-    else:
+    if is_deepspeed(engine.model):
         model: Any = engine.model
         model.backward(loss)
+    else:
+        loss.backward()
 
 
 def averaged_gradients(engine: Engine) -> list[Tensor]:
-    """Averaged gradients, equal on all ranks; empty under DeepSpeed, which partitions them."""
+    """Averaged gradients, equal on all ranks; empty if every rank has only its part of them."""
     if not isinstance(engine.model, DistributedDataParallel):
         return []
     return [p.grad for p in engine.model.parameters() if p.grad is not None]
@@ -133,12 +146,12 @@ def averaged_gradients(engine: Engine) -> list[Tensor]:
 
 def step(engine: Engine) -> None:
     """Take the optimizer step; under DeepSpeed only after the last pass of the step."""
-    if isinstance(engine.model, DistributedDataParallel):
-        engine.optimizer.step()
-        engine.optimizer.zero_grad()
-    else:
+    if is_deepspeed(engine.model):
         model: Any = engine.model
         model.step()
+    else:
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
 
 
 def deepspeed_module(device: torch.device) -> Any:

@@ -28,8 +28,8 @@ timeouts, paths, and the recalibration at a draw that is still to come."""
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that must not change, by dotted key.
 
-    For the backend only the choice between torch and DeepSpeed counts; for DeepSpeed's file its
-    content counts, not its path.
+    For the backend only the choice between DistributedDataParallel, ``fully_shard`` and DeepSpeed
+    counts; for DeepSpeed's file its content counts, not its path.
 
     Raises:
         ConfigError: DeepSpeed's file cannot be read.
@@ -41,7 +41,8 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     }
     del fixed["distributed.deepspeed"]
     if config.distributed.backend != "deepspeed":
-        fixed["distributed.backend"] = "auto"
+        is_sharded = config.distributed.backend == "fsdp"
+        fixed["distributed.backend"] = "fsdp" if is_sharded else "auto"
         return fixed
     deepspeed = deepspeed_settings(config, world_size=1)
     del deepspeed["train_micro_batch_size_per_gpu"]  # it depends on the world size

@@ -60,13 +60,12 @@ def run(config: RunConfig, out: Path, resume: str = "auto", quiet: bool = False)
     """
     rank_info = RankInfo.from_environment()
     settings = config.distributed
-    transport = "auto" if settings.backend == "deepspeed" else settings.backend
     progress, stop = Progress(), StopCoordinator()
     timeouts = Timeouts(settings.startup_timeout_seconds, settings.timeout_seconds)
     with (
         rank_named(rank_info.rank),
         stop_on_signals() as install_handlers,
-        process_group(rank_info, transport, settings.startup_timeout_seconds) as device,
+        process_group(rank_info, settings.transport, settings.startup_timeout_seconds) as device,
         watched(rank_info, progress, timeouts, stop, out / STACKS)
         if rank_info.world_size > 1
         else nullcontext(),

@@ -207,9 +207,10 @@ class RetrainingConfig(Settings):
 class DistributedConfig(Settings):
     """How the ranks work together."""
 
-    backend: Literal["auto", "gloo", "nccl", "deepspeed"] = "auto"
+    backend: Literal["auto", "gloo", "nccl", "fsdp", "deepspeed"] = "auto"
     """``auto``: DistributedDataParallel over nccl if every rank has a GPU, otherwise over gloo.
-    ``deepspeed``: DeepSpeed's engine over the same transport."""
+    ``fsdp``: torch's ``fully_shard``, and ``deepspeed``: DeepSpeed's engine, over the same
+    transport."""
     deepspeed: PathText | None = None
     """Path of DeepSpeed's JSON configuration; the default is ZeRO stage 1."""
     startup_timeout_seconds: Seconds = 900
@@ -218,7 +219,15 @@ class DistributedConfig(Settings):
     timeout_seconds: Seconds = 300
     """The same limit from then on.  Ranks that exceed it are named, and all ranks stop."""
     bucket_cap_mb: float = Field(default=25, gt=0, le=1e6)
-    """DistributedDataParallel's bucket size in MiB."""
+    """DistributedDataParallel's bucket size in MiB; under ``fsdp`` the size from which modules are
+    sharded by themselves, so that their weights are gathered together."""
+
+    @property
+    def transport(self) -> Literal["auto", "gloo", "nccl"]:
+        """The backend of ``torch.distributed``."""
+        if self.backend == "gloo" or self.backend == "nccl":
+            return self.backend
+        return "auto"
 
     @model_validator(mode="after")
     def _settings_belong_to_deepspeed(self) -> Self:
@@ -281,7 +290,7 @@ class RunConfig(WormParts):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _deepspeed_has_master_weights(self) -> Self:
+    def _weights_are_here(self) -> Self:
         retraining = self.retraining
         changed = [
             f"retraining.{key} '{value}'"
@@ -293,14 +302,20 @@ class RunConfig(WormParts):
                 f"{' and '.join(changed)} contradict distributed.backend 'deepspeed', which keeps "
                 "moments and weights of its own; use DistributedDataParallel"
             )
+        if retraining.weights != "keep" and self.distributed.backend == "fsdp":
+            raise ValueError(
+                f"retraining.weights '{retraining.weights}' contradicts distributed.backend "
+                "'fsdp', which keeps shards of the weights alone; use DistributedDataParallel"
+            )
         return self
 
     @model_validator(mode="after")
-    def _deepspeed_flattens(self) -> Self:
-        if self.model.channels_last == "on" and self.distributed.backend == "deepspeed":
+    def _weights_are_flat(self) -> Self:
+        backend = self.distributed.backend
+        if self.model.channels_last == "on" and backend in ("deepspeed", "fsdp"):
             raise ValueError(
-                "model.channels_last 'on' contradicts distributed.backend 'deepspeed', which keeps "
-                "weights in flat buffers; choose 'auto'"
+                f"model.channels_last 'on' contradicts distributed.backend {backend!r}, which "
+                "keeps weights in flat buffers; choose 'auto'"
             )
         return self
 
