@@ -247,7 +247,8 @@ def test_quartiles_are_those_of_the_values() -> None:
     [
         (["wire"], 6, "bench: it needs exactly 2 ranks, but there are 1;"),
         (["wires"], 2, "invalid choice: 'wires'"),
-        (["wire", "--rounds", "3"], 2, "unrecognized arguments: --rounds 3"),
+        (["wire", "--steps", "3"], 2, "unrecognized arguments: --steps 3"),
+        (["wire", "--rounds", "1"], 2, "--rounds: 1 is too small; give at least 2"),
     ],
 )
 def test_a_users_mistake_is_told(tmp_path: Path, words: list[str], code: int, says: str) -> None:
