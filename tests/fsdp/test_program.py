@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow("trains four runs"), pytest.mark.timeout(300)]
 
 STEP = 7
 """While channels fade, a stage behind."""
-SHARDED = {"distributed.backend": "fsdp", "distributed.bucket_cap_mb": 0.001}
+SHARDED: dict[str, Any] = {"distributed.backend": "fsdp", "distributed.bucket_cap_mb": 0.001}
 """Convolutions are sharded by themselves."""
 
 

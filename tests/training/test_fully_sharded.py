@@ -56,7 +56,7 @@ def test_attention_uses_its_projection_without_calling_it() -> None:
 
 def test_a_parameter_in_two_places_stays_in_one_unit() -> None:
     network = _blocks()
-    network[1][0].weight = network[0][0].weight  # type: ignore[index, union-attr]
+    network[1][0].weight = network[0][0].weight  # type: ignore[index]
     assert _names(network, 400) == []
 
 
