@@ -33,7 +33,17 @@ from .training.required_packages import require_packages
 from .training.settings_template import settings_template
 from .training.user_functions import require_user_functions
 
-_TWO_RANKS = ("wire", "step", "packing", "overhead", "hiccup", "zero", "checkpoint", "compute")
+_TWO_RANKS = (
+    "wire",
+    "step",
+    "packing",
+    "overhead",
+    "hiccup",
+    "zero",
+    "fsdp",
+    "checkpoint",
+    "compute",
+)
 """Benchmarks of two ranks."""
 
 _PRINTING: Mapping[str, Any] = {
@@ -104,7 +114,7 @@ def _parse(
         "start a new run; or the path of a checkpoint, or of a run's folder for its newest one",
     )
     train.add_argument("--preset", help="worm, worm-paper, early-bird or dense")
-    train.add_argument("--backend", help="auto, gloo, nccl or deepspeed")
+    train.add_argument("--backend", help="auto, gloo, nccl, fsdp or deepspeed")
     train.add_argument("--seed", help="the seed of weights, shuffling and augmentation")
     train.add_argument(
         "--quiet", action="store_true", help="print warnings and one line at the end, nothing else"

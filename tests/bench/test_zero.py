@@ -21,8 +21,12 @@ def test_half_of_the_rows_is_half_of_the_bytes_in_every_stage(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     (panel,) = read_panels(tmp_path / "runs" / "bench-quick")
     assert [row.name for row in panel.rows] == [
-        name for stage in (0, 1, 2) for name in (f"ZeRO-{stage}", f"worm 50 %, ZeRO-{stage}")
+        *(name for stage in range(4) for name in (f"ZeRO-{stage}", f"worm 50 %, ZeRO-{stage}")),
+        "worm 50 %, ZeRO-3, faded",
     ]
     for stage in (0, 1, 2):
         # A small network: norms, which are told whole, and TCP's own bytes are more of it.
         assert 0.48 < panel.figures[f"ZeRO-{stage}, half of the rows / dense"] < 0.58
+    # Weights are gathered twice in a step, in full until the channels are zero.
+    assert 0.6 < panel.figures["ZeRO-3, half of the rows / dense"] < 0.8
+    assert 0.25 < panel.figures["ZeRO-3, half of the rows, faded / dense"] < 0.3

@@ -18,7 +18,7 @@ from .results import Panel, Spread
 __all__ = ["read_panels", "show", "write_panels"]
 
 _FILE = "bench.json"
-_KINDS = ("wire", "step", "packing", "overhead", "hiccup", "zero", "checkpoint", "compute")
+_KINDS = ("wire", "step", "packing", "overhead", "hiccup", "zero", "fsdp", "checkpoint", "compute")
 
 
 def read_panels(folder: Path) -> list[Panel]:

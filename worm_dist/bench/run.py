@@ -12,6 +12,7 @@ import torch
 
 from .checkpoint import checkpoint
 from .compute import compute
+from .fsdp import fsdp
 from .hiccup import hiccup
 from .network import Link, two_ranks
 from .overhead import overhead
@@ -31,6 +32,7 @@ _BENCHMARKS: Mapping[str, Callable[[Workload], Panel]] = {
     "overhead": overhead,
     "hiccup": hiccup,
     "zero": zero,
+    "fsdp": fsdp,
     "checkpoint": checkpoint,
     "compute": compute,
 }

@@ -37,6 +37,7 @@ __all__ = [
     "Variant",
     "dense",
     "packed_and_whole",
+    "scattered_mask",
     "training",
     "uniform_mask",
     "variants",
@@ -238,6 +239,19 @@ def uniform_mask(groups: Groups, share: float) -> Mask:
     return Mask(
         {
             group.name: torch.arange(group.num_channels) < max(1, round(share * group.num_channels))
+            for group in groups
+        }
+    )
+
+
+def scattered_mask(groups: Groups) -> Mask:
+    """Mask that keeps half of every group, at random: where every parameter is cut into a part for
+    each rank, the first channels of all would be on one rank."""
+    generator = torch.Generator().manual_seed(0)
+    return Mask(
+        {
+            group.name: torch.randperm(group.num_channels, generator=generator)
+            < max(1, round(HALF * group.num_channels))
             for group in groups
         }
     )

@@ -13,11 +13,9 @@ from torch.optim import SGD
 from ..config import TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine
-from ..groups.channel_groups import Groups
-from ..groups.mask import Mask
 from ..training.parallelize import deepspeed_module
 from .results import Panel
-from .variants import AT_ONCE, HALF, Batch, Step, Variant, uniform_mask
+from .variants import AT_ONCE, HALF, Batch, Step, Variant, scattered_mask, uniform_mask
 from .wire import bytes_sent
 from .workload import Workload
 
@@ -71,22 +69,9 @@ def _half(
     model = _engine(build, stage, batch)
     config = WormConfig(truncation=truncation)
     engine = attach(model, None, config, example_inputs=batch[0][:1], steps_per_epoch=1)
-    mask = uniform_mask(engine.groups, HALF) if stage < 3 else _scattered_mask(engine.groups)
+    mask = uniform_mask(engine.groups, HALF) if stage < 3 else scattered_mask(engine.groups)
     engine.truncate(mask)
     return Variant(_name(stage, HALF), _step(model, batch), _sent_share(engine), None)
-
-
-def _scattered_mask(groups: Groups) -> Mask:
-    """Mask that keeps half of every group, at random: in stage 3 every parameter is cut in two, and
-    the first channels of all would be on one rank."""
-    generator = torch.Generator().manual_seed(0)
-    return Mask(
-        {
-            group.name: torch.randperm(group.num_channels, generator=generator)
-            < max(1, round(HALF * group.num_channels))
-            for group in groups
-        }
-    )
 
 
 def _engine(build: Callable[[], nn.Module], stage: int, batch: Batch) -> Any:
