@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from ..config import TruncationConfig, WormConfig
+from ..config import SearchConfig, TruncationConfig, WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine
+from ..groups.gates import gated
 from ..training.parallelize import deepspeed_module
 from .results import Panel
 from .variants import AT_ONCE, HALF, Batch, Step, Variant, scattered_mask, uniform_mask
@@ -76,7 +77,7 @@ def _half(
 
 def _engine(build: Callable[[], nn.Module], stage: int, batch: Batch) -> Any:
     torch.manual_seed(0)
-    network = build()
+    network = gated(build(), SearchConfig())  # attention has no norms of its own
     optimizer = SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     settings = {
         "train_micro_batch_size_per_gpu": len(batch[0]),
