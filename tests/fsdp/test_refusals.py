@@ -50,6 +50,12 @@ def _custom() -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
+def _of_another_torch() -> nn.Module:
+    network: Any = _sharded()
+    del network._get_fsdp_state()._fsdp_param_groups[0].reduce_scatter_unused_params
+    return network  # type: ignore[no-any-return]
+
+
 def _by_columns() -> nn.Module:
     network = Plain(first=6, second=8)
     fully_shard(network, shard_placement_fn=lambda p: Shard(1) if p.shape[1:2] == (6,) else None)
@@ -95,6 +101,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ignored": (_ignoring, "parameter head.weight is not sharded (ignored_params"),
     "hook": (_hooked, "set_all_reduce_hook"),
     "custom": (_custom, "set_custom_all_gather"),
+    "another torch": (_of_another_torch, "has no attribute reduce_scatter_unused_params; install"),
     "columns": (_by_columns, "is sharded by columns (shard_placement_fn)"),
     "compiled": (_compiled, "torch.compile"),
     "compiled around": (_compiled_around, "torch.compile"),

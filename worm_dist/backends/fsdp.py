@@ -74,13 +74,16 @@ class FsdpBackend:
         """Bytes of the reduce-scatter of all gradients, and of this rank's shards of the weights
         for a forward and a backward pass; see ``Backend``."""
         total = 0
+        outermost = self._sharding.states[-1]
+        kept = outermost._fsdp_param_groups if outermost._auto_reshard_after_forward else []
         for group in self._sharding.groups:
+            # torch itself decides on the outermost module, in its first pass.
+            num_gathers = 1 if group in kept or group.post_forward_mesh_info is None else 2
             for parameter in group.fsdp_params:
                 shard = parameter.padded_sharded_param_size.numel()
                 policy, dtype = group.mp_policy, parameter.sharded_param.dtype
                 weight = (policy.param_dtype or dtype).itemsize
                 gradient = (policy.reduce_dtype or policy.param_dtype or dtype).itemsize
-                num_gathers = 1 if group.post_forward_mesh_info is None else 2
                 total += num_gathers * shard * weight
                 if parameter.sharded_param.requires_grad:
                     total += group.mesh_info.shard_mesh_size * shard * gradient

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from ..comm_hooks.fsdp_reduce import PackedAllGather, PackedReduceScatter
-from .fsdp_sharding import Sharding
+from .fsdp_sharding import CARRIED, Sharding
 
 __all__ = ["refusals"]
 
@@ -28,6 +28,7 @@ def refusals(sharding: Sharding) -> Iterator[str]:
     Args:
         sharding: the sharding of the network.
     """
+    yield from _unknown(sharding)
     if list(inspect.signature(FSDPParamGroup.post_backward).parameters) != ["self", "unused"]:
         yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"
     if any(map(_is_compiled, sharding.network.modules())):
@@ -56,6 +57,21 @@ def refusals(sharding: Sharding) -> Iterator[str]:
                 f"parameter {name} is not sharded (ignored_params, or a module outside), and its "
                 "gradients are not averaged; let fully_shard have all parameters"
             )
+
+
+def _unknown(sharding: Sharding) -> Iterator[str]:
+    """Attributes that are read or written, and that this version of torch does not have."""
+    for state in sharding.states:
+        needed: list[tuple[Any, tuple[str, ...]]] = [(state, ("_fsdp_param_groups",))]
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            needed += [(group, (*CARRIED, "_to_sharded")), (group.mesh_info, ("is_spmd_mesh",))]
+        for owner, names in needed:
+            for name in names:
+                if not hasattr(owner, name):
+                    yield (
+                        f"{type(owner).__name__} of torch {torch.__version__} has no attribute "
+                        f"{name}; install torch 2.14"
+                    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

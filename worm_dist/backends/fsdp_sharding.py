@@ -18,9 +18,9 @@ from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-__all__ = ["Sharding", "is_fully_sharded"]
+__all__ = ["CARRIED", "Sharding", "is_fully_sharded"]
 
-_CARRIED = (
+CARRIED = (
     "reduce_grads",
     "all_reduce_grads",
     "reshard_after_backward",
@@ -123,6 +123,7 @@ class Sharding:
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             _register(parameter, parameter.sharded_param)
             parameter.sharded_param.grad = gradient
+        self._gradients = []  # else they would outlive the next zero_grad
         self._hooks.put_on()
         self.is_plain = False
 
@@ -143,7 +144,7 @@ class Sharding:
                 targets = [new_of[state] for state in getattr(old, name) if state in new_of]
                 setattr(new, name, targets)
             for group, before in zip(new._fsdp_param_groups, old._fsdp_param_groups):
-                for name in _CARRIED:
+                for name in CARRIED:
                     setattr(group, name, getattr(before, name))
                 separate = before.mesh_info.reduce_scatter_process_group
                 group.mesh_info.reduce_scatter_process_group = separate
