@@ -76,11 +76,13 @@ class FsdpReducer(Reducer):
         """Memory that the collectives of one kind share, at least ``[size]``.
 
         Args:
-            what: the kind, which torch calls on a stream of its own.
+            what: the kind.  torch calls all of one kind on one stream, except for a user's
+                ``unshard`` on the user's; memory is shared on one stream alone.
             size: number of elements.
             like: a tensor of its dtype and device.
         """
-        key = what, like.dtype
+        stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
+        key = what, like.dtype, stream
         if key not in self._memory or len(self._memory[key]) < size:
             self._memory[key] = like.new_empty(size)
         return self._memory[key]
@@ -248,12 +250,14 @@ class PackedAllGather(DefaultAllGather):
 def _zeroing(block: Block, parameter: DTensor) -> Callable[[DTensor], DTensor]:
     """A hook that writes zeros to the frozen elements of a sharded gradient."""
 
+    # Selected here, because on a GPU the host waits for indices to be counted.
+    num_rows = len(parameter.to_local())
+    here = block.rows(_first_row(parameter), num_rows).frozen if num_rows else {}
+
     def zero(gradient: DTensor) -> DTensor:
         local = gradient.to_local().clone()
-        first = _first_row(parameter)
-        if len(local):
-            for dim, frozen in block.rows(first, len(local)).frozen.items():
-                local.index_fill_(dim, frozen, 0)
+        for dim, frozen in here.items():
+            local.index_fill_(dim, frozen, 0)
         return DTensor.from_local(
             local,
             gradient.device_mesh,

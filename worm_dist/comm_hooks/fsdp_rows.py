@@ -59,9 +59,9 @@ class PackedRows:
     costs least.  All ranks know all layouts, so they decide alike.
 
     The memory to send from is lent for each call, so that one piece of it serves all groups.  On a
-    GPU torch calls the collectives of one kind on one stream of its own, one group after the other:
-    what packs, sends and unpacks is queued there in order, so memory is not written to before the
-    collective that reads it is over.  What torch reads afterwards, on other streams, are its own
+    GPU memory is lent on one stream alone, that of torch for collectives of one kind: what packs,
+    sends and unpacks is queued there in order, so memory is not written to before the collective
+    that reads it is over.  What torch reads afterwards, on other streams, are its own
     tensors, and it waits for that stream itself.
 
     Args:
