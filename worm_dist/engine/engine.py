@@ -507,9 +507,9 @@ class Engine:
         ranks.  Collective.
 
         It holds, by parameter name, moments and those master weights that differ from the weights;
-        options of parameter groups such as learning rates; and DeepSpeed's counters.  Under ZeRO
-        stages 1 and 2 it is gathered bit for bit, on the CPU; otherwise its tensors are not
-        copied.  Learning rate schedules are not part of it.
+        options of parameter groups such as learning rates; and DeepSpeed's counters.  If it is
+        sharded, it is gathered bit for bit, on the CPU; otherwise its tensors are not copied.
+        Learning rate schedules are not part of it.
 
         Args:
             sharded: if the state is sharded, do not gather it: every rank gets its shards as

@@ -1,7 +1,7 @@
-"""Sharded transfer: master weights and moments of DeepSpeed optimizers move to a new engine.
+"""Sharded transfer: master weights and moments of DeepSpeed and FSDP move to a new wrapper.
 
-Each rank may hold only a shard, before and after; see ``resharding``.  The old engine's tensors are
-only read, so that a failed draw can return to them.
+Each rank may hold only a shard, before and after; see ``resharding``.  The old wrapper's tensors
+are only read, so that a failed draw can return to them.
 """
 
 from __future__ import annotations
