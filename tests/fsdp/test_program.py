@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.faults.courses import ALL_PHASES, differences_of_runs, journal_of, last_state
 from tests.faults.training import train
 from tests.ranks import Ranks
-from worm_dist import load_ticket
+from worm_dist import CheckpointError, load_ticket
+from worm_dist.backends import network_state
 from worm_dist.distributed.graceful_stop import StopCoordinator
 from worm_dist.errors import ConfigError
 
@@ -90,3 +92,20 @@ def _refused(out: Path) -> str:
 def test_one_rank_has_nothing_to_share(ranks: Ranks, tmp_path: Path) -> None:
     (message,) = ranks(1, _refused, tmp_path / "run")
     assert message.startswith("distributed.backend: fsdp shards the network over")
+
+
+def _resumed_without_its_files(out: Path) -> None:
+    def unreadable(*unused: Any) -> Any:
+        raise CheckpointError("disk gone")
+
+    if dist.get_rank() == 1:
+        vars(network_state)["_range"] = unreadable
+    _run(out, SHARDED, None)
+
+
+def test_a_rank_that_cannot_read_its_weights_stops_all(tmp_path: Path) -> None:
+    ranks, out = Ranks(tmp_path), tmp_path / "run"
+    for outcome in ranks.outcomes(2, _run, out, SHARDED, 2, group_timeout=60, wall_limit=120):
+        assert outcome.exitcode == 0, str(outcome)
+    resumed = ranks.outcomes(2, _resumed_without_its_files, out, group_timeout=30, wall_limit=90)
+    assert [outcome.error for outcome in resumed] == ["DivergenceError", "CheckpointError"]

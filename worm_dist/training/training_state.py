@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.network_state import full_network_state, load_network_state, network_state
-from ..distributed.collectives import ProcessGroupComm
+from ..distributed.collectives import ProcessGroupComm, refused_on_all_ranks
 from .build import TrainingParts
 from .parallelize import num_passes
 from .precision import autocast
@@ -110,9 +110,11 @@ class TrainingState:
         own_state = state["rank"]
         rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         engine.load_state_dict({**state["engine"], "rank": rank}, parts.retraining.copies)
-        require_network(state["network"], parts.network)
-        load_network_state(parts.network, state["network"])
-        require_options(state["optimizer"], engine.optimizer)
+        # Each rank reads its rows; what one cannot read stops the others in the next comparison.
+        with refused_on_all_ranks(engine._training.comm, "resume"):
+            require_network(state["network"], parts.network)
+            load_network_state(parts.network, state["network"])
+            require_options(state["optimizer"], engine.optimizer)
         engine.load_optimizer_state(state["optimizer"])
         parts.retraining.load_state_dict(state["rewound"], self.position)
         fresh, num_groups = parts.schedule.state_dict(), len(state["optimizer"]["groups"])
