@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
     states[1] = _states(torch.arange(24), [(10, 24)])[0]
     with pytest.raises(CheckpointError, match="wanted float32, found int64"):
         _written(tmp_path, states)
+
+
+def test_nothing_stays_of_a_part_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank's report would find no room either, and rank zero would wait for it."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (state,) = _states(torch.arange(24.0), [(0, 24)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"run_shard-1\.safetensors: disk full"):
+            write_shards(tmp_path, "run", 1, pack(state))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_rank_that_cannot_write_is_named(tmp_path: Path) -> None:
