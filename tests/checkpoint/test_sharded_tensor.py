@@ -102,3 +102,11 @@ def test_a_rank_that_cannot_write_is_named(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 1 has not written its part within 0 seconds"):
         collect(tmp_path, [1], 0)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 100)
+    with pytest.raises(
+        CheckpointError, match=r"\.rank-1\.json: cannot be read: File name too long"
+    ):
+        collect(folder, [1], 0)
