@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
         _written(tmp_path, states)
 
 
+def test_nothing_stays_of_a_part_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank's report would find no room either, and rank zero would wait for it."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (state,) = _states(torch.arange(24.0), [(0, 24)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"run_shard-1\.safetensors: disk full"):
+            write_shards(tmp_path, "run", 1, pack(state))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_rank_that_cannot_write_is_named(tmp_path: Path) -> None:
     report(tmp_path, 1, {}, None)
     report(tmp_path, 2, {}, "disk full")
@@ -85,3 +102,11 @@ def test_a_rank_that_cannot_write_is_named(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 1 has not written its part within 0 seconds"):
         collect(tmp_path, [1], 0)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 100)
+    with pytest.raises(
+        CheckpointError, match=r"\.rank-1\.json: cannot be read: File name too long"
+    ):
+        collect(folder, [1], 0)

@@ -104,7 +104,6 @@ def _heard_on_rank_one() -> tuple[list[int], list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("worm_dist").addHandler(handler)
-    engine = _engine("residual", "sgd")
     if dist.get_rank() == 1:
         # What must not happen: a channel that counts as faded is still heard, on one rank alone.
         hold = Removed.hold
@@ -117,6 +116,7 @@ def _heard_on_rank_one() -> tuple[list[int], list[str]]:
                 network.bn0.bias[0] = 0.5
 
         Removed.hold = loud  # type: ignore[method-assign]
+    engine = _engine("residual", "sgd")
     return _train(engine, FADE_STEPS + 4), warnings
 
 

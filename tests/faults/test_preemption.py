@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def _unbroken(folder: Path, settings: Mapping[str, Any]) -> Path:
 def _terminate(real: Act, *args: Any, **kwargs: Any) -> Any:
     ask_to_stop((os.getpid(), signal.SIGTERM))
     return real(*args, **kwargs)
+
+
+def _killed_once_saved(real: Act, trainer: Any, *args: Any) -> Any:
+    """A kill when the newest save is complete: what a rank has not yet written when it is killed is
+    lost, and the checkpoint with it."""
+    while _step_of_newest(trainer._checkpointer._folder) < trainer.engine.step:
+        time.sleep(0.01)  # the ranks write in the background
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _terminate_by_another_signal(real: Act, *args: Any) -> Any:
@@ -175,7 +184,8 @@ def test_killed_and_stopped_under_zero_it_ends_the_same(driver: Driver, tmp_path
     pytest.importorskip("deepspeed")
     settings = {**under_zero(2), "checkpoint.every": "3ba"}
     stop = Fault.do(_terminate, rank=1, step=1).at(DRAW)
-    faults = Fault.kill(1, step=7).in_attempt(0), stop.in_attempt(1)
+    kill = Fault.do(_killed_once_saved, rank=1, step=7)
+    faults = kill.in_attempt(0), stop.in_attempt(1)
     end = driver.under_torchrun(2, Run((NO_PICTURES, *faults), settings), max_restarts=2)
     assert end.exitcode == 0, end.said
     assert "accelerator" not in end.said + end.printed, "DeepSpeed finds no GPU, and says so"

@@ -257,7 +257,7 @@ def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
             "schedules": _schedules(stage, precision),
             "checkpoints": _checkpoints(stage, precision, f"{folder}/{stage}/checkpoints"),
             "average": _average(stage, precision) if stage < 3 else None,
-            "events": _events(stage, precision, f"{folder}/{stage}/events"),
+            "events": _events(stage, precision, f"{folder}/{stage}-{precision}/events"),
             "between passes": _between_passes(stage, precision),
             "changed batch": _changed_batch(stage, precision),
             "dead": _dead(stage, precision),

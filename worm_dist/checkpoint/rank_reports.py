@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ..errors import CheckpointError
 from ..schema import Schema
-from .durable_io import FileDigest, read_small, write_json, writing
+from .durable_io import FileDigest, read_small, reading, write_json, writing
 
 __all__ = ["collect", "report"]
 
@@ -62,7 +62,8 @@ def collect(folder: Path, ranks: Sequence[int], seconds: float) -> dict[str, Fil
     """
     deadline = time.monotonic() + seconds
     for rank in ranks:
-        while not _path(folder, rank).exists():
+        path = _path(folder, rank)
+        while not _is_there(path):
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{folder}: rank {rank} has not written its part within {seconds:g} seconds"
@@ -81,6 +82,11 @@ def collect(folder: Path, ranks: Sequence[int], seconds: float) -> dict[str, Fil
         with writing(path):
             os.unlink(path)
     return files
+
+
+def _is_there(path: Path) -> bool:
+    with reading(path):  # a network file system may fail, and training is to go on without a save
+        return path.exists()
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -149,7 +149,8 @@ def allocate(structure: bytes, shards: ShardFiles | None = None) -> tuple[Any, l
 
 
 def write_shards(folder: Path, part: str, rank: int, packed: Packed) -> dict[str, FileDigest]:
-    """Write the file with a rank's parts of sharded tensors and sync it.
+    """Write the file with a rank's parts of sharded tensors and sync it; it is not left if it
+    cannot be written, so that a full disk has room again for what the rank reports.
 
     Args:
         folder: folder to write to.
@@ -165,7 +166,12 @@ def write_shards(folder: Path, part: str, rank: int, packed: Packed) -> dict[str
     """
     assert _NAME.fullmatch(part) and packed.shards is not None, part
     path = shard_path(folder, part, rank)
-    return {path.name: write_tensors(path, packed.shards)}
+    try:
+        return {path.name: write_tensors(path, packed.shards)}
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def write_part(folder: Path, part: str, packed: Packed) -> dict[str, FileDigest]:

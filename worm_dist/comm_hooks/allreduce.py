@@ -158,7 +158,7 @@ class AllReduce:
 
         # Tensors that gloo's thread let go of would take the interpreter too.
         return then(
-            reduced, averaged, work=(work, view, sent, sums)
+            reduced, averaged, work=(work, view, elements, sent, sums)
         ), sent.numel() * sent.element_size()
 
     def state_dict(self, plan: FreezePlan | None, names: Mapping[Tensor, str]) -> None:

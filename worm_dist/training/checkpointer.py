@@ -60,7 +60,8 @@ class Checkpointer:
     ) -> None:
         self._settings = fixed_settings(config)
         self._continue_on_error = config.checkpoint.on_error == "continue"
-        self._timeout = config.distributed.timeout_seconds
+        # Before the watchdog ends a run in which rank zero waits, so that the silent rank is named.
+        self._timeout = config.distributed.timeout_seconds / 2
         self._folder = folder
         self._manager = CheckpointManager(folder / CHECKPOINTS, config.checkpoint.keep_last)
         self._background = AsyncSaver()

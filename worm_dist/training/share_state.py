@@ -143,7 +143,7 @@ def _shard_files(path: str, digest: str) -> ShardFiles | None:
         if manifest_digest(Path(path)) == digest:
             return ShardFiles(Path(path), RUN, Checkpoint(path).manifest.files)
     except CheckpointError as error:
-        logger.info("rank %d is sent all of the optimizer's state: %s", dist.get_rank(), error)
+        logger.info("rank %d is sent all of the sharded state: %s", dist.get_rank(), error)
     return None
 
 

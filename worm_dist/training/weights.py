@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.sharded_tensor import with_stored_tensors_read
 from ..errors import CheckpointError, ConfigError
 from .checkpointer import RUN
@@ -50,7 +50,9 @@ def load_weights(network: nn.Module, path: Path, option: str) -> None:
 def _read(path: Path, option: str) -> Mapping[str, Tensor]:
     try:
         if path.is_dir():
-            state: Any = with_stored_tensors_read(Checkpoint(path).read(RUN)["network"])
+            # Opened with all files verified: ``read`` does not verify those of sharded tensors.
+            state: Any = CheckpointManager.open(path).read(RUN)["network"]
+            state = with_stored_tensors_read(state)
         elif path.suffix == ".safetensors":
             state = _read_safetensors(path, option)
         else:
