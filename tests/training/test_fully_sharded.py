@@ -54,6 +54,16 @@ def test_attention_uses_its_projection_without_calling_it() -> None:
     assert _names(network, 1024) == ["0", "1"]
 
 
+def test_a_network_with_a_parameter_of_its_own_is_taken_apart() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(10))
+            self.blocks = _blocks()
+
+    assert _names(Network(), 8000) == ["blocks.0", "blocks.1"]
+
+
 def test_a_parameter_in_two_places_stays_in_one_unit() -> None:
     network = _blocks()
     network[1][0].weight = network[0][0].weight  # type: ignore[index]

@@ -61,7 +61,8 @@ def modules_to_shard(network: nn.Module, unit_bytes: int) -> list[nn.Module]:
 
     def rest_of(module: nn.Module) -> int:
         """Bytes of a module's parameters that are in none of the modules found."""
-        if any(True for _ in module.parameters(recurse=False)):
+        has_own = any(True for _ in module.parameters(recurse=False))
+        if has_own and module is not network:  # which may have a class token, say
             rest = sum(parameter.nbytes for parameter in module.parameters())
         else:
             rest = sum(rest_of(child) for child in module.children())
