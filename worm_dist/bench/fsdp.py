@@ -21,7 +21,7 @@ from .workload import Workload
 
 __all__ = ["fsdp"]
 
-_UNIT_MB = 2.0
+_UNIT_MB = 6.0
 """Modules of this size are sharded by themselves: a residual block, or a layer of a transformer."""
 _DENSE, _HELD, _LEFT = "fully_shard", "worm 50 %", "worm 50 %, left"
 

@@ -45,10 +45,9 @@ def modules_to_shard(network: nn.Module, unit_bytes: int) -> list[nn.Module]:
     """The inner modules to shard by themselves, inner ones first.
 
     The weights of such a module are gathered when it is called, and freed after it.  Each one has
-    parameters of at least ``unit_bytes`` besides those of the modules before it.  A layer that has
-    parameters of its own is not taken apart: attention layers use their projections without calling
-    them.  Nor is a network that has any itself.  Networks that use a parameter in several places
-    are sharded as a whole.
+    parameters of at least ``unit_bytes`` besides those of the modules before it.  An inner module
+    that has parameters of its own is not taken apart: attention layers use their projections without
+    calling them.  Networks that use a parameter in several places are sharded as a whole.
 
     Args:
         network: the network.
