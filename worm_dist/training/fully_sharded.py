@@ -46,8 +46,8 @@ def modules_to_shard(network: nn.Module, unit_bytes: int) -> list[nn.Module]:
 
     The weights of such a module are gathered when it is called, and freed after it.  Each one has
     parameters of at least ``unit_bytes`` besides those of the modules before it.  An inner module
-    that has parameters of its own is not taken apart: attention layers use their projections without
-    calling them.  Networks that use a parameter in several places are sharded as a whole.
+    that has parameters of its own is not taken apart: attention layers use their projections
+    without calling them.  Networks that use a parameter in several places are sharded as a whole.
 
     Args:
         network: the network.
