@@ -28,7 +28,7 @@ def _rows() -> list[MemoryRow]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")
     warnings.simplefilter("ignore")  # of DeepSpeed's, at its import
-    return list(measure("resnet20", 1))
+    return list(measure("resnet20", "ZeRO-1"))
 
 
 @pytest.mark.slow("imports DeepSpeed on every rank")

@@ -1,4 +1,4 @@
-"""Benchmark of memory: what attach, check, save and draw take under ZeRO, beside the training."""
+"""Benchmark of memory: what attach, check, save and draw take where the training is sharded."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from ..checkpoint.async_save import AsyncSaver
 from ..checkpoint.durable_io import write_json
 from ..config import TruncationConfig, WormConfig
 from ..engine.attach import attach
+from ..engine.engine import Engine
 from ..models import build_model
-from ..training.parallelize import deepspeed_module
+from ..training.fully_sharded import shard
+from ..training.parallelize import backward, deepspeed_module, step
 from .ledger.table import header
 from .network import several_ranks
 from .variants import HALF, Batch, uniform_mask
 
 __all__ = ["MemoryRow", "measure", "peak_bytes", "run"]
 
-_STAGES = (1, 2)
+_SHARDINGS = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+_UNIT_MB = 4.0
+"""Modules of this size are sharded by themselves under FSDP2."""
 _BUCKET_ELEMENTS = 1 << 20
 """Elements of DeepSpeed's buckets; its default of 5e8 would be larger than all that is measured."""
 
@@ -38,7 +42,7 @@ class MemoryRow:
     """Memory of one operation.
 
     Attributes:
-        stage: stage of ZeRO.
+        sharding: what is sharded, and by whom.
         ranks: number of ranks.
         operation: ``attach``, ``check``, ``draw``, or ``save`` of the engine's and the optimizer's
             state, by all ranks or by rank zero, without what is written to disk.
@@ -48,7 +52,7 @@ class MemoryRow:
         largest: the largest single tensor on these, in bytes for each parameter.
     """
 
-    stage: int
+    sharding: str
     ranks: int
     operation: str
     rank_zero: float
@@ -68,7 +72,7 @@ def run(model: str, folder: Path) -> None:
         ConfigError: the model does not exist.
     """
     with several_ranks() as rank:
-        rows = [row for stage in _STAGES for row in measure(model, stage)]
+        rows = [row for kind in _SHARDINGS for row in measure(model, kind)]
         if rank == 0:
             parameters = sum(p.numel() for p in build_model(model, 10, 3).parameters())
             print(f"{model}, {parameters:,} parameters, AdamW, fp32\n")
@@ -106,46 +110,31 @@ def _unreported() -> Iterator[None]:
         os.close(nowhere)
 
 
-def measure(model: str, stage: int) -> Iterator[MemoryRow]:
+def measure(model: str, sharding: str) -> Iterator[MemoryRow]:
     """Measure the operations on a network in training.  Collective.
 
     Args:
         model: name of the model, for 32x32 images.
-        stage: stage of ZeRO.
+        sharding: ``ZeRO-1``, ``ZeRO-2``, ``ZeRO-3`` or ``FSDP2``.
     """
     torch.manual_seed(0)
     network = build_model(model, 10, 3)
     num_parameters = sum(p.numel() for p in network.parameters())
     generator = torch.Generator().manual_seed(dist.get_rank())
     batch = torch.randn(2, 3, 32, 32, generator=generator), torch.arange(2)
-    settings = {
-        "train_micro_batch_size_per_gpu": len(batch[0]),
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        "steps_per_print": None,
-    }
-    first, *_ = deepspeed_module(batch[0].device).initialize(
-        model=network,
-        optimizer=AdamW(network.parameters(), lr=1e-4),
-        config=settings,
-        dist_init_required=False,
-    )
+    first, optimizer = _sharded(network, sharding, batch)
     config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
     attached = []
 
     def attached_engine() -> None:
-        attached.append(attach(first, None, config, example_inputs=batch[0][:1], steps_per_epoch=1))
+        inputs = batch[0][:1]
+        attached.append(attach(first, optimizer, config, example_inputs=inputs, steps_per_epoch=1))
 
-    yield _row(stage, "attach", attached_engine, num_parameters)
+    yield _row(sharding, "attach", attached_engine, num_parameters)
     (engine,) = attached
     for _ in range(2):
-        _step(engine.model, batch)
-    yield _row(stage, "check", engine.check, num_parameters)
+        _step(engine, batch)
+    yield _row(sharding, "check", engine.check, num_parameters)
 
     def save(sharded: bool) -> None:
         saver = AsyncSaver()
@@ -155,26 +144,53 @@ def measure(model: str, stage: int) -> Iterator[MemoryRow]:
             saver.save({"run": state}, lambda copies: None)
             saver.finish()
 
-    yield _row(stage, "save, by all ranks", lambda: save(True), num_parameters)
-    yield _row(stage, "save, by rank 0", lambda: save(False), num_parameters)
+    yield _row(sharding, "save, by all ranks", lambda: save(True), num_parameters)
+    yield _row(sharding, "save, by rank 0", lambda: save(False), num_parameters)
     mask = uniform_mask(engine.groups, HALF)
-    yield _row(stage, "draw", lambda: engine.draw(mask), num_parameters)
-    _step(engine.model, batch)
+    yield _row(sharding, "draw", lambda: engine.draw(mask), num_parameters)
+    _step(engine, batch)
 
 
-def _step(model: nn.Module, batch: Batch) -> None:
+def _sharded(network: nn.Module, sharding: str, batch: Batch) -> tuple[nn.Module, Optimizer | None]:
+    """The network as it trains, and its optimizer; None if the network has it."""
+    if sharding == "FSDP2":
+        model = shard(network, _UNIT_MB, dist.get_world_size(), torch.device("cpu"))
+        return model, AdamW(model.parameters(), lr=1e-4)
+    settings = {
+        "train_micro_batch_size_per_gpu": len(batch[0]),
+        "zero_optimization": {
+            "stage": int(sharding[-1]),
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "allgather_bucket_size": _BUCKET_ELEMENTS,
+        },
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed_module(batch[0].device).initialize(
+        model=network,
+        optimizer=AdamW(network.parameters(), lr=1e-4),
+        config=settings,
+        dist_init_required=False,
+    )
+    return engine, None
+
+
+def _step(engine: Engine, batch: Batch) -> None:
     images, labels = batch
-    model.backward(nn.functional.cross_entropy(model(images), labels))  # type: ignore[operator]
-    model.step()  # type: ignore[operator]
+    backward(engine, nn.functional.cross_entropy(engine.model(images), labels))
+    step(engine)
 
 
-def _row(stage: int, name: str, operation: Callable[[], object], num_parameters: int) -> MemoryRow:
+def _row(
+    sharding: str, name: str, operation: Callable[[], object], num_parameters: int
+) -> MemoryRow:
     found = torch.zeros(dist.get_world_size(), 2, dtype=torch.int64)
     found[dist.get_rank()] = torch.tensor(peak_bytes(operation))
     dist.all_reduce(found)
     (zero, _), (others, largest) = found[0].tolist(), found[1:].amax(dim=0).tolist()
     return MemoryRow(
-        stage,
+        sharding,
         dist.get_world_size(),
         name,
         *(round(number / num_parameters, 3) for number in (zero, others, largest)),
@@ -182,11 +198,11 @@ def _row(stage: int, name: str, operation: Callable[[], object], num_parameters:
 
 
 def _table(rows: list[MemoryRow]) -> list[str]:
-    titles = ["ZeRO stage", "ranks", "operation", "rank 0", "other ranks", "largest tensor there"]
+    titles = ["sharding", "ranks", "operation", "rank 0", "other ranks", "largest tensor there"]
     return [
         *header(titles),
         *(
-            f"| {row.stage} | {row.ranks} | {row.operation} | {row.rank_zero:.2f} | "
+            f"| {row.sharding} | {row.ranks} | {row.operation} | {row.rank_zero:.2f} | "
             f"{row.others:.2f} | {row.largest:.2f} |"
             for row in rows
         ),
