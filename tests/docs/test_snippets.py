@@ -113,6 +113,8 @@ def test_commands_are_ones_that_exist(page: str, tmp_path: Path) -> None:
 
 def _own_arguments(words: list[str]) -> list[str]:
     """The arguments of ``python -m worm_dist`` in a command; none if it does not call it."""
+    while "=" in words[0]:  # a variable of the environment
+        words = words[1:]
     program, *arguments = words
     if program == "sbatch":
         program, *arguments = [word for word in arguments if not word.startswith("--")]
