@@ -34,7 +34,7 @@ _address: list[Any] = []
 
 def _hasten(real: Act, *args: Any) -> Any:
     """On rank zero: nobody is let wait for ten seconds."""
-    admission._SECONDS_TO_IDENTIFY = 0.3
+    admission._SECONDS_TO_IDENTIFY = 0.6
     return real(*args)
 
 

@@ -19,7 +19,7 @@ __all__ = ["NAMES", "add_parsers", "run"]
 NAMES = ("run", "run-steps", "run-whole")
 _HELP = {
     "run": "time, bytes and operations to an accuracy, of whole runs beside DDP and its hooks",
-    "run-steps": "two ranks: step times of what bench run has trained, over the present network",
+    "run-steps": "on each rank: step times of what bench run has trained, over the present network",
     "run-whole": "two ranks: whole runs over the present network, to verify composed times",
 }
 _SUBJECT, _QUICK_SUBJECT = "vgg, fashion 50k", "vgg, digits"
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a subject or rule does not exist, a number is out of range, or what is to be
             measured has not been trained.
-        BackendError: a measurement was not started on two ranks.
+        BackendError: a measurement was not started on several ranks, or whole runs not on two.
         CheckpointError: the folder has files of another version.
     """
     folder = options.out or Path("runs") / ("run-quick" if options.quick else "run")
@@ -108,9 +108,9 @@ def _train(specs: list[RunSpec], folder: Path, options: argparse.Namespace) -> N
 
 
 def _measure_steps(specs: list[RunSpec], folder: Path, num_steps: int) -> None:
-    from ..network import two_ranks
+    from ..network import several_ranks
 
-    with two_ranks():
+    with several_ranks():
         _append_step_times(specs, folder, num_steps)
 
 
