@@ -18,9 +18,14 @@ __all__ = ["Overheard", "expected_bytes"]
 
 
 class Overheard:
-    """Counts the bytes that are handed to torch's collectives of shards."""
+    """Counts the bytes that are handed to torch's collectives of shards, and over replicas.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: the process group of the replicas of this rank's shards, if there are any.
+    """
+
+    def __init__(self, replicas: dist.ProcessGroup | None) -> None:
+        self._replicas = replicas
         self._num_bytes = 0
 
     @contextmanager
@@ -31,6 +36,7 @@ class Overheard:
                 "all_gather_single": 1,
                 "reduce": 0,
                 "broadcast": 0,
+                "all_reduce": 0,
             }.items():
                 patch.setattr(dist, name, self._counting(getattr(dist, name), name, position))
             yield
@@ -45,7 +51,9 @@ class Overheard:
             named = {"reduce_scatter_single": "input", "all_gather_single": "input_tensor"}
             sent = arguments[position] if len(arguments) > position else keywords.get(named[name])
             assert isinstance(sent, Tensor), (name, keywords)
-            self._num_bytes += sent.nbytes
+            # The engine's own all-reduces are over all ranks.
+            if name != "all_reduce" or keywords["group"] == self._replicas:
+                self._num_bytes += sent.nbytes
             return function(*arguments, **keywords)
 
         return counting
@@ -74,12 +82,25 @@ def expected_bytes(
             weight = (row.param_dtype or next(network.parameters()).dtype).itemsize
             gradient = row.reduce_dtype or row.param_dtype or next(network.parameters()).dtype
             total += row.passes * num_gathers * _sent(row, shapes, gathered, weight, False)
-            total += _sent(row, shapes, reduced, gradient.itemsize, True)
+            num_reductions = row.passes if row.partial else 1
+            total += num_reductions * _sent(row, shapes, reduced, gradient.itemsize, True)
+            if len(row.mesh) == 2:
+                total += _own(row, shapes, reduced) * gradient.itemsize
     return total
 
 
 def _reshards(row: Row, is_root: bool) -> bool:
     return not is_root if row.reshard is None else row.reshard
+
+
+def _own(row: Row, shapes: Mapping[str, Any], flags: Mapping[str, Tensor] | None) -> int:
+    """Elements of this rank's shards that are averaged over replicas."""
+    number, num_ranks = dist.get_rank() % row.mesh[-1], row.mesh[-1]
+    most = {name: -(-shape[0] // num_ranks) for name, shape in shapes.items()}
+    if flags is None or all(bool(flags[name].all()) for name in shapes):
+        return sum(most[name] * shape[1:].numel() for name, shape in shapes.items())
+    here = (flags[name][number * most[name] : (number + 1) * most[name]] for name in shapes)
+    return sum(int(flag.sum()) for flag in here)
 
 
 def _sent(

@@ -40,6 +40,7 @@ class Row:
     units: modules that are sharded by themselves, before the network is.
     mesh: number of ranks in each dimension of the mesh.
     passes: forward and backward passes of a step; all but the last do not synchronise.
+    partial: whether all passes reduce-scatter; then all but the last do not average over replicas.
     clip: largest norm of the gradients; 0 for any.
     rules: what becomes of frozen weights, one training for each.
     ddp: how far weights may be from those under DistributedDataParallel; None if they are not
@@ -56,6 +57,7 @@ class Row:
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     passes: int = 1
+    partial: bool = False
     clip: float = 0.0
     rules: tuple[str, ...] = ("hold", "remove")
     search: Mapping[str, Any] = field(default_factory=dict)
@@ -101,5 +103,13 @@ ROWS: Mapping[str, Row] = {
         units=("conv2", "bn2"), network=Grouped, checkpointed=("conv2", "bn2"), rules=("remove",)
     ),
     "3 ranks": Row(mesh=(3,), ddp=1e-5, exact=1e-5, rules=("remove",)),
-    "replicas": Row(mesh=(2, 2), ddp=1e-5, exact=1e-5, surplus=True),
+    "replicas": Row(mesh=(2, 2), ddp=1e-5, surplus=True),
+    "replicas, 2 partial bf16 sums": Row(
+        mesh=(2, 2),
+        reduce_dtype=torch.bfloat16,
+        passes=2,
+        partial=True,
+        ddp=None,
+        rules=("remove",),
+    ),
 }

@@ -60,7 +60,8 @@ class _Course:
         with masked():
             self._masked = Trainee(row, config)
         self._parallel = None if row.ddp is None else Trainee(row, config, is_sharded=False)
-        self._overheard = Overheard()
+        group = self._packed.model._get_fsdp_state()._fsdp_param_groups[0]
+        self._overheard = Overheard(getattr(group.mesh_info, "replicate_process_group", None))
         self._held: dict[str, Tensor] = {}
         self._flags: dict[str, Tensor] | None = None
         self._zero_at = torch.full((self._packed.engine.groups.num_channels,), _NEVER)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchvision.models import VisionTransformer, resnet18
 
@@ -42,7 +43,7 @@ def _vit() -> tuple[nn.Module, list[nn.Module]]:
 _NETWORKS = {"ResNet-18": _resnet, "ViT-S": _vit}
 
 
-def _shares(name: str) -> dict[str, float]:
+def _shares(name: str, shape: tuple[int, ...]) -> dict[str, float]:
     torch.manual_seed(0)
     network, units = _NETWORKS[name]()
     with torch.no_grad():
@@ -52,9 +53,11 @@ def _shares(name: str) -> dict[str, float]:
             elif hasattr(module, "scale") and isinstance(module.scale, nn.Parameter):
                 module.scale.uniform_(0.1, 1)
     num_dense = sum(p.numel() for p in network.parameters())
+    names = ("replicas", "shards")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for unit in units:
-        fully_shard(unit)
-    fully_shard(network)
+        fully_shard(unit, mesh=mesh)
+    fully_shard(network, mesh=mesh)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
     config = WormConfig(
         search={"prune_ratio": 0.5, "every": "1ba", "l1": 0.0},
@@ -82,13 +85,16 @@ def _shares(name: str) -> dict[str, float]:
     return {"live": live, "frozen": frozen, "left": left, "MiB": memory}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)])
 @pytest.mark.parametrize("name", _NETWORKS)
-def test_little_more_than_the_live_share_is_sent(ranks: Ranks, name: str, size: int) -> None:
-    outcomes = ranks.outcomes(size, _shares, name, group_timeout=600, wall_limit=900)
+def test_little_more_than_the_live_share_is_sent(
+    ranks: Ranks, name: str, shape: tuple[int, ...]
+) -> None:
+    size = torch.Size(shape).numel()
+    outcomes = ranks.outcomes(size, _shares, name, shape, group_timeout=600, wall_limit=900)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     shares = outcomes[0].value
     ratio = shares["left"] / shares["live"]
-    print(f"\n{name}, {size} ranks: {shares}, {ratio:.4f} of the live share")
+    print(f"\n{name}, {shape} ranks: {shares}, {ratio:.4f} of the live share")
     assert ratio <= 1.03

@@ -77,7 +77,8 @@ class Trainee:
             if isinstance(model, DistributedDataParallel):
                 unsynchronised = nullcontext() if is_last else model.no_sync()
             else:
-                model.set_requires_gradient_sync(is_last)
+                model.set_requires_gradient_sync(is_last or row.partial)
+                model.set_requires_all_reduce(is_last)
                 unsynchronised = nullcontext()
             with unsynchronised:
                 images = random_images(4, seed=100 * number + 10 * micro + dist.get_rank())

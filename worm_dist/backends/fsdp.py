@@ -71,8 +71,9 @@ class FsdpBackend:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of the reduce-scatter of all gradients, and of this rank's shards of the weights
-        for a forward and a backward pass; see ``Backend``."""
+        """Bytes of the reduce-scatter of all gradients, of the all-reduce of this rank's shards of
+        them over replicas if there are any, and of its shards of the weights for a forward and a
+        backward pass; see ``Backend``."""
         total = 0
         outermost = self._sharding.states[-1]
         kept = outermost._fsdp_param_groups if outermost._auto_reshard_after_forward else []
@@ -86,7 +87,8 @@ class FsdpBackend:
                 gradient = (policy.reduce_dtype or policy.param_dtype or dtype).itemsize
                 total += num_gathers * shard * weight
                 if parameter.sharded_param.requires_grad:
-                    total += group.mesh_info.shard_mesh_size * shard * gradient
+                    has_replicas = group.mesh_info.mesh.ndim > 1
+                    total += (group.mesh_info.shard_mesh_size + has_replicas) * shard * gradient
         return total
 
     @contextmanager
@@ -204,11 +206,6 @@ class _ReplicatedComm(ProcessGroupComm):
 
 def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of all ranks of a mesh."""
-    if mesh.ndim == 1:
-        group: dist.ProcessGroup | None = mesh.get_group()
-    elif mesh.size() == dist.get_world_size():
-        group = dist.group.WORLD
-    else:
-        group = mesh._flatten().get_group()
+    group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD  # others are refused
     assert isinstance(group, dist.ProcessGroup)
     return group

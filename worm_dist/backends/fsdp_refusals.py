@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllGather,
     DefaultReduceScatter,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
@@ -20,6 +22,15 @@ from ..comm_hooks.fsdp_reduce import PackedAllGather, PackedReduceScatter
 from .fsdp_sharding import CARRIED, Sharding
 
 __all__ = ["refusals"]
+
+_PRIVATE = ("_to_sharded", "_all_reduce_hook")
+_PRIVATE_WITH_REPLICAS = (
+    "_all_reduce_state",
+    "_partial_reduce_output",
+    "_post_reduce_event",
+    "_reduce_scatter_process_group",
+)
+"""Attributes of a parameter group that are read or written, here or in the collectives."""
 
 
 def refusals(sharding: Sharding) -> Iterator[str]:
@@ -47,6 +58,12 @@ def refusals(sharding: Sharding) -> Iterator[str]:
     for group in sharding.groups:
         yield from _of_group(group)
     meshes = {group.mesh_info.mesh for group in sharding.groups}
+    for mesh in meshes:
+        if mesh.ndim > 1 and mesh.size() != dist.get_world_size():
+            yield (
+                f"the two-dimensional mesh has {mesh.size()} of {dist.get_world_size()} ranks, and "
+                "no process group of them; make it over all ranks, or one-dimensional"
+            )
     if len(meshes) > 1:
         yield "modules are sharded over different meshes; shard all of them over the same one"
     managed = {parameter.sharded_param for parameter in sharding.parameters}
@@ -64,7 +81,9 @@ def _unknown(sharding: Sharding) -> Iterator[str]:
     for state in sharding.states:
         needed: list[tuple[Any, tuple[str, ...]]] = [(state, ("_fsdp_param_groups",))]
         for group in getattr(state, "_fsdp_param_groups", ()):
-            needed += [(group, (*CARRIED, "_to_sharded")), (group.mesh_info, ("is_spmd_mesh",))]
+            needed += [(group, (*CARRIED, *_PRIVATE)), (group.mesh_info, ("is_spmd_mesh",))]
+            if isinstance(group.mesh_info, HSDPMeshInfo):
+                needed.append((group, _PRIVATE_WITH_REPLICAS))
         for owner, names in needed:
             for name in names:
                 if not hasattr(owner, name):

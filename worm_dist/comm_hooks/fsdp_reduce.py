@@ -1,12 +1,14 @@
 """FSDP reduction: reduce-scatter of gradients and all-gather of weights, without frozen slices.
 
-``fully_shard`` lets both collectives be replaced for each of its groups of parameters.  Scaling,
-precision and process groups stay its own.  A group without frozen slices is sent as ever.
+``fully_shard`` lets both collectives be replaced for each of its groups of parameters, and with
+some help the all-reduce over replicas too.  Scaling, precision and process groups stay its own.  A
+group without frozen slices is sent as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..groups.freeze_plan import Block, FreezePlan
+from .fsdp_replicas import Replicas
 from .fsdp_rows import PackedRows, is_any_frozen, pieces_of
 from .patching import Patch
 from .reducer import Reducer
@@ -115,7 +118,7 @@ class FsdpReducer(Reducer):
 
 
 class _Group:
-    """The two collectives of one parameter group.
+    """The collectives of one parameter group.
 
     Attributes:
         rows: packed rows by collective, parameters and dtype; None if nothing of them is frozen.
@@ -124,7 +127,9 @@ class _Group:
     def __init__(self, reducer: FsdpReducer, group: Any) -> None:
         self._reducer = reducer
         self._group = group
-        self._with_gradients: list[Any] = []
+        self._with_gradients: list[Tensor] = []
+        has_replicas = hasattr(group.mesh_info, "replicate_process_group")
+        self._replicas = Replicas(group) if has_replicas else None
         self.rows: dict[tuple[object, ...], PackedRows | None] = {}
         self._previous = group._reduce_scatter_comm, group._all_gather_comm
         group._reduce_scatter_comm = PackedReduceScatter(self.reduce_scatter)
@@ -141,7 +146,7 @@ class _Group:
     def _post_backward(self, *unused: Any) -> None:
         includes_all = self._group.reduce_scatter_unused_params
         self._with_gradients = [
-            parameter
+            parameter.sharded_param
             for parameter in self._group.fsdp_params
             if hasattr(parameter, "_unsharded_param")
             and (
@@ -150,27 +155,50 @@ class _Group:
                 or (includes_all and parameter._unsharded_param.requires_grad)
             )
         ]
-        self._patch.original(*unused)
+        plan, replicas = self._reducer.plan, self._averaging
+        packs = plan is not None and is_any_frozen(plan.blocks, self._with_gradients)
+        with replicas.hooked(self.all_reduce) if packs and replicas else nullcontext():
+            self._patch.original(*unused)
+
+    @property
+    def _averaging(self) -> Replicas | None:
+        """The replicas over which a pass averages gradients; None if it does not."""
+        return self._replicas if self._group.all_reduce_grads else None
 
     def reduce_scatter(
         self, out: Tensor, flat: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp
     ) -> bool:
         """Reduce packed rows; returns whether it was done."""
         reducer, num_ranks = self._reducer, dist.get_world_size(group)
-        parameters = [parameter.sharded_param for parameter in self._with_gradients]
+        parameters = self._with_gradients
         shapes = [parameter.shape for parameter in parameters]
         rows = flat.view(num_ranks, -1)
         assert rows.shape[1] == pieces_of(shapes, num_ranks)[1], "gradients are missing"
-        reducer.dense_bytes += flat.nbytes
+        replicas = self._averaging
+        dense_bytes = flat.nbytes + (0 if replicas is None else out.nbytes)
+        reducer.dense_bytes += dense_bytes
         reducer.probe_rows(shapes, parameters, rows)
         packed = self._packed("gradients", reducer.plan, parameters, rows[0], num_ranks)
         if packed is None:
-            reducer.sent_bytes += flat.nbytes
+            reducer.sent_bytes += dense_bytes
             return False
         memory = reducer.memory("gradients", packed.lent_size, flat)
         packed.reduce_scatter(out, rows, group, op, memory)
         reducer.sent_bytes += packed.num_elements * flat.element_size()
+        if replicas is not None:
+            replicas.add_partial(out)
         return True
+
+    def all_reduce(self, row: Tensor) -> None:
+        """Average this rank's packed row over the replicas."""
+        reducer, info = self._reducer, self._group.mesh_info
+        parameters, num_ranks = self._with_gradients, info.shard_mesh_size
+        packed = self._packed("gradients", reducer.plan, parameters, row, num_ranks)
+        assert packed is not None and self._replicas is not None
+        packing = packed.of_rank(info.shard_mesh_rank)
+        memory = reducer.memory("replicas", packing.num_live + packing.scratch_size, row)
+        self._replicas.all_reduce(row, packing, memory)
+        reducer.sent_bytes += packing.num_live * row.element_size()
 
     def all_gather(self, out: Tensor, own: Tensor, group: dist.ProcessGroup) -> bool:
         """Gather packed rows; returns whether it was done."""

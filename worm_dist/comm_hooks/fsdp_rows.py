@@ -100,6 +100,10 @@ class PackedRows:
         self.surplus = [max(0, share - self.num_padded) for share in self._shares]
         self._scratch_size = max(packing.scratch_size for packing in self._packings)
 
+    def of_rank(self, rank: int) -> Packing:
+        """The live elements of one rank's row; memory is to be lent to it before it is used."""
+        return self._packings[rank]
+
     @property
     def lent_size(self) -> int:
         """Number of elements of memory that the collectives need."""

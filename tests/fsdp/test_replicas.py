@@ -1,0 +1,123 @@
+"""Two-dimensional meshes: how sums over replicas are scaled, and where they are."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import worm_dist
+from tests.fsdp.masked import masked
+from tests.fsdp.row import ROWS
+from tests.fsdp.trainee import full, network_of
+from tests.nets import random_images
+from tests.oracles import mask_dropping
+from tests.ranks import Ranks
+from tests.settings import at_once
+from worm_dist import BackendError, WormConfig
+from worm_dist.comm_hooks.fsdp_replicas import Replicas
+
+_NAMES = ("replicas", "shards")
+
+_PASSES = 2
+
+
+class _Training:
+    """A network with three frozen channels, whose first layer has sums in double precision.
+
+    Args:
+        reduce_dtype: precision of the other sums.
+    """
+
+    def __init__(self, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
+        network: Any = network_of(ROWS["replicas"])
+        fully_shard(network.conv1, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, torch.float64))
+        fully_shard(network, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, reduce_dtype))
+        self.network = network
+        self._optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        config = WormConfig(
+            search={"every": "1ba", "l1": 0.0},
+            truncation={"frozen_weights": "hold", **at_once(2)},
+        )
+        engine = worm_dist.attach(network, self._optimizer, config, example_inputs=random_images(1))
+        engine.truncate(mask_dropping(engine.groups, 0, 3, 9))
+
+    def step(self) -> Tensor:
+        """The weights after a step, all but the last of whose passes leave partial sums."""
+        for number in range(_PASSES):
+            self.network.set_requires_all_reduce(number == _PASSES - 1)
+            images = random_images(4, seed=10 * number + dist.get_rank())
+            self.network(images).square().mean().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return torch.cat([full(p).flatten() for p in self.network.parameters()])
+
+
+def _scaled() -> list[bool]:
+    """Whether weights are those of a masked dense reduction, after steps scaled differently."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=_NAMES)
+    packed = _Training(mesh)
+    with masked():
+        dense = _Training(mesh)
+    found = []
+    for sums, factor in ((False, 0.0), (True, 0.0), (True, 8.0), (False, 2.0)):
+        for network in (packed.network, dense.network):
+            for module in (network.conv1, network):
+                module.set_force_sum_reduction_for_comms(sums)
+                if factor:
+                    module.set_gradient_divide_factor(factor)
+        found.append(torch.equal(packed.step(), dense.step()))
+    return found
+
+
+def test_sums_over_replicas_are_scaled_as_by_torch(ranks: Ranks) -> None:
+    assert ranks(4, _scaled) == [[True] * 4] * 4
+
+
+def _are_rows_alive() -> list[bool]:
+    """Whether the rows before one are still in memory while it is averaged, in one pass."""
+    rows: list[weakref.ref[Tensor]] = []
+    alive = []
+    all_reduce = Replicas.all_reduce
+
+    def watched(self: Replicas, row: Tensor, *arguments: Any) -> None:
+        alive.append(all(earlier() is not None for earlier in rows))
+        rows.append(weakref.ref(row))
+        all_reduce(self, row, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replicas, "all_reduce", watched)
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=_NAMES)
+        _Training(mesh, reduce_dtype=torch.bfloat16).step()
+    assert not any(row() is not None for row in rows), "kept beyond the pass"
+    return alive
+
+
+def test_rows_outlive_the_sums_over_replicas(ranks: Ranks) -> None:
+    """A row in bf16 is not part of the gradients.  Freed at once, its memory could be written on
+    the stream of reduce-scatters while the stream of all-reduces still reads it."""
+    for alive in ranks(2, _are_rows_alive):
+        assert alive == [True, True]
+
+
+def _over_two_of_three() -> str:
+    mesh = DeviceMesh("cpu", torch.arange(2).view(1, 2), mesh_dim_names=_NAMES)
+    if dist.get_rank() < 2:
+        try:
+            _Training(mesh)
+        except BackendError as error:
+            return str(error)
+    return ""
+
+
+def test_a_mesh_over_some_of_the_ranks_is_refused(ranks: Ranks) -> None:
+    """It needs a process group of these ranks, which all ranks would have to create: later groups
+    of all ranks hung, because torch numbers groups by how many a rank has created."""
+    first, second, other = ranks(3, _over_two_of_three)
+    assert first == second and "has 2 of 3 ranks" in first and not other
