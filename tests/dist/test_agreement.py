@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -22,6 +24,7 @@ from worm_dist.search.ranking import Ranking
 _COLLECTIVES = (
     "all_gather",
     "all_gather_object",
+    "all_gather_single",  # only in recent versions of torch
     "all_reduce",
     "barrier",
     "broadcast",
@@ -32,11 +35,15 @@ _COLLECTIVES = (
 )
 
 
-def _attached(**search: Any) -> Engine:
+def _attached(is_sharded: bool = False, **search: Any) -> Engine:
     torch.manual_seed(0)
     network: nn.Module = Residual()
     randomise(network, seed=3)
-    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    model = network
+    if is_sharded:
+        fully_shard(network)
+    elif dist.is_initialized():
+        model = DistributedDataParallel(network)
     return worm_dist.attach(
         model,
         SGD(model.parameters(), lr=0.05),
@@ -279,8 +286,10 @@ def test_ties_fall_the_same_way_on_every_rank(ranks: Ranks, world_size: int) -> 
     assert results[0][1].tolist() == [False] * 7 + [True] + [True] * 6
 
 
-def _collectives_of_each_check(num_checks: int) -> list[tuple[dict[str, int], int]]:
-    engine = _attached(window=3)
+def _collectives_of_each_check(
+    num_checks: int, is_sharded: bool
+) -> list[tuple[dict[str, int], int]]:
+    engine = _attached(is_sharded, window=3)
     counts: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
@@ -292,7 +301,7 @@ def _collectives_of_each_check(num_checks: int) -> list[tuple[dict[str, int], in
 
         return collective
 
-    for name in _COLLECTIVES:
+    for name in filter(partial(hasattr, dist), _COLLECTIVES):
         setattr(dist, name, counted(name))
     seen = []
     for _ in range(num_checks):
@@ -304,15 +313,17 @@ def _collectives_of_each_check(num_checks: int) -> list[tuple[dict[str, int], in
     return seen
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "is_sharded", "num_scores"), [(1, False, 14), (2, False, 14), (2, True, 22)]
+)
 def test_a_check_costs_two_all_reduces_and_one_broadcast_however_long_the_history(
-    ranks: Ranks, world_size: int
+    ranks: Ranks, world_size: int, is_sharded: bool, num_scores: int
 ) -> None:
-    for seen in ranks(world_size, _collectives_of_each_check, 12):
+    """Under fully_shard scales took an all-reduce to be put together, and scores another one."""
+    for seen in ranks(world_size, _collectives_of_each_check, 12, is_sharded):
         assert all(counts == {"all_reduce": 2, "broadcast": 1} for counts, _ in seen)
-        # 14 scores and what the ranks know of the loss; [d, -d] of three digests at first, then of
-        # four: the mask in force is new.
-        assert {size for _, size in seen[1:]} == {(14 + 3) * 4 + 2 * 4 * 4 * 8 + 6 * 8}
+        # [d, -d] of three digests at first, then of four: the mask in force is new.
+        assert {size for _, size in seen[1:]} == {num_scores * 4 + 2 * 4 * 4 * 8 + 6 * 8}
 
 
 def _check_after_the_draw() -> bool:

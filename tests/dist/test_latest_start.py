@@ -131,5 +131,5 @@ def test_the_automatic_duration_fits_into_the_training(
     removal = Removal(
         RemovalConfig(), SingleProcessComm(), LossGuard(2.0), schedule.num_steps, total_steps
     )
-    removal.start(torch.arange(4), step, torch.zeros(3))
+    removal.start(torch.arange(4), step, torch.device("cpu"))
     assert removal.state_dict()["schedule"]["duration"] == duration

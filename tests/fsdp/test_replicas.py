@@ -20,7 +20,7 @@ from tests.nets import random_images
 from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.settings import at_once
-from worm_dist import BackendError, WormConfig
+from worm_dist import BackendError, WormConfig, WormError
 from worm_dist.comm_hooks.fsdp_replicas import Replicas
 
 _NAMES = ("replicas", "shards")
@@ -45,8 +45,10 @@ class _Training:
             search={"every": "1ba", "l1": 0.0},
             truncation={"frozen_weights": "hold", **at_once(2)},
         )
-        engine = worm_dist.attach(network, self._optimizer, config, example_inputs=random_images(1))
-        engine.truncate(mask_dropping(engine.groups, 0, 3, 9))
+        self.engine = worm_dist.attach(
+            network, self._optimizer, config, example_inputs=random_images(1)
+        )
+        self.engine.truncate(mask_dropping(self.engine.groups, 0, 3, 9))
 
     def step(self) -> Tensor:
         """The weights after a step, all but the last of whose passes leave partial sums."""
@@ -104,6 +106,27 @@ def test_rows_outlive_the_sums_over_replicas(ranks: Ranks) -> None:
     the stream of reduce-scatters while the stream of all-reduces still reads it."""
     for alive in ranks(2, _are_rows_alive):
         assert alive == [True, True]
+
+
+def _of_replicas_that_differ() -> list[str]:
+    """What a check says after one rank's scale has changed, and after it is not a number."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=_NAMES)
+    training, said = _Training(mesh), []
+    for value in (5.0, torch.nan):
+        if dist.get_rank() == 3:
+            training.network.bn0.weight.to_local().detach()[0] = value
+        training.step()
+        try:
+            training.engine.check()
+        except WormError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_a_replica_that_differs_stops_all_ranks(ranks: Ranks) -> None:
+    for different, not_finite in ranks(4, _of_replicas_that_differ):
+        assert different.startswith("DivergenceError") and "rank 2, 3 differs" in different
+        assert not_finite.startswith("NonFiniteError")
 
 
 def _over_two_of_three() -> str:

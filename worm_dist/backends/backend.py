@@ -31,6 +31,8 @@ class Backend(Protocol):
         comm: the communicator of the data-parallel ranks.
         process_group: the process group in which gradients are reduced; None on a single process.
         shards_weights: whether each rank holds only its part of the weights.
+        has_one_copy: whether each element of the weights is on one rank alone, so that full weights
+            are the same on all ranks.
         averages: whether the wrapper averages gradients over ranks.
         finds_unused: whether the wrapper looks for parameters that a forward pass has not used.
         keeps_hooks: whether a communication hook cannot be unregistered from the wrapper.
@@ -40,6 +42,7 @@ class Backend(Protocol):
     called: nn.Module
     comm: Communicator
     shards_weights: bool
+    has_one_copy: bool
     averages: bool
     finds_unused: bool
     keeps_hooks: bool

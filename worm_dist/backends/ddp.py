@@ -40,6 +40,7 @@ class DdpBackend:
     """
 
     shards_weights = False
+    has_one_copy = False
     averages = True
     keeps_hooks = True  # torch cannot unregister a communication hook; only a new wrapper has none
     rebuilds_buckets = True

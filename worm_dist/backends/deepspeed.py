@@ -64,6 +64,7 @@ class DeepSpeedBackend:
     """
 
     shards_weights = False
+    has_one_copy = False  # nor in stage 3, which keeps small parameters whole on every rank
     averages = True
     finds_unused = False  # DeepSpeed reduces missing gradients as zeros
     keeps_hooks = False

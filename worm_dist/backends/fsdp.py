@@ -53,6 +53,7 @@ class FsdpBackend:
             raise BackendError(f"attach: fully_shard: {reason}")
         self._is_released = False
         info = self._sharding.groups[0].mesh_info
+        self.has_one_copy: bool = info.mesh.ndim == 1
         self.process_group: dist.ProcessGroup = _group_of_all(info.mesh)
         self.comm: Communicator = _ReplicatedComm(
             self.process_group, self._sharding.groups[0].device, info.shard_process_group

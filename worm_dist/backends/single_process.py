@@ -24,6 +24,7 @@ class SingleProcess:
     process_group = None
     step_bytes = 0
     shards_weights = False
+    has_one_copy = True
     averages = False
     finds_unused = False
     keeps_hooks = False

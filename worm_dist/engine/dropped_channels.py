@@ -115,17 +115,15 @@ class DroppedChannels(StepListener):
         self,
         mask: Mask,
         order: Tensor,
-        losses: Tensor,
         scales: Mapping[str, Tensor] | None = None,
         distance: float | None = None,
     ) -> None:
-        """Freeze what a mask drops, and begin to remove it if the settings say so.  The ranks have
-        agreed on mask and order, so that packed buffers match.
+        """Freeze what a mask drops, and begin to remove it if the settings say so.  Collective; the
+        ranks have agreed on mask and order, so that packed buffers match.
 
         Args:
             mask: the mask over the dense network's channels.
             order: int64 indices of its dropped channels in the order of their removal.
-            losses: the guard's ``levels``, averaged over the ranks.
             scales: by name of every scale parameter, the elements that the norm's own mask drops,
                 for soft truncation; None if channels are masked, not norms.
             distance: the mean distance of the mask to those in the window, 0 to 1; None if not
@@ -139,7 +137,8 @@ class DroppedChannels(StepListener):
             distance,
         )
         if self._config.removes:
-            self._removal.start(order, self._training.step, losses)
+            device = next(self._training.network.parameters()).device
+            self._removal.start(order, self._training.step, device)
             self._begin_due_channels()
 
     def after_step(self, step: int) -> None:

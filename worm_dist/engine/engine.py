@@ -169,7 +169,7 @@ class Engine:
         return self._verdict
 
     def _next_mask(self) -> None:
-        average, losses, scores = self._averaged_scores()
+        average, scores = self._averaged_scores()
         irreversible = self._dropped.irreversible
         candidates, mask, floored = self._ranking.select(average, irreversible)
         checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
@@ -194,20 +194,20 @@ class Engine:
         self._checks_dropped = checks_dropped
         if self.phase is Phase.TRUNCATE:
             scales = self._ranking.dropped_scales(candidates)
-            self._dropped.freeze(mask, order, losses, scales, self._verdict.distance_mean)
+            self._dropped.freeze(mask, order, scales, self._verdict.distance_mean)
         else:
             self._dropped.mask = mask
 
-    def _averaged_scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and loss levels averaged over the ranks, by one all-reduce; and this rank's own
-        scores.  All on the CPU, by one copy."""
+    def _averaged_scores(self) -> tuple[Tensor, Tensor]:
+        """Scores averaged over the ranks, by one all-reduce; and this rank's own.  Both on the CPU,
+        by one copy."""
         with self._training.full_network() if self._ranking.reads_weights else nullcontext():
             scores = self._ranking.scores()
-        levels = self._dropped.guard.levels(scores.device)
-        average = self._comm.mean(torch.cat([scores, levels]))
-        sizes = [len(scores), len(levels), len(scores)]
-        averaged, losses, own = torch.cat([average, scores.to(average.dtype)]).cpu().split(sizes)
-        return averaged, losses, own
+        # What has just been put together from all ranks is the same on all, and its own average.
+        is_average = self._training.backend.has_one_copy and self._ranking.is_replicated
+        average = scores if is_average else self._comm.mean(scores)
+        averaged, own = torch.stack([average, scores.to(average.dtype)]).cpu()
+        return averaged, own
 
     def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
         """Rank zero's decision: truncation starts at the elbow, or at the latest step for it.
@@ -256,11 +256,11 @@ class Engine:
         mask = agreed_mask(self._comm, self.groups, mask, where)
         irreversible = self._dropped.irreversible
         require_reversible(self.groups, mask, irreversible, where)
-        average, losses, _ = self._averaged_scores()
+        average, _ = self._averaged_scores()
         importance = self._ranking.importance(average)
         order = removal_order(~mask.keep & ~irreversible, self._checks_dropped, importance)
         self._comm.assert_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
-        self._dropped.freeze(mask, order, losses)
+        self._dropped.freeze(mask, order)
         verdict = dataclasses.replace(self._verdict, phase=Phase.TRUNCATE)
         self._verdict = self._dropped.described(verdict)
 

@@ -86,6 +86,11 @@ class Ranking:
         return self._importance.scales
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether scores depend on weights alone, and not on a rank's data; see ``Importance``."""
+        return self._importance.replicated
+
+    @property
     def reads_weights(self) -> bool:
         """Whether ``scores`` needs a network with full weights; see ``Importance``."""
         return self._importance.reads_weights
@@ -113,7 +118,7 @@ class Ranking:
 
     def replicated(self, scores: Tensor) -> Mapping[str, Tensor]:
         """Return the scores that must be bit-identical on all ranks, by group or norm."""
-        if not self._importance.replicated:
+        if not self.is_replicated:
             return {}
         sizes = self._importance.candidates.sizes
         return dict(zip(sizes, scores.split(list(sizes.values())), strict=True))

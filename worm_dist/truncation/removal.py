@@ -76,19 +76,19 @@ class Removal:
         """Whether the loss guard pauses the removal."""
         return self._guard.paused_at is not None
 
-    def start(self, order: Tensor, step: int, losses: Tensor) -> None:
-        """Start to remove channels from this step on.
+    def start(self, order: Tensor, step: int, device: torch.device) -> None:
+        """Start to remove channels from this step on.  Collective.
 
         Args:
             order: int64 channel indices in the order of removal, agreed by the ranks.
             step: optimizer steps so far.
-            losses: the guard's ``levels``, averaged over the ranks.
+            device: the network's device.
 
         Raises:
             ConfigError: a setting is in epochs, whose length in steps is not known.
         """
         self._schedule.start(order, step, self._duration(step))
-        self._guard.start(losses)
+        self._guard.start(self._losses(device))
         if self._guard.watches:
             self._patience = self._num_steps(self._config.patience)
         self._allowed_at = None
@@ -129,7 +129,7 @@ class Removal:
             allowed_at is not None and step - allowed_at < _STEPS_BETWEEN_DECISIONS
         ):
             return Decision.GO_ON
-        losses = self._comm.mean(guard.levels(device)).cpu()
+        losses = self._losses(device)
 
         def decide() -> Tensor:
             decision = guard.decide(losses, step, self._patience)
@@ -141,6 +141,10 @@ class Removal:
         guard.follow(decision, step)
         self._allowed_at = step if decision is Decision.GO_ON else None
         return decision
+
+    def _losses(self, device: torch.device) -> Tensor:
+        """The guard's ``levels`` averaged over the ranks, on the CPU."""
+        return self._comm.mean(self._guard.levels(device)).cpu()
 
     def _log_decision(self, decision: Decision, step: int, loss: float) -> None:
         message = f"step {step}: the training loss is {loss:.4g}, above {self._guard.limit:.4g}"
