@@ -88,6 +88,12 @@ def _replicated() -> nn.Module:
     return network
 
 
+def _without_parameters() -> nn.Module:
+    network = nn.Sequential(nn.Flatten(), nn.ReLU())
+    fully_shard(network)
+    return network
+
+
 def _over_one_rank() -> nn.Module:
     return _sharded(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")))
 
@@ -107,6 +113,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "compiled around": (_compiled_around, "torch.compile"),
     "tensor parallel": (_tensor_parallel, "DTensors"),
     "replicate": (_replicated, "replicate() is not supported"),
+    "no parameters": (_without_parameters, "the network has no parameters"),
     "one rank": (_over_one_rank, "shards over one rank"),
 }
 _SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -126,7 +133,7 @@ def _refused() -> dict[str, str]:
 
 
 def _said(network: nn.Module, config: WormConfig) -> str:
-    optimizer = SGD(network.parameters(), 0.1)
+    optimizer = SGD([*network.parameters()] or [torch.zeros(1)], 0.1)
     try:
         worm_dist.attach(network, optimizer, config, example_inputs=random_images(1))
     except WormError as error:

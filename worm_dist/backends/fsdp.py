@@ -26,6 +26,7 @@ from .fsdp_refusals import refusals
 from .fsdp_sharding import Sharding
 from .optimizer_view import OptimizerView
 from .optimizers import innermost
+from .trained_parameters import only_these_train
 
 __all__ = ["FsdpBackend"]
 
@@ -52,6 +53,7 @@ class FsdpBackend:
         for reason in refusals(self._sharding):
             raise BackendError(f"attach: fully_shard: {reason}")
         self._is_released = False
+        self._trains: dict[str, bool] = {}
         info = self._sharding.groups[0].mesh_info
         self.has_one_copy: bool = info.mesh.ndim == 1
         self.process_group: dist.ProcessGroup = _group_of_all(info.mesh)
@@ -98,8 +100,8 @@ class FsdpBackend:
         if self._sharding.is_plain:  # in a draw
             yield self.model
             return
-        self._sharding.take_off()
         try:
+            self._sharding.take_off()
             yield self.model
         finally:
             if not self._is_released:
@@ -163,12 +165,19 @@ class FsdpBackend:
         self._is_released = True
 
     def rewrap(self) -> nn.Module:
-        """Shard the network as it is now in the same way; see ``Backend``."""
-        self._sharding.renew()
+        """Shard the network as it is now in the same way; see ``Backend``.  Until ``retire``
+        exactly the averaged parameters require gradients, as the new backend is to find them."""
+        full = self._sharding.full
+        self._trains = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        with only_these_train(self.model, {full[parameter] for parameter in self.averaged}):
+            self._sharding.renew()
         return self.model
 
     def retire(self) -> None:
-        """Do nothing: the network has no sharding but the new one."""
+        """Let the parameters require gradients that did before ``rewrap``; the old sharding is gone
+        already."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trains[name])
 
     def revive(self) -> nn.Module:
         """Restore the old sharding; see ``Backend``."""

@@ -39,6 +39,8 @@ def refusals(sharding: Sharding) -> Iterator[str]:
     Args:
         sharding: the sharding of the network.
     """
+    if not any(True for _ in sharding.network.parameters()):
+        yield "the network has no parameters, so there is nothing to train; wrap the one that has"
     yield from _unknown(sharding)
     if list(inspect.signature(FSDPParamGroup.post_backward).parameters) != ["self", "unused"]:
         yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"

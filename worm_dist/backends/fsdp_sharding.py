@@ -37,7 +37,7 @@ _PREFETCHED = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` has been applied to a module itself."""
-    return isinstance(model, FSDPModule) and fully_shard.state(model) is not None  # type: ignore[attr-defined]
+    return isinstance(model, FSDPModule) and _state_of(model) is not None
 
 
 class Sharding:
@@ -50,17 +50,15 @@ class Sharding:
         network: the argument.
         states: torch's state of each call of ``fully_shard``, inner modules before outer ones.
         is_plain: whether the sharding is taken off at the moment.
+        full: the full parameters by the sharded ones; empty unless it is.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        states = (
-            fully_shard.state(module)  # type: ignore[attr-defined]
-            for module in network.modules()
-            if isinstance(module, FSDPModule)
-        )
+        states = (_state_of(m) for m in network.modules() if isinstance(m, FSDPModule))
         self.states: list[Any] = list(dict.fromkeys(states))[::-1]
         self.is_plain = False
+        self.full: dict[Tensor, nn.Parameter] = {}
         self._hooks = _Hooks(())
         self._modules: list[tuple[nn.Module, type, dict[str, Any], Any]] = []
         self._gradients: list[Tensor | None] = []
@@ -84,18 +82,24 @@ class Sharding:
 
     def take_off(self) -> None:
         """Make the network plain, with full weights.  Collective; takes the memory of one copy of
-        the weights, and for the moment of one group's more."""
+        the weights, and for the moment of one group's more.  After an interrupt ``put_on`` restores
+        what had been taken off."""
         assert not self.is_plain
         self.reshard()
-        gathered = [_full_weights(group) for group in self.groups]
+        gathered = [weight for group in self.groups for weight in _full_weights(group)]
+        full = {
+            parameter.sharded_param: nn.Parameter(weight, parameter.sharded_param.requires_grad)
+            for parameter, weight in zip(self.parameters, gathered, strict=True)
+        }
         self._gradients = [parameter.sharded_param.grad for parameter in self.parameters]
         self._hooks = _Hooks(_handles(self.states))
-        self._hooks.take_off()
         self._modules = [
             (module, type(module), _composable(module), state)
             for state in self.states
             for module in state._modules
         ]
+        self.full, self.is_plain = full, True  # before the network changes; see above
+        self._hooks.take_off()
         for module, kind, composable, state in self._modules:
             module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index")]  # noqa: B009
             for key, entries in composable.items():
@@ -105,11 +109,8 @@ class Sharding:
                 else:
                     del module.__dict__[key]
             _module_state_mapping.pop(module, None)
-        for group, weights in zip(self.groups, gathered, strict=True):
-            for parameter, weight in zip(group.fsdp_params, weights, strict=True):
-                trains = parameter.sharded_param.requires_grad
-                _register(parameter, nn.Parameter(weight, requires_grad=trains))
-        self.is_plain = True
+        for parameter in self.parameters:
+            _register(parameter, full[parameter.sharded_param])
 
     def put_on(self) -> None:
         """Restore the sharding as it was, gradients included; what has been written to the full
@@ -125,6 +126,7 @@ class Sharding:
             parameter.sharded_param.grad = gradient
         self._gradients = []  # else they would outlive the next zero_grad
         self._hooks.put_on()
+        self.full = {}
         self.is_plain = False
 
     def renew(self) -> None:
@@ -136,7 +138,7 @@ class Sharding:
             modules = [module for module in state._modules if module in present]
             if modules:
                 fully_shard(modules if len(modules) > 1 else modules[0], **_arguments(state))
-                renewed.append((state, fully_shard.state(modules[0])))  # type: ignore[attr-defined]
+                renewed.append((state, _state_of(modules[0])))
         new_of = dict(renewed)
         for old, new in renewed:
             new._auto_reshard_after_forward = old._auto_reshard_after_forward
@@ -149,6 +151,7 @@ class Sharding:
                 separate = before.mesh_info.reduce_scatter_process_group
                 group.mesh_info.reduce_scatter_process_group = separate
         self._hooks.move_to_front()
+        self.full = {}
 
 
 class _Hooks:
@@ -191,6 +194,11 @@ class _Hooks:
             for key, _ in reversed(items[:first]):
                 if key in table and hasattr(table, "move_to_end"):
                     table.move_to_end(key, last=False)
+
+
+def _state_of(module: nn.Module) -> Any:
+    """torch's state of the call of ``fully_shard`` that a module was given to; None without one."""
+    return fully_shard.state(module)  # type: ignore[attr-defined]
 
 
 def _handles(states: Sequence[Any]) -> list[Any]:
