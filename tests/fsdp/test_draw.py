@@ -192,7 +192,10 @@ def _penalised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for is_sharded in (True, False):
         trainee = Trainee(row, _CONFIG, is_sharded)
         trainee.step(0)
+        norms = [m for m in trainee.network.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms[0].requires_grad_(False)  # rests while channels freeze, and trains again
         trainee.engine.truncate(mask_dropping(trainee.engine.groups, *_DROPPED))
+        norms[0].requires_grad_(True)
         trainee.optimizer.zero_grad()
         loss = trainee.engine.model(random_images(2)).sum() * 0 + trainee.engine.penalty()
         loss.backward()

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..groups.freeze_plan import Block, FreezePlan
 from .fsdp_replicas import Replicas
 from .fsdp_rows import PackedRows, is_any_frozen, pieces_of
+from .grad_hooks import registered
 from .patching import Patch
 from .reducer import Reducer
 
@@ -56,9 +57,9 @@ class FsdpReducer(Reducer):
         self._forget()
         # What a loss adds to the shards themselves, such as a penalty, is not reduced.
         self._hooks = [
-            parameter.register_hook(_zeroing(block, parameter))
+            registered(parameter, _zeroing(block, parameter))
             for parameter, block in plan.blocks.items()
-            if isinstance(parameter, DTensor) and parameter.requires_grad
+            if isinstance(parameter, DTensor)
         ]
 
     def remove(self) -> None:

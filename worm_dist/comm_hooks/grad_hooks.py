@@ -8,6 +8,7 @@ accumulation each pass is truncated once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..groups.freeze_plan import Block, FreezePlan
 
-__all__ = ["GradientHooks"]
+__all__ = ["GradientHooks", "registered"]
 
 
 class GradientHooks:
@@ -28,7 +29,7 @@ class GradientHooks:
         """Use another plan and ratio from the next backward pass on."""
         self.remove()
         self._handles = [
-            _registered(parameter, _truncation(block, ratio))
+            registered(parameter, _truncation(block, ratio))
             for parameter, block in plan.blocks.items()
         ]
 
@@ -38,7 +39,7 @@ class GradientHooks:
         self._handles.clear()
 
 
-def _registered(parameter: Tensor, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def registered(parameter: Tensor, hook: Callable[[Any], Tensor]) -> RemovableHandle:
     """Register a hook, also on a parameter that does not require gradients yet."""
     required_grad = parameter.requires_grad
     handle: RemovableHandle = parameter.requires_grad_(True).register_hook(hook)
