@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
-from ..comm_hooks.fsdp_reduce import PackedAllGather, PackedReduceScatter
+from ..comm_hooks.fsdp_collectives import PackedAllGather, PackedReduceScatter
 from .fsdp_sharding import CARRIED, Sharding
 
 __all__ = ["refusals"]

@@ -14,21 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
-    DefaultAllGather,
-    DefaultReduceScatter,
-)
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..groups.freeze_plan import Block, FreezePlan
+from .fsdp_collectives import PackedAllGather, PackedReduceScatter
 from .fsdp_replicas import Replicas
 from .fsdp_rows import PackedRows, is_any_frozen, pieces_of
 from .grad_hooks import registered
 from .patching import Patch
 from .reducer import Reducer
 
-__all__ = ["FsdpReducer", "PackedAllGather", "PackedReduceScatter"]
+__all__ = ["FsdpReducer"]
 
 
 class FsdpReducer(Reducer):
@@ -237,43 +234,6 @@ class _Group:
                 here = [blocks.get(parameter) for parameter in parameters]
                 self.rows[key] = PackedRows(shapes, here, row, num_ranks)
         return self.rows[key]
-
-
-class PackedReduceScatter(DefaultReduceScatter):
-    """A reduce-scatter that calls a function first, which may do it instead."""
-
-    def __init__(self, replacement: Callable[..., bool]) -> None:
-        self._replacement = replacement
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        if self._replacement(output_tensor, input_tensor, group, op):
-            return None
-        return super().__call__(output_tensor, input_tensor, group, op, async_op)
-
-
-class PackedAllGather(DefaultAllGather):
-    """An all-gather that calls a function first, which may do it instead."""
-
-    def __init__(self, replacement: Callable[..., bool]) -> None:
-        self._replacement = replacement
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        if self._replacement(output_tensor, input_tensor, group):
-            return None  # torch then waits for the event that it records behind this call
-        return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 def _zeroing(block: Block, parameter: DTensor) -> Callable[[DTensor], DTensor]:
