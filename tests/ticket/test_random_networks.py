@@ -4,6 +4,7 @@ is refused and nothing has been changed."""
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,9 +27,10 @@ from worm_dist.pruning import exactness
 from worm_dist.pruning.rehearsal import Rehearsal
 from worm_dist.pruning.surgery import cuts_of, remove_channels, shapes_of
 
-pytestmark = pytest.mark.slow("draws hundreds of random networks")
+pytestmark = pytest.mark.slow("draws 170 random networks")
 
-_NUM_PARTS, _NUM_EXAMPLES = 6, 85
+_NUM_EXAMPLES = 85
+_NUM_PARTS = int(os.environ.get("RANDOM_NETWORKS", "170")) // _NUM_EXAMPLES
 _TOLERANCE = 1e-9
 # What is drawn keeps its statistics, so it can be compared.
 _CONFIG = WormConfig(ticket=TicketConfig(recalibrate_batches=0))
