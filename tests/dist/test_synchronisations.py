@@ -70,9 +70,9 @@ def test_a_step_does_not_wait_for_the_device_and_a_check_three_times(ranks: Rank
     probed columns: what the ranks agree on decides what the next step sends."""
     for found in ranks(2, _waits):
         assert found["check"] and set(found["check"]) == {3}
-        # As removal begins there is a decision on the loss too.  Statistics are not estimated then,
-        # but by later checks.
-        assert max(found["to remove"]) == 5
+        # As removal begins the limit of the loss is set, and decided on.  Statistics are not
+        # estimated then, but by later checks.
+        assert max(found["to remove"]) == 6
         assert set(found["step"]) <= {0, 1} and sum(found["step"]) <= 4
 
 
