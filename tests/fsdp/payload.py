@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from tests.fsdp.row import Row
+from tests.handed_over import BYTES_OF_A_COLLECTIVE, handed_over, num_exchanged
 
 __all__ = ["Overheard", "expected_bytes"]
 
@@ -34,8 +35,7 @@ class Overheard:
             for name, position in {
                 "reduce_scatter_single": 1,
                 "all_gather_single": 1,
-                "reduce": 0,
-                "broadcast": 0,
+                "all_to_all_single": 1,
                 "all_reduce": 0,
             }.items():
                 patch.setattr(dist, name, self._counting(getattr(dist, name), name, position))
@@ -51,8 +51,11 @@ class Overheard:
             named = {"reduce_scatter_single": "input", "all_gather_single": "input_tensor"}
             sent = arguments[position] if len(arguments) > position else keywords.get(named[name])
             assert isinstance(sent, Tensor), (name, keywords)
+            if name == "all_to_all_single":
+                rank = dist.get_rank(keywords["group"])
+                self._num_bytes += num_exchanged(rank, arguments[3]) * sent.element_size()
             # The engine's own all-reduces are over all ranks.
-            if name != "all_reduce" or keywords["group"] == self._replicas:
+            elif name != "all_reduce" or keywords["group"] == self._replicas:
                 self._num_bytes += sent.nbytes
             return function(*arguments, **keywords)
 
@@ -64,15 +67,15 @@ def expected_bytes(
     network: nn.Module,
     reduced: Mapping[str, Tensor] | None,
     gathered: Mapping[str, Tensor] | None,
-) -> int:
-    """Bytes that this rank hands over in a step; what is sent to one rank, or from one, by all.
+) -> tuple[int, int]:
+    """Bytes that this rank hands over in a step, and all do on average.
 
     Args:
         reduced: for every parameter, which of its elements' gradients are sent; None for all.
         gathered: for every parameter, which of its elements are gathered; None for all.
     """
     names = {id(p): name for name, p in network.named_parameters()}
-    total = 0
+    total = on_average = 0
     for module in network.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -81,12 +84,16 @@ def expected_bytes(
             num_gathers = 2 if _reshards(row, module is network) else 1
             weight = (row.param_dtype or next(network.parameters()).dtype).itemsize
             gradient = row.reduce_dtype or row.param_dtype or next(network.parameters()).dtype
-            total += row.passes * num_gathers * _sent(row, shapes, gathered, weight, False)
+            weights = _sent(row, shapes, gathered, weight, group.mesh_info, False)
+            gradients = _sent(row, shapes, reduced, gradient.itemsize, group.mesh_info, True)
+            num_gathers *= row.passes
             num_reductions = row.passes if row.partial else 1
-            total += num_reductions * _sent(row, shapes, reduced, gradient.itemsize, True)
+            replicas = 0
             if len(row.mesh) == 2:
-                total += _own(row, shapes, reduced) * gradient.itemsize
-    return total
+                replicas = _own(row, shapes, reduced) * gradient.itemsize
+            total += num_gathers * weights[0] + num_reductions * gradients[0] + replicas
+            on_average += num_gathers * weights[1] + num_reductions * gradients[1] + replicas
+    return total, on_average
 
 
 def _reshards(row: Row, is_root: bool) -> bool:
@@ -108,19 +115,21 @@ def _sent(
     shapes: Mapping[str, Any],
     flags: Mapping[str, Tensor] | None,
     size: int,
+    mesh: Any,
     reduces: bool,
-) -> int:
+) -> tuple[int, int]:
     num_ranks = row.mesh[-1]
     most = {name: -(-shape[0] // num_ranks) for name, shape in shapes.items()}
     if flags is None or all(bool(flags[name].all()) for name in shapes):
         padded: int = sum(most[name] * shape[1:].numel() for name, shape in shapes.items())
-        return padded * size * (num_ranks if reduces else 1)
+        dense = padded * size * (num_ranks if reduces else 1)
+        return dense, dense
     live = [
         sum(int(flags[name][rank * most[name] : (rank + 1) * most[name]].sum()) for name in shapes)
         for rank in range(num_ranks)
     ]
-    even = max(live)
-    if row.surplus:  # a collective costs nothing, so no byte of padding is sent
-        even = min(live)
-    surplus = sum(max(0, each - even) for each in live)
-    return size * (even * (num_ranks if reduces else 1) + surplus)
+    cost = 0 if row.surplus else BYTES_OF_A_COLLECTIVE
+    handed = handed_over(live, size, mesh.shard_mesh_rank, cost)
+    if reduces:
+        return size * handed.reduced, size * handed.mean_reduced
+    return size * handed.gathered, size * handed.mean_gathered

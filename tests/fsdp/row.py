@@ -46,7 +46,7 @@ class Row:
     ddp: how far weights may be from those under DistributedDataParallel; None if they are not
         compared.
     exact: how far weights may be from those of a dense reduction.
-    surplus: whether nothing is padded, so that longer rows are sent separately.
+    surplus: whether nothing is padded, so that rows are sent in equal chunks.
     """
 
     units: tuple[str, ...] = ("conv1", "bn1", "head")

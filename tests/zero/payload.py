@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.handed_over import handed_over, num_exchanged
 from tests.zero.layout import layout
 from tests.zero.row import Row
 
-__all__ = ["Overheard", "Payload", "dense_payload_of", "largest_share", "payload_of"]
-
-_BYTES_OF_A_COLLECTIVE = 2**18
-"""More padding than this for each broadcast that it saves is not sent."""
+__all__ = ["Overheard", "Payload", "dense_payload_of", "payload_of", "shares_of"]
 
 Groups = Sequence[Sequence[str]]
 Flags = Mapping[str, Tensor]
@@ -49,8 +47,7 @@ def dense_payload_of(row: Row, groups: Groups, network: nn.Module) -> Payload:
 
 
 def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Payload:
-    """Gradients of live elements, and in stages 1 and 2 the live weights of a partition, padded to
-    those of the largest if that is cheaper than a broadcast from each rank.
+    """Gradients of live elements, and in stages 1 and 2 the live weights of a partition.
 
     Args:
         groups: names of the parameters in the optimizer's groups.
@@ -66,13 +63,9 @@ def payload_of(row: Row, groups: Groups, reduced: Flags, gathered: Flags) -> Pay
     lives = [[int(part.sum()) for part in flags.chunk(row.world_size)] for flags in rows]
     size, share, told = row.dtype.itemsize, 0, 0
     for here in lives:
-        padding = sum(max(here) - live for live in here) * size
-        if padding <= (sum(live > 0 for live in here) - 1) * _BYTES_OF_A_COLLECTIVE:
-            share += max(here) * size
-            told += max(here) * size
-        else:
-            share += sum(here) * size // row.world_size
-            told += here[dist.get_rank()] * size
+        handed = handed_over(here, size, dist.get_rank())
+        share += handed.mean_gathered * size
+        told += handed.gathered * size
     return Payload(gradients, share, told)
 
 
@@ -90,16 +83,21 @@ def _gradients(row: Row, groups: Groups, reduced: Flags) -> int:
 
 
 def largest_share(world_size: int, flags: Sequence[Tensor]) -> int:
+    """In stage 3: elements that are sent of the rank's parts that has most of them."""
+    return max(shares_of(world_size, flags))
+
+
+def shares_of(world_size: int, flags: Sequence[Tensor]) -> list[int]:
     """In stage 3 every parameter is cut by itself into equal parts, one for each rank: elements
-    that are sent of the rank's parts that has most of them.  If all are, padding is sent too."""
+    that are sent of each rank's parts.  If all are, padding is sent too."""
     if all(bool(flag.all()) for flag in flags):
-        return sum(-(-flag.numel() // world_size) for flag in flags)
+        return [sum(-(-flag.numel() // world_size) for flag in flags)] * world_size
     shares = [0] * world_size
     for flag in flags:
         length = -(-flag.numel() // world_size)
         for rank in range(world_size):
             shares[rank] += int(flag.flatten()[rank * length : (rank + 1) * length].sum())
-    return max(shares)
+    return shares
 
 
 def _laid_out(row: Row, flags: Sequence[Tensor]) -> Tensor:
@@ -135,6 +133,7 @@ class Overheard:
             ("reduce_scatter_tensor", 1),
             ("reduce_scatter_single", 1),
             ("broadcast", 0),
+            ("all_to_all_single", 1),
         ):
             function = getattr(dist, name, None)
             if function is not None:
@@ -159,8 +158,11 @@ class Overheard:
             agreed_on = function.__name__ == "all_reduce" and sent.numel() == 1
             self.calls[function.__name__] += not agreed_on
             if not agreed_on and not elsewhere:
-                self._bytes += sent.numel() * sent.element_size()
-                self.heard.append((function.__name__, sent.numel() * sent.element_size()))
+                count = sent.numel()
+                if function.__name__ == "all_to_all_single":
+                    count = num_exchanged(dist.get_rank(), arguments[3])
+                self._bytes += count * sent.element_size()
+                self.heard.append((function.__name__, count * sent.element_size()))
             return function(*arguments, **keywords)
 
         return counted

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import worm_dist
+from tests.handed_over import handed_over
 from tests.matrix.findings import Findings
 from tests.nets import random_images
 from tests.oracles import folded, folded_name, is_gate, live_flags, mask_dropping
@@ -14,8 +16,8 @@ from tests.zero.payload import (
     Overheard,
     Payload,
     dense_payload_of,
-    largest_share,
     payload_of,
+    shares_of,
 )
 from tests.zero.reference import FADE_STEPS, Expected, Reference
 from tests.zero.row import COLUMNS, Row
@@ -140,7 +142,12 @@ class _Course:
         # DeepSpeed compares the order of the layers, too.
         heard = list(overheard.heard)
         overheard.take()
-        self._told = [sent for name, sent in heard if name.startswith("all_gather")]
+        # Two ranks tell each other their shares; the engine counts what each tells on average.
+        self._told = [
+            _mean(sent, self._row.dtype.itemsize) if name == "all_to_all_single" else sent
+            for name, sent in heard
+            if name.startswith(("all_gather", "all_to_all"))
+        ]
         return sum(sent for name, sent in heard if name.startswith("reduce_scatter"))
 
     def _compare(self, handed_over: int) -> None:
@@ -240,14 +247,15 @@ class _Course:
 
     def _share_of_weights(self) -> int:
         """Bytes that a rank tells of all weights, in stage 3: not of channels that nobody hears."""
-        network, unheard = self.trainee.network, self._unheard
+        network, unheard, size = self.trainee.network, self._unheard, self._row.dtype.itemsize
         if self.engine.phase == "ticket":
             whole = [torch.ones_like(p, dtype=torch.bool) for p in network.parameters()]
-            share = largest_share(self._row.world_size, whole)
-        else:
-            flags = live_flags(network, self.engine.groups, unheard, "coupled")
-            share = largest_share(self._row.world_size, list(flags.values()))
-        return share * self._row.dtype.itemsize
+            return shares_of(self._row.world_size, whole)[0] * size
+        flags = live_flags(network, self.engine.groups, unheard, "coupled")
+        shares = shares_of(self._row.world_size, list(flags.values()))
+        if len(set(shares)) == 1 and all(bool(flag.all()) for flag in flags.values()):
+            return shares[0] * size
+        return handed_over(shares, size, dist.get_rank()).mean_gathered * size
 
     def _heard(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without statistics of channels that nobody hears: in stage 3 they have zeros for
@@ -369,6 +377,13 @@ class _Course:
     @property
     def _where(self) -> str:
         return f"{self._rule}, step {self._number}"
+
+
+def _mean(num_bytes: int, element_size: int) -> int:
+    """Bytes of whole elements, averaged over the ranks.  Collective."""
+    elements = torch.tensor([num_bytes // element_size])
+    dist.all_reduce(elements)
+    return int(elements) // dist.get_world_size() * element_size
 
 
 def _folded_inside(values: dict[str, Tensor]) -> dict[str, Tensor]:

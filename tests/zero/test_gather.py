@@ -1,4 +1,5 @@
-"""The gather of updated weights: one collective for each group of parameters, or what is cheaper.
+"""The gather of updated weights: one collective for each group of parameters, two where the ranks'
+shares are far apart.
 
 Every rank used to broadcast its share: as many collectives as ranks, in every step and group.
 """
@@ -20,33 +21,11 @@ from tests.ranks import Ranks
 from tests.zero.building import engine_around, settings_of
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
-from worm_dist.comm_hooks import deepspeed_allgather
-from worm_dist.comm_hooks.deepspeed_allgather import padding_pays
+from worm_dist.comm_hooks import shares
 
 pytestmark = pytest.mark.slow("imports DeepSpeed on every rank")
 
-_KIB = 2**10
 _GATHERS = {"all_gather_single", "all_gather_into_tensor"}  # the name before torch 2.14
-
-
-@pytest.mark.parametrize(
-    ("shares", "element_size", "pays"),
-    [
-        ([100, 100], 4, True),
-        ([64 * _KIB, 0], 4, False),  # a single broadcast: nothing is saved
-        ([64 * _KIB, 1], 4, True),  # an element less than 256 KiB of padding
-        ([64 * _KIB + 2, 1], 4, False),
-        ([128 * _KIB + 2, 1], 2, False),
-        ([64 * _KIB, 1, 1, 64 * _KIB], 4, True),  # 512 KiB, and three broadcasts fewer
-        ([10**9, 10**9 - 1], 4, True),
-        ([10**7, 10**7, 10**7, 5 * 10**6], 4, False),
-    ],
-)
-def test_padding_is_weighed_against_the_broadcasts_it_saves(
-    shares: list[int], element_size: int, pays: bool
-) -> None:
-    assert padding_pays(shares, element_size) == pays
-    assert padding_pays(shares[::-1], element_size) == pays, "which rank is which does not matter"
 
 
 class _TopHeavy(Plain):
@@ -87,12 +66,12 @@ def _engine(stage: int, width: int, num_classes: int) -> Any:
 
 
 def _steps(stage: int, width: int, num_classes: int) -> dict[str, list[_Step]]:
-    """Three steps with frozen channels: as they are, and with broadcasts alone."""
+    """Three steps with frozen channels: as they are, and without padding."""
     overheard = Overheard()
-    found: dict[str, list[_Step]] = {"chosen": [], "broadcast": []}
+    found: dict[str, list[_Step]] = {"chosen": [], "in chunks": []}
     for way, steps in found.items():
-        if way == "broadcast":
-            vars(deepspeed_allgather)["padding_pays"] = lambda *_: False
+        if way == "in chunks":
+            vars(shares)["_BYTES_OF_A_COLLECTIVE"] = 0
         engine = _engine(stage, width, num_classes)
         engine.truncate(mask_dropping(engine.groups, *range(width, width + width // 2)))
         for number in range(3):
@@ -116,26 +95,28 @@ def _steps(stage: int, width: int, num_classes: int) -> dict[str, list[_Step]]:
 def test_one_collective_for_each_group_of_parameters(ranks: Ranks, stage: int) -> None:
     for outcome in ranks.outcomes(3, _steps, stage, 16, 10, group_timeout=60, wall_limit=60):
         assert outcome.exitcode == 0, str(outcome)
-        chosen, broadcast = outcome.value["chosen"], outcome.value["broadcast"]
-        for mine, other in zip(chosen, broadcast, strict=True):
+        for mine, other in zip(*outcome.value.values(), strict=True):
             assert sum(mine.calls.values()) == 2 and mine.calls.keys() <= _GATHERS
-            assert other.calls == {"broadcast": 6}
+            assert other.calls["all_to_all_single"] == 1, "vectors are sent whole, in equal shares"
             assert all(torch.equal(*pair) for pair in zip(mine.weights, other.weights))
 
 
-def test_ranks_whose_shares_are_far_apart_broadcast_them(ranks: Ranks) -> None:
-    """A classifier fills the one partition, half of the other is frozen: padded to the second's
-    share, the first would hand over 290 KiB that mean nothing."""
+@pytest.mark.parametrize(("size", "num_moves", "num_gathers"), [(2, 2, 0), (3, 1, 2)])
+def test_ranks_whose_shares_are_far_apart_move_elements(
+    ranks: Ranks, size: int, num_moves: int, num_gathers: int
+) -> None:
+    """A classifier fills the last partition, half of the others is frozen: padded to its share, the
+    others would hand over 200 KiB that mean nothing.  Two ranks send each other their shares."""
     found = []
-    for outcome in ranks.outcomes(2, _steps, 2, 128, 1200, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(size, _steps, 2, 128, 1200, group_timeout=60, wall_limit=60):
         assert outcome.exitcode == 0, str(outcome)
-        chosen, broadcast = outcome.value["chosen"], outcome.value["broadcast"]
-        for mine, other in zip(chosen, broadcast, strict=True):
-            # Vectors, which are gathered whole, are one collective all the same.
-            assert mine.calls.pop("broadcast") == 2
-            assert sum(mine.calls.values()) == 1 and mine.calls.keys() <= _GATHERS
+        chosen, in_chunks = outcome.value.values()
+        for mine, other in zip(chosen, in_chunks, strict=True):
+            assert mine.calls["all_to_all_single"] == num_moves
+            assert sum(mine.calls.values()) == num_moves + num_gathers
+            assert mine.calls.keys() <= {"all_to_all_single", *_GATHERS}
             assert all(torch.equal(*pair) for pair in zip(mine.weights, other.weights))
         found.append(chosen[-1])
-    first, last = found
-    assert last.handed_over - first.handed_over > 256 * _KIB
-    assert first.said == last.said
+    first, *_, last = found
+    assert last.handed_over > first.handed_over
+    assert len({step.said for step in found}) == 1

@@ -4,8 +4,7 @@ After a step in stages 1 and 2 every rank has updated its partition and receives
 held slice has the same bits on all ranks before and after, so it need not be sent.  Parameters
 with fading slices are sent in full until the fade is over, and vectors always: they are small.
 
-Each parameter group takes one all-gather, padded to the largest live share; or a broadcast from
-each rank, where the padding would take longer than these; see ``padding_pays``.
+The ranks' live shares of a parameter group differ; how they are sent is described in ``shares``.
 """
 
 from __future__ import annotations
@@ -21,12 +20,9 @@ from ..groups.freeze_plan import FreezePlan
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
+from .shares import Shares
 
-__all__ = ["PackedGather", "ShardsOf", "padding_pays"]
-
-_BYTES_OF_A_COLLECTIVE = 2**18
-"""Bytes that are sent in the time that one more collective takes to start: about 20 microseconds at
-100 Gbit/s."""
+__all__ = ["PackedGather", "ShardsOf"]
 
 ShardsOf: TypeAlias = Callable[[Any, int, int, Tensor], Mapping[Tensor, Any]]
 """A function of ZeRO's optimizer, a parameter group's index, a rank and its flat partition; returns
@@ -102,8 +98,8 @@ class _Group:
 
     Attributes:
         num_elements: number of elements of the buffer that ``gather`` needs.
-        sent_bytes: bytes that a rank hands over in ``gather``; those of the broadcasts are averaged
-            over the ranks.  Comparable to the size of a partition.
+        sent_bytes: bytes that a rank hands over in ``gather``, averaged over the ranks; comparable
+            to the size of a partition.
     """
 
     def __init__(
@@ -129,15 +125,12 @@ class _Group:
                 for p, shard in shards.items()
             ]
             self._packings.append(Packing(blocks, values, partition))
-        shares, size = [p.num_live for p in self._packings], partitions[0].element_size()
-        self._is_padded = padding_pays(shares, size)
-        if len(shares) == 1:
-            shares = [0]  # there is nobody to send to
-        elif self._is_padded:
-            shares = [max(shares)] * len(shares)
-        self.num_elements = sum(shares)
-        self.sent_bytes = self.num_elements * size // len(shares)
-        self._shares = shares
+        sizes, size = [p.num_live for p in self._packings], partitions[0].element_size()
+        if len(sizes) == 1:
+            sizes = [0]  # there is nobody to send to
+        self._shares = Shares(sizes, size, self._rank)
+        self.num_elements = self._shares.num_elements + self._shares.num_own
+        self.sent_bytes = self._shares.num_gathered * size
 
     @property
     def dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
@@ -153,47 +146,10 @@ class _Group:
         """
         if not self.num_elements:
             return
-        buffer = buffer[: self.num_elements]
-        rows = buffer.split(self._shares)
-        self._packings[self._rank].pack(self._partitions[self._rank], self._live(rows, self._rank))
-        # On a GPU the current stream waits for the collectives, not the host.
-        if self._is_padded:
-            _all_gather(buffer, rows[self._rank], self._process_group)
-        else:
-            works = [
-                dist.broadcast(row, group=self._process_group, group_src=rank, async_op=True)
-                for rank, row in enumerate(rows)
-                if row.numel()
-            ]
-            for work in works:
-                assert work is not None
-                work.wait()
-        for rank, packing in enumerate(self._packings):
+        of_all, own = buffer[: self.num_elements].tensor_split([self._shares.num_elements])
+        self._packings[self._rank].pack(self._partitions[self._rank], own)
+        # On a GPU the current stream waits, not the host.
+        self._shares.all_gather(own, of_all, self._process_group).wait()
+        for rank, share in enumerate(self._shares.of_ranks(of_all)):
             if rank != self._rank:
-                packing.update(self._partitions[rank], self._live(rows, rank))
-
-    def _live(self, rows: Sequence[Tensor], rank: int) -> Tensor:
-        """A rank's row without padding."""
-        return rows[rank][: self._packings[rank].num_live]
-
-
-def padding_pays(shares: Sequence[int], element_size: int) -> bool:
-    """Whether one all-gather of equal sizes is cheaper than a broadcast from each rank.
-
-    An all-gather needs equal sizes, and under truncation the ranks' live shares differ: one rank's
-    partition may have no frozen slice at all.  Padding to the largest share costs bytes; broadcasts
-    cost none, but a collective each.
-
-    Args:
-        shares: live elements of each rank; all ranks know all of them.
-        element_size: bytes of an element.
-    """
-    num_padding = len(shares) * max(shares) - sum(shares)
-    num_saved = sum(share > 0 for share in shares) - 1
-    return num_padding * element_size <= num_saved * _BYTES_OF_A_COLLECTIVE
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    # torch 2.14 renamed the function and warns about the old name.
-    single = getattr(dist, "all_gather_single", None)
-    (single or dist.all_gather_into_tensor)(out, own, group=group)
+                self._packings[rank].update(self._partitions[rank], share)

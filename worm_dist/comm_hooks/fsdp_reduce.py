@@ -176,13 +176,13 @@ class _Group:
         dense_bytes = flat.nbytes + (0 if replicas is None else out.nbytes)
         reducer.dense_bytes += dense_bytes
         reducer.probe_rows(shapes, parameters, rows)
-        packed = self._packed("gradients", reducer.plan, parameters, rows[0], num_ranks)
+        packed = self._packed("gradients", reducer.plan, parameters, rows[0], group)
         if packed is None:
             reducer.sent_bytes += dense_bytes
             return False
         memory = reducer.memory("gradients", packed.lent_size, flat)
         packed.reduce_scatter(out, rows, group, op, memory)
-        reducer.sent_bytes += packed.num_elements * flat.element_size()
+        reducer.sent_bytes += packed.shares.num_reduced * flat.element_size()
         if replicas is not None:
             replicas.add_partial(out)
         return True
@@ -190,8 +190,8 @@ class _Group:
     def all_reduce(self, row: Tensor) -> None:
         """Average this rank's packed row over the replicas."""
         reducer, info = self._reducer, self._group.mesh_info
-        parameters, num_ranks = self._with_gradients, info.shard_mesh_size
-        packed = self._packed("gradients", reducer.plan, parameters, row, num_ranks)
+        parameters, group = self._with_gradients, info.shard_process_group
+        packed = self._packed("gradients", reducer.plan, parameters, row, group)
         assert packed is not None and self._replicas is not None
         packing = packed.of_rank(info.shard_mesh_rank)
         memory = reducer.memory("replicas", packing.num_live + packing.scratch_size, row)
@@ -208,13 +208,12 @@ class _Group:
         rows, plan = out.view(num_ranks, -1), reducer.unread
         if own.dtype == torch.uint8:  # parameters of several dtypes, as bytes
             plan = None
-        packed = self._packed("weights", plan, parameters, rows[0], num_ranks)
+        packed = self._packed("weights", plan, parameters, rows[0], group)
         if packed is None:
             reducer.sent_bytes += own.nbytes * is_counted
             return False
         packed.all_gather(rows, group, reducer.memory("weights", packed.lent_size, own))
-        sent_bytes = packed.num_elements * own.element_size() // num_ranks
-        reducer.sent_bytes += sent_bytes * is_counted
+        reducer.sent_bytes += packed.shares.num_gathered * own.element_size() * is_counted
         return True
 
     def _packed(
@@ -223,7 +222,7 @@ class _Group:
         plan: FreezePlan | None,
         parameters: Sequence[Tensor],
         row: Tensor,
-        num_ranks: int,
+        group: dist.ProcessGroup,
     ) -> PackedRows | None:
         key = (what, row.dtype, *map(id, parameters))
         if key not in self.rows:
@@ -232,7 +231,8 @@ class _Group:
             if is_any_frozen(blocks, parameters):
                 shapes = [parameter.shape for parameter in parameters]
                 here = [blocks.get(parameter) for parameter in parameters]
-                self.rows[key] = PackedRows(shapes, here, row, num_ranks)
+                rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+                self.rows[key] = PackedRows(shapes, here, row, rank, num_ranks)
         return self.rows[key]
 
 

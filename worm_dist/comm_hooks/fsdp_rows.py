@@ -15,14 +15,11 @@ from torch import Tensor
 
 from ..groups.freeze_plan import Block
 from .packing import LARGE, Packing
+from .shares import Shares
 
 __all__ = ["PackedRows", "pieces_of"]
 
 _Piece = tuple[int, int, int, int]
-
-_BYTES_OF_A_COLLECTIVE = 2**15
-"""Bytes that are sent in the time that one more collective takes to start: about 20 microseconds at
-13 Gbit/s."""
 
 
 def pieces_of(shapes: Sequence[torch.Size], num_ranks: int) -> tuple[list[list[_Piece]], int]:
@@ -53,10 +50,7 @@ def pieces_of(shapes: Sequence[torch.Size], num_ranks: int) -> tuple[list[list[_
 class PackedRows:
     """The live elements of every rank's row, for one generation.
 
-    They are sent as a matrix with equal rows, because these are what reduce-scatter and all-gather
-    need.  The ranks' numbers of live elements differ.  Shorter rows are padded, and what a rank has
-    beyond the length of all rows is sent by a collective of its own; the length is the one that
-    costs least.  All ranks know all layouts, so they decide alike.
+    All ranks know all layouts.  How shares of unequal length are sent is described in ``shares``.
 
     The memory to send from is lent for each call, so that one piece of it serves all groups.  On a
     GPU memory is lent on one stream alone, that of torch for collectives of one kind: what packs,
@@ -68,11 +62,10 @@ class PackedRows:
         shapes: the shapes of the group's parameters, in its order.
         blocks: the live part of each of them; None if all of it is live.
         row_like: a row, for dtype and device.
-        num_ranks: number of ranks.
+        rank, num_ranks: this rank, and the number of ranks.
 
     Attributes:
-        num_padded: number of elements of a row of the matrix.
-        surplus: for each rank, number of its elements that are sent separately.
+        shares: how the live elements are sent.
     """
 
     def __init__(
@@ -80,6 +73,7 @@ class PackedRows:
         shapes: Sequence[torch.Size],
         blocks: Sequence[Block | None],
         row_like: Tensor,
+        rank: int,
         num_ranks: int,
     ) -> None:
         pieces, size = pieces_of(shapes, num_ranks)
@@ -95,9 +89,9 @@ class PackedRows:
             # Of a large parameter every rank's piece is copied alone: an index for each element of
             # all of them would take more memory than the rank's own weights.
             self._packings.append(Packing(parts, views, row_like, max(1, LARGE // num_ranks)))
-        self._shares = [packing.num_live for packing in self._packings]
-        self.num_padded = _even_share(self._shares, row_like.element_size())
-        self.surplus = [max(0, share - self.num_padded) for share in self._shares]
+        sizes = [packing.num_live for packing in self._packings]
+        self.shares = Shares(sizes, row_like.element_size(), rank)
+        self._own = self._packings[rank]
         self._scratch_size = max(packing.scratch_size for packing in self._packings)
 
     def of_rank(self, rank: int) -> Packing:
@@ -107,22 +101,15 @@ class PackedRows:
     @property
     def lent_size(self) -> int:
         """Number of elements of memory that the collectives need."""
-        num_ranks = len(self._shares)
-        return (num_ranks + 1) * self.num_padded + sum(self._shares) + self._scratch_size
+        return self.shares.num_elements + self._own.num_live + self._scratch_size
 
-    def _divided(self, memory: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Lent memory as this rank's row of the matrix, the matrix, and every rank's elements."""
-        num_ranks, num_padded = len(self._shares), self.num_padded
-        sizes = [num_padded, num_ranks * num_padded, *self._shares, self._scratch_size]
-        own, matrix, *elements, scratch = memory[: self.lent_size].split(sizes)
+    def _divided(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Lent memory: of all shares, and of this rank's."""
+        sizes = [self.shares.num_elements, self._own.num_live, self._scratch_size]
+        of_all, own, scratch = memory[: self.lent_size].split(sizes)
         for packing in self._packings:
             packing.lend(scratch)
-        return own, matrix.view(num_ranks, num_padded), elements
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements that all rows are sent as, padding included."""
-        return len(self._shares) * self.num_padded + sum(self.surplus)
+        return of_all, own
 
     def reduce_scatter(
         self,
@@ -141,24 +128,15 @@ class PackedRows:
             op: how elements are reduced.
             memory: at least ``[lent_size]``; what is in it before and after has no meaning.
         """
-        rank, (own_row, matrix, elements) = dist.get_rank(group), self._divided(memory)
-        for row, packing, live, padded in zip(rows, self._packings, elements, matrix, strict=True):
-            packing.pack(row, live)
-            padded[: len(live)] = live[: self.num_padded]
-            padded[len(live) :] = 0
-        if self.num_padded:
-            _reduce_scatter(own_row, matrix.view(-1), group, op)
-        works = [
-            dist.reduce(live[self.num_padded :], group=group, group_dst=to, op=op, async_op=True)
-            for to, (live, num) in enumerate(zip(elements, self.surplus, strict=True))
-            if num
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()  # on a GPU the current stream waits, not the host
-        own = elements[rank]
-        own[: self.num_padded] = own_row[: len(own)]
-        self._packings[rank].unpack(out, own)
+        of_all, _ = self._divided(memory)
+        shares = self.shares.of_ranks(of_all)
+        for row, packing, share in zip(rows, self._packings, shares, strict=True):
+            packing.pack(row, share)
+        self.shares.clear_padding(of_all)
+        chunk = self.shares.chunk(of_all)
+        if of_all.numel():
+            _reduce_scatter(chunk, of_all, group, op)
+        self._own.unpack(out, self.shares.to_owners(chunk, group))
 
     def all_gather(self, rows: Tensor, group: dist.ProcessGroup, memory: Tensor) -> None:
         """Send the live elements of this rank's row and receive those of the others; write zeros to
@@ -169,24 +147,14 @@ class PackedRows:
             group: the process group.
             memory: at least ``[lent_size]``; what is in it before and after has no meaning.
         """
-        rank, (own_row, matrix, elements) = dist.get_rank(group), self._divided(memory)
-        own = elements[rank]
-        self._packings[rank].pack(rows[rank], own)
-        own_row[: len(own)] = own[: self.num_padded]
-        own_row[len(own) :] = 0
-        if self.num_padded:
-            _all_gather(matrix.view(-1), own_row, group)
-        works = [
-            dist.broadcast(live[self.num_padded :], group=group, group_src=of, async_op=True)
-            for of, (live, num) in enumerate(zip(elements, self.surplus, strict=True))
-            if num
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
-        for row, packing, live, padded in zip(rows, self._packings, elements, matrix, strict=True):
-            live[: self.num_padded] = padded[: len(live)]
-            packing.unpack(row, live)
+        of_all, own = self._divided(memory)
+        self._own.pack(rows[dist.get_rank(group)], own)
+        if of_all.numel():
+            # On a GPU the current stream waits, not the host.
+            self.shares.all_gather(own, of_all, group).wait()
+        shares = self.shares.of_ranks(of_all)
+        for row, packing, share in zip(rows, self._packings, shares, strict=True):
+            packing.unpack(row, share)
 
 
 def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]) -> bool:
@@ -194,28 +162,7 @@ def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Te
     return blocks is not None and not blocks.keys().isdisjoint(parameters)
 
 
-def _even_share(shares: Sequence[int], element_size: int) -> int:
-    """The length of all rows that costs least.
-
-    Args:
-        shares: live elements of each rank's row.
-        element_size: bytes of an element.
-    """
-
-    def cost(length: int) -> int:
-        longer = [share - length for share in shares if share > length]
-        num_elements = len(shares) * length + sum(longer)
-        return num_elements * element_size + len(longer) * _BYTES_OF_A_COLLECTIVE
-
-    return min(sorted(set(shares), reverse=True), key=cost)
-
-
 def _reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
-    # torch 2.14 renamed both functions and warns about the old names.
+    # torch 2.14 renamed the function and warns about the old name.
     single = getattr(dist, "reduce_scatter_single", None)
     (single or dist.reduce_scatter_tensor)(out, rows, group=group, op=op)
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    single = getattr(dist, "all_gather_single", None)
-    (single or dist.all_gather_into_tensor)(out, own, group=group)

@@ -6,8 +6,7 @@ filters and the columns that read it have no effect, neither on outputs nor on o
 So they are not sent: the weights that a layer is given have zeros there.  The stored weights and
 the master weights keep their values.
 
-The ranks' elements are padded to the largest share, or broadcast from each rank where that takes
-less; see ``padding_pays``.
+The ranks' numbers of such elements differ; how they are sent is described in ``shares``.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from ..groups.freeze_plan import FreezePlan
 from ..groups.full_shape import full_numel, full_shape
-from .deepspeed_allgather import padding_pays
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
+from .shares import Shares
 from .zero3_parts import live_sections, packing_of_parts, part_of
 
 __all__ = ["Zero3Gather"]
@@ -135,10 +134,10 @@ class _Handle:
     def wait(self, handle_dependency: bool = True) -> None:
         """Wait, and give the parameters their full weights."""
         started, self._started = self._started, []
-        for layout, rows, works in started:
-            for work in works:
+        for layout, shares, work in started:
+            if work is not None:
                 work.wait()
-            layout.finish(rows)
+            layout.finish(shares)
 
 
 class _Layout:
@@ -150,14 +149,14 @@ class _Layout:
         group: the process group.
 
     Attributes:
-        sent_bytes: bytes that a rank hands over, with padding if there is any; otherwise those of
-            the broadcasts, averaged over the ranks.  Comparable to the bytes of its parts.
+        sent_bytes: bytes that a rank hands over, averaged over the ranks; comparable to the bytes
+            of its parts.
     """
 
     def __init__(self, parameters: Sequence[Any], unread: FreezePlan, group: Any) -> None:
         self._parameters = parameters
         self._group = group
-        self._rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         like = parameters[0].ds_tensor.new_empty(0)
         self._like = like
         blocks = [unread.blocks.get(parameter) for parameter in parameters]
@@ -167,10 +166,9 @@ class _Layout:
             for block, size in zip(blocks, sizes, strict=True)
         ]
         shares = [sum(of_rank) for of_rank in zip(*self._sections, strict=True)]
-        self._is_padded = padding_pays(shares, like.element_size())
-        self._sizes = [max(shares)] * world_size if self._is_padded else shares
-        self.sent_bytes = sum(self._sizes) * like.element_size() // world_size
-        spans = [part_of(size, world_size, self._rank) for size in sizes]
+        self._shares = Shares(shares, like.element_size(), rank)
+        self.sent_bytes = self._shares.num_gathered * like.element_size()
+        spans = [part_of(size, world_size, rank) for size in sizes]
         self._part_sizes = [num_elements for _, num_elements in spans]
         self._own = packing_of_parts(blocks, spans, like)
         self._full = [
@@ -178,11 +176,11 @@ class _Layout:
             for p, block in zip(parameters, blocks, strict=True)
         ]
 
-    def start(self) -> tuple[Sequence[Tensor], list[Any]]:
+    def start(self) -> tuple[Sequence[Tensor], dist.Work | None]:
         """Send this rank's elements.  Collective.
 
         Returns:
-            The rows that will hold each rank's elements, and what to wait for.
+            What will be each rank's elements, and what to wait for.
         """
         for parameter in self._parameters:
             assert parameter.ds_status.name == "NOT_AVAILABLE", parameter.ds_summary()
@@ -193,30 +191,22 @@ class _Layout:
                 for parameter, size in zip(self._parameters, self._part_sizes, strict=True)
             ]
         )
-        received = self._like.new_empty(sum(self._sizes))
-        rows = received.split(self._sizes)
-        own = rows[self._rank]
-        self._own.pack(bucket, own[: self._own.num_live])
+        own = self._like.new_empty(self._own.num_live)
+        self._own.pack(bucket, own)
+        received = self._like.new_empty(self._shares.num_elements)
+        shares = self._shares.of_ranks(received)
         if not received.numel():
-            return rows, []
-        if self._is_padded:
-            # torch 2.14 renamed the function and warns about the old name.
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            return rows, [gather(received, own, group=self._group, async_op=True)]
-        return rows, [
-            dist.broadcast(row, group=self._group, group_src=rank, async_op=True)
-            for rank, row in enumerate(rows)
-            if row.numel()
-        ]
+            return shares, None
+        return shares, self._shares.all_gather(own, received, self._group)
 
     @torch.no_grad()
-    def finish(self, rows: Sequence[Tensor]) -> None:
+    def finish(self, shares: Sequence[Tensor]) -> None:
         """Give the parameters their full weights, with zeros for what has not been sent."""
-        offsets = [0] * len(rows)
+        offsets = [0] * len(shares)
         for parameter, sections, packing in zip(self._parameters, self._sections, self._full):
             pieces = []
             for rank, size in enumerate(sections):
-                pieces.append(rows[rank][offsets[rank] : offsets[rank] + size])
+                pieces.append(shares[rank][offsets[rank] : offsets[rank] + size])
                 offsets[rank] += size
             full = torch.cat(pieces)
             if packing is not None:

@@ -2,9 +2,8 @@
 
 DeepSpeed cuts every flattened gradient into one part for each rank, and reduces all first parts to
 the first rank, all second parts to the second one, and so on, by one collective for a bucket.  Here
-each rank's share of the collective is the live elements of its parts.  A reduce-scatter needs equal
-shares, so they are padded to the largest; or there is a reduction to each rank, where the padding
-would take longer than these; see ``padding_pays``.
+each rank's share of the collective is the live elements of its parts.  The ranks' shares differ;
+how they are sent is described in ``shares``.
 
 DeepSpeed's own functions are called with the packed elements, so scaling, precision and process
 groups follow its settings.
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..groups.freeze_plan import Block, FreezePlan
-from .deepspeed_allgather import padding_pays
 from .packing import Packing
 from .patching import Patch
 from .reducer import Reducer
+from .shares import Shares
 from .zero3_gather import Zero3Gather
 from .zero3_parts import live_sections, packing_of_parts, part_of, part_size
 
@@ -94,12 +93,8 @@ class Zero3Reducer(Reducer):
         if layout is None:
             self.sent_bytes += size * padded
             return reduce(gradients, group)
-        if layout.num_sent:  # else no live element on any rank: the plan is the same
-            own = layout.reduced(gradients, reduce)
-            self.sent_bytes += size * layout.num_sent
-        else:
-            own = gradients[0].new_empty(0)
-        return layout.unpacked(own)
+        self.sent_bytes += size * layout.num_sent
+        return layout.unpacked(layout.reduced(gradients, reduce))
 
     def _layout(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], group: Any
@@ -121,7 +116,7 @@ class _Layout:
         group: the process group.
 
     Attributes:
-        num_sent: number of elements that a rank hands over, with padding if there is any.
+        num_sent: number of elements that a rank hands over, averaged over the ranks.
     """
 
     def __init__(
@@ -139,14 +134,9 @@ class _Layout:
             live_sections(block, size, world_size)
             for block, size in zip(blocks, sizes, strict=True)
         ]
-        shares = [
-            sum(sections[number] for sections in self._sections) for number in range(world_size)
-        ]
-        self._is_padded = padding_pays(shares, like.element_size())
-        padded = [max(shares)] * world_size if self._is_padded else shares
-        self._padding = [size - share for size, share in zip(padded, shares, strict=True)]
-        self.num_sent = sum(padded)
-        self._shares, self._group, self._rank = shares, group, rank
+        shares = [sum(of_rank) for of_rank in zip(*self._sections, strict=True)]
+        self._shares, self._group = Shares(shares, like.element_size(), rank), group
+        self.num_sent = self._shares.num_reduced
         spans = [part_of(size, world_size, rank) for size in sizes]
         self._part_sizes = [num_elements for _, num_elements in spans]
         self._own = packing_of_parts(blocks, spans, like)
@@ -154,44 +144,37 @@ class _Layout:
     def reduced(
         self, gradients: Sequence[Tensor], reduce_scatter: Callable[..., list[Tensor]]
     ) -> Tensor:
-        """This rank's averaged live elements, perhaps with padding.  Collective.
+        """This rank's averaged live elements.  Collective.
 
         Args:
             gradients: the gradients.
             reduce_scatter: DeepSpeed's function, which also divides by the number of ranks.
         """
         packed = self._packed(gradients)
-        if self._is_padded:
-            (own,) = reduce_scatter([packed], self._group)
-            return own
-        packed.div_(len(self._shares))
-        rows: Sequence[Tensor] = packed.split(self._shares)
-        works = [
-            dist.reduce(row, group=self._group, group_dst=rank, async_op=True)
-            for rank, row in enumerate(rows)
-            if row.numel()
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
-        return rows[self._rank]
+        if not packed.numel():  # no live element on any rank: the plan is the same
+            return packed
+        (chunk,) = reduce_scatter([packed], self._group)
+        return self._shares.to_owners(chunk, self._group)
 
     def _packed(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The live elements, each rank's, then its padding."""
+        """All ranks' live elements."""
         bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._packing.pack(bucket)
+        packed = bucket.new_empty(self._shares.num_elements)
         del bucket
         parts = zip(self._packing.parts, self._sections, strict=True)
         by_rank = zip(*(part.reshape(-1).split(sections) for part, sections in parts))
-        padding = (self._packing.buffer.new_zeros(size) for size in self._padding)
-        return torch.cat([piece for row, rest in zip(by_rank, padding) for piece in (*row, rest)])
+        for share, pieces in zip(self._shares.of_ranks(packed), by_rank, strict=True):
+            torch.cat(pieces, out=share)
+        self._shares.clear_padding(packed)
+        return packed
 
     def unpacked(self, own: Tensor) -> list[Tensor]:
         """This rank's part of every gradient.
 
         Args:
-            own: what this rank has received: its averaged live elements, and its padding.
+            own: this rank's averaged live elements.
         """
         flat = torch.empty(sum(self._part_sizes), dtype=self._dtype, device=self._device)
-        self._own.unpack(flat, own[: self._own.num_live])
+        self._own.unpack(flat, own)
         return list(flat.split(self._part_sizes))
