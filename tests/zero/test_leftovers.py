@@ -17,6 +17,7 @@ import worm_dist
 from tests.nets import Plain, random_images
 from tests.oracles import mask_dropping
 from tests.ranks import Outcome, Ranks
+from tests.settings import at_once
 from tests.zero.building import engine_around, import_deepspeed, settings_of, whole
 from tests.zero.payload import Overheard
 from worm_dist import WormConfig
@@ -249,3 +250,39 @@ def test_another_engine_of_the_process_is_not_touched(ranks: Ranks, stage: int) 
         # In stage 3 the first steps compare the order of the layers, too.
         steady = handed_over[2:] if stage == 3 else handed_over
         assert len(set(steady)) == 1, "it sends as much as before the other one truncated"
+
+
+def _detached_with_zeros() -> tuple[bool, bool]:
+    """Whether weights that stay gathered had zeros that nobody has stored, before ``detach`` and
+    after it."""
+    images = random_images(2)
+    network = Plain()
+    model = _around(network, 3, "fp32")
+    config = WormConfig(truncation=at_once(2), search={"l1": 0.0})
+    engine = worm_dist.attach(model, config=config, example_inputs=images, steps_per_epoch=100)
+    engine.truncate(mask_dropping(engine.groups, 0, 3, 9))
+    for _ in range(6):
+        _step(model, images)
+
+    def read() -> list[Tensor]:
+        with import_deepspeed().zero.GatheredParameters(list(network.parameters())):
+            return [parameter.detach().clone() for parameter in network.parameters()]
+
+    during = read()
+    engine.detach()
+    after = read()
+    model.empty_partition_cache()
+    stored = read()
+    return tuple(  # type: ignore[return-value]
+        any(not torch.equal(*pair) for pair in zip(found, stored, strict=True))
+        for found in (during, after)
+    )
+
+
+def test_full_weights_are_read_after_detach(ranks: Ranks) -> None:
+    """DeepSpeed keeps small weights gathered from one step to the next.  They had zeros for what no
+    output depends on, and kept them after ``detach``, until the next step: a loop that saved them
+    there saved zeros."""
+    for outcome in ranks.outcomes(2, _detached_with_zeros, group_timeout=60, wall_limit=60):
+        assert outcome.exitcode == 0, str(outcome)
+        assert outcome.value == (True, False)

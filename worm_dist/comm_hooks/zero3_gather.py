@@ -48,6 +48,8 @@ class Zero3Gather:
 
     def set_unread(self, unread: FreezePlan | None) -> None:
         """Leave these slices out from the next gather on."""
+        if unread is not self._unread:
+            self._release()
         self._unread = unread
         self._layouts.clear()
 
@@ -56,7 +58,16 @@ class Zero3Gather:
         for patch in self._patches:
             patch.remove()
         self._post_step.remove()
+        self._release()
         self._layouts.clear()
+
+    def _release(self) -> None:
+        """Release what has been gathered with zeros, such as small weights, which DeepSpeed keeps;
+        whoever reads it gathers it again."""
+        # A draw has emptied the optimizer of the engine before.
+        offload = getattr(self._wrapper, "parameter_offload", None)
+        if self._layouts and offload is not None:
+            offload.partition_all_parameters()
 
     def _coalesced(self, parameter: Any) -> Patch:
         """Replace a parameter's ``all_gather_coalesced``, which starts to gather several
