@@ -241,7 +241,9 @@ class Packing:
     def _indices(self) -> list[tuple[Tensor, int]]:
         """For each run of neighbours that are gathered by one index: int64, where in the bucket
         their live elements are, and where in the buffer they begin."""
-        return [(self._index(run), self._begins[run[0]]) for run in self._runs]
+        indices = [(self._index(run), self._begins[run[0]]) for run in self._runs]
+        _wait_for_current_stream(self._device)
+        return indices
 
     def _index(self, run: Sequence[int]) -> Tensor:
         indices = []
@@ -322,7 +324,15 @@ class Packing:
                 in_row = torch.arange(block.shape[1:].numel(), device=self._device)
                 live = in_row.view(block.shape[1], -1).index_select(0, block.live[1])
                 columns[number] = live.flatten()
+        _wait_for_current_stream(self._device)
         return columns
+
+
+def _wait_for_current_stream(device: torch.device) -> None:
+    """Let the host wait for indices, once a generation: a later pass may read them on another
+    stream, which does not wait for the one that they were made on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _rows_at_once(shape: torch.Size) -> int:
