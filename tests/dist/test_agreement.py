@@ -18,8 +18,26 @@ import worm_dist
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Outcome, Ranks
-from worm_dist import DivergenceError, Engine, Mask, WormConfig
+from worm_dist import CheckpointError, DivergenceError, Engine, Mask, WormConfig
+from worm_dist.distributed.agreed_failure import on_every_rank
+from worm_dist.distributed.collectives import ProcessGroupComm
 from worm_dist.search.ranking import Ranking
+
+
+def _fails_while_the_other_ends() -> None:
+    assert dist.group.WORLD is not None
+    comm = ProcessGroupComm(dist.group.WORLD, torch.device("cpu"))
+    if comm.rank == 1:
+        with on_every_rank(comm, CheckpointError):
+            raise OSError("no space")
+
+
+def test_a_reason_is_not_lost_with_the_connection(ranks: Ranks) -> None:
+    """A rank failed, and the others had gone: the error was that of the connection alone."""
+    _, failing = ranks.outcomes(2, _fails_while_the_other_ends)
+    assert failing.error == "BackendError"
+    assert failing.text.startswith("OSError: no space; then the ranks could not be compared")
+
 
 _COLLECTIVES = (
     "all_gather",

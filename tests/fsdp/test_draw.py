@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.resuming import differences
 from tests.settings import at_once
-from worm_dist import DrawError, WormConfig
+from worm_dist import CheckpointError, DrawError, WormConfig
 
 _CONFIG = WormConfig(
     search={"every": "1ba", "l1": 0.01},
@@ -143,6 +144,29 @@ def _arguments() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _hooks(network: nn.Module, name: str) -> list[Any]:
     return [*network.get_submodule(name)._forward_pre_hooks.values()]
+
+
+def _saved_where_a_file_is(folder: str) -> tuple[str, bool]:
+    """What is said of a folder that cannot be made; and whether the next one can be."""
+    trainee = Trainee(ROWS["SGD"], _CONFIG)
+    trainee.step(0)
+    trainee.engine.draw(mask_dropping(trainee.engine.groups, *_DROPPED))
+    (blocked := Path(folder, "ticket")).touch()
+    said = ""
+    try:
+        trainee.engine.save_ticket(blocked)
+    except CheckpointError as error:
+        said = str(error)
+    trainee.engine.save_ticket(Path(folder, "elsewhere"))
+    return said, Path(folder, "elsewhere", "ticket.json").exists()
+
+
+def test_a_ticket_that_cannot_be_written_fails_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank zero alone writes, and raised alone: the other ranks went on, and waited for it in their
+    next collective."""
+    for said, is_saved in ranks(2, _saved_where_a_file_is, str(tmp_path)):
+        assert said == f"save_ticket: rank 0: {tmp_path / 'ticket'}: cannot be written: File exists"
+        assert is_saved
 
 
 def test_a_draw_shards_again_in_the_same_way(ranks: Ranks) -> None:

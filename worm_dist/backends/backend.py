@@ -115,7 +115,8 @@ class Backend(Protocol):
 
     def rewrap(self) -> nn.Module:
         """Wrap the network as it is now in a new wrapper with the old wrapper's arguments.  Not a
-        collective: that the ranks hold the same network is verified elsewhere."""
+        collective, except under DeepSpeed: that the ranks hold the same network is verified
+        elsewhere."""
 
     def retire(self) -> None:
         """Make the stale wrapper refuse to train, and free its buffers; user code may still hold a

@@ -201,6 +201,13 @@ class DeepSpeedBackend:
 
         Counters, schedule, monitor and loader are taken from the old engine, so their sections of
         the settings are left out.
+
+        Collective: DeepSpeed broadcasts weights, or waits for all ranks, while it builds an engine.
+        The settings are those of an engine that exists, and the network is agreed on, so all that
+        can fail on one rank alone is an allocation.  The other ranks then wait in a collective of
+        DeepSpeed's, and this one, which has logged the reason, until they come.  ``train`` ends
+        that after ``distributed.timeout_seconds``, naming the ranks; in other loops it is the
+        timeout of DeepSpeed's process group, torch's default.
         """
         import deepspeed
 

@@ -6,15 +6,17 @@ rolled back on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.agreed_failure import described, on_every_rank
 from ..distributed.collectives import Communicator
-from ..errors import DrawError, WormError
+from ..errors import DrawError
 from ..groups.channel_groups import Groups
 from ..groups.copying import copied
 from ..groups.forward import floats, undisturbed
@@ -36,6 +38,8 @@ from .context import TrainingContext, WrappedNetwork
 from .snapshot import Snapshot
 
 __all__ = ["draw"]
+
+logger = logging.getLogger(__name__)
 
 
 def draw(
@@ -129,7 +133,13 @@ def _cut(
         if estimates and (copies or not estimated_before):
             _estimate(copies if estimated_before else networks, training, where)
         with _on_every_rank(comm, where):
-            rewrapped = training.rewrap()
+            try:
+                rewrapped = training.rewrap()
+            except Exception as error:
+                # Under DeepSpeed it is a collective: if this rank alone has failed, it takes long
+                # until anyone is told.
+                logger.error("%s: this rank has no new wrapper: %s", where, described(error))
+                raise
             if transfer is not None:
                 if not view.copies:  # sharding has replaced the parameters that are stepped
                     after = dict(training.network.named_parameters())
@@ -154,29 +164,15 @@ def _estimate(networks: Sequence[nn.Module], training: TrainingContext, where: s
         estimated.write(training.comm, where)
 
 
-@contextmanager
-def _on_every_rank(comm: Communicator, where: str) -> Iterator[None]:
-    """Context that raises on every rank if its body raises on any.  Its exit is collective; its
-    body must not be, unless it issues its collectives in any case.
-
-    Raises:
-        DrawError: naming the ranks that failed, and why.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:  # any error: the other ranks must not wait for this one
-        failure = error
-    failures = comm.failures("" if failure is None else _described(failure))
-    if failures:
-        raise DrawError(
-            f"{where}: {'; '.join(failures)}. Network, optimizer and statistics are as they were; "
-            "training can go on with engine.model"
-        ) from failure
-
-
-def _described(error: Exception) -> str:
-    return str(error) if isinstance(error, WormError) else f"{type(error).__name__}: {error}"
+def _on_every_rank(comm: Communicator, where: str) -> AbstractContextManager[None]:
+    """See ``on_every_rank``; what it raises is a ``DrawError``."""
+    return on_every_rank(
+        comm,
+        lambda failures: DrawError(
+            f"{where}: {failures}. Network, optimizer and statistics are as they were; training "
+            "can go on with engine.model"
+        ),
+    )
 
 
 def _rehearse(
@@ -197,7 +193,7 @@ def _rehearse(
         except Exception as error:  # any error of the user's forward
             raise DrawError(
                 "the network can no longer be run on the example inputs, so the draw cannot be "
-                f"rehearsed ({_described(error)}); attach again with inputs that it accepts"
+                f"rehearsed ({described(error)}); attach again with inputs that it accepts"
             ) from error
         reason = rehearsal.difference(groups, mask)
         for call in _distinct(calls):

@@ -399,7 +399,8 @@ class Engine:
                 reader has to build it.
 
         Raises:
-            ConfigError: no ticket has been drawn.
+            ConfigError: no ticket has been drawn, or ``model`` is not such arguments.
+            CheckpointError: it cannot be written; if weights are sharded, on every rank.
         """
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError(
@@ -411,8 +412,7 @@ class Engine:
         parts = self.groups, self.mask, cuts, self._training.example_inputs, self.config
         is_sharded = self._training.backend.shards_weights
         with self._calls.at("save_ticket", is_sharded), self._training.full_network() as network:
-            if self._comm.rank == 0 or not is_sharded:
-                save_ticket(Path(folder), network, *parts, model)
+            save_ticket(Path(folder), network, *parts, model, self._comm if is_sharded else None)
 
     def detach(self) -> nn.Module:
         """Remove all hooks.  Collective if a communication hook was registered: torch cannot

@@ -6,6 +6,7 @@ Reading them executes no code, and sizes are validated before memory is allocate
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.durable_io import sync_folder, write_json, writing
 from ..config import WormConfig
+from ..distributed.agreed_failure import on_every_rank
+from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
 from ..groups.gates import remove_gates
@@ -44,8 +47,9 @@ def save_ticket(
     example_inputs: Any,
     settings: WormConfig,
     model: Mapping[str, Any] | None,
+    comm: Communicator | None = None,
 ) -> None:
-    """Write a drawn network.
+    """Write a drawn network.  Collective if a communicator is given: rank zero writes.
 
     Args:
         folder: the ticket's folder; created if missing.
@@ -57,26 +61,35 @@ def save_ticket(
         settings: the engine's settings.
         model: the arguments of ``worm_dist.models.build_model`` for the dense network; None if it
             is not one of these models.
+        comm: the communicator of the ranks that call this together; None for one rank alone.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written.
+        CheckpointError: the disk is full or cannot be written; raised on all of these ranks.
         ConfigError: ``model`` is not such arguments.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    record = Record(
-        model=None if model is None else _model_record(model),
-        input_shape=_sample_shape(example_inputs),
-        settings=settings.model_dump(mode="json"),
-        mask_digest=mask.digest,
-        groups=[GroupRecord.of(group, mask[group.name]) for group in groups],
-        cuts=[CutRecord.of(cut) for cut in cuts],
-        weights=write_weights(folder / WEIGHTS, network),
-        versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
-    )
-    with writing(folder / METADATA):
-        write_json(folder / METADATA, record.signed().model_dump())
-    sync_folder(folder)
+    built_from = None if model is None else _model_record(model)
+
+    def unsaved(failures: str) -> CheckpointError:
+        return CheckpointError(f"save_ticket: {failures}")
+
+    with nullcontext() if comm is None else on_every_rank(comm, unsaved):
+        if comm is not None and comm.rank > 0:
+            return
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        record = Record(
+            model=built_from,
+            input_shape=_sample_shape(example_inputs),
+            settings=settings.model_dump(mode="json"),
+            mask_digest=mask.digest,
+            groups=[GroupRecord.of(group, mask[group.name]) for group in groups],
+            cuts=[CutRecord.of(cut) for cut in cuts],
+            weights=write_weights(folder / WEIGHTS, network),
+            versions={"torch": torch.__version__, "torch_pruning": torch_pruning.__version__},
+        )
+        with writing(folder / METADATA):
+            write_json(folder / METADATA, record.signed().model_dump())
+        sync_folder(folder)
 
 
 def _sample_shape(inputs: Any) -> list[int] | None:
