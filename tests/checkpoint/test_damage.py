@@ -142,8 +142,8 @@ def test_no_name_leads_out_of_the_folder(path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda said: said.update(format_version=1), "wanted format 2, found format 1"),
-        (lambda said: said.update(format_version=3, new="key"), "found format 3"),
+        (lambda said: said.update(format_version=1), "wanted format 2 or 3, found format 1"),
+        (lambda said: said.update(format_version=4, new="key"), "found format 4"),
         (lambda said: said.update(format_version="1"), "format_version: Input should be a valid"),
         (lambda said: said.pop("format_version"), "format_version: Field required"),
         (lambda said: said.update(colour="red"), "colour: Extra inputs"),

@@ -18,6 +18,7 @@ from ..digest import sha256_of
 from ..errors import CheckpointError
 from ..schema import Schema, first_problem
 from .durable_io import FileDigest, read_small, write_file
+from .sharded_tensor import is_shard
 
 __all__ = ["CheckpointInfo", "Manifest", "manifest_digest", "read_manifest", "write_manifest"]
 
@@ -25,6 +26,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _NAME = "manifest.json"
 _FORMAT_VERSION = 2
+_FORMAT_WITH_SHARDS = 3
+"""In which tensors may be in the files of several ranks; see ``sharded_tensor``."""
 _MAX_BYTES = 4 << 20
 """Largest manifest that is read; enough for the files of about ten thousand ranks."""
 
@@ -88,7 +91,7 @@ def write_manifest(folder: Path, info: CheckpointInfo, files: Mapping[str, FileD
     """
     manifest = Manifest(
         **info.model_dump(),
-        format_version=_FORMAT_VERSION,
+        format_version=_FORMAT_WITH_SHARDS if any(map(is_shard, files)) else _FORMAT_VERSION,
         versions={
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "worm_dist")},
@@ -108,10 +111,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / _NAME
     content = read_small(path, _MAX_BYTES)
     found = _validated(_Format, path, content).format_version
-    if found != _FORMAT_VERSION:
+    if found not in (_FORMAT_VERSION, _FORMAT_WITH_SHARDS):
         raise CheckpointError(
-            f"{path}: wanted format {_FORMAT_VERSION}, found format {found}; another version of "
-            "worm_dist wrote it"
+            f"{path}: wanted format {_FORMAT_VERSION} or {_FORMAT_WITH_SHARDS}, found format "
+            f"{found}; another version of worm_dist wrote it"
         )
     return _validated(Manifest, path, content)
 
