@@ -7,18 +7,25 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks
 from worm_dist import CheckpointError
+from worm_dist.checkpoint import checkpoint
+from worm_dist.checkpoint.durable_io import FileDigest
 from worm_dist.checkpoint.lock import run_lock
 from worm_dist.checkpoint.manager import CheckpointManager
-from worm_dist.checkpoint.sharded_tensor import LocalShards
+from worm_dist.checkpoint.sharded_tensor import LocalShards, is_shard
 from worm_dist.checkpoint.staging import Staged
+from worm_dist.distributed.init import RankInfo
+from worm_dist.training import checkpointer as module
 from worm_dist.training.checkpointer import Checkpointer
+from worm_dist.training.newest_checkpoint import newest_checkpoint
 from worm_dist.training.reporting.failed_writes import FailedWrites
 from worm_dist.training.run_config import RunConfig
+from worm_dist.training.run_folder import open_run_folder
 
 
 def _fail(*_: Any) -> Any:
@@ -27,25 +34,39 @@ def _fail(*_: Any) -> Any:
 
 def _saved(folder: Path, failing: int | None, method: str) -> str:
     """The error of two saves; a method fails on a rank in the first one."""
-    rank, said = dist.get_rank(), "nothing"
+    said, _ = _saved_under(folder, failing, Staged, method, RunConfig())
+    return said
+
+
+def _without_its_report(folder: Path, on_error: str) -> tuple[str, str]:
+    """The error of two saves, and the failed writes; rank one cannot report the first one."""
+    settings = {"distributed": {"timeout_seconds": 1}, "checkpoint": {"on_error": on_error}}
+    config = RunConfig.model_validate(settings)
+    return _saved_under(folder, 1, module, "report", config)
+
+
+def _saved_under(
+    folder: Path, failing: int | None, place: Any, method: str, config: RunConfig
+) -> tuple[str, str]:
+    rank, said, failed_writes = dist.get_rank(), "nothing", FailedWrites()
     with run_lock(folder) if rank == 0 else nullcontext() as lease:
         dist.barrier()
-        checkpointer = Checkpointer(folder, RunConfig(), FailedWrites(), lease)
+        checkpointer = Checkpointer(folder, config, failed_writes, lease)
         assert checkpointer.is_on_shared_disk
         shards = LocalShards(torch.Size([15]), torch.float32, [(5 * rank, torch.ones(5))])
         state = {"optimizer": {"a": shards}, "step": torch.tensor(1)}
         for step in (3, 4):
-            real = getattr(Staged, method)
+            real = getattr(place, method)
             if rank == failing and step == 3:
-                setattr(Staged, method, _fail)
+                setattr(place, method, _fail)
             checkpointer.save(state, step, "search", None)
             try:
                 checkpointer.finish()
             except CheckpointError as error:
                 said = str(error)
-            setattr(Staged, method, real)
+            setattr(place, method, real)
         dist.barrier()
-    return said
+    return said, str(failed_writes)
 
 
 def _left(folder: Path) -> list[str]:
@@ -59,6 +80,7 @@ def test_every_rank_writes_its_part(ranks: Ranks, tmp_path: Path) -> None:
     assert newest is not None and newest.parts == ["run", "settings"]
     shards = {f"run_shard-{rank}.safetensors" for rank in range(3)}
     assert shards < newest.manifest.files.keys()
+    assert newest.manifest.format_version == 3, "versions that do not read shards refuse it"
     assert torch.equal(newest.read("run")["optimizer"]["a"].read(), torch.ones(15))
 
 
@@ -79,3 +101,55 @@ def test_rank_zero_cannot_write(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_rank_zero_cannot_create_the_folder(ranks: Ranks, tmp_path: Path) -> None:
     _assert_undone(ranks(2, _saved, tmp_path, 0, "create"), tmp_path, "disk full")
+
+
+def test_a_rank_cannot_even_report(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank zero waits for the report no longer than half of the timeout, and discards the
+    checkpoint; it is not tried again, and the next one is saved as ever."""
+    reason = "rank 1 has not written its part within 0.5 seconds"
+    stopped, goes_on = tmp_path / "stop", tmp_path / "continue"
+    said = [error for error, _ in ranks(2, _without_its_report, stopped, "stop")]
+    _assert_undone(said, stopped, reason)
+    (said_first, failed), (said_second, _) = ranks(2, _without_its_report, goes_on, "continue")
+    assert said_first == said_second == "nothing"
+    assert failed.startswith("checkpoints: ") and failed.endswith(reason)
+    assert _left(goes_on) == ["step-4"]
+
+
+def _resumed(folder: Path) -> tuple[int | None, set[str]]:
+    """The step that this rank would read the state of, and the shards that it has verified."""
+    rank, hashed = dist.get_rank(), set()
+    real = vars(checkpoint)["open_verified"]
+
+    def seen(path: Path, digest: FileDigest) -> Any:
+        if is_shard(path.name):
+            hashed.add(f"{path.parent.name}/{path.name}")
+        return real(path, digest)
+
+    size = dist.get_world_size()
+    config, place = RunConfig(), RankInfo(rank, size, rank, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "open_verified", seen)
+        with (
+            open_run_folder(folder, "auto", config, size) if rank == 0 else nullcontext()
+        ) as opened:
+            _, chosen = newest_checkpoint(folder, opened, config, place, torch.device("cpu"))
+            dist.barrier()
+    return None if chosen is None else chosen.step, hashed
+
+
+def test_shards_are_verified_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank zero hashed all shards while the others waited.  Each rank hashes a part of them; if any
+    is damaged, the checkpoint before is chosen, as it is for any other file."""
+    ranks(3, _saved, tmp_path, None, "write")
+    (tmp_path / "journal.jsonl").touch()
+    names = [f"run_shard-{rank}.safetensors" for rank in range(3)]
+    found = ranks(3, _resumed, tmp_path)
+    assert found == [(4, {f"step-4/{names[0]}"}), *((None, {f"step-4/{n}"}) for n in names[1:])]
+    path = tmp_path / "checkpoints" / "step-4" / names[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (step, _), *others = ranks(3, _resumed, tmp_path)
+    assert step == 3
+    assert all(len(hashed) == 2 for _, hashed in others), "of both checkpoints"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,24 @@ class Checkpoint:
         """Sorted names of the states in the checkpoint."""
         return sorted({Path(name).stem for name in self.manifest.files if not is_shard(name)})
 
-    def verify(self) -> None:
-        """Verify the sha256 digest of every file.
+    @property
+    def shards(self) -> list[str]:
+        """Sorted names of the files of sharded tensors."""
+        return sorted(filter(is_shard, self.manifest.files))
+
+    def verify(self, names: Collection[str] | None = None) -> None:
+        """Verify the sha256 digest of files.
+
+        Args:
+            names: names of the files; None for all.
 
         Raises:
             CheckpointError: a file is missing, damaged or replaced.
         """
         for name, digest in self.manifest.files.items():
-            with open_verified(self.path / name, digest):
-                pass
+            if names is None or name in names:
+                with open_verified(self.path / name, digest):
+                    pass
 
     def read(self, part: str) -> Any:
         """Read the state of a part; its tensors are on the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,26 @@ class CheckpointManager:
         self.retain(info.step)
         return path
 
-    def newest(self) -> Checkpoint | None:
+    def newest(
+        self, *, but_shards: bool = False, damaged: Collection[Path] = ()
+    ) -> Checkpoint | None:
         """The newest valid checkpoint; None if there is none.
 
         Damaged ones are skipped with a warning that names the checkpoint and the reason.
+
+        Args:
+            but_shards: whether shards are verified elsewhere.
+            damaged: folders of checkpoints that were found damaged there.
         """
+        self._damaged.update(damaged)
         for _, path in reversed(self._found()):
+            if path in damaged:
+                continue
             try:
-                return self.open(path)
+                checkpoint = Checkpoint(path)
+                shards = checkpoint.shards if but_shards else ()
+                checkpoint.verify(checkpoint.manifest.files.keys() - shards)
+                return checkpoint
             except CheckpointError as error:
                 self._damaged.add(path)
                 logger.warning("checkpoint %s is skipped: %s", path.name, error)

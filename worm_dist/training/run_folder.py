@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -44,14 +44,30 @@ class RunFolder:
 
     Attributes:
         checkpoint: the checkpoint to resume from; None for a new run.
+        is_verified: whether its shards have been verified too.
         lease: the folder's lock; its ``require`` raises if another run has taken it over.
         may_resume: whether an unfinished run may be resumed without being named: the settings
             allow it, and no finished run was in the folder.
     """
 
     checkpoint: Checkpoint | None
+    is_verified: bool
     lease: Lease
     may_resume: bool
+
+    def older(self, out: Path, config: RunConfig, damaged: Collection[Path]) -> RunFolder:
+        """The same with an older checkpoint.
+
+        Args:
+            out: the run's folder.
+            config: the run's settings.
+            damaged: folders of checkpoints whose shards are damaged.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged.
+        """
+        checkpoint, _ = _unfinished(out, config, "auto", damaged)
+        return replace(self, checkpoint=checkpoint)
 
 
 @contextmanager
@@ -89,12 +105,12 @@ def open_run_folder(
             # Locked from here to the end: a second start would else put aside what is begun here.
             lease = stack.enter_context(run_lock(out, environment))
             may_resume = _may_resume_here(resume, environment) and not (out / RESULT).exists()
-            checkpoint = _prepare(out, resume, config, world_size, environment)
+            chosen = _prepare(out, resume, config, world_size, environment)
         except OSError as error:
             raise ConfigError(
                 f"--out: cannot create {out}: {error.strerror}; name another folder"
             ) from error
-        yield RunFolder(checkpoint, lease, may_resume)
+        yield RunFolder(*chosen, lease, may_resume)
 
 
 def _remove_if_empty(out: Path) -> None:
@@ -108,8 +124,12 @@ def _prepare(
     config: RunConfig,
     world_size: int,
     environment: Mapping[str, str],
-) -> Checkpoint | None:
-    """Choose the checkpoint, and leave nothing in the folder but the run that it belongs to."""
+) -> tuple[Checkpoint | None, bool]:
+    """Choose the checkpoint, and leave nothing in the folder but the run that it belongs to.
+
+    Returns:
+        The checkpoint, and whether its shards have been verified too.
+    """
     auto, why = None, f"--resume {resume}"
     if _may_resume_here(resume, environment):
         auto, why = _unfinished(out, config, resume)
@@ -123,7 +143,7 @@ def _prepare(
         _begin(out, chosen)
     elif auto is None:
         _rewind(out, chosen.step)
-    return chosen
+    return chosen, auto is None
 
 
 def _may_resume_here(resume: str, environment: Mapping[str, str]) -> bool:
@@ -131,19 +151,22 @@ def _may_resume_here(resume: str, environment: Mapping[str, str]) -> bool:
     return resume == "auto" or is_restart
 
 
-def unfinished(out: Path, config: RunConfig) -> Checkpoint | None:
+def unfinished(out: Path, config: RunConfig, damaged: Collection[Path]) -> Checkpoint | None:
     """The newest checkpoint of an unfinished run with these settings, in a folder that this process
-    does not write to; None if there is none, or if all are damaged."""
+    does not write to, its shards not verified; None if there is none, or if all are damaged."""
     if (out / RESULT).exists():
         return None
-    newest = CheckpointManager(out / CHECKPOINTS).newest()
+    newest = CheckpointManager(out / CHECKPOINTS).newest(but_shards=True, damaged=damaged)
     if newest is None or changes(newest.read(SETTINGS), fixed_settings(config)):
         return None
     return newest
 
 
-def _unfinished(out: Path, config: RunConfig, resume: str) -> tuple[Checkpoint | None, str]:
-    """The newest checkpoint of an unfinished run with these settings, or why there is none.
+def _unfinished(
+    out: Path, config: RunConfig, resume: str, damaged: Collection[Path] = ()
+) -> tuple[Checkpoint | None, str]:
+    """The newest checkpoint of an unfinished run with these settings, or why there is none.  Its
+    shards are not verified; ``damaged`` are folders of those whose shards are damaged.
 
     Raises:
         CheckpointError: all checkpoints are damaged, and ``resume`` is not ``never``.
@@ -152,7 +175,7 @@ def _unfinished(out: Path, config: RunConfig, resume: str) -> tuple[Checkpoint |
     manager.sweep()
     if (out / RESULT).exists():
         return None, "it has finished"
-    newest = manager.newest()
+    newest = manager.newest(but_shards=True, damaged=damaged)
     if newest is None:
         if manager.damaged and resume != "never":
             raise CheckpointError(
