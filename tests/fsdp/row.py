@@ -46,6 +46,8 @@ class Row:
     ddp: how far weights may be from those under DistributedDataParallel; None if they are not
         compared.
     exact: how far weights may be from those of a dense reduction.
+    compiled: what runs compiled: the units, the network in place, or torch.compile's wrapper around
+        it; compared with the same uncompiled.
     surplus: whether nothing is padded, so that rows are sent in equal chunks.
     """
 
@@ -66,6 +68,7 @@ class Row:
     exact: float = 0.0
     surplus: bool = False
     checkpointed: tuple[str, ...] = ()
+    compiled: str = ""
 
     @property
     def world_size(self) -> int:
@@ -102,6 +105,16 @@ ROWS: Mapping[str, Row] = {
     "groups, checkpointed": Row(
         units=("conv2", "bn2"), network=Grouped, checkpointed=("conv2", "bn2"), rules=("remove",)
     ),
+    "compiled units": Row(
+        units=("encoder.layers.encoder_layer_0", "heads"),
+        network=transformer,
+        optimizer=_adamw,
+        rules=("remove",),
+        compiled="units",
+        ddp=None,
+    ),
+    "compiled network": Row(compiled="network", rules=("remove",), ddp=None),
+    "compiled around": Row(compiled="around", rules=("remove",), passes=2, ddp=None),
     "3 ranks": Row(mesh=(3,), ddp=1e-5, exact=1e-5, rules=("remove",)),
     "replicas": Row(mesh=(2, 2), ddp=1e-5, surplus=True),
     "replicas, 2 partial bf16 sums": Row(

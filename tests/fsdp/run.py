@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ class _Course:
         config = WormConfig(search={"every": "1ba", "l1": 0.0, **row.search}, truncation=truncation)
         self._packed = Trainee(row, config)
         with masked():
-            self._masked = Trainee(row, config)
+            self._masked = Trainee(replace(row, compiled=""), config)
         self._parallel = None if row.ddp is None else Trainee(row, config, is_sharded=False)
         group = self._packed.model._get_fsdp_state()._fsdp_param_groups[0]
         self._overheard = Overheard(getattr(group.mesh_info, "replicate_process_group", None))
@@ -71,13 +72,15 @@ class _Course:
         return [t for t in (self._packed, self._masked, self._parallel) if t is not None]
 
     def run(self) -> None:
-        row, engine = self._row, self._packed.engine
+        row, packed, findings = self._row, self._packed, self._findings
+        engine = packed.engine
+        findings.expect("exact", not packed.num_compiled, "attach has compiled something")
         self._step(None)
         for trainee in self._everyone:
             with masked() if trainee is self._masked else nullcontext():
                 trainee.engine.check()
         masks = {str(trainee.engine.mask) for trainee in self._everyone}
-        self._findings.expect("ddp", len(masks) == 1, f"other masks: {masks}")
+        findings.expect("ddp", len(masks) == 1, f"other masks: {masks}")
         for dropped, num_steps in zip(_FROZEN[self._rule], _STEPS[self._rule], strict=True):
             mask = mask_dropping(engine.groups, *dropped)
             for trainee in self._everyone:
@@ -89,9 +92,13 @@ class _Course:
             self._held = {**self._packed.weights, **self._packed.moments}
             for _ in range(num_steps):
                 self._step(mask)
+        before = packed.num_compiled
         self._draw(mask)
         for _ in range(2):
             self._step(None)
+        if row.compiled:
+            what = f"{before} graphs compiled before the draw, {packed.num_compiled} in the end"
+            findings.expect("draw", 0 < before < packed.num_compiled, what)
 
     def _step(self, frozen: Mask | None) -> None:
         findings, where = self._findings, f"{self._rule}, step {self._number}"

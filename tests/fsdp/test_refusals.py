@@ -62,15 +62,17 @@ def _by_columns() -> nn.Module:
     return network
 
 
-def _compiled() -> nn.Module:
-    network = _sharded()
-    network.compile()
-    return network
+def _wrapped_before() -> nn.Module:
+    network: Any = torch.compile(Plain())
+    fully_shard(network)
+    return network  # type: ignore[no-any-return]
 
 
-def _compiled_around() -> nn.Module:
-    compiled: Any = torch.compile(_sharded())
-    return compiled  # type: ignore[no-any-return]
+def _wrapped_inside() -> nn.Module:
+    network: Any = Plain()
+    network.head = torch.compile(network.head)
+    fully_shard(network)
+    return network  # type: ignore[no-any-return]
 
 
 def _tensor_parallel() -> nn.Module:
@@ -109,8 +111,8 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "custom": (_custom, "set_custom_all_gather"),
     "another torch": (_of_another_torch, "has no attribute reduce_scatter_unused_params; install"),
     "columns": (_by_columns, "is sharded by columns (shard_placement_fn)"),
-    "compiled": (_compiled, "torch.compile"),
-    "compiled around": (_compiled_around, "torch.compile"),
+    "wrapped before": (_wrapped_before, "the network is torch.compile's wrapper"),
+    "wrapped inside": (_wrapped_inside, "head is torch.compile's wrapper"),
     "tensor parallel": (_tensor_parallel, "DTensors"),
     "replicate": (_replicated, "replicate() is not supported"),
     "no parameters": (_without_parameters, "the network has no parameters"),
@@ -123,12 +125,17 @@ _SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+_AUTOGRAD = "compiled autograd", "torch._dynamo.config.compiled_autograd is on"
+
+
 def _refused() -> dict[str, str]:
     said = {}
     for name, (build, _) in _NETWORKS.items():
         said[name] = _said(build(), WormConfig())
     for name, (truncation, _) in _SETTINGS.items():
         said[name] = _said(_sharded(), WormConfig(truncation=truncation))
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        said[_AUTOGRAD[0]] = _said(_sharded(), WormConfig())
     return said
 
 
@@ -148,7 +155,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [(n, words) for n, (_, words) in {**_NETWORKS, **_SETTINGS}.items()]
+    ("name", "words"),
+    [*((n, words) for n, (_, words) in {**_NETWORKS, **_SETTINGS}.items()), _AUTOGRAD],
 )
 def test_refused_by_name(said: list[dict[str, str]], name: str, words: str) -> None:
     for on_rank in said:

@@ -9,6 +9,7 @@ import copy
 import io
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -67,10 +68,9 @@ def _draw(*dropped: int) -> Any:
     return lambda t: t.engine.draw(mask_dropping(t.engine.groups, *dropped))
 
 
-def _broken_off(row: str) -> list[str]:
+def _broken_off(row: str, saved_at: list[int]) -> list[str]:
     events = {1: _truncate(0, 3, 9), 3: _truncate(0, 3, 9, 12), 8: _draw(0, 3, 9, 12)}
-    # In a fade, once columns have left, and after the draw.
-    course = Course(num_steps=10, events=events, saved_at=[2, 7, 9])
+    course = Course(num_steps=10, events=events, saved_at=saved_at)
     config = WormConfig(
         search={"every": "2ba", "l1": 0.01},
         truncation={**at_once(3), "frozen_weights": "remove"},
@@ -79,6 +79,17 @@ def _broken_off(row: str) -> list[str]:
     return course.resumed(lambda: _Saving(ROWS[row], config))
 
 
-def test_broken_off_anywhere_it_ends_the_same(ranks: Ranks) -> None:
-    for found in ranks(2, _broken_off, "one unit, AdamW"):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("row", "saved_at"),
+    [
+        ("one unit, AdamW", [2, 7, 9]),  # in a fade, once columns have left, and after the draw
+        pytest.param("compiled units", [9], marks=pytest.mark.slow("compiles networks")),
+    ],
+)
+def test_broken_off_anywhere_it_ends_the_same(ranks: Ranks, row: str, saved_at: list[int]) -> None:
+    outcomes = ranks.outcomes(2, _broken_off, row, saved_at, wall_limit=110, group_timeout=60)
+    for outcome in outcomes:
+        assert outcome.exitcode == 0, str(outcome)
+        found = outcome.value
         assert not found, "\n".join(found[:20])

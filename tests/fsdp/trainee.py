@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,8 +35,12 @@ def network_of(row: Row) -> nn.Module:
     return network
 
 
-def sharded(row: Row, network: nn.Module) -> Any:
-    """The same network, sharded."""
+def sharded(row: Row, network: nn.Module, backend: Callable[..., Any]) -> Any:
+    """The same network, sharded.
+
+    Args:
+        backend: torch.compile's, if the row compiles.
+    """
     names = ("replicas", "shards")[-len(row.mesh) :]
     arguments: dict[str, Any] = {
         "mesh": init_device_mesh("cpu", row.mesh, mesh_dim_names=names),
@@ -41,8 +48,13 @@ def sharded(row: Row, network: nn.Module) -> Any:
         "mp_policy": MixedPrecisionPolicy(row.param_dtype, row.reduce_dtype),
     }
     for name in row.units:
+        if row.compiled == "units":
+            network.get_submodule(name).compile(backend=backend)
         fully_shard(network.get_submodule(name), **arguments)
-    return fully_shard(network, **arguments)
+    fully_shard(network, **arguments)
+    if row.compiled == "network":
+        network.compile(backend=backend)
+    return torch.compile(network, backend=backend) if row.compiled == "around" else network
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -60,13 +72,25 @@ class Trainee:
     def __init__(self, row: Row, config: WormConfig, is_sharded: bool = True) -> None:
         self._row = row
         self.network = network_of(row)
+        if row.compiled:
+            torch._dynamo.reset()
+            warnings.simplefilter("ignore")  # torch.compile warns of what it does itself
+        self._compiler = CompileCounterWithBackend("aot_eager")
         self.model: Any = (
-            sharded(row, self.network) if is_sharded else DistributedDataParallel(self.network)
+            sharded(row, self.network, self._compiler)
+            if is_sharded
+            else DistributedDataParallel(self.network)
         )
         self.optimizer = row.optimizer(self.network)
         self.engine = worm_dist.attach(
             self.model, self.optimizer, config, example_inputs=random_images(1)
         )
+
+    @property
+    def num_compiled(self) -> int:
+        """Number of graphs that have been compiled so far."""
+        num: int = self._compiler.frame_count
+        return num
 
     def step(self, number: int) -> None:
         row = self._row

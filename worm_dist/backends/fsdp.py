@@ -21,9 +21,10 @@ from ..comm_hooks.reducer import Reducer
 from ..config import TruncationConfig
 from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..errors import BackendError
+from .backend import not_compiled
 from .fsdp_optimizer import FsdpOptimizerView, local_part
 from .fsdp_refusals import refusals
-from .fsdp_sharding import Sharding
+from .fsdp_sharding import Sharding, is_fully_sharded
 from .optimizer_view import OptimizerView
 from .optimizers import innermost
 from .trained_parameters import only_these_train
@@ -49,7 +50,7 @@ class FsdpBackend:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = self.called = model
-        self._sharding = Sharding(model)
+        self._sharding = Sharding(model if is_fully_sharded(model) else not_compiled(model))
         for reason in refusals(self._sharding):
             raise BackendError(f"attach: fully_shard: {reason}")
         self._is_released = False
@@ -70,7 +71,7 @@ class FsdpBackend:
     def network(self) -> nn.Module:
         """The network, with its sharded parameters; within ``full_network`` with full ones."""
         self._sharding.reshard()
-        return self.model
+        return self._sharding.network
 
     @property
     def step_bytes(self) -> int:
@@ -98,11 +99,11 @@ class FsdpBackend:
     def full_network(self) -> Iterator[nn.Module]:
         """See ``Backend``."""
         if self._sharding.is_plain:  # in a draw
-            yield self.model
+            yield self._sharding.network
             return
         try:
             self._sharding.take_off()
-            yield self.model
+            yield self._sharding.network
         finally:
             if not self._is_released:
                 self._sharding.put_on()

@@ -44,8 +44,7 @@ def refusals(sharding: Sharding) -> Iterator[str]:
     yield from _unknown(sharding)
     if list(inspect.signature(FSDPParamGroup.post_backward).parameters) != ["self", "unused"]:
         yield "FSDPParamGroup.post_backward has an unknown signature; install torch 2.14"
-    if any(map(_is_compiled, sharding.network.modules())):
-        yield "torch.compile has not been verified together with it; leave it out"
+    yield from _of_compilation(sharding.network)
     for module in sharding.network.modules():
         for name, method in vars(module).items():
             code = getattr(getattr(method, "__func__", None), "__code__", None)
@@ -95,8 +94,19 @@ def _unknown(sharding: Sharding) -> Iterator[str]:
                     )
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+def _of_compilation(network: nn.Module) -> Iterator[str]:
+    for name, module in network.named_modules():
+        if "_orig_mod" in module._modules:
+            yield (
+                f"{name or 'the network'} is torch.compile's wrapper, which keeps the network from "
+                "being traced; compile in place, module.compile(), or all of it once it is "
+                "sharded, torch.compile(model)"
+            )
+    if torch._dynamo.config.compiled_autograd:
+        yield (
+            "torch._dynamo.config.compiled_autograd is on, and the gradients of fully_shard come "
+            "out wrong in a compiled backward pass; turn it off"
+        )
 
 
 def _of_group(group: Any) -> Iterator[str]:

@@ -44,7 +44,7 @@ def backend_of(model: nn.Module) -> Backend:
     """
     if is_deepspeed(model):
         return _deepspeed(model)
-    if is_fully_sharded(not_compiled(model)):
+    if is_fully_sharded(model) or is_fully_sharded(not_compiled(model)):
         return _fsdp(model)
     _require_not_sharded(model)
     if isinstance(model, DistributedDataParallel):

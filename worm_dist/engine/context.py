@@ -163,7 +163,8 @@ class TrainingContext(StepListener):
 
         if self._pass_handle is not None:
             self._pass_handle.remove()
-        self._pass_handle = self.model.register_forward_pre_hook(before_forward)
+        untraced = torch.compiler.disable(before_forward)
+        self._pass_handle = self.model.register_forward_pre_hook(untraced)
 
     @property
     def network(self) -> nn.Module:

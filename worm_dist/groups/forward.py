@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
 
     Hooks that a network installs on its first run stay, since the network relies on them.  torch's
     fast path for transformers is off within: it outputs zeros for padded inputs, unlike the plain
-    path, which a network with removed heads takes.
+    path, which a network with removed heads takes.  Modules compiled in place run uncompiled:
+    compiled code leaves out hooks that are registered after it was made.
     """
     python_rng, numpy_rng = random.getstate(), numpy.random.get_state()
     trains = {parameter: parameter.requires_grad for parameter in network.parameters()}
@@ -96,7 +97,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with in_eval(network), torch.random.fork_rng(devices=devices):
+        with in_eval(network), torch.random.fork_rng(devices=devices), _uncompiled(network):
             yield
     finally:
         random.setstate(python_rng)
@@ -104,6 +105,13 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter, trained in trains.items():
             parameter.requires_grad_(trained)
+
+
+def _uncompiled(network: nn.Module) -> AbstractContextManager[None]:
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..backends.backend import not_compiled
 from ..groups.nested import mapped, tensors_in
 from ..schema import Schema
 
@@ -131,6 +132,7 @@ class RecordedInputs:
         self._most_bytes = most_bytes
         self._copies = False
         self.num_passes = 0
+        self._record = torch.compiler.disable(self._record_call)
 
     @property
     def is_on(self) -> bool:
@@ -143,6 +145,11 @@ class RecordedInputs:
         return [call for call in self._calls if call.is_intact]
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._record(network, args, kwargs)
+
+    def _record_call(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not network.training or not self.is_on:
             return
         self.num_passes += 1
@@ -167,7 +174,7 @@ class RecordedInputs:
                 device,
                 torch.get_autocast_dtype(device),
                 torch.is_autocast_enabled(device),
-                _training_norms(network),
+                _training_norms(not_compiled(network)),
                 tuple((tensor, tensor._version) for tensor in new_tensors),
             )
         )
