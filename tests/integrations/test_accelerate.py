@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.integrations.training import (
     begin,
     data,
     digest,
+    let_accelerate_shard,
     network,
     on_ranks,
     plain_loop,
@@ -33,7 +35,12 @@ pytestmark = pytest.mark.slow("imports accelerate in every rank")
 
 
 def _train(
-    folder: str, name: str, world_size: int, passes: int = 1, resumed_from: int | None = None
+    folder: str,
+    name: str,
+    world_size: int,
+    passes: int = 1,
+    resumed_from: int | None = None,
+    plugin: Any = None,
 ) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
@@ -53,6 +60,7 @@ def _train(
     figures: list[Any] = []
     accelerator = Accelerator(
         cpu=True,
+        fsdp_plugin=plugin,
         gradient_accumulation_steps=passes,
         log_with=Tracker(),
         step_scheduler_with_optimizer=False,
@@ -71,6 +79,8 @@ def _train(
     if resumed_from is not None:
         accelerator.load_state(f"{folder}/unbroken-{resumed_from}")
         first = resumed_from
+    if plugin is not None:
+        accelerator.save_state(f"{folder}/{name}-begin")  # makes the optimizer's state by a step
     ends = []
     for epoch in range(first, EPOCHS):
         for x, y in loader:
@@ -96,20 +106,60 @@ def _train(
 
 def _course(folder: str, world_size: int) -> dict[str, Any]:
     begin(world_size)
+    return _trainings(folder, world_size, None)
+
+
+def _trainings(folder: str, world_size: int, plugin: Any) -> dict[str, Any]:
     return {
-        "unbroken": _train(folder, "unbroken", world_size),
-        "from 2": _train(folder, "from-2", world_size, 1, 2),
-        "from 3": _train(folder, "from-3", world_size, 1, 3),
-        "accumulated": _train(folder, "accumulated", world_size, 2),
+        "unbroken": _train(folder, "unbroken", world_size, plugin=plugin),
+        "from 2": _train(folder, "from-2", world_size, 1, 2, plugin=plugin),
+        "from 3": _train(folder, "from-3", world_size, 1, 3, plugin=plugin),
+        "accumulated": _train(folder, "accumulated", world_size, 2, plugin=plugin),
     }
 
 
+def _sharded_course(folder: str, world_size: int) -> dict[str, Any]:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    begin(world_size)
+    let_accelerate_shard()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=500
+    )
+    found = _trainings(folder, world_size, plugin)
+    for training in found.values():
+        del training[STATISTICS]  # each rank's own, of which torch saves those of one
+    found["FSDP1"] = _refused(FullyShardedDataParallelPlugin(fsdp_version=1))
+    return found
+
+
+def _refused(plugin: Any) -> str:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from worm_dist import ConfigError
+    from worm_dist.integrations.accelerate import AcceleratedEngine
+
+    AcceleratorState._reset_state()
+    let_accelerate_shard()
+    dense = network()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+    with pytest.raises(ConfigError) as refused:
+        AcceleratedEngine(
+            Accelerator(cpu=True, fsdp_plugin=plugin), dense, optimizer, example_inputs=data(1)[0]
+        )
+    return str(refused.value)
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+@pytest.mark.parametrize(
+    ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
+)
 def test_it_draws_and_resumes_to_the_same_bits(
-    ranks: Ranks, tmp_path: Path, world_size: int
+    ranks: Ranks, tmp_path: Path, world_size: int, course: Callable[[str, int], Any]
 ) -> None:
-    found = on_ranks(ranks, world_size, _course, tmp_path)
+    found = on_ranks(ranks, world_size, course, tmp_path)
+    assert "fsdp_version=2" in found.get("FSDP1", "fsdp_version=2")
     unbroken = found["unbroken"]
     require_all_phases(unbroken["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.integrations.training import (
     begin,
     data,
     digest,
+    let_accelerate_shard,
     on_ranks,
     progress,
     require_all_phases,
@@ -68,21 +70,26 @@ def _train(
         {"pixel_values": image, "labels": label}
         for image, label in zip(images, classes.tolist(), strict=True)
     ]
+    settings = TrainingArguments(
+        f"{folder}/{name}",
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=passes,
+        num_train_epochs=EPOCHS,
+        learning_rate=0.01,
+        save_strategy="epoch",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    if settings.fsdp:
+        let_accelerate_shard()
+        # Accelerate shards embeddings by themselves, and asks a ResNet too for its own.
+        model.get_input_embeddings = lambda: None
     trainer = Trainer(
         model,
-        TrainingArguments(
-            f"{folder}/{name}",
-            per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=passes,
-            num_train_epochs=EPOCHS,
-            learning_rate=0.01,
-            save_strategy="epoch",
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **arguments,
-        ),
+        settings,
         train_dataset=rows,
         eval_dataset=rows,
         callbacks=[Ends()],
@@ -111,13 +118,27 @@ def _state(trainer: Any, callback: Any, ends: list[Any]) -> dict[str, Any]:
 
 def _course(folder: str, world_size: int) -> dict[str, Any]:
     begin(world_size)
-    trained = _train(folder, "unbroken", world_size)
+    return _trainings(folder, world_size)
+
+
+def _sharded_course(folder: str, world_size: int) -> dict[str, Any]:
+    begin(world_size)
+    found = _trainings(folder, world_size, fsdp=True, fsdp_config={"min_num_params": 500})
+    for state in found.values():
+        if isinstance(state, dict):
+            state.pop(STATISTICS)  # each rank's own, of which rank zero's are saved
+    return found
+
+
+def _trainings(folder: str, world_size: int, **arguments: Any) -> dict[str, Any]:
+    trained = _train(folder, "unbroken", world_size, **arguments)
     found = {"unbroken": _state(*trained), "ends": trained[2]}
     trained[0].save_model(f"{folder}/small")
     for epoch in (2, 3):
         path = f"{folder}/unbroken/checkpoint-{epoch * NUM_STEPS}"
-        found[f"from {epoch}"] = _state(*_train(folder, f"from-{epoch}", world_size, 1, path))
-    found["accumulated"] = _state(*_train(folder, "accumulated", world_size, 2))
+        resumed = _train(folder, f"from-{epoch}", world_size, 1, path, **arguments)
+        found[f"from {epoch}"] = _state(*resumed)
+    found["accumulated"] = _state(*_train(folder, "accumulated", world_size, 2, **arguments))
     found["read"] = _read(f"{folder}/small")
     return found
 
@@ -136,11 +157,13 @@ def _read(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+@pytest.mark.parametrize(
+    ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
+)
 def test_it_draws_resumes_and_is_read_to_the_same_bits(
-    ranks: Ranks, tmp_path: Path, world_size: int
+    ranks: Ranks, tmp_path: Path, world_size: int, course: Callable[[str, int], Any]
 ) -> None:
-    found = on_ranks(ranks, world_size, _course, tmp_path)
+    found = on_ranks(ranks, world_size, course, tmp_path)
     unbroken = found["unbroken"]
     require_all_phases(found["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS == len(unbroken["losses"])

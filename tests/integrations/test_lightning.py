@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.integrations.training import (
@@ -32,11 +34,17 @@ pytestmark = pytest.mark.slow("imports lightning in every rank")
 
 
 def _fit(
-    folder: str, name: str, world_size: int, passes: int = 1, resumed_from: Path | None = None
+    folder: str,
+    name: str,
+    world_size: int,
+    passes: int = 1,
+    resumed_from: Path | None = None,
+    is_sharded: bool = False,
 ) -> tuple[Any, Any, Any]:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from worm_dist.integrations.lightning import WormCallback
 
@@ -47,6 +55,12 @@ def _fit(
             self.example_input_array = torch.zeros(1, 1, 8, 8)
             self.scheduled: list[float] = []
             self.ends: list[Any] = []
+
+        def configure_model(self) -> None:
+            if is_sharded and not isinstance(self, FSDPModule):
+                mesh = self.device_mesh["data_parallel"]
+                fully_shard(self.network[3], mesh=mesh)
+                fully_shard(self, mesh=mesh)
 
         def forward(self, x: Tensor) -> Any:
             return self.network(x)
@@ -68,10 +82,17 @@ def _fit(
     callback = WormCallback(CONFIG)
     module = Module()
     checkpoints = Path(folder) / f"checkpoints-{name}"
+    strategy: Any = "ddp" if world_size else "auto"
+    if is_sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=world_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=passes == 1,
+        )
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=max(1, world_size),
-        strategy="ddp" if world_size else "auto",
+        strategy=strategy,
         max_epochs=EPOCHS,
         accumulate_grad_batches=passes,
         callbacks=[callback, ModelCheckpoint(checkpoints, "{epoch}", save_top_k=-1)],
@@ -98,21 +119,38 @@ def _state(module: Any, callback: Any, trainer: Any) -> dict[str, Any]:
 
 def _course(folder: str, world_size: int) -> dict[str, Any]:
     begin(world_size)
-    fitted = _fit(folder, "unbroken", world_size)
+    return _fits(folder, world_size, False)
+
+
+def _sharded_course(folder: str, world_size: int) -> dict[str, Any]:
+    begin(world_size)
+    found = _fits(folder, world_size, True)
+    for state in found.values():
+        if isinstance(state, dict):
+            del state[STATISTICS]  # each rank's own, of which torch saves those of one
+    return found
+
+
+def _fits(folder: str, world_size: int, is_sharded: bool) -> dict[str, Any]:
+    fitted = _fit(folder, "unbroken", world_size, is_sharded=is_sharded)
     found = {"unbroken": _state(*fitted), "ends": fitted[0].ends}
     for epoch in (1, 2):
         path = Path(folder) / "checkpoints-unbroken" / f"epoch={epoch}.ckpt"
-        found[f"from {epoch}"] = _state(*_fit(folder, f"from-{epoch}", world_size, 1, path))
-    found["accumulated"] = _state(*_fit(folder, "accumulated", world_size, 2))
+        resumed = _fit(folder, f"from-{epoch}", world_size, 1, path, is_sharded)
+        found[f"from {epoch}"] = _state(*resumed)
+    accumulated = _fit(folder, "accumulated", world_size, 2, is_sharded=is_sharded)
+    found["accumulated"] = _state(*accumulated)
     return found
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+@pytest.mark.parametrize(
+    ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
+)
 def test_it_draws_and_resumes_to_the_same_bits(
-    ranks: Ranks, tmp_path: Path, world_size: int
+    ranks: Ranks, tmp_path: Path, world_size: int, course: Callable[[str, int], Any]
 ) -> None:
-    found = on_ranks(ranks, world_size, _course, tmp_path)
+    found = on_ranks(ranks, world_size, course, tmp_path)
     unbroken = found["unbroken"]
     require_all_phases(found["ends"])
     assert unbroken["steps"] == EPOCHS * NUM_STEPS

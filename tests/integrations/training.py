@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import worm_dist
 from tests.ranks import NO_GROUP, RankFailure, Ranks
 from worm_dist import Engine, WormConfig
 from worm_dist.digest import digest_of
+from worm_dist.groups.nested import mapped
 
 __all__ = [
     "BATCH",
@@ -27,6 +29,7 @@ __all__ = [
     "begin",
     "data",
     "digest",
+    "let_accelerate_shard",
     "network",
     "on_ranks",
     "plain_loop",
@@ -97,6 +100,15 @@ def begin(world_size: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # joined already; never used
 
 
+def let_accelerate_shard() -> None:
+    """Tell Accelerate that ranks have GPUs: it shards there alone, and ignores it elsewhere."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def progress(engine: Engine) -> tuple[str, int]:
     """The phase, and the number of parameters."""
     return str(engine.phase), sum(parameter.numel() for parameter in engine.model.parameters())
@@ -137,8 +149,13 @@ def plain_loop() -> str:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Of tensors and plain values, to the bit."""
-    return digest_of(dict(values)).hex()
+    """Of tensors and plain values, to the bit.  Collective if tensors are sharded."""
+    return digest_of(mapped(dict(values), _whole)).hex()
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
 
 
 def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:

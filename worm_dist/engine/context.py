@@ -282,6 +282,10 @@ class TrainingContext(StepListener):
         """Register the step hooks on the present optimizer."""
         self._step_hooks.register(self.optimizer_view)
 
+    def steps_ignored(self) -> AbstractContextManager[None]:
+        """Context in which optimizer steps are not those of the training."""
+        return self._step_hooks.suspended()
+
     def full_network(self) -> AbstractContextManager[nn.Module]:
         """Context in which the network has full weights; see ``Backend.full_network``."""
         return self.backend.full_network()

@@ -13,17 +13,18 @@ from ..config import WormConfig
 from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
+from .ignored_steps import ignoring_steps
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
 
 __all__ = ["AcceleratedEngine"]
 
-_SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 
 
 class AcceleratedEngine:
-    """An engine in a loop with an ``Accelerator``, on a single process or under
-    DistributedDataParallel::
+    """An engine in a loop with an ``Accelerator``, on a single process, under
+    DistributedDataParallel or FSDP2::
 
         model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
         worm = AcceleratedEngine(accelerator, model, optimizer, config, example_inputs=x[:1],
@@ -53,7 +54,7 @@ class AcceleratedEngine:
         engine: the engine; ``engine.save_ticket(folder)`` writes the small network.
 
     Raises:
-        ConfigError: the accelerator shards the model, or trains it in an unknown way; see also
+        ConfigError: the accelerator trains the model in an unsupported way; see also
             ``worm_dist.attach``.
     """
 
@@ -73,7 +74,13 @@ class AcceleratedEngine:
         if kind not in [DistributedType[name] for name in _SUPPORTED]:
             raise ConfigError(
                 f"AcceleratedEngine: the accelerator's distributed_type is {kind.value}, which is "
-                "not supported; use a single process or DistributedDataParallel"
+                "not supported; use a single process, DistributedDataParallel or FSDP2"
+            )
+        is_sharded = kind == DistributedType.FSDP
+        if is_sharded and not accelerator.is_fsdp2:
+            raise ConfigError(
+                "AcceleratedEngine: the accelerator uses FSDP1, which flattens parameters; give it "
+                "FullyShardedDataParallelPlugin(fsdp_version=2)"
             )
         self.engine: Engine = attach(
             model,
@@ -87,7 +94,12 @@ class AcceleratedEngine:
         self._accelerator = accelerator
         self._progress = Progress(self.engine)
         accelerator.register_save_state_pre_hook(self._save)
-        accelerator.register_load_state_pre_hook(self._load)
+        if is_sharded:
+            self._load_shards = ignoring_steps(self.engine, accelerator.load_state)
+            accelerator.load_state = self._load_state
+            accelerator.save_state = ignoring_steps(self.engine, accelerator.save_state)
+        else:
+            accelerator.register_load_state_pre_hook(self._load)
 
     @property
     def model(self) -> nn.Module:
@@ -125,3 +137,14 @@ class AcceleratedEngine:
         if has_engine_state(folder):
             load_engine_state(self.engine, folder)
             self._progress = Progress(self.engine)
+
+    def _load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Restore the engine before Accelerate loads the shards, which it does before its hooks.
+
+        Raises:
+            ConfigError: no folder is given.
+        """
+        if input_dir is None:
+            raise ConfigError("load_state: under FSDP2 give it the folder of the saved state")
+        self._load([], input_dir)
+        self._load_shards(input_dir, *args, **kwargs)

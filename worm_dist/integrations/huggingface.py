@@ -15,6 +15,7 @@ from ..engine.attach import attach
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import CheckpointError, ConfigError
 from ..groups.nested import mapped
+from .ignored_steps import ignoring_steps
 from .pretrained import CUTS, note_ticket, restore_ticket
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
@@ -23,8 +24,8 @@ __all__ = ["WormTrainerCallback", "restore_ticket"]
 
 
 class WormTrainerCallback(TrainerCallback):
-    """Searches, truncates and draws while ``trainer.train`` runs, on a single process or under
-    DistributedDataParallel.
+    """Searches, truncates and draws while ``trainer.train`` runs, on a single process, under
+    DistributedDataParallel or FSDP2.
 
     It adds itself to the trainer::
 
@@ -106,7 +107,7 @@ class WormTrainerCallback(TrainerCallback):
             self._follow()
             trainer._issue_warnings_after_load = self._require_loaded
             self._class_load(self._checkpoint)
-            self._class_load_optimizer(self._checkpoint)
+            ignoring_steps(self.engine, self._class_load_optimizer)(self._checkpoint)
         self._progress = Progress(self.engine)
         self._progress.before_training()
 
@@ -186,10 +187,18 @@ def _require_fit(trainer: Trainer) -> None:
     Raises:
         ConfigError: naming the first reason.
     """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled or (
+        trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    ):
         raise ConfigError(
-            "WormTrainerCallback: the trainer uses DeepSpeed or FSDP, which is not supported here; "
-            "train on a single process or under DistributedDataParallel"
+            "WormTrainerCallback: the trainer uses DeepSpeed or FSDP1, which is not supported "
+            "here; train on a single process, under DistributedDataParallel or FSDP2 (version 2 in "
+            "fsdp_config)"
+        )
+    if trainer.is_fsdp_enabled and hasattr(trainer.model, "generate"):
+        raise ConfigError(
+            "WormTrainerCallback: under FSDP2 the trainer gathers weights for generate() too, and "
+            "this has not been verified; train such networks under DistributedDataParallel"
         )
     if trainer.args.load_best_model_at_end:
         raise ConfigError(

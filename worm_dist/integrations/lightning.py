@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor
 
 from ..config import WormConfig
@@ -20,14 +26,15 @@ from ..errors import ConfigError
 from ..groups.nested import mapped
 from ..training.rank_state import gathered_on_rank_zero
 from ..verdict import Phase
+from .ignored_steps import ignoring_steps
 from .progress import Progress
 
 __all__ = ["WormCallback"]
 
 
 class WormCallback(Callback):
-    """Searches, truncates and draws while ``trainer.fit`` runs, on a single device or under
-    ``ddp``.
+    """Searches, truncates and draws while ``trainer.fit`` runs, on a single device, under ``ddp``,
+    or under ``ModelParallelStrategy`` if ``configure_model`` calls ``fully_shard`` for the module.
 
     The network is the LightningModule: ``forward`` is traced, and ``training_step`` must call
     ``self(...)``, because BatchNorm statistics are estimated from the inputs of that call.  The
@@ -81,10 +88,14 @@ class WormCallback(Callback):
                 load(checkpoint, strict=strict)
 
         trainer.strategy.load_model_state_dict = load_later
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._load_shards = trainer.strategy.load_checkpoint
+            trainer.strategy.load_checkpoint = self._load_sharded
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the strategy load weights as before."""
-        vars(trainer.strategy).pop("load_model_state_dict", None)
+        for name in ("load_model_state_dict", "load_checkpoint", "optimizer_state"):
+            vars(trainer.strategy).pop(name, None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; and if the trainer resumes, restore the engine, and then the weights."""
@@ -117,8 +128,26 @@ class WormCallback(Callback):
         if self._load_weights is not None:
             self._load_weights()
             self._load_weights = None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            state = trainer.strategy.optimizer_state
+            trainer.strategy.optimizer_state = ignoring_steps(self.engine, state)
         self._progress = Progress(self.engine)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the first mask, if it is due before training."""
+        assert self._progress is not None
         self._progress.before_training()
+
+    def _load_sharded(self, path: str | Path, weights_only: bool | None = None) -> Any:
+        """Restore the engine before Lightning reads the shards, which it does once the optimizer
+        is made, and before it gives callbacks their state."""
+        file = Path(path) / _METADATA_FILENAME if Path(path).is_dir() else Path(path)
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
+        state = saved.get("callbacks", {}).get(self.state_key)
+        if state:
+            self.engine.load_state_dict(_part_of_rank(state))
+            self._progress = Progress(self.engine)
+        return ignoring_steps(self.engine, self._load_shards)(path, weights_only=weights_only)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -188,10 +217,12 @@ def _require_fit(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         ConfigError: naming the first reason.
     """
-    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+    kinds = DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+    if not isinstance(trainer.strategy, kinds):
         raise ConfigError(
             f"WormCallback: the strategy is {type(trainer.strategy).__name__}, which is not "
-            "supported; use strategy='ddp', or a single device"
+            "supported; use strategy='ddp', a single device, or ModelParallelStrategy with "
+            "fully_shard (FSDP2)"
         )
     if not pl_module.automatic_optimization:
         raise ConfigError(
