@@ -106,15 +106,17 @@ ROWS: Mapping[str, Row] = {
         units=("conv2", "bn2"), network=Grouped, checkpointed=("conv2", "bn2"), rules=("remove",)
     ),
     "compiled units": Row(
-        units=("encoder.layers.encoder_layer_0", "heads"),
+        units=("encoder.layers.encoder_layer_0",),
         network=transformer,
         optimizer=_adamw,
         rules=("remove",),
         compiled="units",
         ddp=None,
     ),
-    "compiled network": Row(compiled="network", rules=("remove",), ddp=None),
-    "compiled around": Row(compiled="around", rules=("remove",), passes=2, ddp=None),
+    "compiled network": Row(units=(), compiled="network", rules=("remove",), ddp=None),
+    "compiled around": Row(
+        units=("conv1",), compiled="around", rules=("remove",), passes=2, ddp=None
+    ),
     "3 ranks": Row(mesh=(3,), ddp=1e-5, exact=1e-5, rules=("remove",)),
     "replicas": Row(mesh=(2, 2), ddp=1e-5, surplus=True),
     "replicas, 2 partial bf16 sums": Row(

@@ -12,13 +12,14 @@ from tests.matrix.findings import Findings
 from tests.ranks import Outcome, Ranks
 
 _ROWS_A_CALL = 3
+_SLOW = pytest.mark.slow("compiles networks")
 
 
 def _calls() -> Iterator[tuple[str, ...]]:
-    """The rows that share a call: on as many ranks."""
-    alike: dict[int, list[str]] = {}
+    """The rows that share a call: on as many ranks, and what compiles by itself."""
+    alike: dict[tuple[int, str], list[str]] = {}
     for name, row in ROWS.items():
-        alike.setdefault(row.world_size, []).append(name)
+        alike.setdefault((row.world_size, row.compiled), []).append(name)
     for names in alike.values():
         for first in range(0, len(names), _ROWS_A_CALL):
             yield tuple(names[first : first + _ROWS_A_CALL])
@@ -46,7 +47,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        (name, column)
+        pytest.param(name, column, marks=_SLOW if row.compiled else ())
         for name, row in ROWS.items()
         for column in COLUMNS
         if column != "ddp" or row.ddp is not None
