@@ -7,8 +7,8 @@ import pytest
 
 from worm_dist import ConfigError, WormConfig
 from worm_dist.__main__ import main
-from worm_dist.config import PRESETS
 from worm_dist.interval import Interval
+from worm_dist.presets import PRESETS
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 

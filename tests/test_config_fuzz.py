@@ -21,8 +21,8 @@ from torch import nn
 from tests.mutations import RAW, fuzzed, other_bytes, other_trees
 from worm_dist import ConfigError
 from worm_dist.__main__ import _parse
-from worm_dist.config import PRESETS
 from worm_dist.interval import Interval
+from worm_dist.presets import PRESETS
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.deepspeed_config import deepspeed_settings
 from worm_dist.training.optim import ScheduleStart, build_optimizer, build_schedule

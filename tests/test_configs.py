@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from worm_dist.config import PRESETS
 from worm_dist.models import build_model
+from worm_dist.presets import PRESETS
 from worm_dist.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import pytest
 
 import worm_dist
 from tests.docs.pages import PAGES, ROOT, blocks, text_of
-from worm_dist.config import PRESETS
+from worm_dist.presets import PRESETS
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.run_config import RunConfig
 

@@ -22,9 +22,9 @@ from tests.papers import test_training as training
 from tests.papers.nets import EVEN
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.comm_hooks.grad_hooks import GradientHooks
-from worm_dist.config import PRESETS
 from worm_dist.engine.penalty import Penalty
 from worm_dist.groups.freeze_plan import FreezePlan
+from worm_dist.presets import PRESETS
 from worm_dist.search.budgets import Pool
 from worm_dist.search.decision import decide
 from worm_dist.search.elbow import _below_threshold, elbow_reached

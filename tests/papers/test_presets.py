@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from worm_dist.__main__ import main
-from worm_dist.config import PRESETS
+from worm_dist.presets import PRESETS
 from worm_dist.training.preset_differences import preset_differences
 from worm_dist.training.run_config import RunConfig
 

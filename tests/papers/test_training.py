@@ -17,7 +17,7 @@ from tests.papers.published import Queue, batch_norms, early_bird_mask
 from tests.ranks import Ranks
 from tests.resuming import through_a_file
 from worm_dist import Engine, Phase, WormConfig, attach
-from worm_dist.config import merge
+from worm_dist.presets import merge
 
 EPOCHS, STEPS, BATCH = 9, 3, 8
 RATIO, WINDOW, MARGIN = 0.003, 3, 0.4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from worm_dist.__main__ import main
-from worm_dist.config import PRESETS
+from worm_dist.presets import PRESETS
 from worm_dist.training.config_file import read_run_config
 from worm_dist.training.run_config import RunConfig
 from worm_dist.training.settings_template import TO_FILL_IN, settings_template

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import PRESETS
 from ..errors import ConfigError
+from ..presets import PRESETS
 from .ineffective_settings import reasons_against
 from .run_config import RunConfig
 

@@ -16,8 +16,9 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..config import PRESETS, Count, Factor, IntervalField, Settings, WormConfig, WormParts, merge
+from ..config import Count, Factor, IntervalField, Settings, WormConfig, WormParts
 from ..interval import Interval
+from ..presets import PRESETS, merge
 from ..user_function import is_user_function
 
 __all__ = [

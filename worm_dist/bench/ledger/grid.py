@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from ...config import merge
+from ...presets import merge
 from .row import Row
 from .rule import Rule, triggered_at
 from .spec import RunSpec

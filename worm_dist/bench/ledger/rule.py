@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ...config import WormConfig, merge
+from ...config import WormConfig
+from ...presets import merge
 from .recipe import Recipe
 from .row import Row
 from .subject import Subject
