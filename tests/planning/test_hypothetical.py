@@ -41,7 +41,8 @@ def test_the_share_is_exact_and_about_the_same_in_every_group(name: str, ratio: 
     assert mask.num_channels - mask.num_kept == int(round(ratio * mask.num_channels, 9))
     for group, size in mask.sizes.items():
         assert abs(dropped[group] - ratio * size) <= 1
-        assert torch.equal(mask[group], torch.arange(size) < size - dropped[group])
+        # Ranks that hold the first and the last channels lose about as many.
+        assert abs(int((~mask[group])[: size // 2].sum()) - dropped[group] / 2) <= size**0.5 / 2
 
 
 def test_rounding_keeps_the_total_and_comes_close_to_the_share() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..groups.channel_groups import Groups
 from ..groups.mask import Mask
@@ -21,11 +22,18 @@ def equal_shares(ranking: Ranking, groups: Groups) -> Mask:
         ranking: the ranking of these groups.
         groups: the channel groups of the dense network.
     """
-    # All channels of a group cost the same, so it does not matter which of them rank highest.
-    quantiles = [
-        1 - (torch.arange(size, dtype=torch.float64) + 0.5) / size
-        for size in ranking.sizes.values()
-    ]
+    quantiles = [(_scattered(size) + 0.5) / size for size in ranking.sizes.values()]
     none_removed = torch.zeros(groups.num_channels, dtype=torch.bool)
     _, mask, _ = ranking.select(torch.cat(quantiles), none_removed)
     return mask
+
+
+def _scattered(size: int) -> Tensor:
+    """float64 ``[size]``: the numbers below ``size`` in an order that is always the same.
+
+    All channels of a group cost the same, but where parameters are cut into a part for each rank,
+    the first channels of all would be on one rank.  Norms that are ranked by themselves and share
+    channels have the same size, so they agree.
+    """
+    generator = torch.Generator().manual_seed(size)
+    return torch.randperm(size, generator=generator, dtype=torch.float64)
