@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import Ranks
 from worm_dist.planning.buckets import buckets_of
-from worm_dist.planning.step_time import Bucket
+from worm_dist.planning.step_time import Collective, in_backward
 
 
 def _network() -> nn.Sequential:
@@ -49,7 +49,7 @@ def test_they_are_ready_by_the_share_of_the_operations() -> None:
     flops = {"": 0, "0": 10, "1": 20, "2": 30, "3": 40}
     first, second, third = buckets_of(network, sent, flops)
     # The first has the last layer; the second the two before it; the third the first layer.
-    assert first == Bucket(2, 0.4)
-    assert second.ready == 0.9
+    assert first == Collective("all-reduce", 2, in_backward(0.4))
+    assert second.ready == in_backward(0.9)
     assert third.ready == 1.0
     assert first.payload_bytes + second.payload_bytes + third.payload_bytes == 8

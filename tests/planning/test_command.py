@@ -75,7 +75,32 @@ def test_one_object_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     steps = plan["estimate"]["steps"]
     # Two buckets, each of two messages of 50 microseconds.
     expected = pytest.approx(1_152_680 * 8 / 1e9 + 2 * 2 * 50e-6)
-    assert steps["dense"]["all_reduce_seconds"] == expected
+    assert steps["dense"]["communication_seconds"] == expected
+
+
+def test_a_sharded_run_also_sends_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of them on each of two ranks, for both passes but those of the root."""
+    config = str(ROOT / "configs" / "fsdp.yaml")
+    plan = _json(capsys, config)
+    assert plan["backend"] == {"name": "fsdp", "world_size": 2}
+    dense, num_bytes = plan["traffic"]["dense"], 4 * plan["total"]["dense"]["parameters"]
+    assert dense["gradient_bytes"] == num_bytes
+    assert num_bytes / 2 < dense["weight_bytes"] < num_bytes
+    assert plan["training_memory"]["dense"]["weights"] == num_bytes / 2
+    four = _json(capsys, config, "--backend", "zero-3", "--world", "4")
+    assert four["backend"] == {"name": "zero-3", "world_size": 4}
+    # All is small enough to stay gathered, and is gathered once.
+    assert four["traffic"]["dense"]["weight_bytes"] == pytest.approx(num_bytes / 4, rel=1e-4)
+    alone = _json(capsys, config, "--backend", "ddp")
+    assert (
+        alone["traffic"]["dense"]["total_bytes"]
+        == num_bytes
+        == alone["traffic"]["dense"]["gradient_bytes"]
+    )
+    assert _plan(config, "--world", "4") == 0
+    text = capsys.readouterr().out
+    assert "Trains under fully_shard, on 4 ranks." in text
+    assert "Bytes a step, as each of 4 ranks hands them to collectives" in text
 
 
 def test_a_compute_time_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +174,8 @@ def test_a_budget_shows_the_widths_that_meet_it(capsys: pytest.CaptureFixture[st
         (("vgg_small", "--ratio", "1.5"), "search.prune_ratio"),
         (("vgg_small", "--ratio", "nan"), "search.prune_ratio"),
         ((DIGITS, "--ratio", "1.5"), "search.prune_ratio"),
-        (("vgg_small", "--world", "8"), "needs both"),
+        (("vgg_small", "--world", "0"), "--world: 0 ranks"),
+        (("vgg_small", "--world", "1", "--backend", "fsdp"), "shards the network over the ranks"),
         (("vgg_small", "--bandwidth", "1Gbit/s"), "needs both"),
         (("vgg_small", "--batch", "8"), "--batch"),
         (("vgg_small", "--ticket", "x", "--ratio", "0.5"), "--ratio"),

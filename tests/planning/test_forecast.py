@@ -152,9 +152,9 @@ def test_the_time_of_a_step_is_between_both_at_once_and_one_after_the_other() ->
     assert list(steps) == list(found.costs)
     for stage, step in steps.items():
         payload_bytes = found.costs[stage].total.payload_bytes
-        assert step.all_reduce_seconds == pytest.approx(1.5 * payload_bytes / 1e6)
-        assert step.shortest_seconds == max(step.compute_seconds, step.all_reduce_seconds)
-        assert step.longest_seconds == step.compute_seconds + step.all_reduce_seconds
+        assert step.communication_seconds == pytest.approx(1.5 * payload_bytes / 1e6)
+        assert step.shortest_seconds == max(step.compute_seconds, step.communication_seconds)
+        assert step.longest_seconds == step.compute_seconds + step.communication_seconds
     # Frozen channels are still computed; a drawn network is measured itself.
     measured = found.estimate.measured
     dense, ticket = (8 / measured.num_samples * seconds for seconds in measured.seconds)

@@ -114,8 +114,8 @@ def test_it_says_what_is_dropped_and_what_that_saves(found: Forecast) -> None:
         "truncated  288,170 100.0 %  4,758,016 100.0 %    578,920  50.2 %",
         "faded      288,170 100.0 %  4,758,016 100.0 %    290,664  25.2 %",
         "ticket      72,666  25.2 %  1,199,360  25.2 %    290,664  25.2 %",
-        "truncated: dropped channels have left the all-reduce.",
-        "faded: so have the columns that read them.",
+        "truncated: the gradients of dropped channels are not sent.",
+        "faded: nor are those of the columns that read them.",
         "ticket: dropped channels are gone.",
     ]
 

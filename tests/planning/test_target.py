@@ -7,6 +7,7 @@ import torch
 
 from worm_dist import ConfigError
 from worm_dist.planning.target import target_of, target_of_config
+from worm_dist.planning.wrapper import WrapperSettings, ZeroSettings
 from worm_dist.training.data import load_data
 from worm_dist.training.run_config import DataConfig
 
@@ -66,7 +67,39 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
         target.samples_per_rank(3)
 
 
-def test_deepspeed_sends_more_than_gradients(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("distributed: {backend: deepspeed}\n")
-    assert "ZeRO" in " ".join(target_of_config(path, None, None).remarks)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_is_planned_for_with_its_backend(tmp_path: Path, stage: int) -> None:
+    path, settings = tmp_path / "run.yaml", CONFIGS / "deepspeed" / f"zero{stage}.json"
+    path.write_text(f"distributed: {{backend: deepspeed, deepspeed: {settings}}}\n")
+    wrapper = target_of_config(path, None, None).wrapper
+    assert wrapper.name == f"zero-{stage}" and wrapper.zero == ZeroSettings(
+        stage,
+    )
+    path.write_text("distributed: {backend: fsdp, bucket_cap_mb: 3}\n")
+    assert target_of_config(path, None, None).wrapper == WrapperSettings("fsdp", unit_mb=3)
+    assert target_of_config(CONFIGS / "digits.yaml", None, None).wrapper == WrapperSettings()
+
+
+def test_what_deepspeed_would_do_by_default_is_known() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for stage in range(4):
+        theirs, ours = (
+            DeepSpeedZeroConfig(stage=stage),
+            ZeroSettings.of({"zero_optimization": {"stage": stage}}),
+        )
+        assert (ours.reduces_early, ours.round_robin, ours.is_aligned, ours.bucket) == (
+            theirs.overlap_comm,
+            theirs.round_robin_gradients,
+            theirs.parameter_alignment,
+            theirs.reduce_bucket_size,
+        )
+        assert (ours.most_prefetched, ours.most_live, ours.reuse_distance) == (
+            theirs.prefetch_bucket_size,
+            theirs.max_live_parameters,
+            theirs.max_reuse_distance,
+        )
+        assert (ours.persistent, ours.most_persistent) == (
+            theirs.param_persistence_threshold,
+            theirs.model_persistence_threshold,
+        )

@@ -14,6 +14,7 @@ from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.manifest import CheckpointInfo
 from worm_dist.models import build_model
 from worm_dist.planning.forecast import Forecast, forecast
+from worm_dist.planning.forecast_json import as_dict
 from worm_dist.planning.table import show
 from worm_dist.planning.target import Target
 
@@ -48,8 +49,8 @@ def test_scores_decide_which_channels_go(
     assert int(first.sum()) == 4
     assert bool(first[scales.argsort()[-4:]].all())
     assert found.budget_reached is not None and 0.24 < found.budget_reached <= 0.25
-    assert found.as_dict()["dropped"]["by"] == "scores"
-    assert found.as_dict()["dropped"]["mask_digest"] == found.mask.digest
+    assert as_dict(found)["dropped"]["by"] == "scores"
+    assert as_dict(found)["dropped"]["mask_digest"] == found.mask.digest
     assert int(_forecast(None).mask["features.0"].sum()) > 10
     show(found)
     text = " ".join(capsys.readouterr().out.split())

@@ -23,7 +23,7 @@ from worm_dist.comm_hooks.packing import Packing
 from worm_dist.comm_hooks.powersgd import PowerSGD
 from worm_dist.groups.tracing import find_groups
 from worm_dist.planning.hypothetical import drawn
-from worm_dist.planning.memory import memory_of_stages
+from worm_dist.planning.memory import memory_of_stages, whole
 from worm_dist.planning.target import Target
 from worm_dist.pruning.recorded_inputs import most_recorded_bytes
 from worm_dist.truncation.frozen_weights import Held
@@ -192,7 +192,7 @@ def test_the_plan_of_a_run_has_the_buffers_that_are_sent() -> None:
     groups = find_groups(network, random_images(1))
     mask = mask_dropping(groups, *range(0, 2 * _WIDTH, 2))
     ticket, _ = drawn(network, groups, mask)
-    stages = memory_of_stages(target, network, ticket, groups, mask, 10)
+    stages = memory_of_stages(target, network, ticket, groups, mask, 10, whole, {})
     assert list(stages) == ["dense", "truncated", "faded", "ticket"]
     inputs = 8 * 10 * 8 * 8 * 4
     assert [stage.inputs for stage in stages.values()] == [inputs, inputs, inputs, 0]

@@ -99,6 +99,11 @@ class PackedRows:
         return self._packings[rank]
 
     @property
+    def num_indices(self) -> int:
+        """Number of indices that are kept, each of eight bytes, besides those of the blocks."""
+        return sum(packing.num_indices for packing in self._packings)
+
+    @property
     def lent_size(self) -> int:
         """Number of elements of memory that the collectives need."""
         return self.shares.num_elements + self._own.num_live + self._scratch_size

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .step_time import Bucket
+from .step_time import Collective, in_backward
 
 __all__ = ["buckets_of"]
 
@@ -16,7 +16,7 @@ _FIRST_BYTES, _BYTES = 2**20, 25 * 2**20
 
 def buckets_of(
     network: nn.Module, payload_bytes: Mapping[str, int], flops: Mapping[str, int]
-) -> tuple[Bucket, ...]:
+) -> tuple[Collective, ...]:
     """The buckets in the order in which they are reduced: from the last layer to the first, as DDP
     rebuilds them after the first step.  The backward pass is assumed to take a time in proportion
     to the FLOPs.
@@ -37,8 +37,8 @@ def buckets_of(
         size += parameter.nbytes
         payload += payload_bytes[name]
         if size >= limit:
-            buckets.append(Bucket(payload, computed / total))
+            buckets.append(Collective("all-reduce", payload, in_backward(computed / total)))
             limit, size, payload = _BYTES, 0, 0
     if size:
-        buckets.append(Bucket(payload, computed / total))
+        buckets.append(Collective("all-reduce", payload, in_backward(computed / total)))
     return tuple(buckets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..budget_argument import parse_budget
 from ..errors import ConfigError
 from ..terminal import only_json_on_stdout, print_json
 from .image_shape import parse_image_shape
+from .wrapper_names import WRAPPERS
 
 if TYPE_CHECKING:
     from .forecast import Forecast
@@ -56,7 +58,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="drop what has the lowest scores in this trained dense network: a checkpoint's "
         "folder, a .safetensors file, or a state dict of torch.save",
     )
-    parser.add_argument("--world", type=int, help="ranks to estimate a step's time for")
+    parser.add_argument(
+        "--backend",
+        choices=WRAPPERS,
+        help="what the ranks train with: DistributedDataParallel, torch's fully_shard, or a stage "
+        "of DeepSpeed's ZeRO; default: that of the YAML file, or ddp",
+    )
+    parser.add_argument(
+        "--world",
+        type=int,
+        help="ranks to count bytes and memory for, and to estimate a step's time for; default: 2",
+    )
     parser.add_argument(
         "--bandwidth",
         help="what an all-reduce reaches over a rank's connection: 10Gbit/s, 1.25GB/s; often less "
@@ -95,7 +107,9 @@ def run(options: argparse.Namespace) -> int:
     with shown_activity(), only_json_on_stdout(options.json):
         result = _forecast(options, (shape, options.classes, changes))
     if options.json:
-        print_json(result.as_dict())
+        from .forecast_json import as_dict
+
+        print_json(as_dict(result))
     else:
         from .table import show
 
@@ -115,7 +129,7 @@ def _forecast(
     from .target import target_of, target_of_config
 
     link = None
-    if options.world is not None:
+    if options.bandwidth is not None:
         link = Link.parse(options.world, options.bandwidth, options.latency or _LATENCY)
     compute = None
     if options.compute is not None:
@@ -125,19 +139,23 @@ def _forecast(
         target = target_of_config(path, *overrides)
     else:
         target = target_of(options.model, *overrides)
-    return forecast(target, options.ticket, link, options.batch, options.weights, compute)
+    if options.backend is not None:
+        target = replace(target, wrapper=target.wrapper.named(options.backend))
+    return forecast(
+        target, options.ticket, link, options.batch, options.weights, compute, options.world
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
-    if (options.world is None) != (options.bandwidth is None):
+    if options.bandwidth is not None and options.world is None:
         raise ConfigError(
             "plan: the time of a step needs both --world and --bandwidth, such as --world 8 "
             "--bandwidth 10Gbit/s"
         )
-    if options.batch is not None and options.world is None:
-        raise ConfigError("--batch: only for the time of a step; give --world and --bandwidth too")
-    for name in ("latency", "compute"):
-        if getattr(options, name) is not None and options.world is None:
+    if options.world is not None and options.world < 1:
+        raise ConfigError(f"--world: {options.world} ranks; give at least 1")
+    for name in ("batch", "latency", "compute"):
+        if getattr(options, name) is not None and options.bandwidth is None:
             raise ConfigError(
                 f"--{name}: only for the time of a step; give --world and --bandwidth too"
             )

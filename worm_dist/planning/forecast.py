@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,23 +18,22 @@ from ..pruning.exactness import find_drawable_groups
 from ..pruning.predicted_cost import predicted_cost
 from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
-from ..search.rounding import ratio_reached
 from ..training.weights import load_weights
-from .buckets import buckets_of
 from .costs import Costs, costs_of, truncated
 from .hypothetical import drawn, mask_of_ticket
-from .memory import Memory, memory_of_stages
-from .step_time import FORMULA, Link, StepTime
+from .memory import Memory, TrainingState, memory_of_stages, training_state, whole
+from .module_order import module_order
+from .stage import Stage
+from .step_time import Link, StepTime
 from .target import Target
 from .timing import Measured, affordable_batch, measure
+from .traffic import Traffic, left_out_in, traffic_of_stages, wrapped_in
 
-__all__ = ["Estimate", "Forecast", "Stage", "forecast", "members_of"]
+__all__ = ["Estimate", "Forecast", "forecast", "members_of"]
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["dense", "truncated", "faded", "ticket"]
-"""``dense``: nothing is frozen.  ``truncated``: the all-reduce omits dropped channels.
-``faded``: it also omits the columns that read them.  ``ticket``: dropped channels are removed."""
+_FEWEST_RANKS = 2
 
 
 def members_of(group: ChannelGroup) -> dict[str, list[str]]:
@@ -80,10 +78,13 @@ class Forecast:
             and all groups lose about the same share.
         groups: the channel groups of the dense network.
         mask: the channels that are kept.
+        world_size: number of ranks that bytes and memory are counted for.
         costs: the costs of every stage that the settings lead to, in order.
+        traffic: what a rank hands to collectives in a step of these stages.
         others: modules with parameters that belong to no group, and such parameters outside any
             submodule.
         memory: the engine's memory on a rank in these stages.
+        training: what training itself holds on a rank, of the dense network and of the ticket.
         weight_bytes: bytes of the dense network's parameters.
         estimate: estimated step times; None if not requested.
         budget_reached: what the ticket takes of the dense network of what the budget limits, 0 to
@@ -95,9 +96,12 @@ class Forecast:
     weights: Path | None
     groups: Groups
     mask: Mask
+    world_size: int
     costs: Mapping[Stage, Costs]
+    traffic: Mapping[Stage, Traffic]
     others: Sequence[str]
-    memory: Mapping[str, Memory]
+    memory: Mapping[Stage, Memory]
+    training: Mapping[Stage, TrainingState]
     weight_bytes: int
     estimate: Estimate | None
     budget_reached: float | None = None
@@ -105,7 +109,8 @@ class Forecast:
     @property
     def remarks(self) -> Sequence[str]:
         """Notes on what the figures do not include."""
-        truncation, remarks = self.target.worm.truncation, list(self.target.remarks)
+        truncation = self.target.worm.truncation
+        remarks: list[str] = []
         by_norm = self.target.worm.search.grouping == "layer" and self.ticket is None
         if by_norm and any(len(group.norms) > 1 for group in self.groups):
             remarks.append(
@@ -117,60 +122,6 @@ class Forecast:
             remarks.append("bytes are those before PowerSGD's approximation, which sends far fewer")
         return remarks
 
-    def as_dict(self) -> dict[str, Any]:
-        """The complete forecast as JSON values."""
-        target, estimate = self.target, self.estimate
-        budget = target.worm.search.budget.chosen if self.ticket is None else None
-        by_settings = self.ticket is None and self.weights is None
-        return {
-            "model": {
-                "name": target.model,
-                "arguments": dict(target.arguments),
-                "sample_shape": list(target.sample_shape),
-                "num_classes": target.num_classes,
-            },
-            "settings": target.worm.model_dump(mode="json"),
-            "dropped": {
-                "by": "settings" if by_settings else "scores" if self.weights else "ticket",
-                "prune_ratio": None if self.ticket or budget else target.worm.search.prune_ratio,
-                "ratio_reached": ratio_reached(self.mask),
-                "budget": dict([budget]) if budget else None,
-                "budget_reached": self.budget_reached,
-                "ticket": None if self.ticket is None else str(self.ticket),
-                "weights": None if self.weights is None else str(self.weights),
-                "mask_digest": None if by_settings else self.mask.digest,
-                "num_channels": self.mask.num_channels,
-                "num_kept": self.mask.num_kept,
-            },
-            "groups": [
-                {
-                    "name": group.name,
-                    "num_channels": group.num_channels,
-                    "num_kept": int(self.mask[group.name].sum()),
-                    "places_each": self.groups.widths[group.name],
-                    **members_of(group),
-                    "costs": {s: asdict(costs.groups[group.name]) for s, costs in self._costs},
-                }
-                for group in self.groups
-            ],
-            "others": {
-                "modules": list(self.others),
-                "costs": {stage: asdict(costs.rest) for stage, costs in self._costs},
-            },
-            "total": {stage: asdict(costs.total) for stage, costs in self._costs},
-            "memory": {
-                stage: {**asdict(each.truncation), "inputs": each.inputs, "total": each.total}
-                for stage, each in self.memory.items()
-            },
-            "dense": dict(self.groups.dense),
-            "estimate": None if estimate is None else _estimate_as_dict(estimate),
-            "remarks": list(self.remarks),
-        }
-
-    @property
-    def _costs(self) -> Sequence[tuple[Stage, Costs]]:
-        return tuple(self.costs.items())
-
 
 def forecast(
     target: Target,
@@ -179,6 +130,7 @@ def forecast(
     num_samples: int | None,
     weights: Path | None = None,
     compute_seconds: float | None = None,
+    world_size: int | None = None,
 ) -> Forecast:
     """Build the network with the gates that a run would add, draw a copy, and count the costs.
 
@@ -191,12 +143,15 @@ def forecast(
             ``weights.load_weights``.
         compute_seconds: time of a forward and backward pass of the dense network; None to measure
             it, and the ticket's.
+        world_size: number of ranks; None for that of ``link``, or 2.
 
     Raises:
         ConfigError: the network cannot be built or has no channel group, or the settings, the
             ticket or the batch do not fit.
         CheckpointError: the ticket or the weights do not exist, are damaged, or do not fit.
     """
+    if link is not None:
+        world_size = link.world_size
     logger.info("plan: building %s", target.model)
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
@@ -215,15 +170,36 @@ def forecast(
     ticket_network, ticket_groups = drawn(network, groups, mask)
 
     logger.info("plan: counting parameters, FLOPs, bytes and memory")
-    compression = target.worm.truncation.compression
+    compression, uncompressed = target.worm.truncation.compression, "none"
+    if target.wrapper.kind == "deepspeed" and target.wrapper.zero.gradients.itemsize == 2:
+        compression = uncompressed = "bf16"
     keep_all = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
-    dense = costs_of(network, groups, keep_all, sample, "none")
+    dense = costs_of(network, groups, keep_all, sample, uncompressed)
     costs: dict[Stage, Costs] = {"dense": dense}
-    for stage, plan in _plans(target, network, groups, mask).items():
+    plans = _plans(target, network, groups, mask)
+    for stage, plan in plans.items():
         costs[stage] = truncated(dense, network, groups, plan, compression)
     costs["ticket"] = costs_of(ticket_network, ticket_groups, mask, sample, compression)
-    num_samples = num_samples or target.samples_per_rank(1 if link is None else link.world_size)
-    memory = memory_of_stages(target, network, ticket_network, groups, mask, num_samples)
+    left_out = left_out_in(target, network, ticket_network, groups, mask, plans)
+    num_samples = num_samples or target.samples_per_rank(world_size or 1)
+    world_size = world_size or _FEWEST_RANKS
+    wrapped = wrapped_in(target.wrapper, network, world_size)
+    counted = {network: dense, ticket_network: costs["ticket"]}
+    orders = (
+        {} if wrapped is None else {n: module_order(n, sample, c.flops) for n, c in counted.items()}
+    )
+    traffic = traffic_of_stages(wrapped, left_out, costs, orders)
+    parts, gathered = {}, {}
+    for each in counted:
+        parts[each] = whole if wrapped is None else wrapped.shards_of(each)
+        gathered[each] = 0 if wrapped is None else wrapped.gathered_bytes(each, orders[each])
+    packed = {} if wrapped is None else {s: wrapped.packing(each) for s, each in left_out.items()}
+    memory = memory_of_stages(
+        target, network, ticket_network, groups, mask, num_samples, parts[network], packed
+    )
+    dense_state, ticket_state = (
+        training_state(target, each, parts[each], gathered[each]) for each in counted
+    )
     estimate = None
     if link is not None:
         shape, precision = target.sample_shape, target.precision
@@ -234,7 +210,8 @@ def forecast(
             share = costs["ticket"].total.flops / dense.total.flops
             seconds = (compute_seconds, share * compute_seconds)
             measured = Measured(seconds, num_samples, rounds=0, device="given")
-        steps = _steps(costs, (network, ticket_network), measured, num_samples, link)
+        link = replace(link, is_gloo=compute_seconds is None and not torch.cuda.is_available())
+        steps = _steps(traffic, measured, num_samples, link)
         estimate = Estimate(link, num_samples, measured, steps)
     others = _others(ticket_network, ticket_groups)
     weight_bytes = sum(p.nbytes for p in network.parameters())
@@ -244,9 +221,12 @@ def forecast(
         weights=weights,
         groups=groups,
         mask=mask,
+        world_size=world_size,
         costs=costs,
+        traffic=traffic,
         others=others,
         memory=memory,
+        training={"dense": dense_state, "ticket": ticket_state},
         weight_bytes=weight_bytes,
         estimate=estimate,
         budget_reached=budget_reached,
@@ -282,8 +262,7 @@ def _plans(
 
 
 def _steps(
-    costs: Mapping[Stage, Costs],
-    networks: tuple[nn.Module, nn.Module],
+    traffic: Mapping[Stage, Traffic],
     measured: Measured,
     num_samples: int,
     link: Link,
@@ -292,39 +271,14 @@ def _steps(
     is scaled to the number of samples.
 
     Args:
-        costs: the costs of every stage.
-        networks: the dense network and the ticket.
-        measured: compute times of both.
+        traffic: the collectives of every stage.
+        measured: compute times of the dense network and the ticket.
         num_samples: samples per rank and step.
         link: the network between the ranks.
     """
     scale = num_samples / measured.num_samples
     steps: dict[Stage, StepTime] = {}
-    for stage, each in costs.items():
-        which = stage == "ticket"
-        buckets = buckets_of(networks[which], each.payload_bytes, each.flops)
-        steps[stage] = StepTime.of(scale * measured.seconds[which], buckets, link)
+    for stage, each in traffic.items():
+        seconds = scale * measured.seconds[stage == "ticket"]
+        steps[stage] = StepTime.of(seconds, each.collectives, link)
     return steps
-
-
-def _estimate_as_dict(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "world_size": estimate.link.world_size,
-        "bandwidth_bits_per_second": estimate.link.bits_per_second,
-        "latency_seconds": estimate.link.latency_seconds,
-        "samples_per_rank": estimate.num_samples,
-        "samples_measured": estimate.measured.num_samples,
-        "device": estimate.measured.device,
-        "rounds": estimate.measured.rounds,
-        "formula": FORMULA,
-        "steps": {
-            stage: {
-                "compute_seconds": step.compute_seconds,
-                "all_reduce_seconds": step.all_reduce_seconds,
-                "expected_seconds": step.expected_seconds,
-                "shortest_seconds": step.shortest_seconds,
-                "longest_seconds": step.longest_seconds,
-            }
-            for stage, step in estimate.steps.items()
-        },
-    }

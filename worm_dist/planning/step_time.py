@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..errors import ConfigError
 
-__all__ = ["FORMULA", "Bucket", "Link", "StepTime", "parse_seconds", "ring_seconds"]
+__all__ = [
+    "FORMULA",
+    "Collective",
+    "Kind",
+    "Link",
+    "StepTime",
+    "in_backward",
+    "in_forward",
+    "in_passes",
+    "parse_seconds",
+    "ring_bytes",
+    "seconds_of",
+]
 
 FORMULA = "2 (n-1)/n x bytes / bandwidth + 2 (n-1) x latency"
 
@@ -30,12 +43,14 @@ class Link:
         bits_per_second: bandwidth of one rank's connection, in each direction.
         text: the bandwidth as the user wrote it.
         latency_seconds: time until the first byte of a message has arrived.
+        is_gloo: whether the ranks are on CPUs and use gloo.
     """
 
     world_size: int
     bits_per_second: float
     text: str
     latency_seconds: float = 0.0
+    is_gloo: bool = False
 
     @classmethod
     def parse(cls, world_size: int, bandwidth: str, latency: str = "0us") -> Link:
@@ -75,30 +90,83 @@ def parse_seconds(option: str, text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
+
+
 @dataclass(frozen=True)
-class Bucket:
-    """Gradients that are reduced together.
+class Collective:
+    """A collective of a step.  Times are shares of the forward and backward pass, 0 to 1; see
+    ``in_backward``.
 
     Attributes:
-        payload_bytes: bytes that a rank passes to the all-reduce; with none there is no all-reduce.
-        ready: share of the backward pass after which these gradients are there, 0 to 1.
+        kind: what it does; only an all-gather sends weights.
+        payload_bytes: bytes that a rank hands over, as ``Engine.traffic`` counts them: all ranks'
+            elements in a reduction, its own in an all-gather.  With none there is no collective.
+        ready: when it can start.
+        needed: when computing waits for it; None if nothing but the end of the step does.
     """
 
+    kind: Kind
     payload_bytes: int
     ready: float
+    needed: float | None = None
+
+    @property
+    def sends_weights(self) -> bool:
+        return self.kind == "all-gather"
 
 
-def ring_seconds(payload_bytes: int, link: Link) -> float:
-    """Time of a ring all-reduce in seconds: in ``2 (n-1)`` messages after one another, each rank
-    sends and receives ``2 (n-1)/n`` x the bytes.  Nothing takes no time.
+def in_backward(share: float) -> float:
+    """Turn a share of the backward pass into one of the forward and backward pass."""
+    return 1 - _BACKWARD * (1 - share)
+
+
+def in_forward(share: float) -> float:
+    """Turn a share of the forward pass into one of the forward and backward pass."""
+    return (1 - _BACKWARD) * share
+
+
+def in_passes(collectives: Sequence[Collective], num_passes: int) -> list[Collective]:
+    """Those of a step of several forward and backward passes, given those of each."""
+    return [
+        replace(
+            each,
+            ready=(number + each.ready) / num_passes,
+            needed=None if each.needed is None else (number + each.needed) / num_passes,
+        )
+        for number in range(num_passes)
+        for each in collectives
+    ]
+
+
+def ring_bytes(collective: Collective, link: Link) -> float:
+    """Bytes that a rank sends in a collective by a ring.
+
+    In an all-reduce that is ``2 (n-1)/n`` x what it hands over, in a reduce-scatter half of it.  In
+    an all-gather it sends its own bytes and passes on those of all others but one.  gloo carries
+    out a reduce-scatter as an all-reduce.
 
     Source: Patarin and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
     """
-    if not payload_bytes:
+    num_messages, size = _num_messages(collective, link), link.world_size
+    share = num_messages if collective.kind == "all-gather" else num_messages / size
+    return share * collective.payload_bytes
+
+
+def seconds_of(collective: Collective, link: Link) -> float:
+    """Time of a collective by a ring in seconds; nothing takes no time."""
+    if not collective.payload_bytes:
         return 0.0
-    num_messages = 2 * (link.world_size - 1)
-    share = num_messages / link.world_size
-    return share * payload_bytes * 8 / link.bits_per_second + num_messages * link.latency_seconds
+    seconds = ring_bytes(collective, link) * 8 / link.bits_per_second
+    return seconds + _num_messages(collective, link) * link.latency_seconds
+
+
+def _num_messages(collective: Collective, link: Link) -> int:
+    """Number of messages of a ring, one after another."""
+    is_twice = collective.kind == "all-reduce" or (
+        collective.kind == "reduce-scatter" and link.is_gloo
+    )
+    return (2 if is_twice else 1) * (link.world_size - 1)
 
 
 @dataclass(frozen=True)
@@ -108,38 +176,43 @@ class StepTime:
 
     Attributes:
         compute_seconds: measured time of the forward and backward pass.
-        all_reduce_seconds: time of the gradients' all-reduce by the formula.
-        expected_seconds: the time with buckets that are reduced one after the other, each as soon
-            as its gradients are there.
+        communication_seconds: time of all collectives by the formula.
+        expected_seconds: the time with collectives that run one after the other, each as soon as it
+            can start, while computing waits for the weights that it needs.
     """
 
     compute_seconds: float
-    all_reduce_seconds: float
+    communication_seconds: float
     expected_seconds: float
 
     @classmethod
-    def of(cls, compute_seconds: float, buckets: Sequence[Bucket], link: Link) -> StepTime:
+    def of(cls, compute_seconds: float, collectives: Sequence[Collective], link: Link) -> StepTime:
         """Estimate a step.
 
         Args:
             compute_seconds: time of the forward and backward pass.
-            buckets: the buckets of the gradients, in the order in which they are reduced.
+            collectives: the collectives in the order in which they start.
             link: the network between the ranks.
         """
-        end = all_reduce_seconds = 0.0
-        for bucket in buckets:
-            seconds = ring_seconds(bucket.payload_bytes, link)
-            ready = compute_seconds * (1 - _BACKWARD * (1 - bucket.ready))
-            end = max(ready, end) + seconds
-            all_reduce_seconds += seconds
-        return cls(compute_seconds, all_reduce_seconds, max(compute_seconds, end))
+        end = waited = communication_seconds = 0.0
+        for collective in collectives:
+            seconds = seconds_of(collective, link)
+            end = max(collective.ready * compute_seconds + waited, end) + seconds
+            if collective.needed is not None:
+                waited += max(0.0, end - (collective.needed * compute_seconds + waited))
+            communication_seconds += seconds
+        expected_seconds = max(compute_seconds + waited, end)
+        if link.is_gloo and any(collective.sends_weights for collective in collectives):
+            # On CPUs there are no streams, so torch and DeepSpeed wait for each of them.
+            expected_seconds = compute_seconds + communication_seconds
+        return cls(compute_seconds, communication_seconds, expected_seconds)
 
     @property
     def shortest_seconds(self) -> float:
-        """Step time with full overlap of all-reduce and computation."""
-        return max(self.compute_seconds, self.all_reduce_seconds)
+        """Step time with full overlap of communication and computation."""
+        return max(self.compute_seconds, self.communication_seconds)
 
     @property
     def longest_seconds(self) -> float:
         """Step time without overlap."""
-        return self.compute_seconds + self.all_reduce_seconds
+        return self.compute_seconds + self.communication_seconds

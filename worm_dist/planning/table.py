@@ -14,15 +14,17 @@ from ..search.rounding import ratio_reached
 from ..terminal import console_of
 from .console import GAP, plain_table, print_table
 from .costs import Cost
-from .forecast import Estimate, Forecast, Stage, members_of
-from .formatting import column, column_widths, compared, listed, mebibytes, seconds, short
-from .step_time import FORMULA
+from .forecast import Forecast, members_of
+from .formatting import column, column_widths, compared, listed, short
+from .memory_table import engine_memory, training_memory
+from .stage import Stage
+from .time_table import method, setting, times
 
 __all__ = ["show"]
 
 _MEANING: Mapping[Stage, str] = {
-    "truncated": "dropped channels have left the all-reduce",
-    "faded": "so have the columns that read them",
+    "truncated": "the gradients of dropped channels are not sent",
+    "faded": "nor are those of the columns that read them",
     "ticket": "dropped channels are gone",
 }
 
@@ -34,7 +36,7 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         forecast: the forecast to print.
         file: the stream to write to; the default is the standard output.
     """
-    console = console_of(file)
+    console, target = console_of(file), forecast.target
     console.print(*_head(forecast), sep="\n")
     print_table(console, _ranked_by(forecast), _members(forecast, console.width))
     if max(forecast.groups.widths.values()) > 1:
@@ -45,10 +47,16 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
     if forecast.groups.dense:
         print_table(console, "What stays dense", _dense(forecast, console.width))
     print_table(console, "The whole network", _totals(forecast))
+    if not _is_ddp(forecast):
+        title = f"Bytes a step, as each of {forecast.world_size} ranks hands them to collectives"
+        print_table(console, title, _traffic(forecast))
     for stage in forecast.costs:
         if stage in _MEANING:
             console.print(f"{stage}: {_MEANING[stage]}.")
-    print_table(console, "The engine's memory on a rank, in MiB", _memory(forecast))
+    if forecast.target.wrapper.gathers_unread and "faded" in forecast.costs:
+        console.print("Nor are their weights gathered for a pass then.")
+    print_table(console, "Memory of training on a rank, in MiB", training_memory(forecast))
+    print_table(console, "The engine's memory on a rank, in MiB", engine_memory(forecast))
     console.print(
         "Held: copies of frozen weights and of their optimizer state. Inputs: those from which "
         "BatchNorm's statistics are estimated, whole batches unless --world divides them. On a "
@@ -57,8 +65,8 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
     if any(group.gates for group in forecast.groups):
         console.print("The ticket has no gates: they are folded into the weights.")
     if forecast.estimate is not None:
-        print_table(console, _setting(forecast.estimate), _times(forecast.estimate))
-        console.print(_method(forecast.estimate))
+        print_table(console, setting(forecast.estimate), times(forecast.estimate, target.wrapper))
+        console.print(method(forecast.estimate, target.wrapper))
     for remark in forecast.remarks:
         console.print(f"Note: {remark}.")
 
@@ -73,7 +81,14 @@ def _head(forecast: Forecast) -> list[str]:
         why = f"Drops {share}, those that the ticket in {forecast.ticket} has dropped."
     else:
         why = f"Drops {share}: {_shares(forecast)}"
-    return [name, f"Input {shape}, {target.num_classes} classes.", why]
+    lines = [name, f"Input {shape}, {target.num_classes} classes.", why]
+    if not _is_ddp(forecast):
+        lines.append(f"Trains under {target.wrapper.title}, on {forecast.world_size} ranks.")
+    return lines
+
+
+def _is_ddp(forecast: Forecast) -> bool:
+    return forecast.target.wrapper.kind == "ddp"
 
 
 def _shares(forecast: Forecast) -> str:
@@ -172,7 +187,7 @@ def _costs(forecast: Forecast, width: int) -> Table:
     columns = (
         ("parameters", "parameters", ends),
         ("FLOPs a sample", "flops", ends),
-        ("bytes a step", "payload_bytes", stages),
+        ("bytes a step" if _is_ddp(forecast) else "bytes of gradients", "payload_bytes", stages),
     )
     table = plain_table()
     table.add_column("group", no_wrap=True)
@@ -220,75 +235,33 @@ def _totals(forecast: Forecast) -> Table:
     """Table of the whole network's costs, with exact numbers."""
     table = plain_table()
     table.add_column("")
-    for heading in ("parameters", "FLOPs a sample", "bytes a step"):
+    headings = ["parameters", "FLOPs a sample"] + ["bytes a step"] * _is_ddp(forecast)
+    for heading in headings:
         table.add_column(heading, justify="right")
     dense = forecast.costs["dense"].total
     for stage, costs in forecast.costs.items():
         total = costs.total
-        table.add_row(
-            stage,
+        cells = [
             compared(f"{total.parameters:,}", total.parameters / dense.parameters),
             compared(f"{total.flops:,}", total.flops / dense.flops),
             compared(f"{total.payload_bytes:,}", total.payload_bytes / dense.payload_bytes),
-        )
+        ]
+        table.add_row(stage, *cells[: len(headings)])
     return table
 
 
-def _memory(forecast: Forecast) -> Table:
-    """Table of what the engine holds in every stage, also as a share of the dense weights."""
+def _traffic(forecast: Forecast) -> Table:
+    """Table of what a rank hands to collectives, where that is more than gradients."""
     table = plain_table()
     table.add_column("")
-    for heading in ("held weights", "held state", "packing", "indices", "inputs", "all"):
+    for heading in ("gradients", "weights", "all"):
         table.add_column(heading, justify="right")
-    for stage, memory in forecast.memory.items():
-        parts = memory.truncation
-        cells = (parts.weights, parts.moments, parts.buffers, parts.indices, memory.inputs)
-        share = memory.total / forecast.weight_bytes
-        table.add_row(stage, *map(mebibytes, cells), compared(mebibytes(memory.total), share))
-    return table
-
-
-def _setting(estimate: Estimate) -> str:
-    link = estimate.link
-    ranks = "rank" if link.world_size == 1 else "ranks"
-    return (
-        f"A step's time, estimated: {link.world_size} {ranks} at {link.text}, "
-        f"{estimate.num_samples} samples each"
-    )
-
-
-def _times(estimate: Estimate) -> Table:
-    table = plain_table()
-    table.add_column("")
-    for heading in ("computing", "all-reduce", "expected", "both at once", "one after the other"):
-        table.add_column(heading, justify="right")
-    dense = estimate.steps["dense"]
-    for stage, step in estimate.steps.items():
-        shortest, longest = step.shortest_seconds, step.longest_seconds
+    dense = forecast.traffic["dense"].total_bytes
+    for stage, traffic in forecast.traffic.items():
         table.add_row(
             stage,
-            seconds(step.compute_seconds),
-            seconds(step.all_reduce_seconds),
-            compared(
-                seconds(step.expected_seconds), step.expected_seconds / dense.expected_seconds
-            ),
-            compared(seconds(shortest), shortest / dense.shortest_seconds),
-            compared(seconds(longest), longest / dense.longest_seconds),
+            f"{traffic.gradient_bytes:,}",
+            f"{traffic.weight_bytes:,}",
+            compared(f"{traffic.total_bytes:,}", traffic.total_bytes / dense),
         )
     return table
-
-
-def _method(estimate: Estimate) -> str:
-    measured = estimate.measured
-    computing = f"measured on this machine ({measured.device}; median of {measured.rounds})"
-    if measured.rounds == 0:
-        computing = "given for the dense network; the ticket's is in proportion to its FLOPs"
-    elif measured.num_samples < estimate.num_samples:
-        computing += f", on {measured.num_samples} samples and scaled to {estimate.num_samples}"
-    return (
-        f"Computing: forward and backward pass, {computing}. All-reduce: a ring's {FORMULA}. "
-        "Expected: DistributedDataParallel's buckets are reduced one after the other, each as soon "
-        "as its gradients are there. Packing, optimizer and input are left out. An all-reduce "
-        "often reaches less than the nominal rate, over gloo 450 to 650 Mbit/s of 1 Gbit/s: give "
-        "what yours reaches as --bandwidth."
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from ..config import WormConfig
 from ..errors import ConfigError
 from ..models import BUILDERS, build_model
 from ..training.config_file import read_run_config
-from ..training.run_config import DataConfig
+from ..training.deepspeed_config import deepspeed_settings
+from ..training.run_config import DataConfig, RunConfig
 from ..user_function import is_user_function
+from .wrapper import WrapperSettings, ZeroSettings
 
 __all__ = ["Shape", "Target", "target_of", "target_of_config"]
 
@@ -48,7 +50,7 @@ class Target:
         batch_size: samples in an optimizer step over all ranks; None if not set.
         optimizer: name of the optimizer.
         precision: ``bf16`` for torch's autocast; the others are float32.
-        remarks: notes on what the figures do not include with these settings.
+        wrapper: what the network is wrapped in.
     """
 
     model: str
@@ -59,7 +61,7 @@ class Target:
     batch_size: int | None = None
     optimizer: str = "sgd"
     precision: str = "fp32"
-    remarks: Sequence[str] = ()
+    wrapper: WrapperSettings = field(default_factory=WrapperSettings)
 
     def build(self) -> nn.Module:
         """Build the dense network; its weights come from torch's random state.
@@ -139,12 +141,6 @@ def target_of_config(
             f"{path}: search.enabled is false, so this run drops nothing; plan another preset"
         )
     shape, classes = _sample(config.data, sample_shape, num_classes)
-    remarks = []
-    if config.distributed.backend in ("deepspeed", "fsdp"):
-        kind = "ZeRO" if config.distributed.backend == "deepspeed" else "fully_shard"
-        remarks.append(
-            f"bytes and memory are DistributedDataParallel's; under {kind} ranks also send weights"
-        )
     return Target(
         model=config.model.name,
         arguments=config.model.arguments,
@@ -154,8 +150,17 @@ def target_of_config(
         batch_size=config.data.batch_size,
         optimizer=config.optimizer.name,
         precision=config.precision,
-        remarks=remarks,
+        wrapper=_wrapper(config),
     )
+
+
+def _wrapper(config: RunConfig) -> WrapperSettings:
+    distributed = config.distributed
+    if distributed.backend == "fsdp":
+        return WrapperSettings("fsdp", unit_mb=distributed.bucket_cap_mb)
+    if distributed.backend == "deepspeed":
+        return WrapperSettings("deepspeed", zero=ZeroSettings.of(deepspeed_settings(config, 1)))
+    return WrapperSettings()
 
 
 def _sample(

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..errors import ConfigError
 
-__all__ = ["modules_to_shard", "shard"]
+__all__ = ["modules_to_shard", "require_several", "shard"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """Modules that are never called, so that nothing would gather their weights."""
@@ -29,16 +29,25 @@ def shard(network: nn.Module, unit_mb: float, world_size: int, device: torch.dev
     Raises:
         ConfigError: there is one rank only.
     """
-    if world_size == 1:
-        raise ConfigError(
-            "distributed.backend: fsdp shards the network over the ranks, and there is only one; "
-            "start more, or choose 'auto'"
-        )
+    require_several(world_size)
     mesh = init_device_mesh(device.type, (world_size,))
     for module in modules_to_shard(network, int(unit_mb * 2**20)):
         fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
     return network
+
+
+def require_several(world_size: int) -> None:
+    """Refuse to shard over one rank.
+
+    Raises:
+        ConfigError: there is one rank only.
+    """
+    if world_size == 1:
+        raise ConfigError(
+            "distributed.backend: fsdp shards the network over the ranks, and there is only one; "
+            "start more, or choose 'auto'"
+        )
 
 
 def modules_to_shard(network: nn.Module, unit_bytes: int) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from ..groups.freeze_plan import FreezePlan
 from .fading import NEVER, Fade
 from .slices import RepeatedWrite, Slices, group_slices
 
-__all__ = ["Free", "FrozenWeights", "Held", "Removed"]
+__all__ = ["Free", "FrozenWeights", "Held", "Removed", "fading_params"]
 
 _FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 
@@ -137,15 +137,7 @@ class Removed(Held):
         self._fade.begin(channels, step)
 
     def fading_params(self, frozen: Tensor) -> Collection[Tensor]:
-        parameters = dict(self._network.named_parameters())
-        here = zip(self._groups, self._groups.split(frozen).values())
-        return {
-            parameters[name]
-            for group, frozen_here in here
-            if bool(frozen_here.any())
-            for member in group.zeroing_members
-            for name, _ in member.parameters
-        }
+        return fading_params(self._network, self._groups, frozen)
 
     def before_step(self) -> None:
         super().before_step()
@@ -258,3 +250,16 @@ class _HeldSlices:
         moments = [self._view.moments(shard) for shard in self.shards]
         keys = {key: None for of_shard in moments for key in of_shard}
         return {key: [of_shard.get(key) for of_shard in moments] for key in keys}
+
+
+def fading_params(network: nn.Module, groups: Groups, frozen: Tensor) -> set[Tensor]:
+    """The scales and shifts of groups in which any of these channels are frozen; see
+    ``FrozenWeights.fading_params``."""
+    parameters = dict(network.named_parameters())
+    return {
+        parameters[name]
+        for group, frozen_here in zip(groups, groups.split(frozen).values())
+        if bool(frozen_here.any())
+        for member in group.zeroing_members
+        for name, _ in member.parameters
+    }

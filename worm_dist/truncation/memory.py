@@ -29,7 +29,10 @@ __all__ = [
     "HELD_MOMENTS",
     "TruncationMemory",
     "compressed_bytes",
+    "copies_memory",
+    "index_bytes",
     "num_held_moments",
+    "packing_memory",
     "truncation_memory",
 ]
 
@@ -66,6 +69,14 @@ class TruncationMemory:
     def total(self) -> int:
         return self.weights + self.moments + self.buffers + self.indices
 
+    def __add__(self, other: TruncationMemory) -> TruncationMemory:
+        return TruncationMemory(
+            self.weights + other.weights,
+            self.moments + other.moments,
+            self.buffers + other.buffers,
+            self.indices + other.indices,
+        )
+
 
 def truncation_memory(
     held: FreezePlan,
@@ -86,8 +97,20 @@ def truncation_memory(
         num_moments: tensors of optimizer state for each parameter that are held: all those of the
             parameter's shape, except first moments.
     """
-    weights = moments = 0
-    indices = sum(_index_bytes(plan) for plan in {held, sent})
+    indices = sum(index_bytes(plan) for plan in {held, sent})
+    copies = copies_memory(held, shards_of, config, num_moments)
+    packing = packing_memory(sent, averaged, config)
+    return copies + packing + TruncationMemory(indices=indices)
+
+
+def copies_memory(
+    held: FreezePlan,
+    shards_of: Callable[[Tensor], Sequence[Shard]],
+    config: TruncationConfig,
+    num_moments: int,
+) -> TruncationMemory:
+    """What copies of frozen weights and their optimizer state take; see ``truncation_memory``."""
+    weights = moments = indices = 0
     if config.frozen_weights != "free":
         items = [(shard, block) for p, block in held.blocks.items() for shard in shards_of(p)]
         for shards, slices in group_slices(items):
@@ -95,11 +118,18 @@ def truncation_memory(
             weights += copied
             moments += copied * num_moments
             indices += slices.num_indices * _INT64
-    buffers = 0
+    return TruncationMemory(weights, moments, 0, indices)
+
+
+def packing_memory(
+    sent: FreezePlan, averaged: Collection[Tensor], config: TruncationConfig
+) -> TruncationMemory:
+    """What packed gradients take; see ``truncation_memory``."""
+    buffers = indices = 0
     for packing, size in _packings(sent, averaged):
         buffers += packing.buffer_bytes + compressed_bytes(packing.live_shapes, size, config)
         indices += packing.num_indices * _INT64
-    return TruncationMemory(weights, moments, buffers, indices)
+    return TruncationMemory(0, 0, buffers, indices)
 
 
 def num_held_moments(optimizer: Optimizer) -> int:
@@ -108,7 +138,8 @@ def num_held_moments(optimizer: Optimizer) -> int:
     return known + any(group.get("amsgrad", False) for group in optimizer.param_groups)
 
 
-def _index_bytes(plan: FreezePlan) -> int:
+def index_bytes(plan: FreezePlan) -> int:
+    """Bytes of the indices of live and frozen slices."""
     return sum(
         (live.numel() + block.frozen[dim].numel()) * _INT64
         for block in plan.blocks.values()

@@ -19,7 +19,7 @@ from ...engine.engine import Engine
 from ...groups.flops import count_flops_by_module
 from ...groups.freeze_plan import FreezePlan
 from ...planning.buckets import buckets_of
-from ...planning.step_time import Bucket, StepTime
+from ...planning.step_time import Collective, StepTime
 from ...planning.step_time import Link as PlannedLink
 from ..network import Link, num_collectives, over_ranks
 from ..variants import DDP, HALF, WARM_UP, Batch, dense, training, uniform_mask
@@ -40,7 +40,7 @@ class _Variant:
     model: DistributedDataParallel
     step: Callable[[], object]
     payload: Mapping[str, int]
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Collective, ...]
 
 
 @dataclass(frozen=True)
