@@ -169,6 +169,7 @@ def _parse(
         allow_abbrev=False,
     )
     scale.add_argument("--model", help="a model for 32x32 images; default: resnet20")
+    scale.add_argument("--backend", choices=("ddp", "fsdp"), default="ddp")
     scale.add_argument("--quick", action="store_true", help="few rounds")
     scale.add_argument("--out", type=Path, help="default: runs/scale")
     memory = benchmarks.add_parser(
@@ -261,7 +262,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.benchmark == "scale":
         from .bench.scaling.run import run as run_scale
 
-        run_scale(options.model, options.quick, options.out or Path("runs") / "scale")
+        folder = options.out or Path("runs") / "scale"
+        run_scale(options.model, options.backend, options.quick, folder)
         return 0
     if options.benchmark == "memory":
         from .bench.memory import run as run_memory

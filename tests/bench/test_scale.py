@@ -49,6 +49,27 @@ def test_the_payload_is_that_of_the_elements(ranks: Ranks, size: int) -> None:
             assert row.estimate_seconds is None or row.estimate_seconds >= row.compute_seconds
 
 
+def _sharded_rows() -> list[ScaleRow]:
+    return list(measure(TINY, "fsdp"))
+
+
+@pytest.mark.slow("trains on two ranks")
+@pytest.mark.timeout(120)
+def test_sharded_steps_also_send_weights(ranks: Ranks) -> None:
+    """The network is one unit, so weights are gathered once, a half from each rank."""
+    numel = sum(p.numel() for p in TINY.build().parameters())
+    for rows in ranks(2, _sharded_rows):
+        dense, frozen, left, drawn, _ = rows
+        assert [row.variant for row in rows[:2]] == ["fully_shard", "half frozen, fsdp"]
+        assert dense.payload_bytes == 4 * (numel + numel // 2)
+        assert drawn.payload_bytes <= left.payload_bytes < frozen.payload_bytes
+        # gloo reduce-scatters by an all-reduce, which sends on two ranks what a rank has.
+        assert dense.ring_bytes == dense.payload_bytes and dense.collectives == 2
+        assert all(
+            row.estimate_seconds >= row.compute_seconds for row in rows[:-1] if row.estimate_seconds
+        )
+
+
 def _row(ranks: int, estimate: float | None = 0.09) -> ScaleRow:
     figures = (1, 800, 800.0, 900.0, 3, 0.1, 0.02, 5e-5, 62.5e6, estimate, 0.08)
     return ScaleRow("vgg", "DDP", ranks, "100mbit", *figures)

@@ -19,9 +19,9 @@ from .variants import AT_ONCE, Batch, Variant, dense, scattered_mask
 from .wire import bytes_sent
 from .workload import Workload
 
-__all__ = ["fsdp"]
+__all__ = ["UNIT_MB", "fsdp", "optimizer_of", "sharded", "unsharded"]
 
-_UNIT_MB = 6.0
+UNIT_MB = 6.0
 """Modules of this size are sharded by themselves: a residual block, or a layer of a transformer."""
 _DENSE, _HELD, _LEFT = "fully_shard", "worm 50 %", "worm 50 %, left"
 
@@ -35,8 +35,8 @@ def fsdp(workload: Workload) -> Panel:
     build, batch = workload.build, workload.batch()
     left, live_share = _half(_LEFT, build, batch, TruncationConfig(removal=AT_ONCE))
     held, _ = _half(_HELD, build, batch, TruncationConfig(frozen_weights="hold"))
-    model = _sharded(build)
-    step = dense(model, _optimizer(model), batch)
+    model = sharded(build)
+    step = dense(model, optimizer_of(model), batch)
     compared = [Variant(_DENSE, step, lambda: 1.0, 1.0), held, left]
     rows, setting = bytes_sent(compared, workload.rounds)
     value = {row.name: row.value.median for row in rows}
@@ -61,8 +61,8 @@ def _half(
     name: str, build: Callable[[], nn.Module], batch: Batch, truncation: TruncationConfig
 ) -> tuple[Variant, float]:
     """The variant, and the share of live elements once the frozen channels have left."""
-    model = _sharded(build)
-    optimizer = _optimizer(model)
+    model = sharded(build)
+    optimizer = optimizer_of(model)
     config = WormConfig(truncation=truncation)
     engine = attach(model, optimizer, config, example_inputs=batch[0][:1], steps_per_epoch=1)
     mask = scattered_mask(engine.groups)
@@ -77,11 +77,17 @@ def _half(
     return variant, left.live_fraction(list(model.parameters()))
 
 
-def _sharded(build: Callable[[], nn.Module]) -> nn.Module:
+def unsharded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network before it is sharded; it has equal weights on all ranks."""
     torch.manual_seed(0)
-    network = gated(build(), SearchConfig())
-    return shard(network, _UNIT_MB, dist.get_world_size(), torch.device("cpu"))
+    return gated(build(), SearchConfig())
 
 
-def _optimizer(model: nn.Module) -> SGD:
+def sharded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network, sharded over all ranks.  Collective."""
+    return shard(unsharded(build), UNIT_MB, dist.get_world_size(), torch.device("cpu"))
+
+
+def optimizer_of(model: nn.Module) -> SGD:
+    """The optimizer, alike for all variants."""
     return SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)

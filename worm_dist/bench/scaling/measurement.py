@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...config import TruncationConfig, WormConfig
 from ...engine.attach import attach
-from ...engine.engine import Engine
-from ...groups.flops import count_flops_by_module
-from ...groups.freeze_plan import FreezePlan
-from ...planning.buckets import buckets_of
-from ...planning.step_time import Collective, StepTime
 from ...planning.step_time import Link as PlannedLink
+from ...planning.step_time import StepTime, ring_bytes
 from ..network import Link, num_collectives, over_ranks
-from ..variants import DDP, HALF, WARM_UP, Batch, dense, training, uniform_mask
+from ..variants import WARM_UP, training
 from ..workload import Workload
 from .row import CHECK, ScaleRow
+from .variants import Backend, ScaleVariant, variants_of
 
 __all__ = ["measure"]
 
@@ -35,31 +29,23 @@ _PINGS, _PROBES = 20, 7
 
 
 @dataclass(frozen=True)
-class _Variant:
-    name: str
-    model: DistributedDataParallel
-    step: Callable[[], object]
-    payload: Mapping[str, int]
-    buckets: tuple[Collective, ...]
-
-
-@dataclass(frozen=True)
 class _Sent:
     seconds: float
     bytes: float
     packets: float
 
 
-def measure(workload: Workload) -> Iterator[ScaleRow]:
-    """Measure plain DDP, half of the channels frozen, the drawn half, and a check.  Collective.
+def measure(workload: Workload, backend: Backend = "ddp") -> Iterator[ScaleRow]:
+    """Measure dense steps, half of the channels frozen, the drawn half, and a check.  Collective.
 
     Args:
         workload: the network, the batch of each rank, and the number of rounds.
+        backend: what the ranks train with; the check is DistributedDataParallel's.
     """
     link = _CountedLink()
     latency = _latency()
-    variants = list(_variants(workload))
-    bandwidth = _bandwidth(sum(variants[0].payload.values()), latency)
+    variants = list(variants_of(workload, backend))
+    bandwidth = _bandwidth(variants[0].gradient_bytes, latency)
     for variant in variants:
         for _ in range(WARM_UP):
             variant.step()
@@ -68,22 +54,22 @@ def measure(workload: Workload) -> Iterator[ScaleRow]:
     for _ in range(workload.rounds):
         for variant in variants:
             steps[variant.name] += [link.sent_by(variant.step) for _ in range(_IN_A_ROW)]
-            with variant.model.no_sync():  # the same work on all ranks, but no collective
-                alone = [link.sent_by(variant.step).seconds for _ in range(_IN_A_ROW)]
+            alone = [link.sent_by(variant.alone).seconds for _ in range(_IN_A_ROW)]
             computing[variant.name] += alone
     for variant in variants:
         measured = _typical(steps[variant.name])
         ((*alone,),) = over_ranks([computing[variant.name]], dist.ReduceOp.MAX)
         compute_seconds = statistics.median(alone)
-        payload = sum(variant.payload.values())
         yield ScaleRow(
             model=workload.model,
             variant=variant.name,
             ranks=dist.get_world_size(),
             network=link.network,
-            collectives=sum(bucket.payload_bytes > 0 for bucket in variant.buckets),
-            payload_bytes=payload,
-            ring_bytes=_ring_bytes(payload),
+            collectives=sum(each.payload_bytes > 0 for each in variant.collectives),
+            payload_bytes=sum(each.payload_bytes for each in variant.collectives),
+            ring_bytes=sum(
+                ring_bytes(each, _planned_link(1.0, 0.0)) for each in variant.collectives
+            ),
             wire_bytes=0.0 if link.is_loopback else measured.bytes,
             packets=0.0 if link.is_loopback else measured.packets,
             seconds=measured.seconds,
@@ -96,52 +82,6 @@ def measure(workload: Workload) -> Iterator[ScaleRow]:
             else _estimate(variant, compute_seconds, link.bits_per_second, latency),
         )
     yield _check(workload, link, latency, bandwidth)
-
-
-def _variants(workload: Workload) -> Iterator[_Variant]:
-    batch = workload.batch()
-    sample = batch[0][:1]
-    model, optimizer = training(workload.build)
-    every = {name: p.nbytes for name, p in model.module.named_parameters()}
-    yield _variant(DDP, model, dense(model, optimizer, batch), every, batch)
-
-    config = WormConfig(truncation=TruncationConfig(frozen_weights="hold"))
-    engine = attach(*training(workload.build), config, example_inputs=sample, steps_per_epoch=1)
-    mask = uniform_mask(engine.groups, HALF)
-    engine.truncate(mask)
-    network = _network(engine)
-    plan = FreezePlan(network, engine.groups, ~mask.keep, "producer")
-    live = {
-        name: p.element_size() * prod(plan.blocks[p].live_shape if p in plan.blocks else p.shape)
-        for name, p in network.named_parameters()
-    }
-    step = dense(engine.model, engine.optimizer, batch)
-    yield _variant("half frozen", engine.model, step, live, batch)
-
-    engine = attach(*training(workload.build), config, example_inputs=sample, steps_per_epoch=1)
-    dense(engine.model, engine.optimizer, batch)()  # a draw estimates statistics from batches
-    engine.draw(mask)
-    left = {name: p.nbytes for name, p in _network(engine).named_parameters()}
-    step = dense(engine.model, engine.optimizer, batch)
-    yield _variant("half drawn", engine.model, step, left, batch)
-
-
-def _network(engine: Engine) -> nn.Module:
-    assert isinstance(engine.model, DistributedDataParallel)
-    network: nn.Module = engine.model.module
-    return network
-
-
-def _variant(
-    name: str,
-    model: nn.Module,
-    step: Callable[[], object],
-    payload: Mapping[str, int],
-    batch: Batch,
-) -> _Variant:
-    assert isinstance(model, DistributedDataParallel)
-    flops = count_flops_by_module(model.module, batch[0][:1])
-    return _Variant(name, model, step, payload, buckets_of(model.module, payload, flops))
 
 
 def _check(workload: Workload, link: _CountedLink, latency: float, bandwidth: float) -> ScaleRow:
@@ -187,10 +127,15 @@ def _ring_bytes(payload: int) -> float:
 
 
 def _estimate(
-    variant: _Variant, compute_seconds: float, bits_per_second: float, latency: float
+    variant: ScaleVariant, compute_seconds: float, bits_per_second: float, latency: float
 ) -> float:
-    link = PlannedLink(dist.get_world_size(), bits_per_second, "", latency)
-    return StepTime.of(compute_seconds, variant.buckets, link).expected_seconds
+    link = _planned_link(bits_per_second, latency)
+    return StepTime.of(compute_seconds, variant.collectives, link).expected_seconds
+
+
+def _planned_link(bits_per_second: float, latency: float) -> PlannedLink:
+    """The network between these ranks, for a forecast."""
+    return PlannedLink(dist.get_world_size(), bits_per_second, "", latency, is_gloo=True)
 
 
 def _latency() -> float:
