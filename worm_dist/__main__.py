@@ -158,6 +158,13 @@ def _parse(
         two_ranks.add_argument("--images", type=int, help="images of a rank in a step; default: 2")
         two_ranks.add_argument("--side", type=int, help="pixels of an image's side; default: 32")
         two_ranks.add_argument("--rounds", type=int, help="rounds of measurements at most")
+        if name == "wire":
+            two_ranks.add_argument(
+                "--backend",
+                choices=("ddp", "fsdp", "deepspeed"),
+                default="ddp",
+                help="ddp (default); fsdp and deepspeed are bench fsdp and bench zero",
+            )
         if name in ("step", "packing"):
             two_ranks.add_argument(
                 "--only", metavar="NAMES", help="variants beside DDP, with commas in between"
@@ -280,7 +287,10 @@ def _bench(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name}: {value} is too small; give at least 2")
     if getattr(options, "only", None):
         changes["only"] = tuple(options.only.split(","))
-    run(options.benchmark, options.quick, changes, options.out or default)
+    benchmark = options.benchmark
+    if benchmark == "wire":
+        benchmark = {"ddp": "wire", "fsdp": "fsdp", "deepspeed": "zero"}[options.backend]
+    run(benchmark, options.quick, changes, options.out or default)
     return 0
 
 

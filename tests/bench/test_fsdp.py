@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow("benchmarks sharded steps")
 def test_what_has_left_is_neither_reduced_nor_gathered(tmp_path: Path) -> None:
     has_netlab = _call([*NETLAB, "true"], tmp_path).returncode == 0
     launcher = (*NETLAB, sys.executable) if has_netlab else TORCHRUN
-    done = _call([*launcher, "-m", "worm_dist", "bench", "fsdp", "--quick"], tmp_path)
+    done = _call(
+        [*launcher, "-m", "worm_dist", "bench", "wire", "--backend", "fsdp", "--quick"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (panel,) = read_panels(tmp_path / "runs" / "bench-quick")
     assert [row.name for row in panel.rows] == ["fully_shard", "worm 50 %", "worm 50 %, left"]
