@@ -219,9 +219,9 @@ def test_what_may_change_and_what_may_not() -> None:
 @pytest.mark.fault(12, "a format of the future")
 def test_a_format_of_the_future_is_refused(ranks: Ranks, out: Path) -> None:
     path = _newest(out) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 4'))
     refused = _refusal(ranks, out, str(_newest(out)))
-    assert refused.error == "CheckpointError" and "found format 3" in refused.text
+    assert refused.error == "CheckpointError" and "found format 4" in refused.text
 
 
 def test_what_resume_means(ranks: Ranks, out: Path) -> None:
