@@ -58,7 +58,9 @@ def _sharded_rows() -> list[ScaleRow]:
 def test_sharded_steps_also_send_weights(ranks: Ranks) -> None:
     """The network is one unit, so weights are gathered once, a half from each rank."""
     numel = sum(p.numel() for p in TINY.build().parameters())
-    for rows in ranks(2, _sharded_rows):
+    for outcome in ranks.outcomes(2, _sharded_rows, group_timeout=60, wall_limit=100):
+        assert outcome.exitcode == 0, str(outcome)
+        rows = outcome.value
         dense, frozen, left, drawn, _ = rows
         assert [row.variant for row in rows[:2]] == ["fully_shard", "half frozen, fsdp"]
         assert dense.payload_bytes == 4 * (numel + numel // 2)
