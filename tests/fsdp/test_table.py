@@ -12,7 +12,7 @@ from tests.matrix.findings import Findings
 from tests.ranks import Outcome, Ranks
 
 _ROWS_A_CALL = 3
-_SLOW = pytest.mark.slow("compiles networks")
+_COMPILES = pytest.mark.slow("compiles networks"), pytest.mark.timeout(300)
 
 
 def _calls() -> Iterator[tuple[str, ...]]:
@@ -38,7 +38,8 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         names = _CALL_OF[name]
         if names not in ended:
             size = ROWS[name].world_size
-            ended[names] = ranks.outcomes(size, run, names, group_timeout=60, wall_limit=110)
+            limit = 280 if ROWS[name].compiled else 110
+            ended[names] = ranks.outcomes(size, run, names, group_timeout=60, wall_limit=limit)
         return ended[names]
 
     return outcomes_of
@@ -47,7 +48,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        pytest.param(name, column, marks=_SLOW if row.compiled else ())
+        pytest.param(name, column, marks=_COMPILES if row.compiled else ())
         for name, row in ROWS.items()
         for column in COLUMNS
         if column != "ddp" or row.ddp is not None
