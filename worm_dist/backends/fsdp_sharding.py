@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ..distributed.flat_collectives import all_gather
 
 __all__ = ["CARRIED", "Sharding", "is_fully_sharded"]
 
@@ -246,7 +247,7 @@ def _full_weights(group: Any) -> list[Tensor]:
     # As bytes, because the parameters may be of several dtypes.
     own = torch.cat([piece.view(-1).view(torch.uint8) for piece in pieces])
     gathered = own.new_empty(num_ranks * own.numel())
-    _all_gather(gathered, own, process_group)
+    all_gather(gathered, own, process_group).wait()
     parts = gathered.view(num_ranks, -1).split([piece.nbytes for piece in pieces], dim=1)
     return [
         part.reshape(-1).view(piece.dtype).view(-1, *piece.shape[1:])[: len(parameter)]
@@ -260,12 +261,6 @@ def _padded(sharded: Any, num_ranks: int) -> Tensor:
     padded = local.new_zeros(-(-len(sharded) // num_ranks), *local.shape[1:])
     padded[: len(local)] = local
     return padded
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    # torch 2.14 renamed the function and warns about the old name.
-    single = getattr(dist, "all_gather_single", None)
-    (single or dist.all_gather_into_tensor)(out, own, group=group)
 
 
 def _arguments(state: Any) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.flat_collectives import reduce_scatter
 from ..groups.freeze_plan import Block
 from .packing import LARGE, Packing
 from .shares import Shares
 
-__all__ = ["PackedRows", "pieces_of"]
+__all__ = ["PackedRows", "is_any_frozen", "pieces_of"]
 
 _Piece = tuple[int, int, int, int]
 
@@ -140,7 +141,7 @@ class PackedRows:
         self.shares.clear_padding(of_all)
         chunk = self.shares.chunk(of_all)
         if of_all.numel():
-            _reduce_scatter(chunk, of_all, group, op)
+            reduce_scatter(chunk, of_all, group, op)
         self._own.unpack(out, self.shares.to_owners(chunk, group))
 
     def all_gather(self, rows: Tensor, group: dist.ProcessGroup, memory: Tensor) -> None:
@@ -165,9 +166,3 @@ class PackedRows:
 def is_any_frozen(blocks: Mapping[Tensor, Block] | None, parameters: Sequence[Tensor]) -> bool:
     """Whether any of these parameters has a frozen part."""
     return blocks is not None and not blocks.keys().isdisjoint(parameters)
-
-
-def _reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
-    # torch 2.14 renamed the function and warns about the old name.
-    single = getattr(dist, "reduce_scatter_single", None)
-    (single or dist.reduce_scatter_tensor)(out, rows, group=group, op=op)

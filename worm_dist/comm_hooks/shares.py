@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.flat_collectives import all_gather
+
 __all__ = ["Shares"]
 
 _BYTES_OF_A_COLLECTIVE = 2**15
@@ -126,11 +128,7 @@ class Shares:
         else:
             filled = chunk[: sum(self._owners)]
             dist.all_to_all_single(filled, own, self._owners, self._holders, group=group)
-        # torch 2.14 renamed the function and warns about the old name.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        work = gather(memory, chunk, group=group, async_op=True)
-        assert work is not None
-        return work
+        return all_gather(memory, chunk, group)
 
     def _exchange(self, own: Tensor, memory: Tensor, group: dist.ProcessGroup) -> dist.Work:
         """Gather the shares of two ranks; see ``all_gather``."""
