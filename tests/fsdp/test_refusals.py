@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,9 +51,12 @@ def _custom() -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
-def _of_another_torch() -> nn.Module:
+def _of_another_torch(owner: str, name: str) -> nn.Module:
+    """A network without an attribute of torch's state, parameter group or parameter."""
     network: Any = _sharded()
-    del network._get_fsdp_state()._fsdp_param_groups[0].reduce_scatter_unused_params
+    state = network._get_fsdp_state()
+    (group,) = state._fsdp_param_groups
+    delattr({"state": state, "group": group, "parameter": group.fsdp_params[0]}[owner], name)
     return network  # type: ignore[no-any-return]
 
 
@@ -109,7 +113,14 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ignored": (_ignoring, "parameter head.weight is not sharded (ignored_params"),
     "hook": (_hooked, "set_all_reduce_hook"),
     "custom": (_custom, "set_custom_all_gather"),
-    "another torch": (_of_another_torch, "has no attribute reduce_scatter_unused_params; install"),
+    **{
+        name: (partial(_of_another_torch, owner, name), f"has no attribute {name}; install")
+        for owner, name in {
+            "group": "reduce_scatter_unused_params",
+            "state": "_pre_forward_hook_handle",
+            "parameter": "_post_load_hook_handle",
+        }.items()
+    },
     "columns": (_by_columns, "is sharded by columns (shard_placement_fn)"),
     "wrapped before": (_wrapped_before, "the network is torch.compile's wrapper"),
     "wrapped inside": (_wrapped_inside, "head is torch.compile's wrapper"),

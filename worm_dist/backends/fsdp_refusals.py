@@ -19,18 +19,36 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from ..comm_hooks.fsdp_collectives import PackedAllGather, PackedReduceScatter
-from .fsdp_sharding import CARRIED, Sharding
+from .fsdp_sharding import CARRIED, PREFETCHED, Sharding
 
 __all__ = ["refusals"]
 
-_PRIVATE = ("_to_sharded", "_all_reduce_hook")
-_PRIVATE_WITH_REPLICAS = (
+_OF_STATE = (
+    "_auto_reshard_after_forward",
+    "_fsdp_param_groups",
+    "_modules",
+    "_mp_policy",
+    "_post_forward_hook_handle",
+    "_pre_forward_hook_handle",
+    *PREFETCHED,
+)
+_OF_GROUP = (
+    "_all_gather_comm",
+    "_all_reduce_hook",
+    "_module_to_pre_load_state_dict_hook_handle",
+    "_module_to_pre_save_state_dict_hook_handle",
+    "_reduce_scatter_comm",
+    "_to_sharded",
+    *CARRIED,
+)
+_OF_GROUP_WITH_REPLICAS = (
     "_all_reduce_state",
     "_partial_reduce_output",
     "_post_reduce_event",
     "_reduce_scatter_process_group",
 )
-"""Attributes of a parameter group that are read or written, here or in the collectives."""
+_OF_PARAMETER = ("_module_info", "_post_load_hook_handle", "unsharded_accumulated_grad")
+"""Private attributes of torch's objects that are read or written, here or in the collectives."""
 
 
 def refusals(sharding: Sharding) -> Iterator[str]:
@@ -80,11 +98,12 @@ def refusals(sharding: Sharding) -> Iterator[str]:
 def _unknown(sharding: Sharding) -> Iterator[str]:
     """Attributes that are read or written, and that this version of torch does not have."""
     for state in sharding.states:
-        needed: list[tuple[Any, tuple[str, ...]]] = [(state, ("_fsdp_param_groups",))]
+        needed: list[tuple[Any, tuple[str, ...]]] = [(state, _OF_STATE)]
         for group in getattr(state, "_fsdp_param_groups", ()):
-            needed += [(group, (*CARRIED, *_PRIVATE)), (group.mesh_info, ("is_spmd_mesh",))]
+            needed += [(group, _OF_GROUP), (group.mesh_info, ("is_spmd_mesh",))]
             if isinstance(group.mesh_info, HSDPMeshInfo):
-                needed.append((group, _PRIVATE_WITH_REPLICAS))
+                needed.append((group, _OF_GROUP_WITH_REPLICAS))
+            needed += [(parameter, _OF_PARAMETER) for parameter in group.fsdp_params]
         for owner, names in needed:
             for name in names:
                 if not hasattr(owner, name):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..distributed.flat_collectives import all_gather
 
-__all__ = ["CARRIED", "Sharding", "is_fully_sharded"]
+__all__ = ["CARRIED", "PREFETCHED", "Sharding", "is_fully_sharded"]
 
 CARRIED = (
     "reduce_grads",
@@ -33,7 +33,8 @@ CARRIED = (
     "unshard_in_backward",
 )
 """Attributes of a parameter group that FSDPModule's methods set."""
-_PREFETCHED = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
+PREFETCHED = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
+"""Attributes of a state that hold other states, which FSDPModule's methods set."""
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -143,7 +144,7 @@ class Sharding:
         new_of = dict(renewed)
         for old, new in renewed:
             new._auto_reshard_after_forward = old._auto_reshard_after_forward
-            for name in _PREFETCHED:
+            for name in PREFETCHED:
                 targets = [new_of[state] for state in getattr(old, name) if state in new_of]
                 setattr(new, name, targets)
             for group, before in zip(new._fsdp_param_groups, old._fsdp_param_groups):
