@@ -32,10 +32,14 @@ class _Training:
     """A network with three frozen channels, whose first layer has sums in double precision.
 
     Args:
+        mesh: the mesh.
         reduce_dtype: precision of the other sums.
+        frozen_in_pass: the pass of the first step before which channels freeze.
     """
 
-    def __init__(self, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None, frozen_in_pass: int = 0
+    ) -> None:
         network: Any = network_of(ROWS["replicas"])
         fully_shard(network.conv1, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, torch.float64))
         fully_shard(network, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, reduce_dtype))
@@ -48,14 +52,21 @@ class _Training:
         self.engine = worm_dist.attach(
             network, self._optimizer, config, example_inputs=random_images(1)
         )
-        self.engine.truncate(mask_dropping(self.engine.groups, 0, 3, 9))
+        self._frozen_in_pass = frozen_in_pass
 
-    def step(self) -> Tensor:
-        """The weights after a step, all but the last of whose passes leave partial sums."""
+    def gradients(self) -> Tensor:
+        """The gradients of a step, all but the last of whose passes leave partial sums."""
         for number in range(_PASSES):
+            if number == self._frozen_in_pass and self.engine.phase == "search":
+                self.engine.truncate(mask_dropping(self.engine.groups, 0, 3, 9))
             self.network.set_requires_all_reduce(number == _PASSES - 1)
             images = random_images(4, seed=10 * number + dist.get_rank())
             self.network(images).square().mean().backward()
+        return torch.cat([full(p.grad).flatten() for p in self.network.parameters()])
+
+    def step(self) -> Tensor:
+        """The weights after a step."""
+        self.gradients()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return torch.cat([full(p).flatten() for p in self.network.parameters()])
@@ -80,6 +91,22 @@ def _scaled() -> list[bool]:
 
 def test_sums_over_replicas_are_scaled_as_by_torch(ranks: Ranks) -> None:
     assert ranks(4, _scaled) == [[True] * 4] * 4
+
+
+def _frozen_between_passes() -> bool:
+    """Whether gradients are those of a masked dense reduction if channels freeze before the last
+    pass of a step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=_NAMES)
+    packed = _Training(mesh, frozen_in_pass=_PASSES - 1)
+    with masked():
+        dense = _Training(mesh, frozen_in_pass=_PASSES - 1)
+        right = dense.gradients()
+    return torch.equal(packed.gradients(), right)
+
+
+def test_partial_sums_of_channels_that_freeze_then_are_dropped(ranks: Ranks) -> None:
+    """A pass before the freeze has left live gradients of slices that are frozen since."""
+    assert ranks(4, _frozen_between_passes) == [True] * 4
 
 
 def _are_rows_alive() -> list[bool]:
