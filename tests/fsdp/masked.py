@@ -26,13 +26,7 @@ class _Masked(Reducer):
         super().__init__()
         self._hooks: list[Any] = []
 
-    def set_plan(
-        self,
-        plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
-    ) -> None:
-        super().set_plan(plan, held, fading_params)
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
         self.remove_hooks()
         for parameter, block in plan.blocks.items():
             assert isinstance(parameter, DTensor)

@@ -43,13 +43,7 @@ class PackedReducer(Reducer):
         self.process_group = process_group
         self._packings: dict[tuple[int, ...], Packing | None] = {}
 
-    def set_plan(
-        self,
-        plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
-    ) -> None:
-        super().set_plan(plan, held, fading_params)
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
         self._packings.clear()
 
     def remove(self) -> None:

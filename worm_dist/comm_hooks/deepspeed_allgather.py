@@ -54,7 +54,7 @@ class PackedGather:
         weights = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
         self._dense_bytes = weights // size if size > 1 else 0
 
-    def set_plan(self, plan: FreezePlan, fading_params: Collection[Tensor] = ()) -> None:
+    def set_plan(self, plan: FreezePlan, fading_params: Collection[Tensor]) -> None:
         """Use another plan from the next step on; ``fading_params`` are sent in full."""
         numbers = range(len(self._wrapper.bit16_groups_flat))
         self._groups = [

@@ -82,18 +82,12 @@ class DeepSpeedReducer(Reducer):
         patch = Patch(target, name, lambda *a, **k: function(patch.original, *a, **k))
         self._patches.append(patch)
 
-    def set_plan(
-        self,
-        plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
-    ) -> None:
-        super().set_plan(plan, held, fading_params)
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
         self._packings.clear()
         # Columns whose gradients are not reduced are not held: weight decay still changes them on
         # the rank that steps them, so they must be gathered.
         if self._gather is not None:
-            self._gather.set_plan(held or plan, fading_params)
+            self._gather.set_plan(held, fading)
 
     def remove(self) -> None:
         super().remove()

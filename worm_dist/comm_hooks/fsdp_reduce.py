@@ -44,13 +44,7 @@ class FsdpReducer(Reducer):
         self._memory: dict[tuple[object, ...], Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def set_plan(
-        self,
-        plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
-    ) -> None:
-        super().set_plan(plan, held, fading_params)
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
         self._forget()
         # What a loss adds to the shards themselves, such as a penalty, is not reduced.
         self._hooks = [

@@ -56,19 +56,26 @@ class Reducer:
     def set_plan(
         self,
         plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
+        held: FreezePlan,
+        fading_params: Collection[Tensor],
+        unread: FreezePlan | None,
     ) -> None:
         """Use another plan from the next backward pass on; the ranks have agreed on it.
 
         Args:
             plan: the slices whose gradients are left out.
-            held: the slices whose weights do not change, if different: columns whose gradients are
-                left out may still decay.
+            held: the slices whose weights do not change: columns whose gradients are left out may
+                still decay.
             fading_params: parameters with frozen slices that change all the same.
+            unread: see the attribute.
         """
-        self.plan = plan
+        self.plan, self.unread = plan, unread
         self.nonzero_seen = None
+        self._follow(plan, held, fading_params)
+
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
+        """Discard what was made for the plan before, and make what this one needs; see
+        ``set_plan``."""
 
     def probe(self, plan: FreezePlan, device: torch.device) -> None:
         """Record in the next backward passes whether a slice frozen by this plan has a non-zero

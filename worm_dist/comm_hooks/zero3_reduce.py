@@ -49,13 +49,7 @@ class Zero3Reducer(Reducer):
         self._average = Patch(wrapper, _AVERAGE, self._averaged)
         self._gather = Zero3Gather(wrapper, self)
 
-    def set_plan(
-        self,
-        plan: FreezePlan,
-        held: FreezePlan | None = None,
-        fading_params: Collection[Tensor] = (),
-    ) -> None:
-        super().set_plan(plan, held, fading_params)
+    def _follow(self, plan: FreezePlan, held: FreezePlan, fading: Collection[Tensor]) -> None:
         self._layouts.clear()
         self._gather.set_unread(self.unread)
 

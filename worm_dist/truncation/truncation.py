@@ -237,8 +237,7 @@ class Truncation(StepListener):
             # Channels whose columns are dropped are zero already and will not change again.
             fading_params = self._weights.fading_params(frozen & ~self._columns.dropped)
             reducer = self._reduction.require_reducer()
-            reducer.unread = self._unread()
-            reducer.set_plan(plan, held, fading_params)
+            reducer.set_plan(plan, held, fading_params, self._unread())
         else:
             self._hooks.set_plan(plan, self._ratio)
         return held
