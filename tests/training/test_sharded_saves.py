@@ -146,10 +146,18 @@ def test_shards_are_verified_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     names = [f"run_shard-{rank}.safetensors" for rank in range(3)]
     found = ranks(3, _resumed, tmp_path)
     assert found == [(4, {f"step-4/{names[0]}"}), *((None, {f"step-4/{n}"}) for n in names[1:])]
-    path = tmp_path / "checkpoints" / "step-4" / names[1]
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    _damage(tmp_path / "checkpoints" / "step-4" / names[1])
     (step, _), *others = ranks(3, _resumed, tmp_path)
     assert step == 3
     assert all(len(hashed) == 2 for _, hashed in others), "of both checkpoints"
+    _damage(tmp_path / "checkpoints" / "step-3" / names[2])
+    first, *others_end = ranks.outcomes(3, _resumed, tmp_path)
+    assert first.error == "CheckpointError"
+    assert "all checkpoints are damaged: step-3, step-4" in first.text
+    assert all(outcome.error for outcome in others_end), "none goes on without rank zero"
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
