@@ -273,10 +273,11 @@ def _detached_with_zeros() -> tuple[bool, bool]:
     after = read()
     model.empty_partition_cache()
     stored = read()
-    return tuple(  # type: ignore[return-value]
+    had_zeros, has_zeros = (
         any(not torch.equal(*pair) for pair in zip(found, stored, strict=True))
         for found in (during, after)
     )
+    return had_zeros, has_zeros
 
 
 def test_full_weights_are_read_after_detach(ranks: Ranks) -> None:
