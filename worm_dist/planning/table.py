@@ -48,19 +48,18 @@ def show(forecast: Forecast, file: TextIO | None = None) -> None:
         print_table(console, "What stays dense", _dense(forecast, console.width))
     print_table(console, "The whole network", _totals(forecast))
     if not _is_ddp(forecast):
-        title = f"Bytes a step, as each of {forecast.world_size} ranks hands them to collectives"
+        title = f"Bytes a step, as each of {_ranks(forecast)} hands them to collectives"
         print_table(console, title, _traffic(forecast))
     for stage in forecast.costs:
         if stage in _MEANING:
-            console.print(f"{stage}: {_MEANING[stage]}.")
-    if forecast.target.wrapper.gathers_unread and "faded" in forecast.costs:
-        console.print("Nor are their weights gathered for a pass then.")
+            console.print(_meaning(stage, target.wrapper.gathers_for_passes))
     print_table(console, "Memory of training on a rank, in MiB", training_memory(forecast))
     print_table(console, "The engine's memory on a rank, in MiB", engine_memory(forecast))
     console.print(
         "Held: copies of frozen weights and of their optimizer state. Inputs: those from which "
         "BatchNorm's statistics are estimated, whole batches unless --world divides them. On a "
-        "GPU; besides weights, gradients and the optimizer's own state. Shares are of the weights."
+        "GPU; besides weights, gradients and the optimizer's own state. Shares are of the dense "
+        "network's full weights."
     )
     if any(group.gates for group in forecast.groups):
         console.print("The ticket has no gates: they are folded into the weights.")
@@ -83,8 +82,19 @@ def _head(forecast: Forecast) -> list[str]:
         why = f"Drops {share}: {_shares(forecast)}"
     lines = [name, f"Input {shape}, {target.num_classes} classes.", why]
     if not _is_ddp(forecast):
-        lines.append(f"Trains under {target.wrapper.title}, on {forecast.world_size} ranks.")
+        lines.append(f"Trains under {target.wrapper.title}, on {_ranks(forecast)}.")
     return lines
+
+
+def _meaning(stage: Stage, gathers_for_passes: bool) -> str:
+    text = f"{stage}: {_MEANING[stage]}."
+    if stage == "faded" and gathers_for_passes:
+        text += " Weights of dropped channels are not gathered for a pass either."
+    return text
+
+
+def _ranks(forecast: Forecast) -> str:
+    return f"{forecast.world_size} rank" + "s" * (forecast.world_size > 1)
 
 
 def _is_ddp(forecast: Forecast) -> bool:

@@ -33,11 +33,10 @@ def times(estimate: Estimate, wrapper: WrapperSettings) -> Table:
     sending = "all-reduce" if wrapper.kind == "ddp" else "collectives"
     table = plain_table()
     table.add_column("")
-    for heading in ("computing", sending, "expected", "both at once", "one after the other"):
+    for heading in ("computing", sending, "expected", "full overlap", "no overlap"):
         table.add_column(heading, justify="right")
     dense = estimate.steps["dense"]
     for stage, step in estimate.steps.items():
-        shortest, longest = step.shortest_seconds, step.longest_seconds
         table.add_row(
             stage,
             seconds(step.compute_seconds),
@@ -45,8 +44,8 @@ def times(estimate: Estimate, wrapper: WrapperSettings) -> Table:
             compared(
                 seconds(step.expected_seconds), step.expected_seconds / dense.expected_seconds
             ),
-            compared(seconds(shortest), shortest / dense.shortest_seconds),
-            compared(seconds(longest), longest / dense.longest_seconds),
+            seconds(step.shortest_seconds),
+            seconds(step.longest_seconds),
         )
     return table
 

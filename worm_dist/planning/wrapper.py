@@ -109,13 +109,13 @@ class WrapperSettings:
         return replace(self, kind="deepspeed", zero=replace(self.zero, stage=stage))
 
     @property
-    def gathers_unread(self) -> bool:
+    def gathers_for_passes(self) -> bool:
         """Whether weights are gathered for every pass."""
         return self.kind == "fsdp" or (self.kind == "deepspeed" and self.zero.stage == 3)
 
     @property
     def title(self) -> str:
-        """The same for a reader."""
+        """What the network is wrapped in, for a reader."""
         if self.kind == "deepspeed":
             return f"DeepSpeed's ZeRO, stage {self.zero.stage}"
         return {"ddp": "DistributedDataParallel", "fsdp": "fully_shard"}[self.kind]
