@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,33 @@ def test_a_run_is_planned_for_with_its_backend(tmp_path: Path, stage: int) -> No
     path.write_text("distributed: {backend: fsdp, bucket_cap_mb: 3}\n")
     assert target_of_config(path, None, None).wrapper == WrapperSettings("fsdp", unit_mb=3)
     assert target_of_config(CONFIGS / "digits.yaml", None, None).wrapper == WrapperSettings()
+
+
+def test_another_backend_is_planned_for_with_the_settings_of_the_file(tmp_path: Path) -> None:
+    """``--backend`` used to go back to defaults: units of 25 MiB, and fp32."""
+    path = tmp_path / "run.yaml"
+    path.write_text("precision: bf16\ndistributed: {bucket_cap_mb: 3}\n")
+    wrapper = target_of_config(path, None, None).wrapper
+    assert wrapper.name == "ddp" and wrapper.named("fsdp").unit_mb == 3
+    assert wrapper.named("zero-3").zero.weights == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimization": True}, "zero_optimization: True is not an object"),
+        ({"zero_optimization": {"stage": 4}}, "stage: 4 is not 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            "reduce_bucket_size: 'auto' is not a number of elements",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+    ],
+)
+def test_what_deepspeed_would_refuse_is_refused(settings: dict[str, Any], message: str) -> None:
+    """These were tracebacks, or planned for in fp32; "auto" is common in files for transformers."""
+    with pytest.raises(ConfigError, match=f"distributed.deepspeed: .*{message}"):
+        ZeroSettings.of(settings)
 
 
 def test_what_deepspeed_would_do_by_default_is_known() -> None:

@@ -17,7 +17,7 @@ from ..training.config_file import read_run_config
 from ..training.deepspeed_config import deepspeed_settings
 from ..training.run_config import DataConfig, RunConfig
 from ..user_function import is_user_function
-from .wrapper import WrapperSettings, ZeroSettings
+from .wrapper import WrapperKind, WrapperSettings, ZeroSettings
 
 __all__ = ["Shape", "Target", "target_of", "target_of_config"]
 
@@ -35,6 +35,8 @@ _SMALL_IMAGES, _LARGE_IMAGES = _SAMPLES["cifar10"], ((3, 224, 224), 1000)
 _FIXED_SIZE = {"vit_small": _SAMPLES["digits"]}
 """Models of worm_dist that accept a single input size."""
 _SAMPLES_PER_RANK = 32
+_KINDS: Mapping[str, WrapperKind] = {"fsdp": "fsdp", "deepspeed": "deepspeed"}
+"""Wrappers by backend; with the others it is DistributedDataParallel."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,10 @@ def target_of_config(
 
 
 def _wrapper(config: RunConfig) -> WrapperSettings:
-    distributed = config.distributed
-    if distributed.backend == "fsdp":
-        return WrapperSettings("fsdp", unit_mb=distributed.bucket_cap_mb)
-    if distributed.backend == "deepspeed":
-        return WrapperSettings("deepspeed", zero=ZeroSettings.of(deepspeed_settings(config, 1)))
-    return WrapperSettings()
+    """The wrapper of the run, with the settings that another one would have there."""
+    zero = ZeroSettings.of(deepspeed_settings(config, 1))
+    unit_mb, backend = config.distributed.bucket_cap_mb, config.distributed.backend
+    return WrapperSettings(_KINDS.get(backend, "ddp"), unit_mb, zero)
 
 
 def _sample(

@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["WrapperSettings", "ZeroSettings"]
+from ..errors import ConfigError
 
+__all__ = ["WrapperKind", "WrapperSettings", "ZeroSettings"]
+
+WrapperKind = Literal["ddp", "fsdp", "deepspeed"]
+
+_FILE = "distributed.deepspeed"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -54,9 +59,21 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ZeroSettings:
-        """Those in a configuration for ``deepspeed.initialize``, which DeepSpeed would accept."""
+        """Those in a configuration for ``deepspeed.initialize``.
+
+        Raises:
+            ConfigError: a value that is read here is none that DeepSpeed would accept, or fp16 is
+                enabled.
+        """
         zero = settings.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
+        if not isinstance(zero, Mapping):
+            raise ConfigError(f"{_FILE}: zero_optimization: {zero!r} is not an object of settings")
+        stage = zero.get("stage", 0)
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(f"{_FILE}: zero_optimization.stage: {stage!r} is not 0, 1, 2 or 3")
+        fp16 = settings.get("fp16")
+        if isinstance(fp16, Mapping) and fp16.get("enabled", False):
+            raise ConfigError(f"{_FILE}: fp16 is not supported; choose bf16 or fp32")
         is_bf16 = bool(settings.get("bf16", {}).get("enabled", False))
         weights = torch.bfloat16 if is_bf16 else torch.float32
         sent = settings.get("communication_data_type")
@@ -69,15 +86,24 @@ class ZeroSettings:
             "most_persistent": "stage3_model_persistence_threshold",
         }
         return cls(
-            stage=stage,
+            stage=int(stage),
             weights=weights,
             gradients=_DTYPES.get(str(sent), weights),
             num_passes=int(settings.get("gradient_accumulation_steps", 1)),
             overlaps=zero.get("overlap_comm"),
             round_robin=bool(zero.get("round_robin_gradients", False)),
             is_aligned=bool(zero.get("parameter_alignment", False)),
-            **{name: int(float(zero[key])) for name, key in sizes.items() if key in zero},
+            **{name: _size(key, zero[key]) for name, key in sizes.items() if key in zero},
         )
+
+
+def _size(key: str, value: Any) -> int:
+    try:
+        return int(float(value))  # such as 5e8
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{_FILE}: zero_optimization.{key}: {value!r} is not a number of elements"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ class WrapperSettings:
         zero: DeepSpeed's settings.
     """
 
-    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    kind: WrapperKind = "ddp"
     unit_mb: float = 25.0
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 
