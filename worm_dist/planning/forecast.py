@@ -18,6 +18,7 @@ from ..pruning.exactness import find_drawable_groups
 from ..pruning.predicted_cost import predicted_cost
 from ..search.equal_shares import equal_shares
 from ..search.ranking import Ranking
+from ..training.fully_sharded import require_several
 from ..training.weights import load_weights
 from .costs import Costs, costs_of, truncated
 from .hypothetical import drawn, mask_of_ticket
@@ -147,11 +148,16 @@ def forecast(
 
     Raises:
         ConfigError: the network cannot be built or has no channel group, or the settings, the
-            ticket or the batch do not fit.
+            ticket, the batch or the number of ranks do not fit.
         CheckpointError: the ticket or the weights do not exist, are damaged, or do not fit.
     """
     if link is not None:
         world_size = link.world_size
+    # Mistakes are reported before the network is traced, which takes long.
+    num_samples = num_samples or target.samples_per_rank(world_size or 1)
+    world_size = world_size or _FEWEST_RANKS
+    if target.wrapper.kind == "fsdp":
+        require_several(world_size)
     logger.info("plan: building %s", target.model)
     network = gated(target.build(), target.worm.search)
     sample = torch.zeros(1, *target.sample_shape)
@@ -181,8 +187,6 @@ def forecast(
         costs[stage] = truncated(dense, network, groups, plan, compression)
     costs["ticket"] = costs_of(ticket_network, ticket_groups, mask, sample, compression)
     left_out = left_out_in(target, network, ticket_network, groups, mask, plans)
-    num_samples = num_samples or target.samples_per_rank(world_size or 1)
-    world_size = world_size or _FEWEST_RANKS
     wrapped = wrapped_in(target.wrapper, network, world_size)
     counted = {network: dense, ticket_network: costs["ticket"]}
     orders = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends.optimizer_view import Shard
 from ..comm_hooks.fsdp_rows import PackedRows, is_any_frozen, pieces_of
 from ..groups.freeze_plan import Block
-from ..training.fully_sharded import modules_to_shard, require_several
+from ..training.fully_sharded import modules_to_shard
 from ..truncation.memory import TruncationMemory
 from .module_order import Event, innermost
 from .step_time import Collective, in_backward, in_forward
@@ -31,17 +31,13 @@ class FullyShard:
     Args:
         network: the dense network, with its gates.
         unit_bytes: the size from which on modules are sharded by themselves.
-        world_size: number of ranks.
+        world_size: number of ranks, two or more.
 
     Attributes:
         units: names of the modules that are sharded, the network itself last.
-
-    Raises:
-        ConfigError: there is one rank only.
     """
 
     def __init__(self, network: nn.Module, unit_bytes: int, world_size: int) -> None:
-        require_several(world_size)
         names = {module: name for name, module in network.named_modules()}
         self.units = [*(names[m] for m in modules_to_shard(network, unit_bytes)), _ROOT]
         self._world_size = world_size

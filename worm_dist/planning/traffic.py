@@ -81,9 +81,6 @@ def wrapped_in(settings: WrapperSettings, network: nn.Module, world_size: int) -
         settings: the wrapper's.
         network: the dense network, with its gates.
         world_size: number of ranks.
-
-    Raises:
-        ConfigError: the network would be sharded over one rank.
     """
     if settings.kind == "ddp":
         return None
