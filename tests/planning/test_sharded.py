@@ -94,7 +94,6 @@ ROWS = {
     "zero-2, gates": _Row(2, "attentive"),
     "zero-2, bf16 sums": _Row(2, settings={"communication_data_type": "bf16"}),
     "zero-3": _Row(3),
-    "zero-3, little kept": _Row(3, zero=_SMALL_BUFFERS),
     "zero-3, 4 ranks": _Row(3, world_size=4, zero=_SMALL_BUFFERS),
     "zero-3, gates": _Row(3, "attentive", zero=_SMALL_BUFFERS),
 }
