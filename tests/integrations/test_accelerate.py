@@ -93,6 +93,11 @@ def _train(
                 worm.step()
         ends.append(progress(worm.engine))
         accelerator.save_state(f"{folder}/{name}-{epoch + 1}")
+    worm.detach()
+    accelerator.save_state(f"{folder}/{name}-detached")
+    accelerator.wait_for_everyone()  # rank zero writes the weights
+    accelerator.load_state(f"{folder}/{name}-detached")
+    assert not list(Path(f"{folder}/{name}-detached").glob("worm_engine*"))
     return {
         "weights": digest(dict(dense.named_parameters())),
         STATISTICS: digest(dict(dense.named_buffers())),

@@ -93,18 +93,31 @@ class AcceleratedEngine:
         )
         self._accelerator = accelerator
         self._progress = Progress(self.engine)
-        accelerator.register_save_state_pre_hook(self._save)
+        self._hooks = [accelerator.register_save_state_pre_hook(self._save)]
         if is_sharded:
             self._load_shards = ignoring_steps(self.engine, accelerator.load_state)
             accelerator.load_state = self._load_state
             accelerator.save_state = ignoring_steps(self.engine, accelerator.save_state)
         else:
-            accelerator.register_load_state_pre_hook(self._load)
+            self._hooks.append(accelerator.register_load_state_pre_hook(self._load))
 
     @property
     def model(self) -> nn.Module:
         """The model to train; after a draw, the smaller network in a wrapper of the same kind."""
         return self.engine.model
+
+    def detach(self) -> nn.Module:
+        """Remove the engine, also from what the accelerator saves and loads.  Collective; see
+        ``Engine.detach``.
+
+        Returns:
+            The model to continue with.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for name in ("load_state", "save_state"):  # those of the class are left
+            vars(self._accelerator).pop(name, None)
+        return self.engine.detach()
 
     def backward(self, loss: Tensor) -> None:
         """Report the loss, and call ``accelerator.backward`` for it and the penalty.
