@@ -160,11 +160,11 @@ def _patches(events: _Events, fails: bool) -> Iterator[Any]:
 def _kernels(config: Any) -> tuple[Any, ...]:
     """torch's flags, as this run would set them on a GPU."""
     cudnn: Any = torch.backends.cudnn
-    before = (cudnn.benchmark, cudnn.conv.fp32_precision)
+    before = (cudnn.benchmark, cudnn.allow_tf32)
     kernels.choose_kernels(config, torch.device("cuda"))
     flags = (cudnn.benchmark, cudnn.conv.fp32_precision)
-    cudnn.benchmark, cudnn.conv.fp32_precision = before
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    cudnn.benchmark, cudnn.allow_tf32 = before
+    torch.backends.cuda.matmul.allow_tf32 = False
     return flags
 
 

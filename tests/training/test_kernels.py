@@ -25,6 +25,8 @@ def _flags() -> tuple[bool, bool, bool]:
     cudnn: Any = torch.backends.cudnn
     if hasattr(matmul, "fp32_precision"):
         tf32 = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+        # With the newer flags alone torch raised an error here, and so in Inductor.
+        assert tf32 == (matmul.allow_tf32, cudnn.allow_tf32)
     else:
         tf32 = matmul.allow_tf32, cudnn.allow_tf32
     return cudnn.benchmark, *tf32

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .run_config import RunConfig
@@ -43,10 +41,10 @@ def memory_format(config: RunConfig, device: torch.device) -> torch.memory_forma
 
 
 def _allow_tf32(allow: bool) -> None:
-    """Both kinds alike: by default torch rounds in convolutions, but not in matrix products."""
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on
-        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allow else "ieee"
-    else:
-        matmul.allow_tf32 = cudnn.allow_tf32 = allow
+    """Both kinds alike: by default torch rounds in convolutions, but not in matrix products.
+
+    The flags of torch 2.9 (``fp32_precision``) are set by these too, but not the other way round:
+    with the newer ones alone torch raises an error where it reads the older ones, as Inductor and
+    torch.export do.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
