@@ -97,6 +97,12 @@ class WormCallback(Callback):
         for name in ("load_model_state_dict", "load_checkpoint", "optimizer_state"):
             vars(trainer.strategy).pop(name, None)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tear down, which Lightning does not do after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; and if the trainer resumes, restore the engine, and then the weights."""
         if self._progress is not None:
