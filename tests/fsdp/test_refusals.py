@@ -136,7 +136,23 @@ _SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-_AUTOGRAD = "compiled autograd", "torch._dynamo.config.compiled_autograd is on"
+_OTHERS = {
+    "compiled autograd": "torch._dynamo.config.compiled_autograd is on",
+    "hooked later": "an all-reduce hook has been set since attach",
+}
+
+
+def _hooked_later() -> str:
+    """What the next backward pass says."""
+    network: Any = _sharded()
+    optimizer = SGD(network.parameters(), 0.1)
+    engine = worm_dist.attach(network, optimizer, example_inputs=random_images(1))
+    network.set_all_reduce_hook(lambda _: None)
+    try:
+        engine.model(random_images(2)).sum().backward()
+    except WormError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def _refused() -> dict[str, str]:
@@ -146,7 +162,8 @@ def _refused() -> dict[str, str]:
     for name, (truncation, _) in _SETTINGS.items():
         said[name] = _said(_sharded(), WormConfig(truncation=truncation))
     with torch._dynamo.config.patch(compiled_autograd=True):
-        said[_AUTOGRAD[0]] = _said(_sharded(), WormConfig())
+        said["compiled autograd"] = _said(_sharded(), WormConfig())
+    said["hooked later"] = _hooked_later()
     return said
 
 
@@ -167,10 +184,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [*((n, words) for n, (_, words) in {**_NETWORKS, **_SETTINGS}.items()), _AUTOGRAD],
+    [
+        *((n, words) for n, (_, words) in {**_NETWORKS, **_SETTINGS}.items()),
+        *_OTHERS.items(),
+    ],
 )
 def test_refused_by_name(said: list[dict[str, str]], name: str, words: str) -> None:
     for on_rank in said:
-        assert on_rank[name].startswith("BackendError: attach: ")
+        assert on_rank[name].startswith("BackendError: ")
         assert words in on_rank[name]
         assert "\n" not in on_rank[name]

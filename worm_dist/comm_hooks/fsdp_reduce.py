@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import BackendError
 from ..groups.freeze_plan import Block, FreezePlan
 from .fsdp_collectives import PackedAllGather, PackedReduceScatter
 from .fsdp_replicas import Replicas
@@ -136,6 +137,11 @@ class _Group:
         self._group._reduce_scatter_comm, self._group._all_gather_comm = self._previous
 
     def _post_backward(self, *unused: Any) -> None:
+        if self._group._all_reduce_hook is not None:
+            raise BackendError(
+                "backward: an all-reduce hook has been set since attach (set_all_reduce_hook); "
+                "averages would differ, remove it"
+            )
         includes_all = self._group.reduce_scatter_unused_params
         self._with_gradients = [
             parameter.sharded_param
@@ -206,7 +212,7 @@ class _Group:
         if packed is None:
             reducer.sent_bytes += own.nbytes * is_counted
             return False
-        packed.all_gather(rows, group, reducer.memory("weights", packed.lent_size, own))
+        packed.all_gather(rows, own, group, reducer.memory("weights", packed.lent_size, own))
         reducer.sent_bytes += packed.shares.num_gathered * own.element_size() * is_counted
         return True
 

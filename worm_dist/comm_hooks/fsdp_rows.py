@@ -144,17 +144,20 @@ class PackedRows:
             reduce_scatter(chunk, of_all, group, op)
         self._own.unpack(out, self.shares.to_owners(chunk, group))
 
-    def all_gather(self, rows: Tensor, group: dist.ProcessGroup, memory: Tensor) -> None:
+    def all_gather(
+        self, rows: Tensor, row: Tensor, group: dist.ProcessGroup, memory: Tensor
+    ) -> None:
         """Send the live elements of this rank's row and receive those of the others; write zeros to
         the frozen ones, in every row.
 
         Args:
-            rows: ``[num_ranks, elements of a row]``, with this rank's own row.
+            rows: ``[num_ranks, elements of a row]``, receives the rows.
+            row: this rank's own row, which may be a view of ``rows``.
             group: the process group.
             memory: at least ``[lent_size]``; what is in it before and after has no meaning.
         """
         of_all, own = self._divided(memory)
-        self._own.pack(rows[dist.get_rank(group)], own)
+        self._own.pack(row, own)
         if of_all.numel():
             # On a GPU the current stream waits, not the host.
             self.shares.all_gather(own, of_all, group).wait()
