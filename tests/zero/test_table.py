@@ -19,7 +19,7 @@ from tests.zero.run import run
 
 pytestmark = pytest.mark.slow("trains every row under DeepSpeed")
 
-_ROWS_A_CALL = 10
+_ROWS_A_CALL = 4
 
 
 def _calls() -> Iterator[tuple[str, ...]]:
