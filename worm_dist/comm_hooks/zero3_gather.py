@@ -62,8 +62,8 @@ class Zero3Gather:
         self._layouts.clear()
 
     def _release(self) -> None:
-        """Release what has been gathered with zeros, such as small weights, which DeepSpeed keeps;
-        whoever reads it gathers it again."""
+        """Release weights that were gathered with zeros, such as small ones, which DeepSpeed keeps
+        gathered; the next read gathers them in full."""
         # A draw has emptied the optimizer of the engine before.
         offload = getattr(self._wrapper, "parameter_offload", None)
         if self._layouts and offload is not None:

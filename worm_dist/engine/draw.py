@@ -136,8 +136,8 @@ def _cut(
             try:
                 rewrapped = training.rewrap()
             except Exception as error:
-                # Under DeepSpeed it is a collective: if this rank alone has failed, it takes long
-                # until anyone is told.
+                # Under DeepSpeed it is a collective: if this rank alone has failed, the others only
+                # learn of it when their wait times out.
                 logger.error("%s: this rank has no new wrapper: %s", where, described(error))
                 raise
             if transfer is not None:
