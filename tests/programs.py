@@ -11,7 +11,6 @@ import os
 import runpy
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,13 @@ from typing import Any
 
 import torch
 
+from tests.idleness import wait
 from tests.ranks import PRELOADED
 
 __all__ = ["Ended", "call", "variables_of_ranks"]
+
+_IDLE_LIMIT = 120.0
+"""Seconds in which no program of a call computes, after which all are killed."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Ended:
     """How a program ended.
 
     Attributes:
-        exitcode: None if it had to be killed at the limit.
+        exitcode: None if it hung and was killed.
         out: its standard output.
         err: its standard error.
     """
@@ -62,7 +65,6 @@ def call(
     words: Sequence[Any],
     folder: Path,
     environments: Sequence[Mapping[str, str]] = ({},),
-    limit: float = 100.0,
 ) -> list[Ended]:
     """Run ``python WORDS`` once for each environment, side by side.
 
@@ -70,7 +72,6 @@ def call(
         words: ``-m``, a module and its arguments, or a script and its arguments.
         folder: they run in it.
         environments: variables besides those that are there.
-        limit: seconds after which they are killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -82,15 +83,12 @@ def call(
     ]
     for process in started:
         process.start()
-    deadline = time.monotonic() + limit
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
-    hung = [process.is_alive() for process in started]
+    hung = wait(started, _IDLE_LIMIT)
     for process in started:
         process.kill()
         process.join()
     return [
-        Ended(None if hung[number] else process.exitcode, *_printed(folder, number))
+        Ended(None if number in hung else process.exitcode, *_printed(folder, number))
         for number, process in enumerate(started)
     ]
 

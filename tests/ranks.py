@@ -1,8 +1,8 @@
 """Ranks: run a function in several real processes that train together.
 
 The processes come from a fork server that has imported torch beforehand, so that each costs about a
-tenth of a second.  They meet in a file, not at a port, and talk through gloo.  A process that
-hangs is stopped: its stack is shown in the report.
+tenth of a second.  They meet in a file, not at a port, and talk through gloo.  Ranks that hang are
+stopped: their stacks are shown in the report.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
+
+from tests.idleness import wait
 
 __all__ = ["NO_GROUP", "PRELOADED", "Outcome", "RankFailure", "Ranks"]
 
@@ -52,7 +53,7 @@ class Outcome:
         error: name of the exception's type, "" if there was none.
         text: what the exception says.
         traceback: of the exception, or the stacks of a rank that hung.
-        hung: the process was still running at the wall limit.
+        hung: the process was still there when no rank had computed for long, and was stopped.
         seconds: from the call of the function to its end.
     """
 
@@ -95,8 +96,8 @@ class Ranks:
         world_size: int,
         function: Callable[..., Any],
         *args: Any,
-        group_timeout: float = 8.0,
-        wall_limit: float = 30.0,
+        group_timeout: float = 60.0,
+        idle_limit: float | None = None,
     ) -> list[Outcome]:
         """How every rank ended, whatever happened.
 
@@ -104,7 +105,8 @@ class Ranks:
             world_size: number of processes; ``NO_GROUP`` for one without a process group.
             function: of the top level of a module; it is called with ``args``.
             group_timeout: seconds after which a collective gives up.
-            wall_limit: seconds after which the processes are stopped.
+            idle_limit: seconds in which no rank computes, after which all are stopped; 30 more than
+                ``group_timeout`` if None.
         """
         self._num_calls += 1
         folder = self._folder / f"ranks-{self._num_calls}"
@@ -118,21 +120,16 @@ class Ranks:
         ]
         for process in processes:
             process.start()
-        hung = _join(processes, wall_limit)
+        hung = _join(processes, group_timeout + 30 if idle_limit is None else idle_limit)
         return [
             _outcome(folder, rank, process.exitcode, rank in hung)
             for rank, process in enumerate(processes)
         ]
 
 
-def _join(processes: list[Any], wall_limit: float) -> set[int]:
+def _join(processes: list[Any], idle_limit: float) -> set[int]:
     """Wait for all; the numbers of those that had to be stopped."""
-    deadline = time.monotonic() + wall_limit
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
-    while running and time.monotonic() < deadline:
-        for sentinel in connection.wait(list(running), timeout=deadline - time.monotonic()):
-            del running[sentinel]
-    hung = set(running.values())
+    hung = wait(processes, idle_limit)
     for rank in hung:
         os.kill(processes[rank].pid, signal.SIGUSR1)  # writes the stacks
     if hung:

@@ -94,7 +94,6 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow("trains a whole run")
-@pytest.mark.timeout(90)
 def test_a_decision_from_elsewhere_is_truncated_drawn_saved_and_loaded(tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"
     script.write_text(SCRIPT)
@@ -129,9 +128,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 def test_the_command_line_and_its_mistakes_need_no_torch() -> None:
     """They took six seconds, of which torch and what it brings along were all but a third of
     one; scripts in launch/ check the settings before they start any rank."""
-    done = subprocess.run(
-        [sys.executable, "-c", HELP], timeout=60, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
     slow = {"jinja2", "kneed", "matplotlib", "numpy", "rich", "sklearn", "tensorboard", "torch"}
     loaded = {*done.stdout.split()}
     assert "pydantic" in loaded  # what is looked for would be seen

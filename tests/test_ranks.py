@@ -35,6 +35,14 @@ def _sleep() -> None:
     time.sleep(60)
 
 
+def _wait_for_one_that_computes(seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while dist.get_rank() == 0 and time.monotonic() < end:
+        pass
+    dist.barrier()
+    return "done"
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_rank_takes_part(ranks: Ranks, world_size: int) -> None:
     expected = float(sum(range(world_size)))
@@ -61,6 +69,12 @@ def test_a_signal_shows_as_exit_code(ranks: Ranks) -> None:
 
 def test_a_rank_that_hangs_is_stopped_and_shows_where_it_was(ranks: Ranks) -> None:
     start = time.monotonic()
-    (outcome,) = ranks.outcomes(1, _sleep, wall_limit=1)
-    assert time.monotonic() - start < 5
+    (outcome,) = ranks.outcomes(1, _sleep, idle_limit=1)
+    assert time.monotonic() - start < 10
     assert outcome.hung and "_sleep" in outcome.traceback
+
+
+def test_a_rank_that_computes_for_long_does_not_hang(ranks: Ranks) -> None:
+    """Limits on the clock's seconds ended tests that a slow machine had not finished."""
+    outcomes = ranks.outcomes(2, _wait_for_one_that_computes, 4.0, idle_limit=2)
+    assert [outcome.value for outcome in outcomes] == ["done"] * 2

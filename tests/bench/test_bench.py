@@ -76,7 +76,6 @@ def _call(command: Sequence[Any], folder: Path) -> subprocess.CompletedProcess[s
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
     )
 
 
@@ -127,7 +126,7 @@ def _hiccup() -> Panel:
 
 def _panels(ranks: Ranks, measure: Callable[[], Panel]) -> list[Panel]:
     """Of both ranks.  Eighteen trainings in one process take their time on a busy machine."""
-    outcomes = ranks.outcomes(2, measure, group_timeout=60, wall_limit=80)
+    outcomes = ranks.outcomes(2, measure)
     assert [outcome.exitcode for outcome in outcomes] == [0, 0], "\n".join(map(str, outcomes))
     return [outcome.value for outcome in outcomes]
 

@@ -13,7 +13,6 @@ from worm_dist.bench.report import read_panels
 pytestmark = pytest.mark.slow("benchmarks sharded steps")
 
 
-@pytest.mark.timeout(200)
 def test_what_has_left_is_neither_reduced_nor_gathered(tmp_path: Path) -> None:
     has_netlab = _call([*NETLAB, "true"], tmp_path).returncode == 0
     launcher = (*NETLAB, sys.executable) if has_netlab else TORCHRUN

@@ -44,12 +44,11 @@ def _cells(subject: str) -> list[Row]:
 
 
 @pytest.mark.slow("trains whole runs under absurd settings")
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("subject", ["vgg, digits", "resnet, digits"])
 def test_no_removal_destroys_a_network(ranks: Ranks, subject: str) -> None:
     """At the default's pace, all at once, and as slowly as one fade may be; nine tenths of the
     channels."""
-    (outcome_of_rank,) = ranks.outcomes(NO_GROUP, _cells, subject, wall_limit=180)
+    (outcome_of_rank,) = ranks.outcomes(NO_GROUP, _cells, subject)
     assert outcome_of_rank.exitcode == 0, str(outcome_of_rank)
     rows = outcome_of_rank.value
     assert len(rows) == 3
@@ -97,11 +96,10 @@ def _digits_with_noise() -> tuple[list[float], float]:
 
 
 @pytest.mark.slow("trains a run of a long epoch")
-@pytest.mark.timeout(150)
 def test_an_epoch_of_400_steps_ends_with_a_network_that_has_learnt(ranks: Ranks) -> None:
     """All dropped channels faded together over an epoch, and the network lived on them until they
     were zero: at the end of a long epoch the loss rose to that of guessing."""
-    (outcome_of_rank,) = ranks.outcomes(NO_GROUP, _digits_with_noise, wall_limit=140)
+    (outcome_of_rank,) = ranks.outcomes(NO_GROUP, _digits_with_noise)
     assert outcome_of_rank.exitcode == 0, str(outcome_of_rank)
     losses, accuracy = outcome_of_rank.value
     elbow = 4
@@ -354,7 +352,6 @@ def test_a_trigger_is_met_to_half_a_step_of_each_check(epoch: float) -> None:
 
 
 @pytest.mark.slow("trains a ledger, twice from the start and once from its rows")
-@pytest.mark.timeout(300)
 def test_a_killed_ledger_goes_on_and_is_written_again_from_its_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

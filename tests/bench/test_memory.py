@@ -34,7 +34,7 @@ def _rows() -> list[MemoryRow]:
 @pytest.mark.slow("imports DeepSpeed on every rank")
 def test_a_save_takes_what_the_rank_holds(ranks: Ranks) -> None:
     pytest.importorskip("deepspeed")
-    outcomes = ranks.outcomes(2, _rows, group_timeout=60, wall_limit=100)
+    outcomes = ranks.outcomes(2, _rows)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     rows: dict[str, MemoryRow] = {row.operation: row for row in outcomes[0].value}

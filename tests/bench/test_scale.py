@@ -25,7 +25,6 @@ def _rows() -> list[ScaleRow]:
 
 
 @pytest.mark.slow("trains on two and three ranks")
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_payload_is_that_of_the_elements(ranks: Ranks, size: int) -> None:
     numel = sum(p.numel() for p in TINY.build().parameters())
@@ -54,11 +53,10 @@ def _sharded_rows() -> list[ScaleRow]:
 
 
 @pytest.mark.slow("trains on two ranks")
-@pytest.mark.timeout(120)
 def test_sharded_steps_also_send_weights(ranks: Ranks) -> None:
     """The network is one unit, so weights are gathered once, a half from each rank."""
     numel = sum(p.numel() for p in TINY.build().parameters())
-    for outcome in ranks.outcomes(2, _sharded_rows, group_timeout=60, wall_limit=100):
+    for outcome in ranks.outcomes(2, _sharded_rows):
         assert outcome.exitcode == 0, str(outcome)
         rows = outcome.value
         dense, frozen, left, drawn, _ = rows

@@ -197,12 +197,11 @@ def _run(folder: Path) -> int:
 
 
 @pytest.mark.slow("trains on the digits, on two ranks")
-@pytest.mark.timeout(300)
 def test_the_quick_form_trains_measures_and_resumes(ranks: Ranks, tmp_path: Path) -> None:
     # A run that was killed: its last row is cut short, and trained again.
     cut = b'{"key": {"subject": "vgg, dig'
     (tmp_path / "ledger.jsonl").write_bytes(cut)
-    (outcome,) = ranks.outcomes(NO_GROUP, _run, tmp_path, wall_limit=280)
+    (outcome,) = ranks.outcomes(NO_GROUP, _run, tmp_path)
     assert outcome.value == 0, str(outcome)
     rows = (tmp_path / "ledger.jsonl").read_bytes()
     assert rows.startswith(cut + b"\n")
@@ -220,7 +219,7 @@ def test_the_quick_form_trains_measures_and_resumes(ranks: Ranks, tmp_path: Path
     assert b"### Seconds, lo" in page
 
     # Again: nothing is trained or measured, and the page is the same.
-    (outcome,) = ranks.outcomes(NO_GROUP, _run, tmp_path, wall_limit=280)
+    (outcome,) = ranks.outcomes(NO_GROUP, _run, tmp_path)
     assert outcome.value == 0, str(outcome)
     assert (tmp_path / "ledger.jsonl").read_bytes() == rows
     assert (tmp_path / STEP_TIMES).read_bytes() == times

@@ -13,7 +13,6 @@ from worm_dist.bench.report import read_panels
 pytestmark = pytest.mark.slow("benchmarks steps under DeepSpeed")
 
 
-@pytest.mark.timeout(200)
 def test_half_of_the_rows_is_half_of_the_bytes_in_every_stage(tmp_path: Path) -> None:
     has_netlab = _call([*NETLAB, "true"], tmp_path).returncode == 0
     launcher = (*NETLAB, sys.executable) if has_netlab else TORCHRUN

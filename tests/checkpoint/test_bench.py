@@ -17,7 +17,7 @@ def _panel() -> Panel:
 
 
 def test_saves_are_compared_with_none(ranks: Ranks) -> None:
-    first, _ = ranks.outcomes(2, _panel, wall_limit=90.0)  # it waits for the disk
+    first, _ = ranks.outcomes(2, _panel)  # it waits for the disk
     assert first.exitcode == 0, first
     panel = first.value
     assert [row.name for row in panel.rows] == [

@@ -86,7 +86,7 @@ def _run(search: dict[str, Any], truncation: dict[str, Any]) -> Run:
 def test_all_masks_are_the_same_and_the_ticket_meets_it(
     ranks: Ranks, search: dict[str, Any], truncation: dict[str, Any]
 ) -> None:
-    outcomes = ranks.outcomes(2, _run, search, truncation, group_timeout=60, wall_limit=100)
+    outcomes = ranks.outcomes(2, _run, search, truncation)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     first, second = (outcome.value for outcome in outcomes)
@@ -133,6 +133,6 @@ def _attach(kind: str) -> None:
 def test_what_cannot_be_met_is_refused_on_every_rank(
     ranks: Ranks, kind: str, error: str, text: str
 ) -> None:
-    outcomes = ranks.outcomes(2, _attach, kind, group_timeout=30, wall_limit=60)
+    outcomes = ranks.outcomes(2, _attach, kind, group_timeout=30)
     for outcome in outcomes:
         assert outcome.error == error and text in outcome.text, str(outcome)

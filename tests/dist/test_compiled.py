@@ -49,12 +49,11 @@ def _run(compiled: bool) -> tuple[list[int], list[torch.Tensor], list[int]]:
 
 
 @pytest.mark.slow("compiles networks with torch.compile")
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize("world_size", [NO_GROUP, 2])
 def test_no_generation_compiles_anew_and_none_is_ignored(ranks: Ranks, world_size: int) -> None:
     """A mask is what a hook reads, never a requires_grad that a compiled graph has fixed."""
     eager = ranks(world_size, _run, False)
-    outcomes = ranks.outcomes(world_size, _run, True, wall_limit=120, group_timeout=60)
+    outcomes = ranks.outcomes(world_size, _run, True)
     for outcome, (_, expected, expected_sent) in zip(outcomes, eager, strict=True):
         assert outcome.exitcode == 0, str(outcome)
         frames, weights, sent = outcome.value

@@ -192,7 +192,7 @@ def _make_every_mistake() -> dict[tuple[str, int], tuple[str, str]]:
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     ranks = Ranks(tmp_path_factory.mktemp("score"))
-    outcomes = ranks.outcomes(2, _make_every_mistake, group_timeout=60)
+    outcomes = ranks.outcomes(2, _make_every_mistake)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     return outcomes

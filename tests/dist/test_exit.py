@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 SCRIPT = """
 import time, torch, torch.distributed as dist
 from worm_dist.comm_hooks.callbacks import then
@@ -26,11 +24,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.timeout(120)
 def test_gloos_threads_let_go_of_callbacks_before_the_interpreter_shuts_down() -> None:
     """The training was complete and its ticket written, and then the process aborted: "terminate
     called without an active exception".  On a busy machine 4 of 28 runs with two ranks did."""
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100
-    )
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -141,7 +141,7 @@ def _all_runs() -> dict[str, Seen]:
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
-    outcomes = Ranks(tmp_path_factory.mktemp("rounding")).outcomes(2, _all_runs, wall_limit=100)
+    outcomes = Ranks(tmp_path_factory.mktemp("rounding")).outcomes(2, _all_runs)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     return [outcome.value for outcome in outcomes]

@@ -29,7 +29,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     return folder

@@ -25,7 +25,6 @@ from tests.families.finding import Finding
 
 pytestmark = [
     pytest.mark.slow("trains and draws every architecture"),
-    pytest.mark.timeout(600),  # of which a small one takes a second
 ]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -239,7 +239,7 @@ class Driver:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
-    def __call__(self, world_size: int, run: Run, limit: float = 100.0) -> list[Ended]:
+    def __call__(self, world_size: int, run: Run, limit: float = 300.0) -> list[Ended]:
         """Start plain processes, and wait until they have ended or are stopped for good; afterwards
         none is left.
 
@@ -298,7 +298,6 @@ class Driver:
             start_new_session=True,  # a fault may signal torchrun's process group
             capture_output=True,
             text=True,
-            timeout=250,
         )
         return Ended(
             -1, done.returncode, time.time() - self._since(began), done.stderr, done.stdout

@@ -44,14 +44,13 @@ def _resumed(folder: Path, cases: dict[str, tuple[int, int]]) -> dict[str, list[
     return found
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.fault(1, "on hosts without a shared disk, whichever has the newest checkpoint")
 def test_the_newest_checkpoint_is_taken_from_the_host_that_has_it(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     """A new host became rank zero's; its empty disk made the run begin anew."""
     cases = {"new": (0, 5), "older": (3, 13), "newer": (13, 3)}
-    outcomes = ranks.outcomes(2, _resumed, tmp_path, cases, wall_limit=180, group_timeout=60)
+    outcomes = ranks.outcomes(2, _resumed, tmp_path, cases)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     saved = outcomes[0].value
@@ -83,8 +82,7 @@ def _not_resumed(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.timeout(100)
 def test_what_is_no_unfinished_run_is_left_where_it_is(ranks: Ranks, tmp_path: Path) -> None:
-    for outcome in ranks.outcomes(2, _not_resumed, tmp_path, wall_limit=90, group_timeout=60):
+    for outcome in ranks.outcomes(2, _not_resumed, tmp_path):
         assert outcome.exitcode == 0, str(outcome)
         assert set(map(tuple, outcome.value.values())) == {(4, 8, 12, 16)}

@@ -107,11 +107,10 @@ def _under_deepspeed() -> tuple[str, int, bool, bool]:
 
 
 @pytest.mark.slow("imports DeepSpeed on every rank")
-@pytest.mark.timeout(300)
 @pytest.mark.fault(14, "the same under DeepSpeed")
 def test_a_nan_under_deepspeed_stops_all_at_the_same_step(ranks: Ranks) -> None:
     pytest.importorskip("deepspeed")
-    outcomes = ranks.outcomes(2, _under_deepspeed, wall_limit=280, group_timeout=100)
+    outcomes = ranks.outcomes(2, _under_deepspeed, group_timeout=100)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     first, second = (outcome.value for outcome in outcomes)

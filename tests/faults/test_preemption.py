@@ -88,7 +88,6 @@ def _assert_same_end(driver: Driver, unbroken: Path) -> None:
     assert curves_of(unbroken) == curves_of(driver.out)
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.fault(4, "in a step, a check, a draw and in tests; to one rank or to all")
 def test_all_ranks_stop_at_one_step_and_go_on(driver: Driver, unbroken: Path) -> None:
     """Again and again in one run."""
@@ -111,7 +110,6 @@ def test_all_ranks_stop_at_one_step_and_go_on(driver: Driver, unbroken: Path) ->
     _assert_goes_on(driver, unbroken)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.fault(4, "in the draw itself")
 def test_a_draw_is_finished_before_all_stop(driver: Driver, unbroken: Path) -> None:
     ends = driver(2, Run((NO_PICTURES, Fault.do(_terminate, rank=0, step=2).at(DRAW)), ALL_PHASES))
@@ -133,7 +131,6 @@ def _fork_loaders(real: Act, *args: Any, **kwargs: Any) -> Any:
     return real(*args, **{**kwargs, "multiprocessing_context": "fork"})
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.fault(4, "to the loader processes too")
 def test_loaders_work_until_their_rank_stops(driver: Driver, unbroken: Path) -> None:
     """A killed loader made an error of the preemption: nothing was saved."""
@@ -151,7 +148,6 @@ def test_loaders_work_until_their_rank_stops(driver: Driver, unbroken: Path) -> 
     _assert_goes_on(driver, unbroken)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.fault(1, "torchrun starts anew after a SIGKILL, from a checkpoint")
 @pytest.mark.fault(1, "torchrun ends soon once no restart is left")
 @pytest.mark.fault(2, "torchrun shows the traceback of the rank that raised")
@@ -174,7 +170,6 @@ def test_killed_and_started_again_by_torchrun_it_ends_the_same(
     _assert_goes_on(driver, unbroken, settings)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.fault(1, "torchrun starts anew under ZeRO stage 2, while channels fade")
 @pytest.mark.fault(4, "torchrun takes it for no failure, under ZeRO stage 2, in the draw")
 def test_killed_and_stopped_under_zero_it_ends_the_same(driver: Driver, tmp_path: Path) -> None:

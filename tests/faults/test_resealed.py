@@ -160,10 +160,9 @@ def _refused_in_a_run() -> tuple[int, list[str]]:
 
 
 @pytest.mark.slow("builds some hundred trainers, 30 seconds")
-@pytest.mark.timeout(200)
 @pytest.mark.fault(46, "every value that could be meant: refused, or it trains on")
 def test_a_value_that_does_not_fit_the_run_is_refused(ranks: Ranks) -> None:
-    (outcome,) = ranks.outcomes(1, _refused_in_a_run, wall_limit=180, group_timeout=180)
+    (outcome,) = ranks.outcomes(1, _refused_in_a_run, group_timeout=180)
     assert outcome.exitcode == 0, str(outcome)
     num_refused, odd = outcome.value
     assert not odd, "\n".join(odd[:10])

@@ -43,7 +43,6 @@ NO_STEP = Fault.raise_(0, step=1)
 """A step that is trained all the same ends the run."""
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.fault(28, "the same command")
 @pytest.mark.fault(28, "a restart by torchrun, with --resume never")
 def test_what_could_not_be_written_is_written_by_the_same_command(

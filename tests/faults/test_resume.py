@@ -39,7 +39,6 @@ def _gone_on_with(folder: Path, settings: Mapping[str, Any], steps: list[int]) -
         train(folder / f"from-{step}", resume=str(path), **settings)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.fault(1, "bit-equal from every phase")
 @pytest.mark.parametrize(
     ("world_size", "settings", "steps"),
@@ -60,7 +59,7 @@ def test_gone_on_with_from_any_step_it_ends_the_same(
     ranks: Ranks, tmp_path: Path, world_size: int, settings: dict[str, Any], steps: list[int]
 ) -> None:
     call = (_gone_on_with, tmp_path, {**ALL_PHASES, **settings}, steps)
-    for outcome in ranks.outcomes(world_size, *call, wall_limit=280, group_timeout=60):
+    for outcome in ranks.outcomes(world_size, *call):
         assert outcome.exitcode == 0, str(outcome)
     phases = {
         Checkpoint(path).manifest.phase for path in (tmp_path / "whole" / "checkpoints").iterdir()
@@ -91,11 +90,10 @@ def _under_deepspeed(folder: Path) -> None:
         _gone_on_with(folder / str(stage), under_zero(stage), steps)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.fault(1, "bit-equal from every phase under ZeRO stages 1 and 2")
 def test_under_zero_it_ends_the_same(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    for outcome in ranks.outcomes(2, _under_deepspeed, tmp_path, wall_limit=380, group_timeout=100):
+    for outcome in ranks.outcomes(2, _under_deepspeed, tmp_path, group_timeout=100):
         assert outcome.exitcode == 0, str(outcome)
     for stage, steps in STEPS_OF_STAGES.items():
         for step in steps:
@@ -133,13 +131,12 @@ def _samples(
 ) -> list[list[float]]:
     """Of every step, of all ranks."""
     call = (_samples_of_steps, out, num_steps, settings)
-    outcomes = ranks.outcomes(world_size, *call, wall_limit=110, group_timeout=60)
+    outcomes = ranks.outcomes(world_size, *call)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     return _global_batches([outcome.value for outcome in outcomes])
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.fault(11, "from two ranks to one and back, with the same global batch")
 @pytest.mark.parametrize(
     ("settings", "course"),

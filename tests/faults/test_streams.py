@@ -153,7 +153,6 @@ def test_a_name_that_cannot_be_encoded_is_escaped(driver: Driver) -> None:
 
 
 @pytest.mark.slow("a process of its own")
-@pytest.mark.timeout(120)
 @pytest.mark.fault(26, "train | head -1")
 @pytest.mark.fault(27, "PYTHONIOENCODING=latin-1")
 def test_a_shell_that_reads_one_line_gets_a_whole_run(driver: Driver) -> None:
@@ -166,7 +165,6 @@ def test_a_shell_that_reads_one_line_gets_a_whole_run(driver: Driver) -> None:
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("* preset dense") and done.stdout.count("\n") == 1

@@ -55,7 +55,6 @@ def _assert_stopped(driver: Driver, ends: list[Ended], first: int) -> None:
 
 
 @SLOW
-@pytest.mark.timeout(200)
 @pytest.mark.fault(44, "SIGINT and SIGHUP to one rank; a second SIGINT")
 def test_a_terminal_stops_a_run_as_a_scheduler_does(driver: Driver) -> None:
     """A SIGINT was a traceback of KeyboardInterrupt, nothing was saved, and the other rank asked
@@ -79,7 +78,6 @@ def test_a_terminal_stops_a_run_as_a_scheduler_does(driver: Driver) -> None:
 
 
 @SLOW
-@pytest.mark.timeout(200)
 @pytest.mark.fault(44, "Ctrl-C on torchrun, with loader processes")
 def test_an_interrupted_torchrun_leaves_a_checkpoint(driver: Driver) -> None:
     """torchrun passes the SIGINT on, to loader processes too."""

@@ -91,7 +91,7 @@ def test_little_more_than_the_live_share_is_sent(
     ranks: Ranks, name: str, shape: tuple[int, ...]
 ) -> None:
     size = torch.Size(shape).numel()
-    outcomes = ranks.outcomes(size, _shares, name, shape, group_timeout=600, wall_limit=900)
+    outcomes = ranks.outcomes(size, _shares, name, shape, group_timeout=600)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     shares = outcomes[0].value

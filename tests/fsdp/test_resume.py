@@ -79,7 +79,6 @@ def _broken_off(row: str, saved_at: list[int]) -> list[str]:
     return course.resumed(lambda: _Saving(ROWS[row], config))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("row", "saved_at"),
     [
@@ -88,7 +87,7 @@ def _broken_off(row: str, saved_at: list[int]) -> list[str]:
     ],
 )
 def test_broken_off_anywhere_it_ends_the_same(ranks: Ranks, row: str, saved_at: list[int]) -> None:
-    outcomes = ranks.outcomes(2, _broken_off, row, saved_at, wall_limit=280, group_timeout=120)
+    outcomes = ranks.outcomes(2, _broken_off, row, saved_at, group_timeout=120)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
         found = outcome.value

@@ -12,7 +12,7 @@ from tests.matrix.findings import Findings
 from tests.ranks import Outcome, Ranks
 
 _ROWS_A_CALL = 3
-_COMPILES = pytest.mark.slow("compiles networks"), pytest.mark.timeout(300)
+_COMPILES = pytest.mark.slow("compiles networks")
 
 
 def _calls() -> Iterator[tuple[str, ...]]:
@@ -38,8 +38,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         names = _CALL_OF[name]
         if names not in ended:
             size = ROWS[name].world_size
-            limit = 280 if ROWS[name].compiled else 110
-            ended[names] = ranks.outcomes(size, run, names, group_timeout=60, wall_limit=limit)
+            ended[names] = ranks.outcomes(size, run, names)
         return ended[names]
 
     return outcomes_of

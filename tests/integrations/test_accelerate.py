@@ -156,7 +156,6 @@ def _refused(plugin: Any) -> str:
     return str(refused.value)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
 )

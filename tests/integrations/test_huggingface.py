@@ -156,7 +156,6 @@ def _read(folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
 )
@@ -190,6 +189,5 @@ def _refused(folder: str, world_size: int) -> str:
     return str(refused.value)
 
 
-@pytest.mark.timeout(300)
 def test_the_best_model_cannot_be_loaded_at_the_end(ranks: Ranks, tmp_path: Path) -> None:
     assert "load_best_model_at_end" in on_ranks(ranks, NO_GROUP, _refused, tmp_path)

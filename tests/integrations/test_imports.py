@@ -15,6 +15,5 @@ sys.exit(bool({"accelerate", "lightning", "transformers"} & sys.modules.keys()))
 
 
 @pytest.mark.slow("imports torch anew")
-@pytest.mark.timeout(120)
 def test_worm_dist_imports_no_trainer() -> None:
-    assert subprocess.run([sys.executable, "-c", PROGRAM], timeout=110).returncode == 0
+    assert subprocess.run([sys.executable, "-c", PROGRAM]).returncode == 0

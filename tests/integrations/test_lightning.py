@@ -143,7 +143,6 @@ def _fits(folder: str, world_size: int, is_sharded: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "course"), [(NO_GROUP, _course), (2, _course), (2, _sharded_course)]
 )
@@ -215,7 +214,6 @@ def _refused(folder: str, world_size: int) -> dict[str, str]:
     return found
 
 
-@pytest.mark.timeout(300)
 def test_what_does_not_fit_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     found = on_ranks(ranks, NO_GROUP, _refused, tmp_path)
     assert "automatic_optimization" in found["manual"]

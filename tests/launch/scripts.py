@@ -54,7 +54,6 @@ def _call_from(
         env=environment_with(**environment),
         capture_output=True,
         text=True,
-        timeout=150,
     )
 
 

@@ -32,7 +32,6 @@ def _write_images(folder: Path) -> None:
             (folder / f"{split}-{name}-ubyte.gz").write_bytes(content)
 
 
-@pytest.mark.timeout(300)
 def test_the_second_part_trains_and_ends_with_three_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,6 @@ from tests.launch.scripts import CONFIG, ROOT, environment_with
 
 pytestmark = [
     pytest.mark.slow("starts torchrun and a whole run on changing hosts"),
-    pytest.mark.timeout(280),
 ]
 
 _TIMES = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"

@@ -14,14 +14,13 @@ from tests.programs import Ended, call, variables_of_ranks
 pytestmark = [
     pytest.mark.slow("trains the demo twice, twenty seconds on two idle cores"),
     needs_venv,
-    pytest.mark.timeout(660),
 ]
 
 
 def _rehearse(folder: Path, *words: object) -> Ended:
     """The program, without the script that installs what it needs."""
     program = [ROOT / "launch" / "gpu_smoke.py", "--cpu", "--out", folder / "report", *words]
-    (ended,) = call(program, folder, limit=600)
+    (ended,) = call(program, folder)
     return ended
 
 
@@ -43,7 +42,6 @@ def test_the_rehearsal_goes_through_its_sections(tmp_path: Path) -> None:
         env=environment_with(),
         capture_output=True,
         text=True,
-        timeout=600,
     )
     report = (tmp_path / "report" / "report.md").read_text()
     assert done.returncode == 0, report + done.stderr

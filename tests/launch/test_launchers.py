@@ -18,7 +18,6 @@ OPEN_MPI = shutil.which("mpirun.openmpi")
 pytestmark = [
     pytest.mark.slow("starts launchers and whole runs"),
     needs_venv,
-    pytest.mark.timeout(170),
 ]
 
 SRUN = """#!/usr/bin/env bash

@@ -16,7 +16,6 @@ _TINY = ("--epochs", "2", "--retraining.epochs", "1", "--search.window", "2")
 
 @needs_venv
 @pytest.mark.slow("two short trainings, ten seconds")
-@pytest.mark.timeout(300)
 def test_a_paper_and_its_control_are_trained_and_printed(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "launch" / "papers", "worm", "3", *_TINY, "--search.settled", "0.9"],
@@ -24,7 +23,6 @@ def test_a_paper_and_its_control_are_trained_and_printed(tmp_path: Path) -> None
         env=environment_with(),
         capture_output=True,
         text=True,
-        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -25,7 +25,6 @@ from tests.launch.test_netlab import REFUSED, _can_run
 pytestmark = [
     pytest.mark.slow("starts launchers and whole runs on two hosts"),
     needs_venv,
-    pytest.mark.timeout(170),
 ]
 
 

@@ -41,7 +41,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
     def outcomes_of(name: str) -> list[Outcome]:
         if name not in ended:
             size = COMBINATIONS[name].world_size
-            ended[name] = ranks.outcomes(size, run, name, group_timeout=60, wall_limit=100)
+            ended[name] = ranks.outcomes(size, run, name)
         return ended[name]
 
     return outcomes_of

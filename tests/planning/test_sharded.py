@@ -24,7 +24,7 @@ from worm_dist.planning.forecast import forecast
 from worm_dist.planning.target import Target
 from worm_dist.planning.wrapper import WrapperSettings, ZeroSettings
 
-pytestmark = [pytest.mark.slow("forecasts beside whole engines"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow("forecasts beside whole engines")]
 
 SHAPE = (3, 8, 8)
 
@@ -164,9 +164,7 @@ def _run(row: _Row, folder: Path) -> tuple[dict[str, int], int]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_rank_hands_over_what_is_forecast(name: str, ranks: Ranks, tmp_path: Path) -> None:
     row = ROWS[name]
-    outcomes = ranks.outcomes(
-        row.world_size, _run, row, tmp_path / "ticket", group_timeout=60, wall_limit=100
-    )
+    outcomes = ranks.outcomes(row.world_size, _run, row, tmp_path / "ticket")
     assert all(outcome.exitcode == 0 for outcome in outcomes), "\n".join(map(str, outcomes))
     found = forecast(row.target, tmp_path / "ticket", None, None, world_size=row.world_size)
     planned = {stage: each.total_bytes for stage, each in found.traffic.items()}

@@ -118,7 +118,6 @@ def _assert_met_to_one_channel(subject: _Subject) -> None:
 
 
 @pytest.mark.slow("draws a network of every kind, four minutes")
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [name for name, each in FAMILIES.items() if not each.large])
 def test_of_every_architecture_the_cost_is_exact_and_a_budget_met(name: str) -> None:
     family = FAMILIES[name]

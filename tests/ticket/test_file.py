@@ -69,7 +69,7 @@ def test_tickets_are_loaded_in_a_fresh_process(tmp_path: Path) -> None:
         "for folder, network in networks.items():\n"
         "    torch.save(network.eval()(images).detach(), f'{folder}/outputs.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", program, named, own], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, named, own], check=True)
     for folder, engine in drawn.items():
         assert torch.equal(torch.load(folder / "outputs.pt"), _outputs(engine.model))
 

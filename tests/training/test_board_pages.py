@@ -20,7 +20,6 @@ from worm_dist.training.reporting.tensorboard import TensorBoardLog
 
 pytestmark = [
     pytest.mark.slow("trains a whole run, starts a server and a browser"),
-    pytest.mark.timeout(300),
 ]
 
 RUN = "small"

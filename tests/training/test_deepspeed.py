@@ -55,7 +55,6 @@ def _train(runs: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list[str],
 
 
 @pytest.mark.slow("trains whole runs under DeepSpeed")
-@pytest.mark.timeout(300)
 def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
     short = [
         ("epochs", "5"),
@@ -72,7 +71,7 @@ def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
         ]
         for stage in (0, 1, 2)
     }
-    outcomes = ranks.outcomes(2, _train, {"ddp": short, **runs}, wall_limit=280, group_timeout=100)
+    outcomes = ranks.outcomes(2, _train, {"ddp": short, **runs}, group_timeout=100)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     first, second = (outcome.value for outcome in outcomes)
@@ -95,7 +94,6 @@ def test_ddp_and_zero_decide_and_train_alike_bit_for_bit(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow("trains whole runs under DeepSpeed")
-@pytest.mark.timeout(200)
 def test_passes_and_bf16(ranks: Ranks, tmp_path: Path) -> None:
     """Two passes a step are one step of twice the batch; bf16 trains on fp32 copies."""
     settings = tmp_path / "passes.json"
@@ -106,7 +104,7 @@ def test_passes_and_bf16(ranks: Ranks, tmp_path: Path) -> None:
         "passes": [*short, ("distributed.deepspeed", str(settings))],
         "bf16": [("epochs", "2"), DEEPSPEED, ("precision", "bf16"), small],
     }
-    outcomes = ranks.outcomes(2, _train, runs, wall_limit=180, group_timeout=100)
+    outcomes = ranks.outcomes(2, _train, runs, group_timeout=100)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     first, second = (outcome.value for outcome in outcomes)

@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
 def acts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     """Of each setting, whether its other value makes a difference."""
     folder = tmp_path_factory.mktemp("settings")
-    (outcome,) = Ranks(folder).outcomes(NO_GROUP, _all, folder, wall_limit=400)
+    (outcome,) = Ranks(folder).outcomes(NO_GROUP, _all, folder)
     assert outcome.exitcode == 0, outcome.traceback
     found: dict[str, bool] = outcome.value
     return found
@@ -193,7 +193,6 @@ def _empty(folder: Path) -> Path:
 
 
 @pytest.mark.slow("trains a hundred short runs")
-@pytest.mark.timeout(450)
 @pytest.mark.parametrize("key", [key for key in SETTINGS if key not in ELSEWHERE])
 def test_another_value_makes_a_difference(acts: dict[str, bool], key: str) -> None:
     assert acts[key], f"{key}: nothing that a run does depends on it"

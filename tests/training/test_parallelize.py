@@ -29,7 +29,6 @@ def _both_ways(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow("trains four runs")
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"truncation.frozen_weights": "hold", "ticket.recalibrate_batches": 0}],
@@ -41,7 +40,7 @@ def test_views_and_statistics_of_its_own_change_nothing(
     """Weights, moments, masks, bytes and figures; rank zero's statistics, which are saved; and the
     accuracies, to which every rank contributes."""
     call = (_both_ways, tmp_path, {**ALL_PHASES, "checkpoint.keep_last": 100, **settings})
-    for outcome in ranks.outcomes(2, *call, wall_limit=110, group_timeout=60):
+    for outcome in ranks.outcomes(2, *call):
         assert outcome.exitcode == 0, str(outcome)
     found = list(differences_of_runs(tmp_path / "plain", tmp_path / "ours"))
     assert not found, "\n".join(found[:20])

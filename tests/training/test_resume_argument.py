@@ -57,7 +57,6 @@ def test_a_folder_without_a_checkpoint_is_told_what_to_name(run: Path) -> None:
     assert resume_argument("nowhere") == "nowhere", "a restarted run does not need it"
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.fault(41, "the command line")
 def test_the_command_line_reads_it(run: Path, tmp_path: Path) -> None:
     """The checkpoint here is not that of a training, which is found out once it was found."""

@@ -67,7 +67,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.slow("trains in processes of their own")
-@pytest.mark.timeout(150)
 def test_a_run_of_the_users_own_is_trained_resumed_planned_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "run.yaml").write_text(SETTINGS)

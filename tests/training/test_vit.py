@@ -54,7 +54,6 @@ def _load(ticket: str) -> tuple[Any, ...]:
     return heads, num_parameters, len(gates_of(network)), _outputs(network)
 
 
-@pytest.mark.timeout(120)
 def test_a_transformer_finds_its_ticket_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     folder = str(tmp_path / "ticket")
     (result, kept, digest, outputs), (_, _, other_digest, other_outputs) = ranks(2, _train, folder)

@@ -262,36 +262,34 @@ def _outcome(training: Training) -> dict[str, Any]:
     }
 
 
-def _everything(folder: str) -> dict[Stage, dict[str, Any]]:
+def _everything(stage: int, precision: str, folder: str) -> dict[str, Any]:
     return {
-        (stage, precision): {
-            "schedules": _schedules(stage, precision),
-            "checkpoints": _checkpoints(stage, precision, f"{folder}/{stage}/checkpoints"),
-            "average": _average(stage, precision) if stage < 3 else None,
-            "events": _events(stage, precision, f"{folder}/{stage}-{precision}/events"),
-            "between passes": _between_passes(stage, precision),
-            "changed batch": _changed_batch(stage, precision),
-            "dead": _dead(stage, precision),
-            "undone": _undone(stage, precision),
-        }
-        for stage, precision in _STAGES
+        "schedules": _schedules(stage, precision),
+        "checkpoints": _checkpoints(stage, precision, f"{folder}/checkpoints"),
+        "average": _average(stage, precision) if stage < 3 else None,
+        "events": _events(stage, precision, f"{folder}/events"),
+        "between passes": _between_passes(stage, precision),
+        "changed batch": _changed_batch(stage, precision),
+        "dead": _dead(stage, precision),
+        "undone": _undone(stage, precision),
     }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """One call of two ranks: importing DeepSpeed takes longer than all they do."""
+@pytest.fixture(scope="module", params=_STAGES, ids=lambda stage: f"{stage[0]} {stage[1]}")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Outcome]:
+    """A call of two ranks for each stage."""
     folder = tmp_path_factory.mktemp("draw")
-    ranks = Ranks(folder)
-    return ranks.outcomes(2, _everything, str(folder), group_timeout=60, wall_limit=100)
+    return Ranks(folder).outcomes(2, _everything, *request.param, str(folder))
 
 
-@pytest.fixture(params=_STAGES, ids=lambda stage: f"{stage[0]} {stage[1]}")
-def everyone(request: pytest.FixtureRequest, outcomes: list[Outcome]) -> list[dict[str, Any]]:
+@pytest.fixture
+def everyone(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """What each rank has seen."""
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
-    return [outcome.value[request.param] for outcome in outcomes]
+    return [outcome.value for outcome in outcomes]
 
 
 @pytest.mark.parametrize("name", [*_SCHEDULERS, "client's"])

@@ -93,7 +93,7 @@ def _steps(stage: int, width: int, num_classes: int) -> dict[str, list[_Step]]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_one_collective_for_each_group_of_parameters(ranks: Ranks, stage: int) -> None:
-    for outcome in ranks.outcomes(3, _steps, stage, 16, 10, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(3, _steps, stage, 16, 10):
         assert outcome.exitcode == 0, str(outcome)
         for mine, other in zip(*outcome.value.values(), strict=True):
             assert sum(mine.calls.values()) == 2 and mine.calls.keys() <= _GATHERS
@@ -108,7 +108,7 @@ def test_ranks_whose_shares_are_far_apart_move_elements(
     """A classifier fills the last partition, half of the others is frozen: padded to its share, the
     others would hand over 200 KiB that mean nothing.  Two ranks send each other their shares."""
     found = []
-    for outcome in ranks.outcomes(size, _steps, 2, 128, 1200, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(size, _steps, 2, 128, 1200):
         assert outcome.exitcode == 0, str(outcome)
         chosen, in_chunks = outcome.value.values()
         for mine, other in zip(chosen, in_chunks, strict=True):

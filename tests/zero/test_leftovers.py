@@ -107,9 +107,7 @@ def _draw_again_and_again(stage: int, precision: str) -> list[tuple[int, int, in
 def test_ten_draws_in_a_row_leave_nothing(ranks: Ranks, stage: int, precision: str) -> None:
     """A loop keeps what ``deepspeed.initialize`` returned in its variables; after a draw these held
     the dense network, its master weights and the buckets for as long as the training went on."""
-    outcomes = ranks.outcomes(
-        2, _draw_again_and_again, stage, precision, group_timeout=60, wall_limit=100
-    )
+    outcomes = ranks.outcomes(2, _draw_again_and_again, stage, precision)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
         seen = outcome.value
@@ -192,7 +190,7 @@ def _what_all_leave() -> dict[tuple[int, bool], Left]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     ranks = Ranks(tmp_path_factory.mktemp("left"))
-    return ranks.outcomes(2, _what_all_leave, group_timeout=60, wall_limit=60)
+    return ranks.outcomes(2, _what_all_leave)
 
 
 @pytest.mark.parametrize("when", ["detached", "drawn and detached", "shared"])
@@ -243,7 +241,7 @@ def _two_engines(stage: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_another_engine_of_the_process_is_not_touched(ranks: Ranks, stage: int) -> None:
-    for outcome in ranks.outcomes(2, _two_engines, stage, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(2, _two_engines, stage):
         assert outcome.exitcode == 0, str(outcome)
         alone, beside, handed_over = outcome.value
         assert all(torch.equal(*pair) for pair in zip(alone, beside, strict=True))
@@ -284,6 +282,6 @@ def test_full_weights_are_read_after_detach(ranks: Ranks) -> None:
     """DeepSpeed keeps small weights gathered from one step to the next.  They had zeros for what no
     output depends on, and kept them after ``detach``, until the next step: a loop that saved them
     there saved zeros."""
-    for outcome in ranks.outcomes(2, _detached_with_zeros, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(2, _detached_with_zeros):
         assert outcome.exitcode == 0, str(outcome)
         assert outcome.value == (True, False)

@@ -71,9 +71,7 @@ def _all_ways() -> dict[tuple[int, int], list[tuple[bool, int, int, int]]]:
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    outcomes = Ranks(tmp_path_factory.mktemp("off")).outcomes(
-        2, _all_ways, group_timeout=60, wall_limit=60
-    )
+    outcomes = Ranks(tmp_path_factory.mktemp("off")).outcomes(2, _all_ways)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     return [outcome.value for outcome in outcomes]

@@ -329,9 +329,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def sayings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    (outcome,) = Ranks(tmp_path_factory.mktemp("refusals")).outcomes(
-        1, _sayings, group_timeout=60, wall_limit=100
-    )
+    (outcome,) = Ranks(tmp_path_factory.mktemp("refusals")).outcomes(1, _sayings)
     assert outcome.exitcode == 0, str(outcome)
     said: dict[str, str] = outcome.value
     return said
@@ -351,7 +349,7 @@ def _sequence_parallel() -> str:
 
 
 def test_sequence_parallelism_is_refused(ranks: Ranks) -> None:
-    for outcome in ranks.outcomes(2, _sequence_parallel, group_timeout=60, wall_limit=60):
+    for outcome in ranks.outcomes(2, _sequence_parallel):
         assert outcome.exitcode == 0, str(outcome)
         assert "sequence parallelism reduces in a precision of its own" in outcome.value
 

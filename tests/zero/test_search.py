@@ -119,9 +119,7 @@ Seen = list[dict[tuple[str, str], list[tuple[str, ...]]]]
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    outcomes = Ranks(tmp_path_factory.mktemp("search")).outcomes(
-        2, _all_ways, group_timeout=60, wall_limit=100
-    )
+    outcomes = Ranks(tmp_path_factory.mktemp("search")).outcomes(2, _all_ways)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     return [outcome.value for outcome in outcomes]

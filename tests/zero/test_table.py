@@ -45,7 +45,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         names = _CALL_OF[name]
         if names not in ended:
             size = ROWS[name].world_size
-            ended[names] = ranks.outcomes(size, run, names, group_timeout=60, wall_limit=110)
+            ended[names] = ranks.outcomes(size, run, names)
         return ended[names]
 
     return outcomes_of

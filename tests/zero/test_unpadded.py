@@ -23,7 +23,7 @@ def _never_padded(names: tuple[str, ...]) -> dict[str, Findings]:
 @pytest.mark.parametrize("world_size", _ROWS)
 def test_all_but_the_bytes_is_as_with_padding(ranks: Ranks, world_size: int) -> None:
     names = _ROWS[world_size]
-    outcomes = ranks.outcomes(world_size, _never_padded, names, group_timeout=60, wall_limit=110)
+    outcomes = ranks.outcomes(world_size, _never_padded, names)
     for outcome in outcomes:
         assert outcome.exitcode == 0, str(outcome)
     for name in names:
