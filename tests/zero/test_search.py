@@ -7,12 +7,12 @@ pass a step all of them do the same sums, so everything is the same to the bit.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -29,6 +29,14 @@ _WAYS = ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 late")
 _BF16_WAYS = ("ZeRO 0 bf16", "ZeRO 1 bf16", "ZeRO 2 bf16", "ZeRO 3 bf16")
 _PRESETS = ("worm", "worm-paper", "early-bird", "dense", "worm with gates")
 _STEPS = 14
+
+
+class _Run(NamedTuple):
+    """Digests of weights and mask, the phase and the penalty after every step, and all weights
+    after the last."""
+
+    steps: list[tuple[str, ...]]
+    weights: Tensor
 
 
 class _Loop:
@@ -73,8 +81,7 @@ class _Loop:
             steps_per_epoch=2,
         )
 
-    def run(self) -> list[tuple[str, ...]]:
-        """For every step digests of weights and mask, the phase and the penalty."""
+    def run(self) -> _Run:
         seen: list[tuple[str, ...]] = []
         engine = self.engine
         for number in range(_STEPS):
@@ -96,9 +103,11 @@ class _Loop:
                     engine.draw()
             mask = "" if engine.mask is None else engine.mask.digest
             with whole(engine.model, self._network):
-                weights = _digest(self._network)
-            seen.append((weights, mask, str(engine.phase.value), f"{penalty.item():.9g}"))
-        return seen
+                digest = _digest(self._network)
+            seen.append((digest, mask, str(engine.phase.value), f"{penalty.item():.9g}"))
+        with whole(engine.model, self._network):
+            weights = [p.detach().float().flatten() for p in self._network.parameters()]
+            return _Run(seen, torch.cat(weights))
 
 
 def _digest(network: nn.Module) -> str:
@@ -108,13 +117,13 @@ def _digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _all_ways() -> dict[tuple[str, str], list[tuple[str, ...]]]:
+def _all_ways() -> dict[tuple[str, str], _Run]:
     runs = [(way, preset) for preset in _PRESETS for way in _WAYS]
     runs += [(way, "worm") for way in _BF16_WAYS]
     return {(way, preset): _Loop(way, preset).run() for way, preset in runs}
 
 
-Seen = list[dict[tuple[str, str], list[tuple[str, ...]]]]
+Seen = list[dict[tuple[str, str], _Run]]
 
 
 @pytest.fixture(scope="module")
@@ -131,23 +140,25 @@ def test_zero_finds_and_trains_the_same_as_ddp(everyone: Seen, preset: str, way:
     """With gates in stage 3 not to the bit: DeepSpeed replaces the linear layers by its own."""
     is_rounded = "gates" in preset and "ZeRO 3" in way
     for seen in everyone:
+        zero, ddp = seen[way, preset], seen["DDP", preset]
         if is_rounded:
-            decisions = [[step[1:3] for step in seen[each, preset]] for each in (way, "DDP")]
-            assert decisions[0] == decisions[1]
+            assert [step[1:3] for step in zero.steps] == [step[1:3] for step in ddp.steps]
+            torch.testing.assert_close(zero.weights, ddp.weights, rtol=1e-6, atol=1e-6)
         else:
-            assert seen[way, preset] == seen["DDP", preset]
+            assert zero.steps == ddp.steps
 
 
 def test_ranks_agree(everyone: Seen) -> None:
     first, second = everyone
-    assert first == second
+    assert first.keys() == second.keys()
+    for run, seen in first.items():
+        assert seen.steps == second[run].steps
 
 
 def test_stages_are_the_same_in_bf16(everyone: Seen) -> None:
     """Stage 0 is not: there DeepSpeed decays the master weights once more when it begins."""
-    seen = everyone[0]
-    assert seen["ZeRO 1 bf16", "worm"] == seen["ZeRO 2 bf16", "worm"]
-    assert seen["ZeRO 1 bf16", "worm"] == seen["ZeRO 3 bf16", "worm"]
+    one, two, three = (everyone[0][f"ZeRO {stage} bf16", "worm"].steps for stage in (1, 2, 3))
+    assert one == two == three
 
 
 _PHASES = {
@@ -165,6 +176,6 @@ _PHASES = {
 )
 def test_the_runs_come_through_all_phases(everyone: Seen, way: str, preset: str) -> None:
     """Or the comparisons would say little."""
-    steps = everyone[0][way, preset]
+    steps = everyone[0][way, preset].steps
     assert list(dict.fromkeys(phase for _, _, phase, _ in steps)) == _PHASES[preset]
     assert (float(steps[0][-1]) > 0) == (preset != "dense"), "the penalty"
