@@ -112,6 +112,7 @@ def test_a_compute_time_can_be_given(capsys: pytest.CaptureFixture[str]) -> None
     assert steps["ticket"]["compute_seconds"] == pytest.approx(0.04 * share)
     assert plan["estimate"]["latency_seconds"] == pytest.approx(5e-6)
     assert plan["estimate"]["rounds"] == 0
+    assert set(plan["estimate"]["formulas"]) == {"all-reduce", "reduce-scatter", "all-gather"}
 
 
 def test_the_standard_error_says_what_it_does_meanwhile(

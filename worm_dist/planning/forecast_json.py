@@ -7,7 +7,7 @@ from typing import Any
 
 from ..search.rounding import ratio_reached
 from .forecast import Estimate, Forecast, members_of
-from .step_time import FORMULA
+from .step_time import FORMULAS
 
 __all__ = ["as_dict"]
 
@@ -86,7 +86,7 @@ def _estimate_as_dict(estimate: Estimate) -> dict[str, Any]:
         "samples_measured": estimate.measured.num_samples,
         "device": estimate.measured.device,
         "rounds": estimate.measured.rounds,
-        "formula": FORMULA,
+        "formulas": dict(FORMULAS),
         "steps": {
             stage: {
                 "compute_seconds": step.compute_seconds,

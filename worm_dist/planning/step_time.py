@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import ConfigError
 
 __all__ = [
-    "FORMULA",
+    "FORMULAS",
     "Collective",
     "Kind",
     "Link",
@@ -23,7 +23,15 @@ __all__ = [
     "seconds_of",
 ]
 
-FORMULA = "2 (n-1)/n x bytes / bandwidth + 2 (n-1) x latency"
+Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
+
+FORMULAS: Mapping[Kind, str] = {
+    "all-reduce": "2 (n-1)/n x bytes / bandwidth + 2 (n-1) x latency",
+    "reduce-scatter": "(n-1)/n x bytes / bandwidth + (n-1) x latency",
+    "all-gather": "(n-1) x a rank's bytes / bandwidth + (n-1) x latency",
+}
+"""Seconds of a collective by a ring of n ranks, in words; see ``seconds_of``.  gloo carries out a
+reduce-scatter as an all-reduce."""
 
 _FACTORS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -88,9 +96,6 @@ def parse_seconds(option: str, text: str) -> float:
     if not match:
         raise ConfigError(f"{option}: {text!r} is not a time; write 50us, 0.1ms or 2s")
     return float(match[1]) * _UNITS[match[2]]
-
-
-Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
 
 
 @dataclass(frozen=True)

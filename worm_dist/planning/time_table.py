@@ -7,15 +7,10 @@ from rich.table import Table
 from .console import plain_table
 from .forecast import Estimate
 from .formatting import compared, seconds
-from .step_time import FORMULA
+from .step_time import FORMULAS
 from .wrapper import WrapperSettings
 
 __all__ = ["method", "setting", "times"]
-
-_OTHERS = (
-    "Reduce-scatter: half of that. All-gather: (n-1) x a rank's bytes / bandwidth + (n-1) x "
-    "latency."
-)
 
 
 def setting(estimate: Estimate) -> str:
@@ -73,9 +68,11 @@ def method(estimate: Estimate, wrapper: WrapperSettings) -> str:
             "collectives run one after the other, each as soon as it can start, and computing "
             "waits for the weights that it needs"
         )
-    formulas = "" if wrapper.kind == "ddp" else f" {_OTHERS}"
+    formulas = f"a ring's {FORMULAS['all-reduce']}."
+    if wrapper.kind != "ddp":
+        formulas += f" Reduce-scatter: half of that. All-gather: {FORMULAS['all-gather']}."
     return (
-        f"Computing: forward and backward pass, {computing}. All-reduce: a ring's {FORMULA}."
+        f"Computing: forward and backward pass, {computing}. All-reduce: "
         f"{formulas} Expected: {sending}. Packing, optimizer and input are left out. An all-reduce "
         "often reaches less than the nominal rate, over gloo 450 to 650 Mbit/s of 1 Gbit/s: give "
         "what yours reaches as --bandwidth."
