@@ -18,8 +18,8 @@ import worm_dist
 from tests.nets import Plain, Residual, random_images, randomise
 from tests.oracles import mask_dropping
 from tests.ranks import NO_GROUP, Outcome, Ranks
-from worm_dist import CheckpointError, DivergenceError, Engine, Mask, WormConfig
-from worm_dist.distributed.agreed_failure import on_every_rank
+from worm_dist import CheckpointError, ConfigError, DivergenceError, Engine, Mask, WormConfig
+from worm_dist.distributed.agreed_failure import on_every_rank, refused_on_every_rank
 from worm_dist.distributed.collectives import ProcessGroupComm
 from worm_dist.search.ranking import Ranking
 
@@ -37,6 +37,40 @@ def test_a_reason_is_not_lost_with_the_connection(ranks: Ranks) -> None:
     _, failing = ranks.outcomes(2, _fails_while_the_other_ends)
     assert failing.error == "BackendError"
     assert failing.text.startswith("OSError: no space; then the ranks could not be compared")
+
+
+def _refused(of_ranks: list[list[Exception | None]]) -> list[str]:
+    """What this rank raises, for what each rank does; and whether all still meet."""
+    assert dist.group.WORLD is not None
+    comm, said = ProcessGroupComm(dist.group.WORLD, torch.device("cpu")), []
+    for errors in of_ranks:
+        told = "nothing"
+        try:
+            with refused_on_every_rank(comm):
+                if (error := errors[comm.rank]) is not None:
+                    raise error
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+        said.append(told)
+    assert comm.failures("") == []
+    return said
+
+
+def test_what_one_rank_refuses_is_refused_by_all(ranks: Ranks) -> None:
+    """With its type; with the one closest to the cause, if there are several; without the numbers
+    of the ranks, if all say the same."""
+    lost, wrong = CheckpointError("lost"), ConfigError("wrong")
+    cases: dict[str, list[Exception | None]] = {
+        "nothing": [None, None],
+        "ConfigError: rank 1: wrong": [None, wrong],
+        "CheckpointError: rank 0: lost": [lost, None],
+        "ConfigError: rank 0: lost; rank 1: wrong": [lost, wrong],
+        "ConfigError: wrong": [wrong, wrong],
+        "CheckpointError: rank 1: KeyError: 'a'": [None, KeyError("a")],
+        "CheckpointError: OSError: two lines": [OSError("two\nlines"), OSError("two\nlines")],
+    }
+    for said in ranks(2, _refused, list(cases.values())):
+        assert said == list(cases)
 
 
 _COLLECTIVES = (

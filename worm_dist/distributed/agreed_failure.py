@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..errors import BackendError, WormError
+import torch
+
+from ..errors import (
+    BackendError,
+    CheckpointError,
+    CollapseError,
+    ConfigError,
+    DivergenceError,
+    DrawError,
+    NonFiniteError,
+    WormError,
+)
 from .collectives import Communicator
 
-__all__ = ["described", "on_every_rank"]
+__all__ = ["described", "on_every_rank", "refused_on_every_rank"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS = (
+    ConfigError,
+    CheckpointError,
+    DivergenceError,
+    NonFiniteError,
+    BackendError,
+    CollapseError,
+    DrawError,
+)
+"""By exit code: the lower it is, the closer to the cause."""
 
 
 @contextmanager
@@ -29,18 +54,66 @@ def on_every_rank(comm: Communicator, error_of: Callable[[str], WormError]) -> I
         yield
     except Exception as error:  # any error: the other ranks must not wait for this one
         failure = error
+    failures = _failures(comm, failure)
+    if failures:
+        raise error_of("; ".join(failures)) from failure
+
+
+@contextmanager
+def refused_on_every_rank(
+    comm: Communicator, otherwise: type[WormError] = CheckpointError
+) -> Iterator[None]:
+    """Context whose error on one rank is raised on every rank, with the same text and type.  Its
+    exit is collective; its body must not be, unless it issues its collectives in any case.
+
+    If ranks raise errors of several types, that with the lowest exit code is raised.
+
+    Args:
+        comm: the communicator.
+        otherwise: the type that is raised for errors which are no ``WormError``, such as those of a
+            disk.
+
+    Raises:
+        WormError: naming the ranks that failed, unless all of them did for the same reason.
+        BackendError: the ranks cannot tell one another.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # any error: the other ranks must not wait for this one
+        failure = error
+    if failure is not None and not isinstance(failure, (WormError, OSError)):
+        logger.error("rank %d: %s", comm.rank, described(failure), exc_info=failure)
+    failures = _failures(comm, failure)
+    if not failures:
+        return
+    kind = next((kind for kind in _KINDS if _any(comm, isinstance(failure, kind))), otherwise)
+    all_failed = not _any(comm, failure is None)
+    if failure is None or not all_failed or len(failures) > 1:
+        raise kind("; ".join(failures)) from failure
+    if isinstance(failure, kind):
+        raise failure
+    raise kind(described(failure)) from failure
+
+
+def _any(comm: Communicator, flag: bool) -> bool:
+    return comm.any(torch.tensor([float(flag)]))
+
+
+def _failures(comm: Communicator, failure: Exception | None) -> list[str]:
+    """See ``Communicator.failures``.  Collective."""
     own = "" if failure is None else described(failure)
     try:
-        failures = comm.failures(own)
+        return comm.failures(own)
     except Exception as error:  # the reason must not be lost with the connection
         raise BackendError(
             f"{own or 'no failure on this rank'}; then the ranks could not be compared "
             f"({described(error)}). Start again from the last checkpoint"
         ) from (failure or error)
-    if failures:
-        raise error_of("; ".join(failures)) from failure
 
 
 def described(error: Exception) -> str:
     """An error in one line."""
-    return str(error) if isinstance(error, WormError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, WormError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())

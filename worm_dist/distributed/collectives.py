@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..digest import digest_of
-from ..errors import BackendError, CheckpointError, ConfigError, DivergenceError
+from ..errors import BackendError, DivergenceError
 from .byte_streams import gather_streams
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "ProcessGroupComm",
     "SingleProcessComm",
     "bits",
-    "refused_on_all_ranks",
     "uncounted",
 ]
 
@@ -139,23 +138,6 @@ def uncounted(comm: Communicator) -> Iterator[None]:
         yield
     finally:
         comm.sent_bytes = sent_bytes
-
-
-@contextmanager
-def refused_on_all_ranks(comm: Communicator, where: str) -> Iterator[None]:
-    """Context whose ``ConfigError`` or ``CheckpointError``, raised before the next comparison of
-    the ranks, makes the other ranks fail there instead of waiting.
-
-    Args:
-        comm: the communicator; ``assert_equal`` of a part named ``state`` must follow.
-        where: prefix of error messages.
-    """
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        with suppress(DivergenceError):  # raised on every rank; this rank's error says more
-            comm.assert_equal({"state": {"(refused)": str(error).encode()}}, where)
-        raise
 
 
 class SingleProcessComm:

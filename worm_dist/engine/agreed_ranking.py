@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..config import WormConfig
 from ..digest import digest_of
-from ..distributed.collectives import refused_on_all_ranks
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..errors import ConfigError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..pruning.predicted_cost import predicted_cost
 from ..search.ranking import Ranking
@@ -33,13 +34,13 @@ def agreed_ranking(
         example_inputs: inputs as for ``forward.run``.
 
     Raises:
-        ConfigError: as in ``Ranking`` and ``predicted_cost``.
-        DivergenceError: the ranks predict different costs, or it failed on another rank.
+        ConfigError: as in ``Ranking`` and ``predicted_cost``; with a budget on every rank.
+        DivergenceError: the ranks predict different costs.
     """
     network, ranks = training.network, training.comm
     if config.search.budget.chosen is None:
         return Ranking(config, network, groups, custom, full_values=training.full_values)
-    with refused_on_all_ranks(ranks, "attach"):
+    with refused_on_every_rank(ranks, ConfigError):
         with training.full_network() as full:
             cost = predicted_cost(config, full, groups, example_inputs)
         ranking = Ranking(config, network, groups, custom, cost, training.full_values)

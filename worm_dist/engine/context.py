@@ -19,8 +19,9 @@ from ..backends.optimizer_view import OptimizerView, StepListener
 from ..backends.recognition import backend_of
 from ..comm_hooks.reducer import Reducer, ReducerSchema
 from ..config import WormConfig
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import uncounted
-from ..errors import CheckpointError, DivergenceError
+from ..errors import DivergenceError
 from ..groups.channel_groups import Groups
 from ..groups.full_shape import full_numel
 from ..pruning.recorded_inputs import CallSchema
@@ -230,21 +231,10 @@ class TrainingContext(StepListener):
         reducer = self.reduction.reducer
         if reducer is None:
             return
-        failure: CheckpointError | None = None
-        try:
+        with uncounted(self.comm), refused_on_every_rank(self.comm):
             if reducer_state is not None:
                 averaged = {name: p for p, name in self.names.items() if p in self.trained}
                 reducer.load_state_dict(reducer_state, averaged)
-        except CheckpointError as error:  # the other ranks must not wait for this one
-            failure = error
-        self._raise_on_all_ranks(failure)
-
-    def _raise_on_all_ranks(self, failure: CheckpointError | None) -> None:
-        """Raise an error of this rank, or of another one.  Collective."""
-        with uncounted(self.comm):
-            failures = self.comm.failures("" if failure is None else str(failure))
-        if failures:
-            raise CheckpointError("; ".join(failures)) from failure
 
     def restore_bucket_order(self, one_pass: Callable[[], Tensor]) -> None:
         """See ``Engine.restore_bucket_order``."""
@@ -265,12 +255,8 @@ class TrainingContext(StepListener):
         Raises:
             CheckpointError: on every rank, if one of them cannot read its part.
         """
-        failure: CheckpointError | None = None
-        try:
+        with uncounted(self.comm), refused_on_every_rank(self.comm):
             self.optimizer_state.write(state)
-        except CheckpointError as error:  # the other ranks must not wait for this one
-            failure = error
-        self._raise_on_all_ranks(failure)
         self.register_step_hooks()  # which also links moments under DeepSpeed
 
     @property

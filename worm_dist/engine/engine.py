@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import WormConfig
-from ..distributed.collectives import bits, refused_on_all_ranks, uncounted
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..distributed.collectives import bits, uncounted
 from ..errors import ConfigError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
@@ -481,7 +482,7 @@ class Engine:
             DivergenceError: the ranks have different states.
         """
         where = "load_state_dict"
-        with refused_on_all_ranks(self._comm, where):
+        with refused_on_every_rank(self._comm):
             self._require_new(where)
         self._verdict, self._checks_dropped = self._saved.restore(state, copies, where)
         self._calls.after_step(self.step)
@@ -539,7 +540,7 @@ class Engine:
         where = "load_optimizer_state"
         self._require_not_detached(where)
         with uncounted(self._comm):
-            with refused_on_all_ranks(self._comm, where):
+            with refused_on_every_rank(self._comm):
                 structure = self._training.optimizer_state.structure(state)
             self._comm.assert_equal({"state": {"optimizer": structure}}, where)
         self._training.write_optimizer_state(state)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import Communicator, refused_on_all_ranks, uncounted
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..distributed.collectives import Communicator, uncounted
 from ..search.convergence import History
 from ..verdict import Verdict
 from .check_schedule import CheckSchedule
@@ -89,7 +90,7 @@ class SavedState:
             CheckpointError, ConfigError, DivergenceError: as in ``Engine.load_state_dict``.
         """
         comm, training = self.comm, self.training
-        with refused_on_all_ranks(comm, where):
+        with refused_on_every_rank(comm):
             require_valid(state, self.settings, self.dense, self.steps_per_epoch, comm)
             require_alike(training.network, copies, where)
         comm.assert_equal({"state": digests_of(state)}, where)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..distributed.collectives import refused_on_all_ranks
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..engine.engine import Engine
 from ..errors import CheckpointError
 
@@ -39,7 +39,7 @@ def load_engine_state(engine: Engine, folder: str | Path) -> None:
         See also ``Engine.load_state_dict``.
     """
     path = _own_or_first(folder)
-    with refused_on_all_ranks(engine._comm, "load_state_dict"):
+    with refused_on_every_rank(engine._comm):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises errors of many types for damaged files

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.network_state import full_network_state, load_network_state, network_state
-from ..distributed.collectives import ProcessGroupComm, refused_on_all_ranks
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..distributed.collectives import ProcessGroupComm, uncounted
 from .build import TrainingParts
 from .parallelize import num_passes
 from .precision import autocast
@@ -102,30 +103,37 @@ class TrainingState:
                 returns it: in place of ``ranks`` it has this rank's own state, ``rank``.
 
         Raises:
-            CheckpointError, ConfigError: the state belongs to another run.
+            CheckpointError, ConfigError: the state belongs to another run, or a rank cannot load
+                its part of it; raised on every rank.
         """
         parts, engine = self._parts, self._parts.engine
-        self.position = Position(**state["position"])
-        require_position(self.position, len(parts.train_loader))
-        own_state = state["rank"]
-        rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
+        comm, own_state = engine._training.comm, state["rank"]
+        with uncounted(comm), refused_on_every_rank(comm):
+            self.position = Position(**state["position"])
+            require_position(self.position, len(parts.train_loader))
+            rank = with_inputs(own_state, self._newest_inputs(num_inputs(own_state)))
         engine.load_state_dict({**state["engine"], "rank": rank}, parts.retraining.copies)
-        # Each rank reads its rows; what one cannot read stops the others in the next comparison.
-        with refused_on_all_ranks(engine._training.comm, "resume"):
+        with uncounted(comm), refused_on_every_rank(comm):
             require_network(state["network"], parts.network)
             load_network_state(parts.network, state["network"])
             require_options(state["optimizer"], engine.optimizer)
         engine.load_optimizer_state(state["optimizer"])
+        with uncounted(comm), refused_on_every_rank(comm):
+            self._load_rest(state)
+        if engine.step:
+            parts.network.train()
+            engine.restore_bucket_order(self.one_pass)
+
+    def _load_rest(self, state: Mapping[str, Any]) -> None:
+        """Load what follows the engine, the weights and the optimizer."""
+        parts, own_state = self._parts, state["rank"]
         parts.retraining.load_state_dict(state["rewound"], self.position)
         fresh, num_groups = parts.schedule.state_dict(), len(state["optimizer"]["groups"])
         parts.schedule.load_state_dict(schedule_state(fresh, state["schedule"], num_groups))
         self.losses = torch.tensor(own_state["losses"], dtype=torch.float64, device=self._device)
         parts.result.restore(state["result"])
         self.phase_stats.load_state_dict(state["phase_stats"])
-        restore_random(own_state["random"], self._config.seed, engine.step)
-        if engine.step:
-            parts.network.train()
-            engine.restore_bucket_order(self.one_pass)
+        restore_random(own_state["random"], self._config.seed, parts.engine.step)
 
     def one_pass(self) -> Tensor:
         """The loss of a forward pass on the newest batch."""
