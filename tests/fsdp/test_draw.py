@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -20,7 +21,7 @@ from tests.oracles import mask_dropping
 from tests.ranks import Ranks
 from tests.resuming import differences
 from tests.settings import at_once
-from worm_dist import CheckpointError, DrawError, WormConfig
+from worm_dist import CheckpointError, ConfigError, DrawError, WormConfig
 
 _CONFIG = WormConfig(
     search={"every": "1ba", "l1": 0.01},
@@ -167,6 +168,27 @@ def test_a_ticket_that_cannot_be_written_fails_on_every_rank(ranks: Ranks, tmp_p
     for said, is_saved in ranks(2, _saved_where_a_file_is, str(tmp_path)):
         assert said == f"save_ticket: rank 0: {tmp_path / 'ticket'}: cannot be written: File exists"
         assert is_saved
+
+
+def _saved_with_a_wrong_model(folder: str) -> str:
+    """What this rank says; rank one names no model."""
+    trainee = Trainee(ROWS["SGD"], _CONFIG)
+    trainee.step(0)
+    trainee.engine.draw(mask_dropping(trainee.engine.groups, *_DROPPED))
+    try:
+        trainee.engine.save_ticket(folder, {} if dist.get_rank() == 1 else None)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_wrong_model_on_one_rank_is_refused_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """That rank alone raised, and the other one waited for it."""
+    call = 2, _saved_with_a_wrong_model, str(tmp_path / "ticket")
+    for outcome in ranks.outcomes(*call, group_timeout=600, idle_limit=20):
+        assert outcome.exitcode == 0, str(outcome)
+        assert outcome.value.startswith("rank 1: save_ticket: model: name: Field required")
+    assert not (tmp_path / "ticket").exists()
 
 
 def test_a_draw_shards_again_in_the_same_way(ranks: Ranks) -> None:

@@ -401,7 +401,8 @@ class Engine:
 
         Raises:
             ConfigError: no ticket has been drawn, or ``model`` is not such arguments.
-            CheckpointError: it cannot be written; if weights are sharded, on every rank.
+            CheckpointError: it cannot be written.
+            If weights are sharded, an error of one rank is raised on every rank.
         """
         if self.phase is not Phase.TICKET or self.mask is None:
             raise ConfigError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.durable_io import sync_folder, write_json, writing
 from ..config import WormConfig
-from ..distributed.agreed_failure import on_every_rank
+from ..distributed.agreed_failure import on_every_rank, refused_on_every_rank
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError
 from ..groups.channel_groups import Groups
@@ -65,9 +65,10 @@ def save_ticket(
 
     Raises:
         CheckpointError: the disk is full or cannot be written; raised on all of these ranks.
-        ConfigError: ``model`` is not such arguments.
+        ConfigError: ``model`` is not such arguments; raised on all of these ranks.
     """
-    built_from = None if model is None else _model_record(model)
+    with nullcontext() if comm is None else refused_on_every_rank(comm):
+        built_from = None if model is None else _model_record(model)
 
     def unsaved(failures: str) -> CheckpointError:
         return CheckpointError(f"save_ticket: {failures}")
