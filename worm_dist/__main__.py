@@ -240,10 +240,9 @@ def _train(options: argparse.Namespace, replaced: Sequence[tuple[str, str]]) -> 
     if out.name in ("", ".."):
         raise ConfigError(f"--out: {out} may hold more than this run; give a folder for it alone")
     # Data sets, TensorBoard and plots take seconds to import; report a wrong setting before.
-    from .training.resume_argument import resume_argument
     from .training.run import run
 
-    return run(config, out, resume_argument(options.resume), options.quiet)
+    return run(config, out, options.resume, options.quiet)
 
 
 def _print_template(preset: str) -> int:

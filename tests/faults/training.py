@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faults.driver import CONFIG, SMALL, small_data
+from worm_dist.distributed.collectives import ProcessGroupComm
 from worm_dist.distributed.graceful_stop import StopCoordinator
 from worm_dist.distributed.init import RankInfo
 from worm_dist.distributed.progress import Progress
@@ -48,8 +49,10 @@ def train(
     config = read_run_config(CONFIG, [(key, str(value)) for key, value in pairs.items()])
     place = RankInfo(dist.get_rank(), dist.get_world_size(), 0)
     device = torch.device("cpu")
+    assert dist.group.WORLD is not None
+    comm = ProcessGroupComm(dist.group.WORLD, device)
     with (
-        run._run_folder(config, out, resume) as checkpoint,
+        run._run_folder(config, out, resume, comm) as checkpoint,
         contextlib.redirect_stdout(io.StringIO()),
     ):
         code = run._train(

@@ -57,6 +57,13 @@ def test_a_folder_without_a_checkpoint_is_told_what_to_name(run: Path) -> None:
     assert resume_argument("nowhere") == "nowhere", "a restarted run does not need it"
 
 
+def test_a_checkpoint_without_a_manifest_is_taken_for_one(run: Path) -> None:
+    """It was said that no checkpoint was there, not what it lacks."""
+    (run / "checkpoints" / "step-8" / "manifest.json").unlink()
+    named = str(run / "checkpoints" / "step-8")
+    assert resume_argument(named) == named
+
+
 @pytest.mark.fault(41, "the command line")
 def test_the_command_line_reads_it(run: Path, tmp_path: Path) -> None:
     """The checkpoint here is not that of a training, which is found out once it was found."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from worm_dist.checkpoint.sharded_tensor import LocalShards, is_shard
 from worm_dist.checkpoint.staging import Staged
 from worm_dist.distributed.init import RankInfo
 from worm_dist.training import checkpointer as module
+from worm_dist.training import shared_verification
 from worm_dist.training.checkpointer import Checkpointer
 from worm_dist.training.newest_checkpoint import newest_checkpoint
 from worm_dist.training.reporting.failed_writes import FailedWrites
@@ -116,7 +118,9 @@ def test_a_rank_cannot_even_report(ranks: Ranks, tmp_path: Path) -> None:
     assert _left(goes_on) == ["step-4"]
 
 
-def _resumed(folder: Path) -> tuple[int | None, set[str]]:
+def _resumed(
+    folder: Path, resume: str = "auto", environment: Mapping[str, str] = os.environ
+) -> tuple[int | None, set[str]]:
     """The step that this rank would read the state of, and the shards that it has verified."""
     rank, hashed = dist.get_rank(), set()
     real = vars(checkpoint)["open_verified"]
@@ -131,7 +135,9 @@ def _resumed(folder: Path) -> tuple[int | None, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "open_verified", seen)
         with (
-            open_run_folder(folder, "auto", config, size) if rank == 0 else nullcontext()
+            open_run_folder(folder, resume, config, size, environment)
+            if rank == 0
+            else nullcontext()
         ) as opened:
             _, chosen = newest_checkpoint(folder, opened, config, place, torch.device("cpu"))
             dist.barrier()
@@ -151,10 +157,30 @@ def test_shards_are_verified_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     assert step == 3
     assert all(len(hashed) == 2 for _, hashed in others), "of both checkpoints"
     _damage(tmp_path / "checkpoints" / "step-3" / names[2])
-    first, *others_end = ranks.outcomes(3, _resumed, tmp_path)
-    assert first.error == "CheckpointError"
-    assert "all checkpoints are damaged: step-3, step-4" in first.text
-    assert all(outcome.error for outcome in others_end), "none goes on without rank zero"
+    for outcome in ranks.outcomes(3, _resumed, tmp_path, group_timeout=600, idle_limit=20):
+        assert outcome.error == "CheckpointError", str(outcome)
+        assert "rank 0: " in outcome.text
+        assert "all checkpoints are damaged: step-3, step-4" in outcome.text
+
+
+def _chosen_without_its_manifest(folder: Path) -> tuple[int | None, set[str]]:
+    """Rank zero has chosen the checkpoint, and then cannot read its manifest any more."""
+
+    def gone(path: Path) -> str:
+        raise CheckpointError(f"{path}: gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_verification, "manifest_digest", gone)
+        return _resumed(folder)
+
+
+def test_a_manifest_that_is_gone_is_told_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, _saved, tmp_path, None, "write")
+    (tmp_path / "journal.jsonl").touch()
+    call = 2, _chosen_without_its_manifest, tmp_path
+    for outcome in ranks.outcomes(*call, group_timeout=600, idle_limit=20):
+        assert outcome.error == "CheckpointError", str(outcome)
+        assert outcome.text == f"rank 0: {tmp_path / 'checkpoints' / 'step-4'}: gone"
 
 
 def _damage(path: Path) -> None:

@@ -10,9 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.checkpoint.states import info
 from tests.faults.training import train
 from tests.ranks import Ranks
 from tests.resuming import differences
+from worm_dist.checkpoint.checkpoint import Checkpoint
+from worm_dist.checkpoint.manager import CheckpointManager
+from worm_dist.checkpoint.sharded_tensor import LocalShards
+from worm_dist.checkpoint.state_file import pack
 from worm_dist.distributed import byte_streams
 from worm_dist.training.share_state import share_state
 
@@ -71,8 +76,33 @@ def _share_malformed() -> Any:
 
 
 def test_malformed_states_of_ranks_are_refused(ranks: Ranks) -> None:
-    refused = ranks.outcomes(2, _share_malformed, group_timeout=2)[0]
-    assert refused.error == "CheckpointError" and "malformed: KeyError('engine')" in refused.text
+    """Rank zero said so, and the other one waited for it."""
+    for refused in ranks.outcomes(2, _share_malformed, group_timeout=600, idle_limit=20):
+        assert refused.error == "CheckpointError", str(refused)
+        assert refused.text.startswith("rank 0: --resume: the states of the ranks in the ")
+        assert refused.text.endswith("are malformed: KeyError('engine')")
+
+
+def _share_shards_that_are_gone(folder: Path) -> Any:
+    """Rank one does not see the disk, so rank zero has to send what it can no longer read."""
+    rank, state = dist.get_rank(), None
+    if rank == 0:
+        shards = LocalShards(torch.Size([4]), torch.float32, [(0, torch.ones(4))])
+        packed = pack({"a": shards})
+        staged = CheckpointManager(folder).stage(3)
+        files = {**staged.write("run", packed), **staged.write_shards("run", 0, packed)}
+        path = staged.commit(info(3), files)
+        state = {**Checkpoint(path).read("run"), "ranks": [_own(number) for number in range(2)]}
+        (path / "run_shard-0.safetensors").unlink()
+    return share_state(state, CPU, path=folder / "step-3" if rank == 0 else None)
+
+
+def test_shards_that_cannot_be_sent_are_told_to_all(ranks: Ranks, tmp_path: Path) -> None:
+    call = 2, _share_shards_that_are_gone, tmp_path
+    for refused in ranks.outcomes(*call, group_timeout=600, idle_limit=20):
+        assert refused.error == "CheckpointError", str(refused)
+        wanted = f"rank 0: {tmp_path}/step-3/run_shard-0.safetensors: wanted this file, found none"
+        assert refused.text == wanted
 
 
 def _break_off(out: Path) -> None:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lock import is_held
-from ..distributed.collectives import ProcessGroupComm
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..distributed.init import RankInfo
 from .run_config import RunConfig
 from .run_folder import RunFolder, require_world_size, unfinished
@@ -49,14 +50,14 @@ def newest_checkpoint(
         The rank, the same on all ranks, and there the checkpoint; None for a new run and elsewhere.
 
     Raises:
-        CheckpointError: this number of ranks cannot resume from it, or all are damaged; raised on
-            that rank.
+        CheckpointError: this number of ranks cannot resume from it, all are damaged, or a folder
+            cannot be read; raised on every rank.
     """
     assert dist.group.WORLD is not None
     comm = ProcessGroupComm(dist.group.WORLD, device)
     damaged: list[Path] = []
     while True:
-        source, checkpoint = _chosen(out, folder, config, rank_info, device, damaged)
+        source, checkpoint = _chosen(out, folder, config, rank_info, device, comm, damaged)
         is_verified = folder is not None and folder.is_verified
         damage = damage_in_shards(None if is_verified else checkpoint, source, comm)
         if not damage:
@@ -64,7 +65,8 @@ def newest_checkpoint(
         if checkpoint is not None:
             logger.warning("checkpoint %s is skipped: %s", checkpoint.path.name, damage)
             damaged.append(checkpoint.path)
-            if folder is not None:
+        with refused_on_every_rank(comm):
+            if checkpoint is not None and folder is not None:
                 folder = folder.older(out, config, damaged)
 
 
@@ -74,6 +76,7 @@ def _chosen(
     config: RunConfig,
     rank_info: RankInfo,
     device: torch.device,
+    comm: Communicator,
     damaged: Collection[Path],
 ) -> tuple[int, Checkpoint | None]:
     """See ``newest_checkpoint``; ``damaged`` are those on this host whose shards are damaged."""
@@ -81,16 +84,19 @@ def _chosen(
     # The name of the lock, by which the others see whether they share rank zero's disk.
     token = [folder.lease.token if folder is not None and folder.may_resume else ""]
     dist.broadcast_object_list(token, src=0, device=device)
-    if rank_info.local_rank == 0 and rank_info.rank > 0 and token[0] and not is_held(out, token[0]):
-        own = unfinished(out, config, damaged)
+    looks = rank_info.local_rank == 0 and rank_info.rank > 0 and token[0]
+    with refused_on_every_rank(comm):
+        if looks and not is_held(out, token[0]):
+            own = unfinished(out, config, damaged)
     steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(rank_info.world_size)]
     dist.all_gather(steps, torch.tensor([-1 if own is None else own.step], device=device))
     found = torch.cat(steps).tolist()
     source = found.index(max(found))  # the lowest rank of those that have the newest
     if rank_info.rank != source:
         own = None
-    elif own is not None:
-        require_world_size(config, rank_info.world_size, own)
+    with refused_on_every_rank(comm):
+        if own is not None:
+            require_world_size(config, rank_info.world_size, own)
     if source != 0 and rank_info.rank == 0:
         logger.warning(
             "%s: rank %d has a newer checkpoint on its host, of step %d, which all ranks resume "

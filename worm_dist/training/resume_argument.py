@@ -37,6 +37,8 @@ def resume_argument(text: str) -> str:
         return text
     if not (path / _MANIFEST).exists():
         newest = _newest(path / CHECKPOINTS) or _newest(path)
+        if newest is None and STEP.fullmatch(path.name):
+            return str(path)  # it will be said which file it lacks
         if newest is None:
             raise CheckpointError(
                 f"--resume {text}: no checkpoint is there; name a run's folder, or one of its "

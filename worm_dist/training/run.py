@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..distributed.collectives import ProcessGroupComm
+from ..distributed.agreed_failure import refused_on_every_rank
+from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator
 from ..distributed.init import RankInfo, process_group
 from ..distributed.log_lines import rank_named
@@ -19,7 +20,7 @@ from ..distributed.progress import Progress
 from ..distributed.stacks import STACKS
 from ..distributed.timeouts import Timeouts
 from ..distributed.watchdog import watched
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
 from .consistency import require_same_start
@@ -33,6 +34,7 @@ from .reporting.failed_writes import FailedWrites
 from .reporting.quiet_console import QuietConsole
 from .reporting.rank_zero import RankZeroReport
 from .reporting.reporter import Report
+from .resume_argument import resume_argument
 from .run_config import RunConfig
 from .run_folder import RunFolder, open_run_folder
 from .run_state import require_valid
@@ -48,7 +50,7 @@ def run(config: RunConfig, out: Path, resume: str = "auto", quiet: bool = False)
     Args:
         config: the run's settings.
         out: the run's folder.
-        resume: ``auto``, ``never`` or the path of a checkpoint; see ``open_run_folder``.
+        resume: ``auto``, ``never`` or a path, on rank zero's host; see ``resume_argument``.
         quiet: whether the console has the last line and warnings only.
 
     Returns:
@@ -71,21 +73,31 @@ def run(config: RunConfig, out: Path, resume: str = "auto", quiet: bool = False)
         else nullcontext(),
     ):
         assert dist.group.WORLD is not None
-        require_same_start(config, ProcessGroupComm(dist.group.WORLD, device))
+        comm = ProcessGroupComm(dist.group.WORLD, device)
+        require_same_start(config, comm)
         choose_kernels(config, device)
         progress.reach("opening the run's folder")
-        with _run_folder(config, out, resume) as folder:
+        with _run_folder(config, out, resume, comm) as folder:
             parts = rank_info, device, progress, stop, install_handlers
             return _train(config, out, folder, *parts, quiet)
 
 
+@contextmanager
 def _run_folder(
-    config: RunConfig, out: Path, resume: str
-) -> AbstractContextManager[RunFolder | None]:
-    """Lock the run's folder on rank zero; a null context on other ranks."""
-    if dist.get_rank() != 0:
-        return nullcontext()
-    return open_run_folder(out, resume, config, dist.get_world_size())
+    config: RunConfig, out: Path, resume: str, comm: Communicator
+) -> Iterator[RunFolder | None]:
+    """Lock the run's folder on rank zero; None on other ranks.  Its entry is collective.
+
+    Raises:
+        ConfigError, CheckpointError: see ``open_run_folder``; raised on every rank.
+    """
+    with ExitStack() as stack:
+        folder = None
+        with refused_on_every_rank(comm, ConfigError):
+            if comm.rank == 0:  # only its host needs to have what --resume names
+                opened = open_run_folder(out, resume_argument(resume), config, comm.size)
+                folder = stack.enter_context(opened)
+        yield folder
 
 
 def _train(
@@ -100,15 +112,18 @@ def _train(
     quiet: bool = False,
 ) -> int:
     progress.reach("the state of the checkpoint")
-    state = _saved_state(config, out, folder, rank_info, device)
+    assert dist.group.WORLD is not None
+    comm = ProcessGroupComm(dist.group.WORLD, device)
+    state = _saved_state(config, out, folder, rank_info, device, comm)
     failed_writes = FailedWrites()
     report = Report()
     lease = None if folder is None else folder.lease
-    if lease is not None:
-        saved_report = None if state is None else state["report"]
-        console = QuietConsole() if quiet else Console()
-        report = RankZeroReport(out, config, console, failed_writes, lease, saved_report)
-    checkpointer = Checkpointer(out, config, failed_writes, lease)
+    with refused_on_every_rank(comm):
+        if lease is not None:
+            saved_report = None if state is None else state["report"]
+            console = QuietConsole() if quiet else Console()
+            report = RankZeroReport(out, config, console, failed_writes, lease, saved_report)
+        checkpointer = Checkpointer(out, config, failed_writes, lease)
     shows = rank_info.rank == 0 and not quiet
     with shown_activity(in_logs=False) if shows else nullcontext():
         trainer = Trainer(config, rank_info, device, report, progress, stop, checkpointer)
@@ -133,19 +148,21 @@ def _saved_state(
     folder: RunFolder | None,
     rank_info: RankInfo,
     device: torch.device,
+    comm: Communicator,
 ) -> dict[str, Any] | None:
     """The trainer's state in the newest checkpoint; None for a new run.  Collective.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not hold the state of a run; raised on
-            the rank that reads it.
+            every rank.
     """
     source, checkpoint = newest_checkpoint(out, folder, config, rank_info, device)
-    if checkpoint is None:
-        return share_state(None, device, source)
-    state = checkpoint.read(RUN)
-    require_valid(state, checkpoint.path)
-    return share_state(state, device, source, checkpoint.path)
+    state = None
+    with refused_on_every_rank(comm):
+        if checkpoint is not None:
+            state = checkpoint.read(RUN)
+            require_valid(state, checkpoint.path)
+    return share_state(state, device, source, None if checkpoint is None else checkpoint.path)
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:

@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Self
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import manifest_digest
 from ..checkpoint.sharded_tensor import ShardFiles, with_stored_tensors_read
-from ..checkpoint.state_file import allocate, pack
+from ..checkpoint.state_file import Packed, allocate, pack
 from ..distributed import byte_streams
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.byte_streams import fill, pieces
+from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..errors import CheckpointError
 from .checkpointer import RUN
 from .rank_state import states_of_ranks
@@ -56,18 +60,51 @@ def share_state(
         in place of those of all ranks, ``ranks``.  None for a new run.
 
     Raises:
-        CheckpointError: the states of the ranks are malformed; raised on the source.
+        CheckpointError: the states of the ranks are malformed, or a rank cannot read the files or
+            hold the state; raised on every rank.
     """
+    assert dist.group.WORLD is not None
+    comm = ProcessGroupComm(dist.group.WORLD, device)
+    outgoing = None
+    with refused_on_every_rank(comm):
+        if state is not None:
+            outgoing = _Outgoing.of(state, path)
     if dist.get_rank() != source:
-        return _receive(device, source)
-    if state is None:
+        return _receive(device, source, comm)
+    if outgoing is None:
         _broadcast([_numbers([0, 0])], device, source)
         return None
-    owns = _states_of_ranks(state.get("ranks"))
-    shared = {key: part for key, part in state.items() if key != "ranks"}
-    if len(owns) > 1:
-        _send(shared, owns, device, source, path)
-    return {**shared, "rank": owns[source]}
+    if comm.size > 1:
+        _send(outgoing, device, source, comm)
+    return {**outgoing.shared, "rank": outgoing.owns[source]}
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    """What the source sends.
+
+    Attributes:
+        shared: the state that all ranks share.
+        owns: the state of each rank.
+        packed, packed_owns: the same, packed.
+        files: JSON of where the checkpoint is and which it is, if tensors of it are sharded.
+    """
+
+    shared: Mapping[str, Any]
+    owns: Sequence[Any]
+    packed: Packed
+    packed_owns: Sequence[Packed]
+    files: bytes
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], path: Path | None) -> Self:
+        owns = _states_of_ranks(state.get("ranks"))
+        shared = {key: part for key, part in state.items() if key != "ranks"}
+        packed, files = pack(shared), b""
+        if packed.shards is not None:
+            assert path is not None
+            files = json.dumps([str(path.absolute()), manifest_digest(path)]).encode()
+        return cls(shared, owns, packed, [pack(own) for own in owns], files)
 
 
 def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
@@ -79,36 +116,34 @@ def _states_of_ranks(saved: Any) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _send(
-    shared: Any, owns: Sequence[Any], device: torch.device, source: int, path: Path | None
-) -> None:
-    packed = pack(shared)
-    files = b""
-    if packed.shards is not None:
-        assert path is not None
-        files = json.dumps([str(path.absolute()), manifest_digest(path)]).encode()
+def _send(outgoing: _Outgoing, device: torch.device, source: int, comm: Communicator) -> None:
+    packed, files = outgoing.packed, outgoing.files
     _broadcast([_numbers([1, len(files)])], device, source)
     if files:
         _broadcast([_bytes(files)], device, source)
         if not _on_all_ranks(True, device):
-            packed = pack(with_stored_tensors_read(shared))
+            with refused_on_every_rank(comm):
+                packed = pack(with_stored_tensors_read(outgoing.shared))
     structure = _bytes(packed.structure)
     _broadcast([_numbers([structure.numel()])], device, source)
     _broadcast([structure], device, source)
+    with refused_on_every_rank(comm):
+        pass  # the other ranks allocate it
     _broadcast([memory for _, memory in packed.tensors.values()], device, source)
-    packed_owns = [pack(own) for own in owns]
-    structures = [[_bytes(own.structure)] for own in packed_owns]
-    memories = [[memory for _, memory in own.tensors.values()] for own in packed_owns]
+    structures = [[_bytes(own.structure)] for own in outgoing.packed_owns]
+    memories = [[memory for _, memory in own.tensors.values()] for own in outgoing.packed_owns]
     sizes = [
         max(sum(part.numel() for part in parts) for parts in of_ranks)
         for of_ranks in (structures, memories)
     ]
     _broadcast([_numbers(sizes + [parts[0].numel() for parts in structures])], device, source)
     _scatter(structures, sizes[0], device, source)
+    with refused_on_every_rank(comm):
+        pass
     _scatter(memories, sizes[1], device, source)
 
 
-def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
+def _receive(device: torch.device, source: int, comm: Communicator) -> dict[str, Any] | None:
     header = _numbers([0, 0])
     _broadcast([header], device, source)
     has_state, num_bytes = _ints(header)
@@ -121,18 +156,22 @@ def _receive(device: torch.device, source: int) -> dict[str, Any] | None:
         shards = _shard_files(*json.loads(files.numpy().tobytes()))
         if not _on_all_ranks(shards is not None, device):
             shards = None
+            with refused_on_every_rank(comm):
+                pass  # the source reads them
     size = _numbers([0])
     _broadcast([size], device, source)
     structure = torch.empty(_ints(size)[0], dtype=torch.uint8)
     _broadcast([structure], device, source)
-    shared, memory = allocate(structure.numpy().tobytes(), shards)
+    with refused_on_every_rank(comm):
+        shared, memory = allocate(structure.numpy().tobytes(), shards)
     _broadcast(memory, device, source)
     sizes = _numbers([0] * (2 + dist.get_world_size()))
     _broadcast([sizes], device, source)
     most_structure, most_memory, *of_ranks = _ints(sizes)
     structure = torch.empty(of_ranks[dist.get_rank()], dtype=torch.uint8)
     _scattered([structure], most_structure, device, source)
-    own, memory = allocate(structure.numpy().tobytes())
+    with refused_on_every_rank(comm):
+        own, memory = allocate(structure.numpy().tobytes())
     _scattered(memory, most_memory, device, source)
     return {**shared, "rank": own}
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import manifest_digest
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError
 
@@ -30,10 +31,14 @@ def damage_in_shards(checkpoint: Checkpoint | None, source: int, comm: Communica
 
     Returns:
         What is damaged, and which ranks found it; the same on every rank, and empty if nothing is.
+
+    Raises:
+        CheckpointError: the manifest cannot be read any more; raised on every rank.
     """
     own = None
-    if checkpoint is not None and checkpoint.shards:
-        own = str(checkpoint.path.absolute()), manifest_digest(checkpoint.path)
+    with refused_on_every_rank(comm):
+        if checkpoint is not None and checkpoint.shards:
+            own = str(checkpoint.path.absolute()), manifest_digest(checkpoint.path)
     chosen: list[tuple[str, str] | None] = [own]
     dist.broadcast_object_list(chosen, src=source)
     if chosen[0] is None:
