@@ -163,6 +163,27 @@ def test_shards_are_verified_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
         assert "all checkpoints are damaged: step-3, step-4" in outcome.text
 
 
+def _started_again_anew(folder: Path) -> tuple[int | None, set[str]]:
+    """By a launcher, which repeats ``--resume never``."""
+    return _resumed(folder, "never", {"TORCHELASTIC_RESTART_COUNT": "1"})
+
+
+def test_never_begins_anew_once_all_shards_are_damaged(ranks: Ranks, tmp_path: Path) -> None:
+    """It ended in "all checkpoints are damaged ... start anew with --resume never", as if the run
+    had not been started so.  Other damaged files are put aside then."""
+    out = tmp_path / "run"
+    out.mkdir()
+    ranks(2, _saved, out, None, "write")
+    (out / "journal.jsonl").touch()
+    _damage(out / "checkpoints" / "step-4" / "run_shard-1.safetensors")
+    assert [step for step, _ in ranks(2, _started_again_anew, out)] == [3, None]
+    _damage(out / "checkpoints" / "step-3" / "run_shard-0.safetensors")
+    assert [step for step, _ in ranks(2, _started_again_anew, out)] == [None, None]
+    (aside,) = tmp_path.glob("run.*")
+    assert _left(aside) == ["step-3", "step-4"]
+    assert (out / "journal.jsonl").exists() and not (out / "checkpoints").exists()
+
+
 def _chosen_without_its_manifest(folder: Path) -> tuple[int | None, set[str]]:
     """Rank zero has chosen the checkpoint, and then cannot read its manifest any more."""
 

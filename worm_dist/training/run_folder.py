@@ -48,15 +48,18 @@ class RunFolder:
         lease: the folder's lock; its ``require`` raises if another run has taken it over.
         may_resume: whether an unfinished run may be resumed without being named: the settings
             allow it, and no finished run was in the folder.
+        resume: see ``open_run_folder``.
     """
 
     checkpoint: Checkpoint | None
     is_verified: bool
     lease: Lease
     may_resume: bool
+    resume: str
 
     def older(self, out: Path, config: RunConfig, damaged: Collection[Path]) -> RunFolder:
-        """The same with an older checkpoint.
+        """The same with an older checkpoint; if there is none and ``resume`` is ``never``, as for
+        a new run: what is in the folder is moved to another one.
 
         Args:
             out: the run's folder.
@@ -64,9 +67,13 @@ class RunFolder:
             damaged: folders of checkpoints whose shards are damaged.
 
         Raises:
-            CheckpointError: all checkpoints are damaged.
+            CheckpointError: all checkpoints are damaged, and ``resume`` is not ``never``.
+            OSError: the content cannot be moved.
         """
-        checkpoint, _ = _unfinished(out, config, "auto", damaged)
+        checkpoint, why = _unfinished(out, config, self.resume, damaged)
+        if checkpoint is None:
+            _make_room(out, why)
+            _begin(out, None)
         return replace(self, checkpoint=checkpoint)
 
 
@@ -110,7 +117,7 @@ def open_run_folder(
             raise ConfigError(
                 f"--out: cannot create {out}: {error.strerror}; name another folder"
             ) from error
-        yield RunFolder(*chosen, lease, may_resume)
+        yield RunFolder(*chosen, lease, may_resume, resume)
 
 
 def _remove_if_empty(out: Path) -> None:
@@ -137,9 +144,7 @@ def _prepare(
     if chosen is not None:
         require_world_size(config, world_size, chosen)
     if chosen is None or not _is_in(out, chosen):
-        if entries(out):
-            moved = put_aside(out)
-            logger.warning("%s: the earlier run there (%s) is moved to %s", out, why, moved)
+        _make_room(out, why)
         _begin(out, chosen)
     elif auto is None:
         _rewind(out, chosen.step)
@@ -235,6 +240,13 @@ def _rewind(out: Path, step: int) -> None:
     CheckpointManager(out / CHECKPOINTS).rewind(step)
     with suppress(FileNotFoundError):
         (out / RESULT).unlink()
+
+
+def _make_room(out: Path, why: str) -> None:
+    """Move what is in a folder to another one, and say why it is not gone on with."""
+    if entries(out):
+        moved = put_aside(out)
+        logger.warning("%s: the earlier run there (%s) is moved to %s", out, why, moved)
 
 
 def _begin(out: Path, chosen: Checkpoint | None) -> None:
