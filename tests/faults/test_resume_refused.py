@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.faults.courses import ALL_PHASES
-from tests.faults.driver import Driver, Run
+from tests.faults.driver import Driver, Fault, Run
 from tests.faults.training import train
 from tests.ranks import Ranks
 from worm_dist import WormError
@@ -261,3 +261,23 @@ def test_its_exit_code_is_that_of_every_rank(driver: Driver, saved: Path) -> Non
     errors = [error for end in ends for error in end.errors]
     assert len(errors) == 1 and "all checkpoints are damaged" in errors[0]
     assert "failed at" not in errors[0]
+
+
+def test_a_rank_that_is_killed_meanwhile_is_named(driver: Driver, saved: Path) -> None:
+    """The other rank's lost connection, met while the ranks are compared, is not the cause."""
+    shutil.copytree(saved, driver.out)
+    target = "worm_dist.training.run:_run_folder"
+    ends = driver(2, Run((Fault.kill(1, 1).at(target),), SETTINGS_OF_RUN))
+    assert [end.exitcode for end in ends] == [6, -9]
+    assert "rank 1 is gone: killed" in ends[0].said and "could not be" not in ends[0].said
+
+
+def test_a_reason_is_told_though_a_rank_is_killed_meanwhile(driver: Driver, saved: Path) -> None:
+    """It was taken for that of the connection, over which it could not be told."""
+    shutil.copytree(saved, driver.out)
+    for path in _checkpoints(driver.out):
+        (path / "manifest.json").write_text("{}")
+    target = "worm_dist.training.run:_run_folder"
+    ends = driver(2, Run((Fault.kill(1, 1).at(target),), SETTINGS_OF_RUN))
+    assert [end.exitcode for end in ends] == [6, -9]
+    assert "all checkpoints are damaged" in ends[0].said

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import WormError
+from ..errors import BackendError, WormError
 from .connection import JsonConnection, Message
 from .diagnosis import FailureReport, RankStatus, diagnose
 from .error_report import (
@@ -287,6 +287,8 @@ class _Watchdog(threading.Thread):
 
 def _is_lost_contact(error: Exception) -> bool:
     """Whether a backend's error means that another rank is missing; gloo has no type for it."""
+    if isinstance(error, BackendError) and isinstance(error.__cause__, Exception):
+        return _is_lost_contact(error.__cause__)  # of ranks that could not be compared
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )
