@@ -14,10 +14,10 @@ from tests.fsdp.masked import masked
 from tests.fsdp.payload import Overheard, expected_bytes
 from tests.fsdp.row import COLUMNS, ROWS, Row
 from tests.fsdp.trainee import Trainee, full, network_of
-from tests.matrix.findings import Findings
 from tests.nets import random_images
 from tests.oracles import folded, folded_name, live_flags, mask_dropping
 from tests.settings import at_once
+from tests.tables.findings import Findings
 from worm_dist import Mask, WormConfig
 from worm_dist.comm_hooks import shares
 

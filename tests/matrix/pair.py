@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import worm_dist
 from tests.matrix.combination import Combination, Dropped
-from tests.matrix.findings import Findings
 from tests.matrix.frozen import FIRST_MOMENTS, Frozen
 from tests.matrix.reference import Reference
 from tests.matrix.trainee import Trainee, images_like
 from tests.oracles import mask_dropping, scaling_members
+from tests.tables.findings import Findings
 from worm_dist import WormConfig
 from worm_dist.groups.channel_groups import Groups
 

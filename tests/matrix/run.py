@@ -1,14 +1,14 @@
-"""Run: what every rank does for one combination, with an engine and by hand at the same time."""
+"""Run: what every rank does for a combination, with an engine and by hand at the same time."""
 
 from __future__ import annotations
 
 from tests.matrix.combination import INVARIANTS, Combination
 from tests.matrix.combinations import COMBINATIONS
 from tests.matrix.drawing import draw_and_train_on
-from tests.matrix.findings import Findings
 from tests.matrix.frozen import FADE_STEPS
 from tests.matrix.pair import Pair
 from tests.settings import at_once
+from tests.tables.findings import Findings
 
 __all__ = ["run"]
 
@@ -17,9 +17,12 @@ _STEPS = 2
 _LAST_STEPS = {"hold": 2, "free": 2, "remove": FADE_STEPS + 3}
 
 
-def run(name: str) -> Findings:
-    """All that is seen of a combination on this rank."""
-    combination = COMBINATIONS[name]
+def run(names: tuple[str, ...]) -> dict[str, Findings]:
+    """All that is seen of these combinations on this rank."""
+    return {name: _run(COMBINATIONS[name]) for name in names}
+
+
+def _run(combination: Combination) -> Findings:
     findings = Findings()
     for rule in combination.rules:
         with findings.of(*(invariant for invariant in INVARIANTS if invariant != "off")):

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.matrix.combination import Combination
 from tests.matrix.combinations import COMBINATIONS
-from tests.matrix.findings import Findings
 from tests.matrix.run import run
-from tests.ranks import Outcome, Ranks
+from tests.ranks import Ranks
+from tests.tables.runs import Runs
 
 pytestmark = pytest.mark.slow("trains every combination on real ranks")
 
-Look = Callable[[str, str], list[Findings]]
+Look = Callable[[str, str], None]
 
 
 def cells(invariant: str) -> pytest.MarkDecorator:
@@ -33,91 +34,66 @@ def cells(invariant: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="session")
-def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Outcome]]:
-    """How the ranks of a combination ended; every combination runs once."""
-    ranks = Ranks(tmp_path_factory.mktemp("matrix"))
-    ended: dict[str, list[Outcome]] = {}
-
-    def outcomes_of(name: str) -> list[Outcome]:
-        if name not in ended:
-            size = COMBINATIONS[name].world_size
-            ended[name] = ranks.outcomes(size, run, name)
-        return ended[name]
-
-    return outcomes_of
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs[Combination]:
+    return Runs(Ranks(tmp_path_factory.mktemp("matrix")), run, COMBINATIONS)
 
 
 @pytest.fixture
-def look(
-    outcomes_of: Callable[[str], list[Outcome]], record_property: Callable[[str, Any], None]
-) -> Look:
-    """``look(combination, invariant)``: nothing was wrong on any rank; what each has found."""
+def look(runs: Runs[Combination], record_property: Callable[[str, Any], None]) -> Look:
+    """``look(combination, invariant)``: it holds on all ranks; the table says so."""
 
-    def look(name: str, invariant: str) -> list[Findings]:
+    def look(name: str, invariant: str) -> None:
         record_property("cell", (name, invariant))
-        everyone = []
-        for outcome in outcomes_of(name):
-            assert outcome.exitcode == 0, str(outcome)
-            wrong = outcome.value.wrong.get(invariant, [])
-            assert not wrong, f"{len(wrong)} on rank {outcome.rank}:\n" + "\n".join(wrong[:5])
-            everyone.append(outcome.value)
-        return everyone
+        runs.look(name, invariant)
 
     return look
 
 
-def _assert_compared(everyone: list[Findings], invariant: str) -> None:
-    assert all(findings.num_comparisons[invariant] for findings in everyone), "nothing compared"
-
-
 @cells("agree")
-def test_all_ranks_hold_the_same_masks_and_weights(look: Look, name: str) -> None:
-    first, *others = look(name, "agree")
-    assert first.masks and first.weights
-    for other in others:
-        assert other.masks == first.masks
-        assert other.weights == first.weights
+def test_all_ranks_hold_the_same_masks_and_weights(
+    look: Look, runs: Runs[Combination], name: str
+) -> None:
+    look(name, "agree")
+    assert runs.findings(name)[0].masks
 
 
 @cells("live")
 def test_live_slices_train_as_under_plain_ddp(look: Look, name: str) -> None:
-    _assert_compared(look(name, "live"), "live")
+    look(name, "live")
 
 
 @cells("held")
 def test_frozen_slices_stay_or_fade_exactly(look: Look, name: str) -> None:
-    _assert_compared(look(name, "held"), "held")
+    look(name, "held")
 
 
 @cells("state")
 def test_a_thawed_channel_finds_its_optimizer_state(look: Look, name: str) -> None:
-    _assert_compared(look(name, "state"), "state")
+    look(name, "state")
 
 
 @cells("bytes")
 def test_only_live_elements_are_sent(look: Look, name: str) -> None:
-    _assert_compared(look(name, "bytes"), "bytes")
+    look(name, "bytes")
 
 
 @cells("draw")
 def test_the_drawn_network_is_the_masked_one_and_trains_on(look: Look, name: str) -> None:
-    _assert_compared(look(name, "draw"), "draw")
+    look(name, "draw")
 
 
 @cells("schedule")
 def test_schedulers_and_averages_go_on(look: Look, name: str) -> None:
-    _assert_compared(look(name, "schedule"), "schedule")
+    look(name, "schedule")
 
 
 @cells("off")
 def test_without_truncation_nothing_changes(look: Look, name: str) -> None:
-    _assert_compared(look(name, "off"), "off")
+    look(name, "off")
 
 
-def test_masks_do_change_where_they_are_said_to(
-    outcomes_of: Callable[[str], list[Outcome]],
-) -> None:
+def test_masks_do_change_where_they_are_said_to(runs: Runs[Combination]) -> None:
     """Or the row would say nothing about thawing and freezing anew."""
-    masks = outcomes_of("another mask every check")[0].value.masks
+    masks = runs.findings("another mask every check")[0].masks
     num_checks = len(COMBINATIONS["another mask every check"].generations("hold"))
     assert all(masks[number] != masks[number + 1] for number in range(num_checks - 1))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 import worm_dist
 from tests.handed_over import handed_over
-from tests.matrix.findings import Findings
 from tests.nets import random_images
 from tests.oracles import folded, folded_name, is_gate, live_flags, mask_dropping
 from tests.settings import at_once
+from tests.tables.findings import Findings
 from tests.zero.payload import (
     Overheard,
     Payload,

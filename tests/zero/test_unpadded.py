@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.matrix.findings import Findings
 from tests.ranks import Ranks
+from tests.tables.findings import Findings
 from tests.zero.rows import ROWS
 from tests.zero.run import run
 from worm_dist.comm_hooks import shares

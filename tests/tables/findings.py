@@ -1,4 +1,4 @@
-"""Findings: what one rank saw of a combination, invariant by invariant."""
+"""Findings: what one rank saw of a table's row, column by column."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["Findings"]
 @dataclass
 class Findings:
     """Attributes:
-    num_comparisons: for each invariant; one that was never looked at does not hold.
-    wrong: for each invariant, what was not as it should be.
+    num_comparisons: for each column; one that was never looked at does not hold.
+    wrong: for each column, what was not as it should be.
     masks: digests after every check.
     weights: digests after every step.
     """
@@ -28,14 +28,14 @@ class Findings:
     masks: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
 
-    def expect(self, invariant: str, holds: bool, what: str) -> None:
-        self.num_comparisons[invariant] += 1
+    def expect(self, column: str, holds: bool, what: str) -> None:
+        self.num_comparisons[column] += 1
         if not holds:
-            self.wrong.setdefault(invariant, []).append(what)
+            self.wrong.setdefault(column, []).append(what)
 
     def same(
         self,
-        invariant: str,
+        column: str,
         actual: Tensor,
         expected: Tensor,
         what: str,
@@ -44,31 +44,31 @@ class Findings:
         """Bit-equal (NaN equals NaN), or of a small relative distance."""
         if tolerance and actual.is_floating_point() and actual.shape == expected.shape:
             distance = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
-            self.expect(invariant, distance <= tolerance, f"{what}: {distance:.1e} off")
+            self.expect(column, distance <= tolerance, f"{what}: {distance:.1e} off")
             return
         equal = torch.equal(actual, expected) or (
             actual.shape == expected.shape
             and torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True)
         )
-        self.expect(invariant, equal, what)
+        self.expect(column, equal, what)
 
     def all_same(
         self,
-        invariant: str,
+        column: str,
         actual: Mapping[str, Tensor],
         expected: Mapping[str, Tensor],
         what: str,
         tolerance: float = 0.0,
     ) -> None:
-        self.expect(invariant, actual.keys() == expected.keys(), f"{what}: other names")
+        self.expect(column, actual.keys() == expected.keys(), f"{what}: other names")
         for name in actual.keys() & expected.keys():
-            self.same(invariant, actual[name], expected[name], f"{what}: {name}", tolerance)
+            self.same(column, actual[name], expected[name], f"{what}: {name}", tolerance)
 
     @contextmanager
-    def of(self, *invariants: str) -> Iterator[None]:
+    def of(self, *columns: str) -> Iterator[None]:
         """An exception within speaks against all of these."""
         try:
             yield
         except Exception:
-            for invariant in invariants:
-                self.expect(invariant, False, traceback.format_exc())
+            for column in columns:
+                self.expect(column, False, traceback.format_exc())
