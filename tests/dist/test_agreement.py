@@ -399,7 +399,7 @@ def _rank_zero_cannot_decide() -> None:
         def fail(*_: object) -> None:
             raise ArithmeticError("no verdict")
 
-        engine._history.record = fail  # type: ignore[method-assign,assignment]
+        engine._search.history.record = fail  # type: ignore[method-assign,assignment]
     engine.check()
 
 

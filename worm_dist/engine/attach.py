@@ -67,7 +67,7 @@ def attach(
     require_extras(extras_of_rule(config.search))
     require_countable(config, steps_per_epoch, total_steps)
     engine = Engine(model, optimizer, config, example_inputs, steps_per_epoch, total_steps, score)
-    if engine.groups:
+    if engine._ranking is not None:
         log_memory(engine._training, engine._ranking, engine.groups, config)
     return engine
 

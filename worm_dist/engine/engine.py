@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..config import WormConfig
 from ..distributed.agreed_failure import refused_on_every_rank
-from ..distributed.collectives import bits, uncounted
+from ..distributed.collectives import uncounted
 from ..errors import ConfigError
 from ..groups.channel_groups import ChannelGroup, Groups
 from ..groups.mask import Mask
@@ -27,17 +26,17 @@ from ..groups.nested import mapped
 from ..pruning.agreement import agreed_mask, require_live_survivors, require_reversible
 from ..pruning.exactness import agreed_groups
 from ..pruning.surgery import cuts_of, shapes_of, ungated
-from ..search.convergence import CheckRecord, History
-from ..search.removal_order import removal_order
+from ..search.convergence import CheckRecord
 from ..ticket.file import save_ticket
 from ..verdict import Phase, Verdict
 from .agreed_ranking import agreed_ranking
+from .agreed_search import AgreedSearch
 from .check_schedule import CheckSchedule
 from .collective_calls import CollectiveCalls
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
 from .penalty import Penalty
-from .requirements import require_alike, require_optimized, warn_of_emptied
+from .requirements import require_alike, require_optimized
 from .saved_state import SavedState
 from .state import DenseNetwork, agreed_settings
 from .traffic import Traffic
@@ -75,50 +74,39 @@ class Engine:
         may_draw = search.enabled or truncation.mode != "off"
         # Copied, because a loop may reuse their memory before a draw is rehearsed with them.
         inputs = mapped(example_inputs, lambda tensor: tensor.detach().clone())
-        self._training = TrainingContext(model, optimizer, inputs, config, may_draw)
-        require_alone(self._training.backend.called)
-        self._training.backend.require_fit(truncation)
-        self._comm = self._training.comm
-        self._calls = CollectiveCalls(self._training.backend.process_group)
+        training = TrainingContext(model, optimizer, inputs, config, may_draw)
+        self._training, self._comm = training, training.comm
+        require_alone(training.backend.called)
+        training.backend.require_fit(truncation)
+        self._calls = CollectiveCalls(training.backend.process_group)
         lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         settings = agreed_settings(self._comm, config, score, lengths)
-        network = self._training.network
-        with self._training.full_network() as full:
-            self.groups: Groups = agreed_groups(
+        with training.full_network() as full:
+            groups: Groups = agreed_groups(
                 full, example_inputs, self._comm, search, score is not None, optional=not may_draw
             )
-        require_optimized(self._training.optimizer_view, network, self.groups)
-        if self.groups:
-            self._ranking = agreed_ranking(config, self._training, self.groups, score, inputs)
-        ranking = self._ranking if self.groups else None
+        self.groups = groups
+        require_optimized(training.optimizer_view, training.network, groups)
+        ranking = agreed_ranking(config, training, groups, score, inputs) if groups else None
+        self._ranking = ranking
         self.budget = None if ranking is None else ranking.budget
-        tracks_usage = search.enabled and self._training.backend.finds_unused
+        tracks_usage = search.enabled and training.backend.finds_unused
         l1 = search.l1 if search.enabled else 0.0
-        is_first = self._comm.rank == 0
-        available = self._training.make_available
+        is_first, available = self._comm.rank == 0, training.make_available
         self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, is_first, available)
         candidates = {} if ranking is None else ranking.sizes
-        self._dense = DenseNetwork(self.groups, shapes_of(network), candidates)
+        self._dense = DenseNetwork(groups, shapes_of(training.network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch, total_steps)
-        self._history = History(search)
-        self._checks_dropped = torch.zeros(self.groups.num_channels, dtype=torch.int64)
+        self._search = AgreedSearch(config, training, groups, ranking, self._schedule)
         self._verdict = Verdict(Phase.SEARCH if search.enabled else Phase.DENSE)
-        self._usage_errors = UsageErrors(self._training, self.groups if may_draw else ())
+        self._usage_errors = UsageErrors(training, groups if may_draw else ())
         self._warned_groups: set[str] = set()
         self._attached = True
-        self._training.register_hooks(self._before_pass)
-        parts = self._training, self.groups, self._schedule, self._penalty
+        training.register_hooks(self._before_pass)
+        parts = training, groups, self._schedule, self._penalty
         self._dropped = DroppedChannels(truncation, *parts)
-        self._saved = SavedState(
-            self._comm,
-            settings,
-            steps_per_epoch,
-            self._dense,
-            self._training,
-            self._schedule,
-            self._history,
-            self._dropped,
-        )
+        saved = training, self._schedule, self._search, self._dropped
+        self._saved = SavedState(self._comm, settings, steps_per_epoch, self._dense, *saved)
         self._follow_network()
 
     # ---- the algorithm -------------------------------------------------------------------------
@@ -170,67 +158,14 @@ class Engine:
         return self._verdict
 
     def _next_mask(self) -> None:
-        average, scores = self._averaged_scores()
-        irreversible = self._dropped.irreversible
-        candidates, mask, floored = self._ranking.select(average, irreversible)
-        checks_dropped = torch.where(mask.keep, 0, self._checks_dropped + 1)
-        order = removal_order(
-            ~mask.keep & ~irreversible, checks_dropped, self._ranking.importance(average)
-        )
-        in_force = {} if self.mask is None else {"mask in force": bits(self.mask)}
-        self._comm.assert_equal(
-            {
-                "scale": bits(self._ranking.replicated(scores)),
-                "mask": bits(mask),
-                "order of removal": {"(all)": order.numpy().tobytes()},
-                **in_force,
-            },
-            f"check at step {self.step}",
-        )
-        self._verdict = Verdict.decode(
-            self._comm.broadcast_from_rank0(
-                lambda: self._judge(candidates, floored).encode(), Verdict.SIZE
-            )
-        )
-        self._checks_dropped = checks_dropped
+        dropped = self._dropped
+        found = self._search.next_mask(self.phase, dropped.mask, dropped.irreversible)
+        self._verdict = found.verdict
         if self.phase is Phase.TRUNCATE:
-            scales = self._ranking.dropped_scales(candidates)
-            self._dropped.freeze(mask, order, scales, self._verdict.distance_mean)
+            distance = found.verdict.distance_mean
+            dropped.freeze(found.mask, found.order, found.scales, distance)
         else:
-            self._dropped.mask = mask
-
-    def _averaged_scores(self) -> tuple[Tensor, Tensor]:
-        """Scores averaged over the ranks, by one all-reduce; and this rank's own.  Both on the CPU,
-        by one copy."""
-        with self._training.full_network() if self._ranking.reads_weights else nullcontext():
-            scores = self._ranking.scores()
-        # What has just been put together from all ranks is the same on all, and its own average.
-        is_average = self._training.backend.has_one_copy and self._ranking.is_replicated
-        average = scores if is_average else self._comm.mean(scores)
-        averaged, own = torch.stack([average, scores.to(average.dtype)]).cpu()
-        return averaged, own
-
-    def _judge(self, candidates: Mask, floored: tuple[str, ...]) -> Verdict:
-        """Rank zero's decision: truncation starts at the elbow, or at the latest step for it.
-        One-shot removal draws the ticket there; without removal it is drawn when the masks have
-        settled."""
-        record = self._history.record(self.step, candidates, floored)
-        truncation = self.config.truncation
-        is_latest = self._schedule.is_latest_start(self.config.search.elbow.latest, self.step)
-        at_elbow = (record.elbow or is_latest) and self.phase is Phase.SEARCH
-        one_shot = truncation.removes and truncation.removal.schedule == "one_shot"
-        starts = at_elbow and truncation.mode != "off" and not one_shot
-        ticket = at_elbow if one_shot else record.settled and not truncation.removes
-        if ticket:
-            warn_of_emptied(self.config.search, floored, self.step)
-        return Verdict(
-            phase=Phase.TRUNCATE if starts else self.phase,
-            ticket=ticket,
-            elbow=at_elbow and truncation.mode != "off",
-            settled=record.settled,
-            distance_mean=record.distance_mean,
-            distance_max=record.distance_max,
-        )
+            dropped.mask = found.mask
 
     @_normally
     def truncate(self, mask: Mask) -> None:
@@ -257,11 +192,7 @@ class Engine:
         mask = agreed_mask(self._comm, self.groups, mask, where)
         irreversible = self._dropped.irreversible
         require_reversible(self.groups, mask, irreversible, where)
-        average, _ = self._averaged_scores()
-        importance = self._ranking.importance(average)
-        order = removal_order(~mask.keep & ~irreversible, self._checks_dropped, importance)
-        self._comm.assert_equal({"order of removal": {"(all)": order.numpy().tobytes()}}, where)
-        self._dropped.freeze(mask, order)
+        self._dropped.freeze(mask, self._search.order_of_removal(mask, irreversible, where))
         verdict = dataclasses.replace(self._verdict, phase=Phase.TRUNCATE)
         self._verdict = self._dropped.described(verdict)
 
@@ -388,7 +319,7 @@ class Engine:
     @property
     def history(self) -> tuple[CheckRecord, ...]:
         """The records of all checks so far, oldest first; empty on ranks other than zero."""
-        return self._history.records
+        return self._search.history.records
 
     def save_ticket(self, folder: str | Path, model: Mapping[str, Any] | None = None) -> None:
         """Write the drawn network as ``ticket.json`` and ``ticket.safetensors``, on one rank.
@@ -451,7 +382,7 @@ class Engine:
             ConfigError: the engine has been detached.
         """
         self._require_not_detached("state_dict")
-        return self._saved.as_dict(self._verdict, self._checks_dropped)
+        return self._saved.as_dict(self._verdict)
 
     def load_state_dict(self, state: Mapping[str, Any], copies: Sequence[nn.Module] = ()) -> None:
         """Restore a state of ``state_dict``, to continue bit for bit.  Collective.
@@ -485,7 +416,7 @@ class Engine:
         where = "load_state_dict"
         with refused_on_every_rank(self._comm):
             self._require_new(where)
-        self._verdict, self._checks_dropped = self._saved.restore(state, copies, where)
+        self._verdict = self._saved.restore(state, copies, where)
         self._calls.after_step(self.step)
         self._follow_network()
 
@@ -564,7 +495,7 @@ class Engine:
         self._usage_errors.follow()
         if self.phase is Phase.TICKET:
             self._penalty.follow_ticket(network, self.groups.norm_scales)
-        elif self.groups:
+        elif self._ranking is not None:
             self._ranking.follow(network, dropped.channels.groups, dropped.channels.removed)
             self._penalty.follow(network)
         self._training.set_step_listeners([self._calls, *dropped.step_listeners])

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import Communicator, uncounted
-from ..search.convergence import History
 from ..verdict import Verdict
+from .agreed_search import AgreedSearch
 from .check_schedule import CheckSchedule
 from .context import TrainingContext
 from .dropped_channels import DroppedChannels
@@ -31,7 +31,7 @@ class SavedState:
         settings: the engine's settings, by dotted key.
         steps_per_epoch: the argument of ``attach``, or None.
         dense: the network before any draw.
-        training, schedule, history, dropped: the parts.
+        training, schedule, search, dropped: the parts.
     """
 
     comm: Communicator
@@ -40,16 +40,11 @@ class SavedState:
     dense: DenseNetwork
     training: TrainingContext
     schedule: CheckSchedule
-    history: History
+    search: AgreedSearch
     dropped: DroppedChannels
 
-    def as_dict(self, verdict: Verdict, checks_dropped: Tensor) -> dict[str, Any]:
-        """See ``Engine.state_dict``.  Collective.
-
-        Args:
-            verdict: the newest verdict.
-            checks_dropped: int64 ``[num_channels]``, as in ``removal_order``.
-        """
+    def as_dict(self, verdict: Verdict) -> dict[str, Any]:
+        """See ``Engine.state_dict``, with the newest verdict.  Collective."""
         with uncounted(self.comm):
             dropped = self.dropped.state_dict()
         digests = self.dense.groups.digests
@@ -59,12 +54,12 @@ class SavedState:
                 "settings": dict(self.settings),
                 "groups": {name: digest.hex() for name, digest in digests.items()},
                 "verdict": verdict.as_dict(),
-                "checks_dropped": checks_dropped.clone(),
+                "checks_dropped": self.search.checks_dropped.clone(),
                 "schedule": self.schedule.state_dict(),
                 "training": self.training.state_dict(),
                 "dropped": dropped,
             },
-            "history": self.history.state_dict() if self.comm.rank == 0 else None,
+            "history": self.search.history.state_dict() if self.comm.rank == 0 else None,
             "rank": {
                 "number": self.comm.rank,
                 "world_size": self.comm.size,
@@ -73,9 +68,7 @@ class SavedState:
             },
         }
 
-    def restore(
-        self, state: Mapping[str, Any], copies: Sequence[nn.Module], where: str
-    ) -> tuple[Verdict, Tensor]:
+    def restore(self, state: Mapping[str, Any], copies: Sequence[nn.Module], where: str) -> Verdict:
         """Restore a state into the parts of a new engine.  Collective.
 
         Args:
@@ -84,7 +77,7 @@ class SavedState:
             where: the caller's name, for errors.
 
         Returns:
-            The verdict and the numbers of checks that ``as_dict`` was given.
+            The verdict that ``as_dict`` was given.
 
         Raises:
             CheckpointError, ConfigError, DivergenceError: as in ``Engine.load_state_dict``.
@@ -116,6 +109,6 @@ class SavedState:
         )
         self.schedule.load_state_dict(shared["schedule"])
         if comm.rank == 0:
-            self.history.load_state_dict(state["history"])
-        checks_dropped = shared["checks_dropped"].to("cpu", copy=True)
-        return Verdict.from_dict(shared["verdict"]), checks_dropped
+            self.search.history.load_state_dict(state["history"])
+        self.search.checks_dropped = shared["checks_dropped"].to("cpu", copy=True)
+        return Verdict.from_dict(shared["verdict"])
