@@ -101,12 +101,6 @@ class DroppedChannels(StepListener):
         return self.channels.in_dense(self._truncation.frozen)
 
     @property
-    def zero_dropped(self) -> Mask:
-        """The mask that drops the channels whose output is exactly zero, and removed ones."""
-        zero = self.channels.in_dense(self._truncation.zero(self._training.step))
-        return Mask.from_vector(self._sizes, ~zero)
-
-    @property
     def num_nonzero_removed(self) -> int:
         """Scales and shifts of removed channels that are not exactly zero on this rank."""
         return int(self._truncation.num_nonzero(self._training.step))
@@ -237,6 +231,23 @@ class DroppedChannels(StepListener):
             removed_fraction=num_gone / max(1, num_dropped) if removes else 0.0,
             paused=removes and self._removal.is_paused,
         )
+
+    def offered(self, verdict: Verdict) -> Mask:
+        """The mask of the draw that a verdict offers: all that is dropped for the ticket; for a
+        stage, the channels whose output is exactly zero, and removed ones.
+
+        Raises:
+            ConfigError: it offers none.
+        """
+        if not (verdict.stage or verdict.ticket) or self.mask is None:
+            raise ConfigError(
+                "draw: no check has found the ticket yet; wait for verdict.stage or "
+                "verdict.ticket, or give the mask to draw: engine.draw(mask)"
+            )
+        if verdict.ticket:
+            return self.mask
+        zero = self.channels.in_dense(self._truncation.zero(self._training.step))
+        return Mask.from_vector(self._sizes, ~zero)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain values, the same on all ranks.  Collective if the optimizer is

@@ -90,10 +90,7 @@ class Engine:
         ranking = agreed_ranking(config, training, groups, score, inputs) if groups else None
         self._ranking = ranking
         self.budget = None if ranking is None else ranking.budget
-        tracks_usage = search.enabled and training.backend.finds_unused
-        l1 = search.l1 if search.enabled else 0.0
-        is_first, available = self._comm.rank == 0, training.make_available
-        self._penalty = Penalty(l1, search.l1_until, ranking, tracks_usage, is_first, available)
+        self._penalty = Penalty(search, training, ranking)
         candidates = {} if ranking is None else ranking.sizes
         self._dense = DenseNetwork(groups, shapes_of(training.network), candidates)
         self._schedule = CheckSchedule(search.every, steps_per_epoch, total_steps)
@@ -228,7 +225,7 @@ class Engine:
         dropped, where = self._dropped, f"draw at step {self.step}"
         self._verdict = dropped.described(self._verdict)
         is_complete = mask is not None or self._verdict.ticket
-        mask = self._offered_mask() if mask is None else mask
+        mask = dropped.offered(self._verdict) if mask is None else mask
         with self._calls.at("draw"):
             mask = agreed_mask(self._comm, self.groups, mask, where, copies)
         self._calls.offer_draw(False)
@@ -502,15 +499,6 @@ class Engine:
 
     def _before_pass(self) -> None:
         self._calls.before_pass(self._searching and self._schedule.has_just_become_due(self.step))
-
-    def _offered_mask(self) -> Mask:
-        """The mask of the draw that the verdict offers."""
-        if not (self._verdict.stage or self._verdict.ticket) or self.mask is None:
-            raise ConfigError(
-                "draw: no check has found the ticket yet; wait for verdict.stage or "
-                "verdict.ticket, or give the mask to draw: engine.draw(mask)"
-            )
-        return self.mask if self._verdict.ticket else self._dropped.zero_dropped
 
     def _require_not_detached(self, what: str) -> None:
         if not self._attached:

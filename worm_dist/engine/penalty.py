@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
 from ..backends.optimizer_view import StepListener
+from ..config import SearchConfig
 from ..search.importance import l1_norm
 from ..search.ranking import Ranking
 from ..search.unused_parameters import ParameterUsage
+from .context import TrainingContext
 
 __all__ = ["Penalty"]
 
@@ -25,12 +26,9 @@ class Penalty(StepListener):
     """The L1 penalty on the scales of a network, network slimming's (arXiv 1708.06519).
 
     Args:
-        l1: the weight of the penalty.
-        until: ``draw`` or ``end``, of the training.
+        search: the settings of the search; without one the penalty is zero.
+        training: the training context.
         ranking: knows the scales; None without channel groups, where no term is asked for.
-        tracks_usage: whether to leave out the scales of norms that a forward pass has not used.
-        warns: whether to log a warning if the loop leaves the penalty out, or scales it.
-        make_available: called with the scales before they are read; see ``Backend``.
 
     Attributes:
         weight: the weight of the penalty in the loss of the step under way; 0 without it.
@@ -38,27 +36,21 @@ class Penalty(StepListener):
     """
 
     def __init__(
-        self,
-        l1: float,
-        until: Literal["draw", "end"],
-        ranking: Ranking | None,
-        tracks_usage: bool,
-        warns: bool,
-        make_available: Callable[[Sequence[Tensor]], None],
+        self, search: SearchConfig, training: TrainingContext, ranking: Ranking | None
     ) -> None:
         self.weight = 0.0
         self.is_on = ranking is not None
-        self._l1 = l1
-        self._until = until
+        self._l1 = search.l1 if search.enabled else 0.0
+        self._until = search.l1_until
         self._ticket_scales: list[nn.Parameter] | None = None
         self._ranking = ranking
-        self._tracks_usage = tracks_usage
-        self._warns = warns
-        self._make_available = make_available
+        # Norms that a forward pass has not used are left out.
+        self._tracks_usage = search.enabled and training.backend.finds_unused
+        self._training = training
         self._usage: ParameterUsage | None = None
         self._is_in_loss = False
         self._num_steps = 0
-        self._is_expected = l1 > 0 and ranking is not None and bool(ranking.scales)
+        self._is_expected = self._l1 > 0 and ranking is not None and bool(ranking.scales)
         self._counts_factors = True
         self._has_warned = False
         self._factors: list[Tensor] = []
@@ -88,7 +80,7 @@ class Penalty(StepListener):
         """The penalty, a scalar to add to the loss of the forward pass before."""
         assert self.is_on and self._ranking is not None
         used = None if self._usage is None else self._usage.take()
-        self._make_available(self._ticket_scales or self._ranking.scales)
+        self._training.make_available(self._ticket_scales or self._ranking.scales)
         if self._ticket_scales is None:
             penalty = self._l1 * self._ranking.penalty(used)
         else:
@@ -117,7 +109,7 @@ class Penalty(StepListener):
         small; or if it was multiplied before it was added to the loss."""
         if self._is_expected and self._num_steps:
             self._is_expected = False
-            if self._warns:
+            if self._training.comm.rank == 0:
                 logger.warning(
                     "check: search.l1 is set, but none of the %d steps so far had "
                     "engine.penalty() in its loss: (loss + engine.penalty()).backward(); where no "
@@ -130,7 +122,7 @@ class Penalty(StepListener):
         if self._has_warned or not factors or _is_whole(factors):
             return
         self._has_warned, self._counts_factors = True, False
-        if self._warns:
+        if self._training.comm.rank == 0:
             logger.warning(
                 "check: engine.penalty() enters the loss with factor %.4g, so that scales are "
                 "penalised by %.4g instead of search.l1 = %.4g; add it to the loss unscaled, and "
