@@ -18,13 +18,13 @@ from .bench.ledger.command import run as run_ledger
 from .bench.time_to_accuracy.command import NAMES as TIME_TO_ACCURACY
 from .bench.time_to_accuracy.command import add_parsers as add_time_to_accuracy_parsers
 from .bench.time_to_accuracy.command import run as run_time_to_accuracy
-from .config import shortened
 from .distributed.error_report import AlreadyReported, hard_exit, print_error
 from .distributed.launchers import started_by
 from .doctor.command import add_parser as add_doctor_parser
 from .doctor.command import run as diagnose
 from .errors import ConfigError, WormError
 from .extras import require_extras
+from .mistakes import shortened
 from .planning import command as plan_command
 from .ticket_command import command as ticket_command
 from .training.config_file import read_run_config

@@ -6,59 +6,38 @@ for an unknown key, the nearest valid one.
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from .errors import ConfigError
 from .interval import Interval
+from .mistakes import mistakes_in, shown
 from .presets import PRESETS, merge
 from .ratio import exact, parse_ratio
+from .settings import Count, Factor, Settings
 
 __all__ = [
     "AUTO_LATEST",
     "SHORTEST_REMOVAL",
     "BudgetConfig",
-    "Count",
     "ElbowConfig",
-    "Factor",
     "Quantity",
     "RemovalConfig",
     "SearchConfig",
-    "Settings",
     "TicketConfig",
     "TruncationConfig",
     "WormConfig",
     "WormParts",
-    "shortened",
 ]
-
-_NOW_CALLED: Mapping[str, str] = {
-    "search.floor": "is called search.min_keep_ratio now",
-    "search.score": "is called search.importance now, and its 'scale' is 'auto'",
-    "truncation.motion": "is called truncation.frozen_weights now, and its 'fade' is 'remove'",
-    "truncation.fade": "channels leave one after another now; give truncation.removal.duration",
-    "truncation.channels": "is gone; channels that were dropped for longest leave first",
-    "ticket.settle": "is gone; the ticket is drawn when the last dropped channel is zero",
-}
-"""Former settings, with the message for each."""
-
-_LONGEST_TEXT, _LONGEST_KEY, _LONGEST_NUMBER = 1500, 100, 30
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring = 3, 100
 
 IntervalField = Annotated[
     Interval,
@@ -98,7 +77,7 @@ SHORTEST_REMOVAL = 100
 def _count_or_window(value: object) -> object:
     if value == "window" or (type(value) is int and 1 <= value < 2**31):
         return value
-    raise ValueError(f"must be a whole number from 1 on, or 'window', got {_shown(value)}")
+    raise ValueError(f"must be a whole number from 1 on, or 'window', got {shown(value)}")
 
 
 def _factor_or_distance(value: object) -> object:
@@ -106,46 +85,14 @@ def _factor_or_distance(value: object) -> object:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
-    raise ValueError(f"must be from 0 to 1, or 'distance', got {_shown(value)}")
+    raise ValueError(f"must be from 0 to 1, or 'distance', got {shown(value)}")
 
-
-Count = Annotated[int, Field(le=2**31 - 1)]
-"""A count that fits in 32 bits, as many of its users require."""
-Factor = Annotated[float, Field(le=1e6)]
-"""A factor of weights or gradients.  Bounded, because torch raises in the middle of a step for a
-value that float32 cannot represent."""
 
 Quantity = Literal["flops", "parameters", "bytes", "channels"]
 """What a budget limits."""
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Ratio = Annotated[float, Field(ge=0, lt=1), BeforeValidator(parse_ratio)]
 """A share of channels: a number or a fraction such as ``"1/3"``."""
-
-
-class Settings(BaseModel):
-    """A strict, frozen part of a configuration.
-
-    The string under a field describes it, also to programs: pydantic has it as the field's
-    ``description``.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-    @classmethod
-    def keys(cls, prefix: str = "") -> Iterator[str]:
-        """Every dotted key below this part, the parts themselves included."""
-        for name, field in cls.model_fields.items():
-            part = field.annotation
-            yield f"{prefix}{name}"
-            if isinstance(part, type) and issubclass(part, Settings):
-                yield from part.keys(f"{prefix}{name}.")
 
 
 class ElbowConfig(Settings):
@@ -443,7 +390,7 @@ class WormParts(Settings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(error, list(self.keys())))) from None
+            raise ConfigError("\n".join(mistakes_in(error, list(self.keys())))) from None
 
 
 class WormConfig(WormParts):
@@ -474,54 +421,3 @@ class WormConfig(WormParts):
         if name not in PRESETS:
             raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
         return cls(**merge(PRESETS[name], changes))
-
-
-def _explain(error: ValidationError, valid_keys: Sequence[str]) -> Iterator[str]:
-    """One line per mistake, up to ``_LONGEST_TEXT`` characters."""
-    length = 0
-    for number, mistake in enumerate(error.errors(include_url=False)):
-        line = shortened(_line(mistake, valid_keys))
-        length += len(line)
-        if length > _LONGEST_TEXT:
-            yield f"... and {error.error_count() - number} more"
-            return
-        yield line
-
-
-def _line(mistake: ErrorDetails, valid_keys: Sequence[str]) -> str:
-    """The key, what is wrong with it, and the given value."""
-    key = ".".join(str(part) for part in mistake["loc"]) or "config"
-    key = shortened(key if key.isprintable() else ascii(key), _LONGEST_KEY)
-    if mistake["type"] == "extra_forbidden":
-        if key in _NOW_CALLED:
-            return f"{key}: {_NOW_CALLED[key]}"
-        if key in valid_keys:  # in Python; the settings file may have dotted keys
-            return f"{key}: write it nested, as {_nested(key)}"
-        near = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: unknown key{hint}"
-    if mistake["type"] == "value_error":
-        return f"{key}: {mistake['ctx']['error']}"
-    hint = "; write true or false" if mistake["type"] == "bool_type" else ""
-    return f"{key}: {mistake['msg']}, got {_shown(mistake['input'])}{hint}"
-
-
-def _nested(key: str) -> str:
-    """A dotted key as a keyword argument."""
-    first, *names = key.split(".")
-    text = "..."
-    for name in reversed(names):
-        text = f"{{{name!r}: {text}}}"
-    return f"{first}={text}"
-
-
-def _shown(value: Any) -> str:
-    """The repr of a value, shortened where it is long, deep or huge."""
-    if isinstance(value, int) and abs(value) >= 10**_LONGEST_NUMBER:
-        return f"a number of more than {_LONGEST_NUMBER} digits"
-    return _SHORT.repr(value)
-
-
-def shortened(text: str, most: int = 400) -> str:
-    """The text, or its beginning and end if it has more than ``most`` characters."""
-    return text if len(text) <= most else f"{text[: most - 45]} ... {text[-40:]}"

@@ -21,9 +21,9 @@ from tests.training.observed import (
     exit_code_of,
     write_images,
 )
-from worm_dist.config import Settings
 from worm_dist.interval import Interval
 from worm_dist.presets import merge
+from worm_dist.settings import Settings
 from worm_dist.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]

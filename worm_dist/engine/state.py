@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from torch import Size
 from typing_extensions import Self
 
-from ..config import Settings, WormConfig
+from ..config import WormConfig
 from ..digest import digest_of
 from ..distributed.collectives import Communicator
 from ..errors import CheckpointError, ConfigError
@@ -22,6 +22,7 @@ from ..groups.nested import tensors_in
 from ..interval import Interval
 from ..schema import Count, Finite, Integers, Schema, first_problem
 from ..search.convergence import HistorySchema
+from ..settings import Settings
 from ..verdict import Phase
 from .check_schedule import CheckScheduleSchema
 from .context import ContextRankSchema, ContextSchema

@@ -10,7 +10,7 @@ import rich.console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ..config import shortened
+from ..mistakes import shortened
 from ..planning.console import GAP, plain_table, print_table
 from ..planning.formatting import column, compared
 from ..terminal import console_of

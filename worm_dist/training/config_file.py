@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import shortened
 from ..errors import ConfigError
+from ..mistakes import shortened
 from .run_config import RunConfig
 from .setting_keys import nested, with_change
 from .yaml_text import parse_yaml

@@ -16,9 +16,10 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..config import Count, Factor, IntervalField, Settings, WormConfig, WormParts
+from ..config import IntervalField, WormConfig, WormParts
 from ..interval import Interval
 from ..presets import PRESETS, merge
+from ..settings import Count, Factor, Settings
 from ..user_function import is_user_function
 
 __all__ = [

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias, get_args, get_origin
 
 from pydantic import JsonValue
 
-from ..config import Settings, shortened
 from ..errors import ConfigError
+from ..mistakes import shortened
+from ..settings import Settings
 from .run_config import RunConfig
 
 __all__ = ["nested", "with_change"]

@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from ..config import Settings, WormParts
+from ..config import WormParts
+from ..settings import Settings
 from .run_config import RunConfig
 from .yaml_text import parse_yaml
 

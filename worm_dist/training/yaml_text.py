@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..config import shortened
 from ..errors import ConfigError
+from ..mistakes import shortened
 
 __all__ = ["parse_yaml"]
 
