@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..groups.channel_groups import ChannelGroup, Groups
-from ..groups.freeze_plan import FreezePlan
 from ..groups.gates import gated
 from ..groups.mask import Mask
 from ..pruning.exactness import find_drawable_groups
@@ -24,7 +23,7 @@ from .costs import Costs, costs_of, truncated
 from .hypothetical import drawn, mask_of_ticket
 from .memory import Memory, TrainingState, memory_of_stages, training_state, whole
 from .module_order import module_order
-from .stage import Stage
+from .stage import Stage, freeze_plans
 from .step_time import Link, StepTime
 from .target import Target
 from .timing import Measured, affordable_batch, measure
@@ -182,11 +181,11 @@ def forecast(
     keep_all = Mask({name: torch.ones_like(kept) for name, kept in mask.items()})
     dense = costs_of(network, groups, keep_all, sample, uncompressed)
     costs: dict[Stage, Costs] = {"dense": dense}
-    plans = _plans(target, network, groups, mask)
+    plans = freeze_plans(target.worm.truncation, network, groups, mask)
     for stage, plan in plans.items():
         costs[stage] = truncated(dense, network, groups, plan, compression)
     costs["ticket"] = costs_of(ticket_network, ticket_groups, mask, sample, compression)
-    left_out = left_out_in(target, network, ticket_network, groups, mask, plans)
+    left_out = left_out_in(target.worm.truncation, network, ticket_network, groups, mask, plans)
     wrapped = wrapped_in(target.wrapper, network, world_size)
     counted = {network: dense, ticket_network: costs["ticket"]}
     orders = (
@@ -248,21 +247,6 @@ def _others(network: nn.Module, groups: Groups) -> Sequence[str]:
     owned = {name for member in members for name, _ in member.parameters}
     rest = [name for name, _ in network.named_parameters() if name not in owned]
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
-
-
-def _plans(
-    target: Target, network: nn.Module, groups: Groups, mask: Mask
-) -> Mapping[Stage, FreezePlan]:
-    """The live part of the network in the stages before the draw; only hard truncation has them."""
-    truncation, frozen = target.worm.truncation, ~mask.keep
-    if truncation.mode != "hard":
-        return {}
-    plans: dict[Stage, FreezePlan] = {
-        "truncated": FreezePlan(network, groups, frozen, truncation.scope)
-    }
-    if truncation.removes:
-        plans["faded"] = FreezePlan(network, groups, frozen, truncation.scope, frozen)
-    return plans
 
 
 def _steps(

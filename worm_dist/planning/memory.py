@@ -25,7 +25,7 @@ from ..truncation.memory import (
     index_bytes,
     packing_memory,
 )
-from .stage import Stage
+from .stage import Stage, freeze_plans
 from .target import Target
 from .wrapped import ShardsOf, meta_shard
 
@@ -85,17 +85,11 @@ def memory_of_stages(
     found: dict[Stage, Memory] = {"dense": Memory(_undivided(network, target), inputs)}
     if config.mode == "hard":
         # Which elements a shard has is only known on the CPU; the shards are on an accelerator.
-        frozen = ~mask.keep
-        held = FreezePlan(network, groups, frozen, config.scope)
+        held = FreezePlan(network, groups, ~mask.keep, config.scope)
         copies = copies_memory(held, shards_of, config, HELD_MOMENTS[target.optimizer])
         network = copy.deepcopy(network).to("meta")
         averaged = [p for p in network.parameters() if p.requires_grad]
-        plans: dict[Stage, FreezePlan] = {
-            "truncated": FreezePlan(network, groups, frozen, config.scope)
-        }
-        if config.removes:
-            plans["faded"] = FreezePlan(network, groups, frozen, config.scope, frozen)
-        for stage, sent in plans.items():
+        for stage, sent in freeze_plans(config, network, groups, mask).items():
             indices = index_bytes(sent) + index_bytes(held) * (stage == "faded")
             packing = packed.get(stage) or packing_memory(sent, averaged, config)
             found[stage] = Memory(copies + packing + TruncationMemory(indices=indices), inputs)

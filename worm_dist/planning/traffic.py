@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..config import TruncationConfig
 from ..groups.channel_groups import Groups
 from ..groups.freeze_plan import FreezePlan
 from ..groups.mask import Mask
@@ -17,7 +18,6 @@ from .fully_shard import FullyShard
 from .module_order import Event
 from .stage import Stage
 from .step_time import Collective
-from .target import Target
 from .wrapped import LeftOut, Wrapped
 from .wrapper import WrapperSettings
 from .zero3_gathers import ZeroThree
@@ -92,7 +92,7 @@ def wrapped_in(settings: WrapperSettings, network: nn.Module, world_size: int) -
 
 
 def left_out_in(
-    target: Target,
+    truncation: TruncationConfig,
     network: nn.Module,
     ticket: nn.Module,
     groups: Groups,
@@ -102,14 +102,14 @@ def left_out_in(
     """What is left out in every stage.
 
     Args:
-        target: the network and its settings.
+        truncation: the settings.
         network, ticket: the dense network, and the one that is drawn.
         groups: the channel groups of the dense network.
         mask: the channels that are kept.
-        plans: the live part of the dense network's gradients in the stages in between.
+        plans: the result of ``freeze_plans``.
     """
     found: dict[Stage, LeftOut] = {"dense": LeftOut(network)}
-    frozen, removes = ~mask.keep, target.worm.truncation.removes
+    frozen, removes = ~mask.keep, truncation.removes
     for stage, plan in plans.items():
         # Fading parameters are gathered after a step until they are zero, and vectors always.
         fading = fading_params(network, groups, frozen) if removes and stage != "faded" else set()

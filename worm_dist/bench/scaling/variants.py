@@ -20,7 +20,9 @@ from ...planning.buckets import buckets_of
 from ...planning.fully_shard import FullyShard
 from ...planning.hypothetical import drawn
 from ...planning.module_order import module_order
+from ...planning.stage import Stage, freeze_plans
 from ...planning.step_time import Collective
+from ...planning.traffic import left_out_in
 from ...planning.wrapped import LeftOut
 from ..fsdp import UNIT_MB, optimizer_of, sharded, unsharded
 from ..variants import AT_ONCE, DDP, HALF, Batch, dense, scattered_mask, training, uniform_mask
@@ -118,22 +120,22 @@ def _under_fsdp(workload: Workload) -> Iterator[ScaleVariant]:
     yield _planned("fully_shard", step, planned, LeftOut(plain), batch)
 
     hold, left = TruncationConfig(frozen_weights="hold"), TruncationConfig(removal=AT_ONCE)
-    for name, truncation in (("half frozen, fsdp", hold), ("half left, fsdp", left)):
+    stages: Sequence[tuple[str, Stage, TruncationConfig]]
+    stages = (("half frozen, fsdp", "truncated", hold), ("half left, fsdp", "faded", left))
+    for name, stage, truncation in stages:
         engine = _half_sharded(workload, truncation)
-        frozen = ~scattered_mask(engine.groups).keep
-        zero = frozen if truncation is left else None
-        sent = FreezePlan(plain, engine.groups, frozen, truncation.scope, zero).blocks
-        unread = {} if zero is None else FreezePlan(plain, engine.groups, zero, "coupled").blocks
+        groups, mask = engine.groups, scattered_mask(engine.groups)
+        ticket, _ = drawn(plain, groups, mask)
+        plans = freeze_plans(truncation, plain, groups, mask)
+        left_out = left_out_in(truncation, plain, ticket, groups, mask, plans)
         step = dense(engine.model, engine.optimizer, batch)
-        yield _planned(name, step, planned, LeftOut(plain, sent, unread=unread), batch)
+        yield _planned(name, step, planned, left_out[stage], batch)
 
-    mask = scattered_mask(engine.groups)
-    ticket, _ = drawn(plain, engine.groups, mask)
     engine = _half_sharded(workload, left)
     dense(engine.model, engine.optimizer, batch)()
     engine.draw(mask)
     step = dense(engine.model, engine.optimizer, batch)
-    yield _planned("half drawn, fsdp", step, planned, LeftOut(ticket), batch)
+    yield _planned("half drawn, fsdp", step, planned, left_out["ticket"], batch)
 
 
 def _half_sharded(workload: Workload, truncation: TruncationConfig) -> Engine:
