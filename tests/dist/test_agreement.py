@@ -66,7 +66,9 @@ def test_what_one_rank_refuses_is_refused_by_all(ranks: Ranks) -> None:
         "CheckpointError: rank 0: lost": [lost, None],
         "ConfigError: rank 0: lost; rank 1: wrong": [lost, wrong],
         "ConfigError: wrong": [wrong, wrong],
-        "CheckpointError: rank 1: KeyError: 'a'": [None, KeyError("a")],
+        "CheckpointError: rank 1: MemoryError: none": [None, MemoryError("none")],
+        "WormError: rank 1: KeyError: 'a'": [None, KeyError("a")],
+        "KeyError: 'a'": [KeyError("a"), KeyError("a")],
         "CheckpointError: OSError: two lines": [OSError("two\nlines"), OSError("two\nlines")],
     }
     for said in ranks(2, _refused, list(cases.values())):

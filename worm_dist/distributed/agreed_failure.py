@@ -34,6 +34,7 @@ _KINDS = (
     DrawError,
 )
 """By exit code: the lower it is, the closer to the cause."""
+_OF_THE_HOST = (OSError, MemoryError)
 
 
 @contextmanager
@@ -70,11 +71,12 @@ def refused_on_every_rank(
 
     Args:
         comm: the communicator.
-        otherwise: the type that is raised for errors which are no ``WormError``, such as those of a
-            disk.
+        otherwise: the type that is raised for errors of a disk or for want of memory.
 
     Raises:
-        WormError: naming the ranks that failed, unless all of them did for the same reason.
+        WormError: naming the ranks that failed, unless all of them did for the same reason.  Any
+            other error is raised as it is if all ranks have it; else its rank logs its traceback,
+            and every rank raises this class itself.
         BackendError: the ranks cannot tell one another.
     """
     failure: Exception | None = None
@@ -82,18 +84,20 @@ def refused_on_every_rank(
         yield
     except Exception as error:  # any error: the other ranks must not wait for this one
         failure = error
-    if failure is not None and not isinstance(failure, (WormError, OSError)):
-        logger.error("rank %d: %s", comm.rank, described(failure), exc_info=failure)
     failures = _failures(comm, failure)
     if not failures:
         return
-    kind = next((kind for kind in _KINDS if _any(comm, isinstance(failure, kind))), otherwise)
-    all_failed = not _any(comm, failure is None)
-    if failure is None or not all_failed or len(failures) > 1:
-        raise kind("; ".join(failures)) from failure
-    if isinstance(failure, kind):
-        raise failure
-    raise kind(described(failure)) from failure
+    kinds = (*((kind, kind) for kind in _KINDS), (_OF_THE_HOST, otherwise))
+    found = (raised for caught, raised in kinds if _any(comm, isinstance(failure, caught)))
+    kind = next(found, WormError)
+    is_everyones = not _any(comm, failure is None) and len(failures) == 1
+    if failure is not None and is_everyones:
+        if isinstance(failure, kind) or kind is WormError:
+            raise failure
+        raise kind(described(failure)) from failure
+    if failure is not None and not isinstance(failure, (WormError, *_OF_THE_HOST)):
+        logger.error("rank %d: %s", comm.rank, described(failure), exc_info=failure)
+    raise kind("; ".join(failures)) from failure
 
 
 def _any(comm: Communicator, flag: bool) -> bool:
