@@ -24,7 +24,7 @@ from worm_dist import WormError
 from worm_dist.checkpoint.checkpoint import Checkpoint
 from worm_dist.checkpoint.manager import CheckpointManager
 from worm_dist.checkpoint.manifest import CheckpointInfo
-from worm_dist.training import run, share_state, training_state
+from worm_dist.training import build, run, share_state, training_state
 from worm_dist.training.checkpointer import RUN
 from worm_dist.training.run_folder import SETTINGS
 
@@ -234,6 +234,7 @@ class _Failing:
     ("place", "name", "failing"),
     [
         (run, "RankZeroReport", 0),
+        (build, "initial_network", 1),
         (training_state, "newest_images", 1),
         (training_state, "load_network_state", 1),
         (training_state, "restore_random", 1),

@@ -28,6 +28,19 @@ def _other_code(real: Act, folder: Any) -> Any:
     return "edited"
 
 
+def _unreadable_code(real: Act, folder: Any) -> Any:
+    raise OSError("Stale file handle")
+
+
+@pytest.mark.fault(2, "before the ranks are compared")
+def test_a_rank_that_cannot_be_compared_is_told_on_all(driver: Driver) -> None:
+    """It raised alone, and the other rank waited for its settings."""
+    ends = driver(2, Run((Fault.do(_unreadable_code, 1, None).at(CODE),)))
+    assert [end.exitcode for end in ends] == [2, 2]
+    (line,) = [error for end in ends for error in end.errors]
+    assert line == "worm_dist: error (rank 0): rank 1: OSError: Stale file handle"
+
+
 @pytest.mark.fault(22, "settings, versions or code of one rank differ")
 @pytest.mark.parametrize(
     ("run", "says"),

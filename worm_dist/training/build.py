@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import worm_dist
 
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import Communicator
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
@@ -80,24 +81,28 @@ def build(
         progress: receives the progress of this rank, for the watchdog.
 
     Raises:
-        ConfigError: data or model do not fit the settings, or the ranks do not see the same data.
+        ConfigError: data or model do not fit the settings, or the ranks do not see the same data;
+            raised on every rank.
+        CheckpointError: ``model.weights`` cannot be read; raised on every rank.
     """
     seed_all(config.seed)
     progress.reach("the start, loading the data")
-    data = load_data(config.data)
-    shares = (config.data, rank_info.rank, rank_info.world_size)
-    loader = train_loader(data, *shares, config.seed, device)
-    steps_per_epoch = len(loader)
-    tests = test_loader(data, *shares, device)
+    with refused_on_every_rank(comm, ConfigError):
+        data = load_data(config.data)
+        shares = (config.data, rank_info.rank, rank_info.world_size)
+        loader = train_loader(data, *shares, config.seed, device)
+        steps_per_epoch = len(loader)
+        tests = test_loader(data, *shares, device)
     require_same_data(data, steps_per_epoch, comm)
     progress.reach("the start, building the network")
-    model_arguments = {
-        "name": config.model.name,
-        "num_classes": _num_classes(config, data.num_classes),
-        "in_channels": data.sample_shape[0],
-        "arguments": config.model.arguments,
-    }
-    network = gated(initial_network(config.model, model_arguments), config.search).to(device)
+    with refused_on_every_rank(comm):  # weights may be read from a file
+        model_arguments = {
+            "name": config.model.name,
+            "num_classes": _num_classes(config, data.num_classes),
+            "in_channels": data.sample_shape[0],
+            "arguments": config.model.arguments,
+        }
+        network = gated(initial_network(config.model, model_arguments), config.search).to(device)
     layout = memory_format(config, device)
     if layout is not torch.contiguous_format:
         network.to(memory_format=layout)

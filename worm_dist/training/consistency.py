@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 import worm_dist
 
 from ..digest import digest_of, fingerprints
+from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import Communicator
 from ..errors import ConfigError, DivergenceError
 from ..groups.full_shape import is_sharded
@@ -40,12 +41,24 @@ def require_same_start(config: RunConfig, ranks: Communicator) -> None:
         ranks: all ranks.
 
     Raises:
-        ConfigError: a package is not installed on this rank, or a function of the user's cannot be
-            imported.
+        ConfigError: on a rank a package is not installed, or a function of the user's cannot be
+            imported; raised on every rank.
         DivergenceError: the ranks differ; raised on every rank.
     """
-    require_packages(config)
-    require_user_functions(config)
+    with refused_on_every_rank(ranks, ConfigError):
+        require_packages(config)
+        require_user_functions(config)
+        found = _start_of(config)
+    differences = ranks.compare(found)
+    if differences:
+        raise DivergenceError(
+            f"start: the ranks have not been started alike: {'; '.join(differences)}; give all of "
+            "them the same settings and the same installation"
+        )
+
+
+def _start_of(config: RunConfig) -> dict[str, str]:
+    """What must be alike on all ranks, by name."""
     flat = config.flat()
     found = {key: str(value) for key, value in {**flat, **fixed_settings(config), **flat}.items()}
     for key in _MAY_DIFFER_BY_HOST:
@@ -55,12 +68,7 @@ def require_same_start(config: RunConfig, ranks: Communicator) -> None:
     found["the code of worm_dist"] = _code_digest(Path(worm_dist.__file__).parent)
     for name, source in user_sources(config).items():
         found[f"the code of {name}"] = digest_of({name: source}).hex()[:16]
-    differences = ranks.compare(found)
-    if differences:
-        raise DivergenceError(
-            f"start: the ranks have not been started alike: {'; '.join(differences)}; give all of "
-            "them the same settings and the same installation"
-        )
+    return found
 
 
 def require_same_data(data: Data, num_batches: int, ranks: Communicator) -> None:
