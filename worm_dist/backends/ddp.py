@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,20 +25,20 @@ from .optimizer_view import OptimizerView
 from .optimizers import innermost
 from .sparse_weights import sparse_weights
 from .trained_parameters import only_these_train
+from .whole_weights import WholeWeights
 
 __all__ = ["DdpBackend"]
 
 _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DdpBackend:
+class DdpBackend(WholeWeights):
     """A network in torch's DistributedDataParallel; see ``Backend`` for its other members.
 
     Attributes:
         model: the wrapper.
     """
 
-    shards_weights = False
     has_one_copy = False
     averages = True
     keeps_hooks = True  # torch cannot unregister a communication hook; only a new wrapper has none
@@ -58,17 +57,6 @@ class DdpBackend:
     def step_bytes(self) -> int:
         """Bytes of all averaged gradients."""
         return sum(p.numel() * p.element_size() for p in self.averaged)
-
-    def full_network(self) -> AbstractContextManager[nn.Module]:
-        """The network itself; see ``Backend``."""
-        return nullcontext(self.network)
-
-    def make_available(self, parameters: Sequence[Tensor]) -> None:
-        """Do nothing: they are; see ``Backend``."""
-
-    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters' own values; see ``Backend``."""
-        return [parameter.detach() for parameter in parameters]
 
     def reduces_at_once(self, truncation: TruncationConfig) -> bool:
         """Whether gradients are compressed; otherwise DDP's own reduction does."""

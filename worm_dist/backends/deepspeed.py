@@ -6,8 +6,7 @@ import copy
 import gc
 import logging
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from .deepspeed_optimizer import CopyingOptimizerView, PartitionedOptimizerView,
 from .deepspeed_refusals import require_known
 from .optimizer_view import OptimizerView
 from .trained_parameters import only_these_train
+from .whole_weights import WholeWeights
 
 __all__ = ["DeepSpeedBackend", "is_deepspeed"]
 
@@ -54,7 +54,7 @@ def is_deepspeed(model: nn.Module) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
-class DeepSpeedBackend:
+class DeepSpeedBackend(WholeWeights):
     """A network in a DeepSpeed engine, ZeRO stages 0 to 2; see ``Backend`` for its other members.
 
     Attributes:
@@ -63,7 +63,6 @@ class DeepSpeedBackend:
         wrapper: the engine's optimizer; in stage 0 it may be a torch optimizer.
     """
 
-    shards_weights = False
     has_one_copy = False  # nor in stage 3, which keeps small parameters whole on every rank
     averages = True
     finds_unused = False  # DeepSpeed reduces missing gradients as zeros
@@ -101,17 +100,6 @@ class DeepSpeedBackend:
             return int(gradients)
         weights = sum(flat.nbytes // self.comm.size for flat in self.wrapper.bit16_groups_flat)
         return int(gradients + weights)
-
-    def full_network(self) -> AbstractContextManager[nn.Module]:
-        """The network itself; see ``Backend``."""
-        return nullcontext(self.network)
-
-    def make_available(self, parameters: Sequence[Tensor]) -> None:
-        """Do nothing: they are; see ``Backend``."""
-
-    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters' own values; see ``Backend``."""
-        return [parameter.detach() for parameter in parameters]
 
     def reduces_at_once(self, truncation: TruncationConfig) -> bool:
         """Always, so that bytes are counted in the same way in every phase."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -14,16 +12,16 @@ from ..distributed.collectives import Communicator, SingleProcessComm
 from .backend import not_compiled
 from .optimizer_view import OptimizerView
 from .optimizers import innermost
+from .whole_weights import WholeWeights
 
 __all__ = ["SingleProcess"]
 
 
-class SingleProcess:
+class SingleProcess(WholeWeights):
     """A bare network on one process; see ``Backend`` for its members."""
 
     process_group = None
     step_bytes = 0
-    shards_weights = False
     has_one_copy = True
     averages = False
     finds_unused = False
@@ -39,17 +37,6 @@ class SingleProcess:
     def averaged(self) -> frozenset[Tensor]:
         """All parameters; see ``Backend``."""
         return frozenset(self.network.parameters())
-
-    def full_network(self) -> AbstractContextManager[nn.Module]:
-        """The network itself; see ``Backend``."""
-        return nullcontext(self.network)
-
-    def make_available(self, parameters: Sequence[Tensor]) -> None:
-        """Do nothing: they are; see ``Backend``."""
-
-    def full_values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters' own values; see ``Backend``."""
-        return [parameter.detach() for parameter in parameters]
 
     def require_fit(self, truncation: TruncationConfig) -> None:
         """Accept all settings: no gradients are reduced."""
