@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["console_of", "only_json_on_stdout", "print_json"]
 
-_WIDTH_OF_A_LOG = 100
 
-
-def console_of(file: TextIO | None = None) -> rich.console.Console:
+def console_of(file: TextIO | None = None, width_of_a_log: int = 100) -> rich.console.Console:
     """A console; what is no terminal gets plain text of a fixed width.
 
     Args:
         file: the stream to write to; the default is the standard output.
+        width_of_a_log: this width, in characters.
     """
     import rich.console  # late, as commands that print JSON do not need it
 
@@ -30,7 +29,7 @@ def console_of(file: TextIO | None = None) -> rich.console.Console:
         file=file,
         force_terminal=not is_log,
         color_system=None if is_log else "auto",
-        width=_WIDTH_OF_A_LOG if is_log else None,
+        width=width_of_a_log if is_log else None,
         highlight=False,
         markup=False,
         emoji=False,

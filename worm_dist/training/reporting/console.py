@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ...engine.traffic import Traffic
+from ...terminal import console_of
 from ...verdict import Phase
 from .outcome import compared, count, percent
 
@@ -77,18 +78,8 @@ class Console:
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
-        file = file or sys.stdout
-        is_log = not file.isatty() or rich.console.Console(file=file).is_dumb_terminal
-        self._file = _LosableFile(file)
-        self._console = rich.console.Console(
-            file=cast(TextIO, self._file),
-            force_terminal=not is_log,
-            color_system=None if is_log else "auto",
-            width=_WIDTH_OF_A_LOG if is_log else None,
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
+        self._file = _LosableFile(file or sys.stdout)
+        self._console = console_of(cast(TextIO, self._file), _WIDTH_OF_A_LOG)
         self._progress = _progress(self._console)
         self._task: TaskID | None = None
         self._epochs = 0
