@@ -19,8 +19,9 @@ from torch.optim import SGD
 import worm_dist
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.__main__ import main
+from worm_dist.bench.json_lines import append
 from worm_dist.bench.ledger.grid import grid_specs, outcome, summary
-from worm_dist.bench.ledger.row import Key, Row, append, read_rows
+from worm_dist.bench.ledger.row import Key, Row, read_rows
 from worm_dist.bench.ledger.rule import RULES, triggered_at
 from worm_dist.bench.ledger.run import missing
 from worm_dist.bench.ledger.spec import Selection

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.bench.test_bench import TINY
 from tests.ranks import Ranks
 from worm_dist.__main__ import main
-from worm_dist.bench.ledger.row import append
+from worm_dist.bench.json_lines import append
 from worm_dist.bench.network import Link, rate_text
 from worm_dist.bench.scaling.measurement import measure
 from worm_dist.bench.scaling.page import PAGE, write

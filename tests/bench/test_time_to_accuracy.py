@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.ranks import NO_GROUP, Ranks
 from worm_dist.__main__ import main
 from worm_dist.bench.hooks import HOOKS, POWER_SGD_RANK
-from worm_dist.bench.ledger.row import Key, Row, append
+from worm_dist.bench.json_lines import append
+from worm_dist.bench.ledger.row import Key, Row
 from worm_dist.bench.ledger.subject import SUBJECTS
 from worm_dist.bench.time_to_accuracy.command import NAMES
 from worm_dist.bench.time_to_accuracy.methods import LABELS, counterpart, specs

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...training.reporting.recovery import recovery
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-__all__ = ["Key", "Row", "append", "read_rows"]
+__all__ = ["Key", "Row", "read_rows"]
 
 
 @dataclass(frozen=True)
@@ -115,23 +110,6 @@ class Row:
             return None
         tests = enumerate(self.estimated_accuracies, start=1)
         return recovery(self.before_pruning, self.ticket_epoch, self.after_draw, tests)
-
-
-def append(path: Path, row: DataclassInstance) -> None:
-    """Append a row, or another dataclass of JSON values, to a file and flush it to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        cut_short = file.tell() and _last_byte(path) != b"\n"
-        line = json.dumps(asdict(row)) + "\n"
-        file.write((b"\n" if cut_short else b"") + line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import rich.progress
 
+from ..json_lines import append
 from ..local_ranks import on_ranks, process_context
-from .row import Key, Row, append, read_rows
+from .row import Key, Row, read_rows
 from .spec import RunSpec
 from .training import train
 

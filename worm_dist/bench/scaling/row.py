@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ..json_lines import read
 
 __all__ = ["CHECK", "ScaleRow", "read_scale_rows"]
 
@@ -63,13 +62,5 @@ def read_scale_rows(path: Path) -> list[ScaleRow]:
     Raises:
         CheckpointError: another version has written the file.
     """
-    if not path.exists():
-        return []
-    try:
-        rows = [ScaleRow(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"bench: {path} was not written by this version ({error}); remove it, or choose "
-            "another --out"
-        ) from error
+    rows = read(path, ScaleRow)
     return list({(r.model, r.variant, r.ranks, r.network): r for r in rows}.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..ledger.row import append
+from ..json_lines import append
 from ..network import several_ranks
 from ..workload import QUICK
 from .measurement import measure

@@ -118,7 +118,8 @@ def _append_step_times(specs: list[RunSpec], folder: Path, num_steps: int) -> No
     """Measure, and append lines of JSON on rank zero.  Collective."""
     import torch.distributed as dist
 
-    from ..ledger.row import append, read_rows
+    from ..json_lines import append
+    from ..ledger.row import read_rows
     from ..ledger.run import ROWS
     from .measurement import measure_steps
     from .page import STEP_TIMES
@@ -142,7 +143,8 @@ def _append_step_times(specs: list[RunSpec], folder: Path, num_steps: int) -> No
 
 def _train_whole(specs: list[RunSpec], folder: Path) -> None:
     """Train on the two ranks that this process is one of; append rows on rank zero."""
-    from ..ledger.row import append, read_rows
+    from ..json_lines import append
+    from ..ledger.row import read_rows
     from ..ledger.training import train
     from ..network import Link, two_ranks
     from .page import WHOLE_RUNS

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ..json_lines import read
 from ..ledger.row import Row
 
 __all__ = ["StepTimes", "read_step_times"]
@@ -85,17 +84,8 @@ def read_step_times(path: Path) -> list[StepTimes]:
     Raises:
         CheckpointError: another version has written the file.
     """
-    if not path.exists():
-        return []
-    try:
-        all_times = [StepTimes(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"bench: {path} was not written by this version ({error}); remove it, or choose "
-            "another --out"
-        ) from error
     newest = {
         (each.subject, each.rule, each.prune_ratio, each.ranks, each.network): each
-        for each in all_times
+        for each in read(path, StepTimes)
     }
     return list(newest.values())
