@@ -146,6 +146,29 @@ def test_imports_are_seen() -> None:
     assert targets("config.py", "import torch") == []
 
 
+def _private_of_engines(tree: ast.Module) -> Iterator[str]:
+    """Private attributes of what is called an engine, as they are read or written."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            owner = ast.unparse(node.value)
+            if owner.rpartition(".")[2] == "engine":
+                yield f"{owner}.{node.attr}"
+
+
+def test_private_parts_of_engines_are_read_in_their_own_package_alone() -> None:
+    """The others ask ``engine/attachment.py``.  In ``backends`` it is DeepSpeed's engines that are
+    called so."""
+    seen = [*_private_of_engines(ast.parse("self.engine._training.comm, engine.model"))]
+    assert seen == ["self.engine._training"]
+    found = [
+        f"{path}: {name}"
+        for path, tree in _files().items()
+        if _package(path) not in ("engine", "backends")
+        for name in _private_of_engines(tree)
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_no_file_is_too_long_to_read() -> None:
     lengths = {path: len((PACKAGE / path).read_text().splitlines()) for path in _files()}
     longer = {path: length for path, length in lengths.items() if length > MOST_LINES}

@@ -13,6 +13,7 @@ from ..comm_hooks.allreduce import BucketView
 from ..comm_hooks.ddp_hook import PackedReducer
 from ..comm_hooks.packing import with_parameter_strides
 from ..comm_hooks.wide_rows import row_writer
+from ..engine.attachment import context_of
 from ..engine.engine import Engine
 from ..groups.freeze_plan import FreezePlan
 
@@ -24,7 +25,7 @@ _SMALL = 2**15
 
 def send_whole(engine: Engine) -> None:
     """Let an engine under DDP that has frozen channels send whole buckets from now on."""
-    reducer = engine._training.reduction.require_reducer()
+    reducer = context_of(engine).reduction.require_reducer()
     assert isinstance(reducer, PackedReducer)
     vars(reducer)["bucket_view"] = _WholeBuckets(reducer).view
 

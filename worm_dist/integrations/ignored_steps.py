@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..engine.attachment import context_of
 from ..engine.engine import Engine
 
 __all__ = ["ignoring_steps"]
@@ -21,7 +22,7 @@ def ignoring_steps(engine: Engine, function: Callable[..., Any]) -> Callable[...
 
     @functools.wraps(function)
     def ignoring(*arguments: Any, **keywords: Any) -> Any:
-        with engine._training.steps_ignored():
+        with context_of(engine).steps_ignored():
             return function(*arguments, **keywords)
 
     return ignoring

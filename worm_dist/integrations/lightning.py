@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import WormConfig
 from ..engine.attach import attach
+from ..engine.attachment import context_of
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
 from ..groups.nested import mapped
@@ -202,7 +203,7 @@ class WormCallback(Callback):
     def _require_inputs_seen(self) -> None:
         if self._has_seen_inputs or self.engine.phase is Phase.TICKET:
             return
-        inputs = self.engine._training.inputs
+        inputs = context_of(self.engine).inputs
         if inputs.is_on and not inputs.calls:
             raise ConfigError(
                 "WormCallback: training_step does not call self(...), so the inputs from which "

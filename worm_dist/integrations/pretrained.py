@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from ..engine.attachment import dense_shapes_of
 from ..engine.engine import Engine
 from ..errors import CheckpointError, ConfigError
 from ..pruning.surgery import cuts_of, remove_channels, ungated
@@ -30,7 +31,7 @@ def note_ticket(engine: Engine, network: Any) -> None:
     if engine.phase is not Phase.TICKET or config is None or hasattr(config, CUTS):
         return
     assert engine.mask is not None
-    cuts = ungated(cuts_of(engine.groups, engine.mask, engine._dense.shapes))
+    cuts = ungated(cuts_of(engine.groups, engine.mask, dense_shapes_of(engine)))
     setattr(config, CUTS, [CutRecord.of(cut).model_dump() for cut in cuts])
 
 

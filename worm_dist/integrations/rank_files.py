@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..distributed.agreed_failure import refused_on_every_rank
+from ..engine.attachment import context_of
 from ..engine.engine import Engine
 from ..errors import CheckpointError
 
@@ -39,7 +40,7 @@ def load_engine_state(engine: Engine, folder: str | Path) -> None:
         See also ``Engine.load_state_dict``.
     """
     path = _own_or_first(folder)
-    with refused_on_every_rank(engine._comm):
+    with refused_on_every_rank(context_of(engine).comm):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises errors of many types for damaged files

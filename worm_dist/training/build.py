@@ -16,6 +16,7 @@ from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import Communicator
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
+from ..engine.attachment import context_of
 from ..engine.engine import Engine
 from ..errors import ConfigError
 from ..groups.copying import copied
@@ -129,7 +130,7 @@ def build(
         data=data.description,
     )
     result.parameters.dense = count_parameters(network)
-    with engine._training.full_network() as full:
+    with context_of(engine).full_network() as full:
         result.flops.dense = count_flops(full, sample)
     retraining = Retraining(config, network, rewound, schedule, start, steps_per_epoch)
     return TrainingParts(

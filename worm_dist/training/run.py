@@ -20,6 +20,7 @@ from ..distributed.progress import Progress
 from ..distributed.stacks import STACKS
 from ..distributed.timeouts import Timeouts
 from ..distributed.watchdog import watched
+from ..engine.attachment import context_of
 from ..errors import CheckpointError, ConfigError
 from ..verdict import Phase
 from .checkpointer import RUN, Checkpointer
@@ -166,7 +167,7 @@ def _saved_state(
 
 
 def _finish(trainer: Trainer, out: Path, report: Report, failed_writes: FailedWrites) -> None:
-    is_sharded = trainer.engine._training.backend.shards_weights  # then all ranks save together
+    is_sharded = context_of(trainer.engine).backend.shards_weights  # then all ranks save together
     if (is_sharded or dist.get_rank() == 0) and trainer.engine.phase is Phase.TICKET:
         ticket = (out / TICKET, trainer.model_arguments)
         failed_writes.best_effort(TICKET, trainer.engine.save_ticket, *ticket)

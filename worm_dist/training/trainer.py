@@ -13,6 +13,7 @@ from ..distributed.collectives import Communicator, ProcessGroupComm
 from ..distributed.graceful_stop import StopCoordinator, Stopped
 from ..distributed.init import RankInfo
 from ..distributed.progress import Progress
+from ..engine.attachment import context_of
 from ..errors import CollapseError, NonFiniteError
 from ..groups.flops import count_flops
 from ..pruning.collapse import REMEDY
@@ -316,12 +317,12 @@ class Trainer:
 
     def _measure_network(self) -> None:
         """Count the FLOPs of the current network for one sample."""
-        with self.engine._training.full_network() as network:
+        with context_of(self.engine).full_network() as network:
             self._flops = count_flops(network, self._parts.sample)
 
     def _evaluate(self) -> EvalResult:
         # The ranks may test different numbers of batches, so no weights are gathered meanwhile.
-        with self.engine._training.full_network() as network:
+        with context_of(self.engine).full_network() as network:
             return evaluate(
                 network,
                 self._parts.placement.batches(self._parts.test_loader),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends.network_state import full_network_state, load_network_state, network_state
 from ..distributed.agreed_failure import refused_on_every_rank
 from ..distributed.collectives import ProcessGroupComm, uncounted
+from ..engine.attachment import context_of
 from .build import TrainingParts
 from .parallelize import num_passes
 from .precision import autocast
@@ -107,7 +108,7 @@ class TrainingState:
                 its part of it; raised on every rank.
         """
         parts, engine = self._parts, self._parts.engine
-        comm, own_state = engine._training.comm, state["rank"]
+        comm, own_state = context_of(engine).comm, state["rank"]
         with uncounted(comm), refused_on_every_rank(comm):
             self.position = Position(**state["position"])
             require_position(self.position, len(parts.train_loader))
