@@ -37,15 +37,14 @@ def _train(
     world_size: int,
     passes: int = 1,
     resumed_from: str | None = None,
+    detached_at: int | None = None,
     **arguments: Any,
 ) -> tuple[Any, Any, list[Any]]:
-    from transformers import (
-        ResNetConfig,
-        ResNetForImageClassification,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    """
+    Args:
+        detached_at: the step after which the user detaches the engine.
+    """
+    from transformers import TrainerCallback
 
     from worm_dist.integrations.huggingface import WormTrainerCallback
 
@@ -53,8 +52,22 @@ def _train(
         def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(progress(callback.engine))
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == detached_at:
+                callback.engine.detach()
+
     ends: list[Any] = []
-    images, classes = data(max(1, world_size), passes)
+    trainer = _trainer(folder, name, world_size, passes, **arguments)
+    trainer.add_callback(Ends())
+    inputs = {"pixel_values": data(1)[0][:1]}
+    callback = WormTrainerCallback(trainer, CONFIG, example_inputs=inputs)
+    trainer.train(resume_from_checkpoint=resumed_from)
+    return trainer, callback, ends
+
+
+def _model() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
     torch.manual_seed(0)
     model = ResNetForImageClassification(
         ResNetConfig(
@@ -66,6 +79,15 @@ def _train(
             num_labels=4,
         )
     )
+    # Accelerate shards embeddings by themselves, and asks a ResNet too for its own.
+    model.get_input_embeddings = lambda: None
+    return model
+
+
+def _trainer(folder: str, name: str, world_size: int, passes: int = 1, **arguments: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    images, classes = data(max(1, world_size), passes)
     rows = [
         {"pixel_values": image, "labels": label}
         for image, label in zip(images, classes.tolist(), strict=True)
@@ -85,28 +107,23 @@ def _train(
     )
     if settings.fsdp:
         let_accelerate_shard()
-        # Accelerate shards embeddings by themselves, and asks a ResNet too for its own.
-        model.get_input_embeddings = lambda: None
-    trainer = Trainer(
-        model,
-        settings,
-        train_dataset=rows,
-        eval_dataset=rows,
-        callbacks=[Ends()],
-    )
-    callback = WormTrainerCallback(trainer, CONFIG, example_inputs={"pixel_values": images[:1]})
-    trainer.train(resume_from_checkpoint=resumed_from)
-    return trainer, callback, ends
+    return Trainer(_model(), settings, train_dataset=rows, eval_dataset=rows)
 
 
-def _state(trainer: Any, callback: Any, ends: list[Any]) -> dict[str, Any]:
+def _trained(trainer: Any) -> dict[str, Any]:
     return {
         "weights": digest(dict(trainer.model.named_parameters())),
         STATISTICS: digest(dict(trainer.model.named_buffers())),
         "optimizer": digest(trainer.optimizer.state_dict()),
-        "steps": callback.engine.step,
         "rate": trainer.lr_scheduler.get_last_lr(),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def _state(trainer: Any, callback: Any, ends: list[Any]) -> dict[str, Any]:
+    return {
+        **_trained(trainer),
+        "steps": callback.engine.step,
         FIGURES: [
             line["worm/live_fraction"]
             for line in trainer.state.log_history
@@ -123,7 +140,7 @@ def _course(folder: str, world_size: int) -> dict[str, Any]:
 
 def _sharded_course(folder: str, world_size: int) -> dict[str, Any]:
     begin(world_size)
-    found = _trainings(folder, world_size, fsdp=True, fsdp_config={"min_num_params": 500})
+    found = _trainings(folder, world_size, **_SHARDED)
     for state in found.values():
         if isinstance(state, dict):
             state.pop(STATISTICS)  # each rank's own, of which rank zero's are saved
@@ -191,3 +208,69 @@ def _refused(folder: str, world_size: int) -> str:
 
 def test_the_best_model_cannot_be_loaded_at_the_end(ranks: Ranks, tmp_path: Path) -> None:
     assert "load_best_model_at_end" in on_ranks(ranks, NO_GROUP, _refused, tmp_path)
+
+
+_DETACHED_AT = 5
+"""A step in which channels are frozen, and none has been removed."""
+_SHARDED = {"fsdp": True, "fsdp_config": {"min_num_params": 500}}
+
+
+def _detached_while_channels_are_frozen(
+    folder: str, world_size: int, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    begin(world_size)
+    trainer, _, ends = _train(folder, "on", world_size, detached_at=_DETACHED_AT, **arguments)
+    found: dict[str, Any] = {"ends": [*ends], "went on": _trained(trainer)}
+    dense = _trainer(folder, "without", world_size, **arguments)
+    found["dense"] = sum(parameter.numel() for parameter in dense.model.parameters())
+    for name, again in (("without", dense), ("again", trainer)):
+        again.train(resume_from_checkpoint=f"{folder}/on/checkpoint-{NUM_STEPS}")
+        found[name] = _trained(again)
+    saved = sorted(Path(folder).glob("on/checkpoint-*/worm_engine_*"))
+    found["saved"] = [str(path) for path in saved]
+    trainer.model_init = _model
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    found["new"] = trainer.accelerator.unwrap_model(trainer.model_wrapped) is trainer.model
+    return found
+
+
+_TRAININGS = [(NO_GROUP, {}), (2, {}), (2, _SHARDED)]
+
+
+@pytest.mark.parametrize(("world_size", "arguments"), _TRAININGS)
+def test_after_detaching_it_trains_as_if_the_callback_were_not_there(
+    ranks: Ranks, tmp_path: Path, world_size: int, arguments: dict[str, Any]
+) -> None:
+    """The next checkpoint asked the detached engine for its state, which ended the training; and
+    the trainer could not train again."""
+    course = _detached_while_channels_are_frozen
+    found = on_ranks(ranks, world_size, course, tmp_path, arguments)
+    assert found["ends"] == [("truncate", found["dense"])] * EPOCHS
+    assert found["without"] == found["went on"]
+    assert found["again"] == found["went on"]
+    assert not found["saved"]
+    assert found["new"], "it does not train the network that model_init has made"
+
+
+def _detached_from_a_ticket(
+    folder: str, world_size: int, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    begin(world_size)
+    trainer, callback, ends = _train(folder, "on", world_size, **arguments)
+    found = {"end": ends[-1], "trained": _trained(trainer)}
+    callback.engine.detach()
+    trainer.save_model(f"{folder}/small")
+    trainer.train(resume_from_checkpoint=f"{folder}/on/checkpoint-{3 * NUM_STEPS}")
+    return {**found, "again": _trained(trainer), "read": _read(f"{folder}/small")}
+
+
+@pytest.mark.parametrize(("world_size", "arguments"), _TRAININGS)
+def test_a_detached_ticket_is_saved_and_trains_again(
+    ranks: Ranks, tmp_path: Path, world_size: int, arguments: dict[str, Any]
+) -> None:
+    """From a checkpoint that has an engine's state, too: it has the ticket's weights."""
+    found = on_ranks(ranks, world_size, _detached_from_a_ticket, tmp_path, arguments)
+    assert found["end"][0] == "ticket"
+    assert found["again"] == found["trained"]
+    assert found["read"] == {key: found["trained"][key] for key in found["read"]}

@@ -158,10 +158,11 @@ def _whole(tensor: Any) -> Tensor:
     return whole
 
 
-def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path) -> Any:
+def on_ranks(ranks: Ranks, world_size: int, function: Any, folder: Path, *arguments: Any) -> Any:
     """What the function returns on every rank, which has to be the same; importing a trainer may
     take long on a busy machine."""
-    outcomes = ranks.outcomes(world_size, function, str(folder), world_size, group_timeout=120)
+    given = str(folder), world_size, *arguments
+    outcomes = ranks.outcomes(world_size, function, *given, group_timeout=120)
     if any(outcome.exitcode != 0 for outcome in outcomes):
         raise RankFailure("\n".join(map(str, outcomes)))
     first, *others = (_shared(outcome.value) for outcome in outcomes)

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import WormConfig
 from ..engine.attach import attach
+from ..engine.attachment import is_attached
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import CheckpointError, ConfigError
 from ..groups.nested import mapped
@@ -37,7 +38,8 @@ class WormTrainerCallback(TrainerCallback):
     without it.  ``trainer.log`` gets the figures of each check.  Checkpoints of the trainer hold
     the engine's state: to resume, build the dense network and give ``resume_from_checkpoint`` as
     usual.  After the draw, ``trainer.save_model`` and ``save_pretrained`` write the small network;
-    ``restore_ticket`` reads it.
+    ``restore_ticket`` reads it.  After ``engine.detach()`` the trainer goes on, saves, loads and
+    trains again as if this callback were not there.
 
     Args:
         trainer: the trainer; it has not trained yet.
@@ -88,11 +90,15 @@ class WormTrainerCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach; and if the trainer resumes, restore the engine, then weights and optimizer."""
         trainer = self._trainer
+        if self._is_detached:
+            self._follow()
+            return
         if self._progress is not None:
             raise ConfigError(
                 "WormTrainerCallback: its trainer has trained already; make a new trainer"
             )
         _require_fit(trainer)
+        self._followed = trainer.model_wrapped
         self.engine = attach(
             trainer.model_wrapped,
             trainer.optimizer,
@@ -107,6 +113,7 @@ class WormTrainerCallback(TrainerCallback):
             self._follow()
             trainer._issue_warnings_after_load = self._require_loaded
             self._class_load(self._checkpoint)
+            del trainer._issue_warnings_after_load  # that of the class is left
             ignoring_steps(self.engine, self._class_load_optimizer)(self._checkpoint)
         self._progress = Progress(self.engine)
         self._progress.before_training()
@@ -123,28 +130,41 @@ class WormTrainerCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the engine's state in the checkpoint that the trainer has just written."""
+        if self._is_detached:
+            return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         save_engine_state(self.engine, folder)
 
+    @property
+    def _is_detached(self) -> bool:
+        """Whether the user has detached the engine."""
+        return self._progress is not None and not is_attached(self.engine)
+
     def _follow(self) -> None:
-        """Let the trainer go on with the engine's present model.  Its ``model``, which it evaluates
-        and saves, and its accelerator's are the network itself, which stays the same object."""
-        self._trainer.model_wrapped = self.engine.model
-        note_ticket(self.engine, self._trainer.model)
+        """Let the trainer go on with the engine's present model, at last with the one that
+        ``Engine.detach`` has left, unless it has another network by then.  The trainer's ``model``,
+        which it evaluates and saves, and its accelerator's are the network itself, which stays the
+        same object."""
+        if self._trainer.model_wrapped is self._followed:
+            self._trainer.model_wrapped = self._followed = self.engine.model
+            note_ticket(self.engine, self._trainer.model)
 
     def _training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's step with the engine's model: its loop keeps the one that it began with."""
-        if self._progress is None or model is self.engine.model:
+        """The trainer's step with its present model: its loop keeps the one that it began with."""
+        if self._progress is None:
+            return self._class_step(model, *args, **kwargs)
+        self._follow()
+        present: Any = self._trainer.model_wrapped
+        if model is present:
             return self._class_step(model, *args, **kwargs)
         syncs = getattr(model, "require_backward_grad_sync", True)
-        present: Any = self.engine.model
         with nullcontext() if syncs else present.no_sync():
             return self._class_step(present, *args, **kwargs)
 
     def _backward(self, loss: Tensor, **kwargs: Any) -> Any:
         """The accelerator's backward pass of the loss, which is a share of a step's, and the same
         share of the penalty."""
-        if self._progress is None:
+        if self._progress is None or self._is_detached:
             return self._class_backward(loss, **kwargs)
         num_passes = self._trainer.current_gradient_accumulation_steps
         self.engine.watch(loss.detach() * num_passes)
@@ -153,7 +173,7 @@ class WormTrainerCallback(TrainerCallback):
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Let the weights wait: they fit the network only after ``Engine.load_state_dict`` has
         removed channels."""
-        if has_engine_state(checkpoint):
+        if has_engine_state(checkpoint) and not self._is_detached:
             self._checkpoint = checkpoint
         else:
             self._class_load(checkpoint, model)
@@ -177,7 +197,7 @@ class WormTrainerCallback(TrainerCallback):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let the optimizer's state wait, too."""
-        if self._checkpoint is None:
+        if self._checkpoint is None or self._is_detached:
             self._class_load_optimizer(checkpoint)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import WormConfig
 from ..engine.attach import attach
-from ..engine.attachment import context_of
+from ..engine.attachment import context_of, is_attached
 from ..engine.engine import Engine, ScoreFunction
 from ..errors import ConfigError
 from ..groups.nested import mapped
@@ -42,6 +42,8 @@ class WormCallback(Callback):
     penalty is added to the loss before its backward pass; the loss that Lightning logs stays
     without it.  The figures of each check go to the trainer's loggers.  Checkpoints of the trainer
     hold the engine's state: to resume, build the dense network and give ``ckpt_path`` as usual.
+    After ``engine.detach()`` the trainer goes on, saves, loads and fits again as if this callback
+    were not there.
 
     Args:
         config: the settings; default ``WormConfig()``.
@@ -78,7 +80,7 @@ class WormCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the weights of a checkpoint wait: Lightning loads them before the optimizer is made,
         but they fit the network only after ``Engine.load_state_dict`` has removed channels."""
-        if stage != "fit":
+        if stage != "fit" or self._is_detached:
             return
         load = trainer.strategy.load_model_state_dict
 
@@ -106,6 +108,8 @@ class WormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; and if the trainer resumes, restore the engine, and then the weights."""
+        if self._is_detached:
+            return
         if self._progress is not None:
             raise ConfigError("WormCallback: it belongs to an earlier fit; make a new one")
         _require_fit(trainer, pl_module)
@@ -131,7 +135,7 @@ class WormCallback(Callback):
         if self._saved is not None:
             self.engine.load_state_dict(_part_of_rank(self._saved))
             self._saved = None
-        trainer.strategy.model = self.engine.model
+        trainer.strategy.model = self._followed = self.engine.model
         if self._load_weights is not None:
             self._load_weights()
             self._load_weights = None
@@ -140,10 +144,29 @@ class WormCallback(Callback):
             trainer.strategy.optimizer_state = ignoring_steps(self.engine, state)
         self._progress = Progress(self.engine)
 
+    @property
+    def _is_detached(self) -> bool:
+        """Whether the user has detached the engine."""
+        return self._progress is not None and not is_attached(self.engine)
+
+    def _follow(self, trainer: Trainer) -> None:
+        """Let the trainer go on with the engine's present model, at last with the one that
+        ``Engine.detach`` has left; in a later fit it has a wrapper of its own."""
+        if trainer.strategy.model is self._followed:
+            trainer.strategy.model = self._followed = self.engine.model
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first mask, if it is due before training."""
+        if self._is_detached:
+            return
         assert self._progress is not None
         self._progress.before_training()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow an engine that has been detached since the last batch."""
+        self._follow(trainer)
 
     def _load_sharded(self, path: str | Path, weights_only: bool | None = None) -> Any:
         """Restore the engine before Lightning reads the shards, which it does once the optimizer
@@ -160,6 +183,8 @@ class WormCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Report the loss, and add the penalty in place; so loss and penalty are scaled alike."""
+        if self._is_detached:
+            return
         share = loss.new_tensor(1 / trainer.accumulate_grad_batches, dtype=torch.float32)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -176,17 +201,20 @@ class WormCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Check and draw after an optimizer step; the trainer goes on with the smaller network."""
+        if self._is_detached:
+            self._follow(trainer)
+            return
         self._require_inputs_seen()
         assert self._progress is not None
         figures = self._progress.after_pass()
-        trainer.strategy.model = self.engine.model
+        self._follow(trainer)
         if figures is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's state with the parts of all ranks, for rank zero to save.  Collective."""
-        if self._progress is None:
+        if self._progress is None or self._is_detached:
             return {}
         state = self.engine.state_dict()
         own = state.pop("rank")
