@@ -13,7 +13,11 @@ import worm_dist
 from tests.nets import Plain, random_images
 from tests.ranks import Ranks
 from worm_dist import Engine, WormError
-from worm_dist.integrations.rank_files import load_engine_state, save_engine_state
+from worm_dist.integrations.rank_files import (
+    has_engine_state,
+    load_engine_state,
+    save_engine_state,
+)
 
 
 def _engine() -> Engine:
@@ -48,3 +52,31 @@ def test_a_file_that_is_damaged_is_named_on_every_rank(ranks: Ranks, tmp_path: P
     assert zero == one
     assert zero[0].startswith("CheckpointError: rank 1: ") and "worm_engine_1.pt: the" in zero[0]
     assert zero[1] == "loaded"
+
+
+def _found(folder: str) -> tuple[list[bool], str]:
+    """Whether there is a state before it is saved, and after; and what is said where it is lost on
+    the host of one rank."""
+    own = Path(folder, str(dist.get_rank()))  # as on hosts that do not share a disk
+    engine = _engine()
+    found = [has_engine_state(own)]
+    save_engine_state(engine, own)
+    found.append(has_engine_state(own))
+    if dist.get_rank() == 1:
+        (own / "worm_engine_1.pt").unlink()
+    found.append(has_engine_state(own))
+    try:
+        load_engine_state(_engine(), own)
+    except WormError as error:
+        return found, str(error)
+    return found, "loaded"
+
+
+def test_a_file_that_is_missing_on_one_host_is_named_on_every_rank(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """That rank loaded the trainer's weights alone, while the others restored the engine."""
+    zero, one = ranks(2, _found, str(tmp_path))
+    assert zero == one
+    assert zero[0] == [False, True, True]
+    assert zero[1].startswith("rank 1: ") and "cannot be read (FileNotFoundError)" in zero[1]

@@ -28,8 +28,15 @@ def save_engine_state(engine: Engine, folder: str | Path) -> None:
 
 
 def has_engine_state(folder: str | Path) -> bool:
-    """Whether a trainer's checkpoint holds a state that this rank can load."""
-    return _own_or_first(folder).exists()
+    """Whether a trainer's checkpoint holds a state of the engine, on the host of any rank.
+    Collective in the default process group: where a file is missing on some hosts alone, all ranks
+    load the state, which then names these ranks."""
+    exists = _own_or_first(folder).exists()
+    if not dist.is_initialized():
+        return exists
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, exists)
+    return any(found)
 
 
 def load_engine_state(engine: Engine, folder: str | Path) -> None:
