@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.fsdp.row import ROWS
 from tests.fsdp.trainee import Trainee, full
@@ -28,7 +29,7 @@ class _Saving(Trainee):
         engine = self.engine.state_dict()
         weights = {
             name: full(value) if isinstance(value, Tensor) else value
-            for name, value in self.network.state_dict().items()
+            for name, value in self.engine.model.state_dict().items()
         }
         return {
             "engine": engine,
@@ -36,18 +37,17 @@ class _Saving(Trainee):
             "optimizer": _from_rank_zero(self.engine.optimizer_state()),
         }
 
-    @torch.no_grad()
     def load(self, state: Any) -> None:
         self.engine.load_state_dict(state["engine"])
-        here = self.network.state_dict()
-        for name, value in here.items():
-            saved = state["network"][name]
-            if hasattr(value, "device_mesh"):
-                begin = dist.get_rank() * -(-len(value) // dist.get_world_size())
-                local = value.to_local()
-                local.copy_(saved[begin : begin + len(local)])
-            else:
-                value.copy_(saved)
+        here = self.engine.model.state_dict()
+        self.engine.model.load_state_dict(
+            {
+                name: distribute_tensor(value, here[name].device_mesh, here[name].placements)
+                if isinstance(here[name], DTensor)
+                else value
+                for name, value in state["network"].items()
+            }
+        )
         self.engine.load_optimizer_state(state["optimizer"])
 
 
@@ -84,6 +84,7 @@ def _broken_off(row: str, saved_at: list[int]) -> list[str]:
     [
         ("one unit, AdamW", [2, 7, 9]),  # in a fade, once columns have left, and after the draw
         pytest.param("compiled network", [9], marks=pytest.mark.slow("compiles networks")),
+        pytest.param("compiled around", [2, 9], marks=pytest.mark.slow("compiles networks")),
     ],
 )
 def test_broken_off_anywhere_it_ends_the_same(ranks: Ranks, row: str, saved_at: list[int]) -> None:
