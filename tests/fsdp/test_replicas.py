@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -72,25 +74,94 @@ class _Training:
         return torch.cat([full(p).flatten() for p in self.network.parameters()])
 
 
-def _scaled() -> list[bool]:
-    """Whether weights are those of a masked dense reduction, after steps scaled differently."""
+def _pair() -> tuple[_Training, _Training]:
+    """A packed training, and one with a masked dense reduction."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=_NAMES)
     packed = _Training(mesh)
     with masked():
-        dense = _Training(mesh)
+        return packed, _Training(mesh)
+
+
+def _scale(network: Any, sums: bool, factor: float) -> None:
+    for module in (network.conv1, network):
+        module.set_force_sum_reduction_for_comms(sums)
+        if factor:
+            module.set_gradient_divide_factor(factor)
+
+
+@contextmanager
+def _premultiplied() -> Iterator[list[Tensor]]:
+    """Reduce-scatters with PREMUL_SUM over gloo, which has not got it, as NCCL defines it: every
+    rank multiplies what it sends.
+
+    Yields:
+        What has been sent so.
+    """
+    reduce_scatter = dist.reduce_scatter_single
+    sent: list[Tensor] = []
+
+    def multiplied(output: Tensor, input: Tensor, op: Any, **arguments: Any) -> Any:
+        if op == dist.ReduceOp.PREMUL_SUM:
+            _, factor = op.__getstate__()
+            input, op = input * factor, dist.ReduceOp.SUM
+            sent.append(input)
+        return reduce_scatter(output, input, op=op, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "reduce_scatter_single", multiplied)
+        yield sent
+
+
+def _scaled() -> list[bool]:
+    """Whether weights are those of a masked dense reduction, after steps scaled differently."""
+    packed, dense = _pair()
     found = []
     for sums, factor in ((False, 0.0), (True, 0.0), (True, 8.0), (False, 2.0)):
-        for network in (packed.network, dense.network):
-            for module in (network.conv1, network):
-                module.set_force_sum_reduction_for_comms(sums)
-                if factor:
-                    module.set_gradient_divide_factor(factor)
+        _scale(packed.network, sums, factor)
+        _scale(dense.network, sums, factor)
         found.append(torch.equal(packed.step(), dense.step()))
     return found
 
 
 def test_sums_over_replicas_are_scaled_as_by_torch(ranks: Ranks) -> None:
     assert ranks(4, _scaled) == [[True] * 4] * 4
+
+
+def _scaled_before_the_sum() -> list[bool]:
+    """Whether weights are those of a masked dense reduction, and whether both were sent so."""
+    packed, dense = _pair()
+    found = []
+    for factor in (8.0, 3.0):
+        weights = []
+        for training in (packed, dense):
+            _scale(training.network, False, factor)
+            with _premultiplied() as sent:
+                weights.append(training.step())
+            found.append(bool(sent))
+        found.append(torch.equal(*weights))
+    return found
+
+
+def test_scaled_before_the_reduce_scatter_replicas_are_summed(ranks: Ranks) -> None:
+    """``set_gradient_divide_factor`` scales what is reduce-scattered (PREMUL_SUM); the sums over
+    replicas must not be scaled again."""
+    assert ranks(4, _scaled_before_the_sum) == [[True] * 6] * 4
+
+
+def _refused_by_gloo() -> list[str]:
+    said = []
+    for training in _pair():
+        _scale(training.network, False, 8.0)
+        try:
+            training.step()
+        except RuntimeError as error:
+            said.append(str(error).splitlines()[0])
+    return said
+
+
+def test_gloo_refuses_to_scale_before_the_sum_packed_or_not(ranks: Ranks) -> None:
+    for packed, dense in ranks(4, _refused_by_gloo):
+        assert packed == dense and "PREMUL_SUM" in packed
 
 
 def _frozen_between_passes() -> bool:
