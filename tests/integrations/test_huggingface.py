@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import worm_dist
 from tests.integrations.training import (
     BATCH,
     CONFIG,
@@ -65,6 +66,25 @@ def _train(
     return trainer, callback, ends
 
 
+def _vision_transformer() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    network = ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=12,
+            num_labels=4,
+        )
+    )
+    return worm_dist.add_gates(network)
+
+
 def _model() -> Any:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -84,7 +104,14 @@ def _model() -> Any:
     return model
 
 
-def _trainer(folder: str, name: str, world_size: int, passes: int = 1, **arguments: Any) -> Any:
+def _trainer(
+    folder: str,
+    name: str,
+    world_size: int,
+    passes: int = 1,
+    model: Callable[[], Any] | None = None,
+    **arguments: Any,
+) -> Any:
     from transformers import Trainer, TrainingArguments
 
     images, classes = data(max(1, world_size), passes)
@@ -107,7 +134,7 @@ def _trainer(folder: str, name: str, world_size: int, passes: int = 1, **argumen
     )
     if settings.fsdp:
         let_accelerate_shard()
-    return Trainer(_model(), settings, train_dataset=rows, eval_dataset=rows)
+    return Trainer((model or _model)(), settings, train_dataset=rows, eval_dataset=rows)
 
 
 def _trained(trainer: Any) -> dict[str, Any]:
@@ -208,6 +235,32 @@ def _refused(folder: str, world_size: int) -> str:
 
 def test_the_best_model_cannot_be_loaded_at_the_end(ranks: Ranks, tmp_path: Path) -> None:
     assert "load_best_model_at_end" in on_ranks(ranks, NO_GROUP, _refused, tmp_path)
+
+
+def _resumed_by_saved_names(folder: str, world_size: int) -> dict[str, Any]:
+    begin(world_size)
+    trained = _train(folder, "unbroken", world_size, model=_vision_transformer)
+    trained[0].save_model(f"{folder}/small")
+    found = {"unbroken": _state(*trained), "ends": trained[2]}
+    for epoch in (1, 3):
+        path = f"{folder}/unbroken/checkpoint-{epoch * NUM_STEPS}"
+        resumed = _train(folder, f"from-{epoch}", world_size, 1, path, model=_vision_transformer)
+        found[f"from {epoch}"] = _state(*resumed)
+    found["read"] = _read(f"{folder}/small")
+    return found
+
+
+@pytest.mark.parametrize("world_size", [NO_GROUP, 2])
+def test_a_network_resumes_whose_weights_are_saved_by_other_names(
+    ranks: Ranks, tmp_path: Path, world_size: int
+) -> None:
+    """The trainer itself goes on with initial weights then, of which it warns."""
+    found = on_ranks(ranks, world_size, _resumed_by_saved_names, tmp_path)
+    phases = [phase for phase, _ in found["ends"]]
+    assert phases[0] == "truncate" and phases[2] == "ticket"
+    assert found["from 1"] == found["unbroken"]
+    assert found["from 3"] == found["unbroken"]
+    assert found["read"] == {key: found["unbroken"][key] for key in found["read"]}
 
 
 _DETACHED_AT = 5

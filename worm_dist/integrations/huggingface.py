@@ -20,6 +20,7 @@ from .ignored_steps import ignoring_steps
 from .pretrained import CUTS, note_ticket, restore_ticket
 from .progress import Progress
 from .rank_files import has_engine_state, load_engine_state, save_engine_state
+from .saved_names import translated
 
 __all__ = ["WormTrainerCallback", "restore_ticket"]
 
@@ -112,7 +113,9 @@ class WormTrainerCallback(TrainerCallback):
             load_engine_state(self.engine, self._checkpoint)
             self._follow()
             trainer._issue_warnings_after_load = self._require_loaded
-            self._class_load(self._checkpoint)
+            # Shards are saved by their own names.
+            with nullcontext() if trainer.is_fsdp_enabled else translated(trainer.model):
+                self._class_load(self._checkpoint)
             del trainer._issue_warnings_after_load  # that of the class is left
             ignoring_steps(self.engine, self._class_load_optimizer)(self._checkpoint)
         self._progress = Progress(self.engine)
@@ -179,8 +182,7 @@ class WormTrainerCallback(TrainerCallback):
             self._class_load(checkpoint, model)
 
     def _require_loaded(self, result: Any) -> None:
-        """Refuse to go on with initial weights, of which the trainer itself only warns: it looks
-        for the network's own names, but ``save_pretrained`` writes other ones for some models.
+        """Refuse to go on with initial weights, of which the trainer itself only warns.
 
         Raises:
             CheckpointError: a weight has not been found in the checkpoint.
@@ -191,8 +193,8 @@ class WormTrainerCallback(TrainerCallback):
             if state[name].data_ptr() not in loaded:  # a tied weight is saved once
                 raise CheckpointError(
                     f"{self._checkpoint}: the trainer has not found {name} and "
-                    f"{len(missing) - 1} others in it; its version of transformers cannot resume "
-                    "this model, because save_pretrained renames the weights"
+                    f"{len(missing) - 1} others in it, although the names that save_pretrained "
+                    "writes were translated; its version of transformers cannot resume this model"
                 )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
