@@ -70,4 +70,4 @@ def test_the_backend_waits_as_long_as_the_ranks_may(
 ) -> None:
     """It knew the timeout of the start only: with a longer one for the steps it gave up first, and
     named nobody; with a shorter one it was of no use."""
-    assert ranks(2, _timeouts_of_the_group, steady) == [[8, 1800, expected, expected]] * 2
+    assert ranks(2, _timeouts_of_the_group, steady) == [[60, 1800, expected, expected]] * 2
