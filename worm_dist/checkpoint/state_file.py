@@ -134,6 +134,7 @@ def allocate(structure: bytes, shards: ShardFiles | None = None) -> tuple[Any, l
 
     Raises:
         CheckpointError: it is not the structure of a state.
+        MemoryError: this host has no memory for it.
     """
     memory: dict[str, Tensor] = {}
 
@@ -141,7 +142,10 @@ def allocate(structure: bytes, shards: ShardFiles | None = None) -> tuple[Any, l
         if entry.is_sharded:
             assert shards is not None
             return shards.tensor(entry.tensor, entry.metadata)
-        memory[entry.tensor] = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        try:
+            memory[entry.tensor] = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        except RuntimeError as error:  # torch has no type for it on CPUs
+            raise MemoryError(f"state: no memory for {entry.num_bytes} bytes") from error
         return entry.tensor_of(memory[entry.tensor])
 
     state = _decode(structure, allocated, Path("state"))

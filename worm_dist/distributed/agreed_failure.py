@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +34,7 @@ _KINDS = (
     DrawError,
 )
 """By exit code: the lower it is, the closer to the cause."""
-_OF_THE_HOST = (OSError, MemoryError)
+_OF_THE_HOST = (OSError, MemoryError, torch.OutOfMemoryError)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def on_every_rank(comm: Communicator, error_of: Callable[[str], WormError]) -> I
         yield
     except Exception as error:  # any error: the other ranks must not wait for this one
         failure = error
-    failures = _failures(comm, failure)
+    failures, _ = _compared(comm, failure, ())
     if failures:
         raise error_of("; ".join(failures)) from failure
 
@@ -84,13 +84,13 @@ def refused_on_every_rank(
         yield
     except Exception as error:  # any error: the other ranks must not wait for this one
         failure = error
-    failures = _failures(comm, failure)
+    kinds = (*((kind, kind) for kind in _KINDS), (_OF_THE_HOST, otherwise))
+    flags = [failure is None, *(isinstance(failure, caught) for caught, _ in kinds)]
+    failures, (has_any_none, *found) = _compared(comm, failure, flags)
     if not failures:
         return
-    kinds = (*((kind, kind) for kind in _KINDS), (_OF_THE_HOST, otherwise))
-    found = (raised for caught, raised in kinds if _any(comm, isinstance(failure, caught)))
-    kind = next(found, WormError)
-    is_everyones = not _any(comm, failure is None) and len(failures) == 1
+    kind = next((raised for (_, raised), is_there in zip(kinds, found) if is_there), WormError)
+    is_everyones = not has_any_none and len(failures) == 1
     if failure is not None and is_everyones:
         if isinstance(failure, kind) or kind is WormError:
             raise failure
@@ -100,15 +100,17 @@ def refused_on_every_rank(
     raise kind("; ".join(failures)) from failure
 
 
-def _any(comm: Communicator, flag: bool) -> bool:
-    return comm.any(torch.tensor([float(flag)]))
-
-
-def _failures(comm: Communicator, failure: Exception | None) -> list[str]:
-    """See ``Communicator.failures``.  Collective."""
+def _compared(
+    comm: Communicator, failure: Exception | None, flags: Sequence[bool]
+) -> tuple[list[str], list[bool]]:
+    """``Communicator.failures``; and, if there are any, which flags are set on any rank.
+    Collective."""
     own = "" if failure is None else described(failure)
     try:
-        return comm.failures(own)
+        failures = comm.failures(own)
+        if not (failures and flags):
+            return failures, [False] * len(flags)
+        return failures, (comm.mean(torch.tensor(flags).float()) > 0).tolist()
     except Exception as error:  # the reason must not be lost with the connection
         raise BackendError(
             f"{own or 'no failure on this rank'}; then the ranks could not be compared "

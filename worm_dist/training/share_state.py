@@ -61,7 +61,7 @@ def share_state(
 
     Raises:
         CheckpointError: the states of the ranks are malformed, or a rank cannot read the files or
-            hold the state; raised on every rank.
+            allocate the state; raised on every rank.
     """
     assert dist.group.WORLD is not None
     comm = ProcessGroupComm(dist.group.WORLD, device)
