@@ -13,11 +13,11 @@ import psutil
 
 __all__ = ["wait"]
 
-_WINDOW = 1.0
+_WINDOW = 2.0
 """Seconds from one look at the processes to the next."""
 
 _LEAST_SHARE = 0.05
-"""Share of a core in a window below which processes sit still.  Threads that only watch over a run
+"""Share of a core in a window below which a process sits still.  Threads that only watch over a run
 use less; a process that shares a core with others that compute gets more."""
 
 
@@ -38,12 +38,13 @@ def wait(processes: Sequence[BaseProcess], idle_limit: float) -> set[int]:
     while running:
         for sentinel in connection.wait(list(running), timeout=_WINDOW):
             del running[sentinel]  # type: ignore[arg-type]
+            idle_since = time.monotonic()
         now = time.monotonic()
         if now - last_look < _WINDOW:
             continue
         before, used = used, _processor_seconds(processes)
-        # A process that has ended takes its time along, which is a change, too.
-        if abs(used - before) > _LEAST_SHARE * (now - last_look):
+        least = _LEAST_SHARE * (now - last_look)
+        if any(seconds - before.get(pid, 0.0) > least for pid, seconds in used.items()):
             idle_since = now
         last_look = now
         if now - idle_since > idle_limit:
@@ -51,13 +52,16 @@ def wait(processes: Sequence[BaseProcess], idle_limit: float) -> set[int]:
     return set(running.values())
 
 
-def _processor_seconds(processes: Sequence[BaseProcess]) -> float:
-    """What processes and their children, as far as they are there, have used."""
-    total = 0.0
+def _processor_seconds(processes: Sequence[BaseProcess]) -> dict[int, float]:
+    """What each process and each of their children has used, by its id."""
+    found = {}
     for process in processes:
+        family: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
             parent = psutil.Process(process.pid)
-            for each in (parent, *parent.children(recursive=True)):
+            family = [parent, *parent.children(recursive=True)]
+        for each in family:
+            with contextlib.suppress(psutil.Error):
                 times = each.cpu_times()
-                total += times.user + times.system
-    return total
+                found[each.pid] = times.user + times.system
+    return found

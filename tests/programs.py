@@ -83,10 +83,12 @@ def call(
     ]
     for process in started:
         process.start()
-    hung = wait(started, _IDLE_LIMIT)
-    for process in started:
-        process.kill()
-        process.join()
+    try:
+        hung = wait(started, _IDLE_LIMIT)
+    finally:  # also if pytest breaks a test off
+        for process in started:
+            process.kill()
+            process.join()
     return [
         Ended(None if number in hung else process.exitcode, *_printed(folder, number))
         for number, process in enumerate(started)

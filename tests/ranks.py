@@ -129,15 +129,19 @@ class Ranks:
 
 def _join(processes: list[Any], idle_limit: float) -> set[int]:
     """Wait for all; the numbers of those that had to be stopped."""
-    hung = wait(processes, idle_limit)
-    for rank in hung:
-        os.kill(processes[rank].pid, signal.SIGUSR1)  # writes the stacks
-    if hung:
-        time.sleep(0.5)
-    for rank in hung:
-        processes[rank].kill()
-    for process in processes:
-        process.join()
+    hung = {rank for rank, process in enumerate(processes)}
+    try:
+        hung = wait(processes, idle_limit)
+    finally:  # also if pytest breaks a test off, in which ranks compute for ever
+        running = [processes[rank] for rank in hung if processes[rank].is_alive()]
+        for process in running:
+            os.kill(process.pid, signal.SIGUSR1)  # writes the stacks
+        if running:
+            time.sleep(0.5)
+        for process in running:
+            process.kill()
+        for process in processes:
+            process.join()
     return hung
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -33,6 +36,11 @@ def _abort_on(rank: int) -> None:
 
 def _sleep() -> None:
     time.sleep(60)
+
+
+def _compute_for_ever() -> None:
+    while True:
+        pass
 
 
 def _wait_for_one_that_computes(seconds: float) -> str:
@@ -78,3 +86,23 @@ def test_a_rank_that_computes_for_long_does_not_hang(ranks: Ranks) -> None:
     """Limits on the clock's seconds ended tests that a slow machine had not finished."""
     outcomes = ranks.outcomes(2, _wait_for_one_that_computes, 4.0, idle_limit=2)
     assert [outcome.value for outcome in outcomes] == ["done"] * 2
+
+
+def test_a_test_that_is_broken_off_leaves_no_ranks(ranks: Ranks) -> None:
+    """As pytest breaks off what takes too long; processes are joined at its end."""
+
+    class _BrokenOff(BaseException):
+        pass
+
+    def break_off(*unused: object) -> None:
+        raise _BrokenOff
+
+    handler = signal.signal(signal.SIGUSR2, break_off)
+    pid = os.getpid()
+    threading.Timer(1.0, lambda: os.kill(pid, signal.SIGUSR2)).start()
+    try:
+        with pytest.raises(_BrokenOff):
+            ranks.outcomes(2, _compute_for_ever)
+    finally:
+        signal.signal(signal.SIGUSR2, handler)
+    assert multiprocessing.active_children() == []

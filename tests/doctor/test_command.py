@@ -62,7 +62,7 @@ def test_a_problem_is_told_and_has_its_exit_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(21, "doctor: a rank that is not there")
-def test_a_rank_that_is_missing_is_a_problem_within_the_timeout(tmp_path: Path) -> None:
+def test_a_rank_that_is_missing_is_a_problem(tmp_path: Path) -> None:
     first, _ = variables_of_ranks(2)
     (ended,) = call([*DOCTOR, "--timeout", "2", "--json"], tmp_path, [first])
     assert ended.exitcode == 1, ended.err

@@ -39,7 +39,7 @@ class Runs(Generic[R]):
         alike: Callable[[R], object] = type,
     ) -> None:
         self._ranks, self._run, self._rows = ranks, run, rows
-        self._ended: dict[tuple[str, ...], list[Outcome]] = {}
+        self._ended: dict[tuple[str, ...], list[Outcome] | BaseException] = {}
         self._call_of: dict[str, tuple[str, ...]] = {}
         sharing: dict[Any, list[str]] = {}
         for name, row in rows.items():
@@ -53,10 +53,17 @@ class Runs(Generic[R]):
         """What every rank has found of a row."""
         call = self._call_of[name]
         if call not in self._ended:
-            self._ended[call] = self._ranks.outcomes(self._rows[name].world_size, self._run, call)
-        for outcome in self._ended[call]:
+            try:
+                size = self._rows[name].world_size
+                self._ended[call] = self._ranks.outcomes(size, self._run, call)
+            except BaseException as error:  # such as pytest's timeout: once is enough
+                self._ended[call] = error
+        outcomes = self._ended[call]
+        if isinstance(outcomes, BaseException):
+            raise outcomes
+        for outcome in outcomes:
             assert outcome.exitcode == 0, str(outcome)
-        return [outcome.value[name] for outcome in self._ended[call]]
+        return [outcome.value[name] for outcome in outcomes]
 
     def look(self, name: str, column: str) -> None:
         """Every rank has compared something in this column, and nothing was wrong; in the column
