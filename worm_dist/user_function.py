@@ -104,7 +104,7 @@ def call_user_function(name: str, key: str, *arguments: Any, **keywords: Any) ->
         return function(*arguments, **keywords)
     except WormError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the other ranks must not wait for this one
         raise ConfigError(f"{key}: {name} raised {_described(error)}") from error
 
 
@@ -134,7 +134,7 @@ def _imported(module_name: str, name: str, key: str) -> Any:
         raise ConfigError(f"{key}: {name}: importing it raised {_described(error)}") from error
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """An exception on one line, with the innermost place that is neither Python's nor ours."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_LENGTH]
     if isinstance(error, SyntaxError):  # says the place itself

@@ -178,6 +178,7 @@ def test_a_model_function_that_fails_is_named_with_its_place(
         ("return Data([(ZEROS, 0.5)], [], 2, (1, 8, 8), '')", "the class is '0.5'; it must be"),
         ("return Data([(ZEROS, 0)], [], 2, (3, 8, 8), '')", r"\[1, 8, 8\], but sample_shape is"),
         ("return Data([(ZEROS.byte(), 0)], [], 2, (1, 8, 8), '')", "of torch.uint8; it must be"),
+        ("raise SystemExit('no data')", r"raised SystemExit: no data \(.*mine_\d+.py, line \d+\)"),
         ("return open('nowhere')", r"raised FileNotFoundError: .* \(.*mine_\d+.py, line \d+\)"),
     ],
 )

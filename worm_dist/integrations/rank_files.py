@@ -31,7 +31,10 @@ def has_engine_state(folder: str | Path) -> bool:
     """Whether a trainer's checkpoint holds a state of the engine, on the host of any rank.
     Collective in the default process group: where a file is missing on some hosts alone, all ranks
     load the state, which then names these ranks."""
-    exists = _own_or_first(folder).exists()
+    try:
+        exists = _own_or_first(folder).exists()
+    except OSError:  # the folder cannot be read
+        exists = False
     if not dist.is_initialized():
         return exists
     found: list[bool] = [False] * dist.get_world_size()
@@ -46,8 +49,8 @@ def load_engine_state(engine: Engine, folder: str | Path) -> None:
         CheckpointError: on every rank, if a file is missing or damaged, or does not fit the engine.
         See also ``Engine.load_state_dict``.
     """
-    path = _own_or_first(folder)
     with refused_on_every_rank(context_of(engine).comm):
+        path = _own_or_first(folder)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises errors of many types for damaged files
