@@ -13,6 +13,11 @@ from ..mistakes import shortened
 __all__ = ["parse_yaml"]
 
 
+_DEEPEST = 100
+"""Brackets within brackets.  No setting has so many, and the time that PyYAML takes grows with the
+square of their number."""
+
+
 class _UnfitError(yaml.MarkedYAMLError):
     """Valid YAML that is not fit for settings."""
 
@@ -20,6 +25,11 @@ class _UnfitError(yaml.MarkedYAMLError):
 class _Loader(yaml.SafeLoader):
     """Safe YAML loader by the rules of YAML 1.2, which refuses a key that is given twice, and
     locates values of the wrong type."""
+
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise _UnfitError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(kind)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
