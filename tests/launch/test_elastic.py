@@ -74,6 +74,8 @@ def _saved(run: Path) -> tuple[int, int]:
     """Number of ranks and step of the newest checkpoint."""
     found = {}
     for path in run.glob("checkpoints/step-*/manifest.json"):
+        if ".tmp-" in path.parent.name:
+            continue  # it is still being written
         with contextlib.suppress(OSError):  # removed meanwhile, for newer ones
             manifest = json.loads(path.read_text())
             found[manifest["step"]] = manifest["world_size"]
