@@ -13,7 +13,9 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import Self
@@ -205,6 +207,14 @@ class SearchConfig(Settings):
     def masks_before_elbow(self) -> int:
         """The least number of masks in the history at an elbow."""
         return self.window if self.elbow.min_masks == "window" else self.elbow.min_masks
+
+    @model_serializer(mode="wrap")
+    def _without_replaced(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the ratio that a budget replaces, so that what is written can be read."""
+        values: dict[str, Any] = serialize(self)
+        if self.budget.chosen is not None:
+            values.pop("prune_ratio", None)
+        return values
 
     @model_validator(mode="after")
     def _budget_stands_alone(self) -> Self:

@@ -340,8 +340,10 @@ class RunConfig(WormParts):
 
 
 def _flat(part: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in part.model_dump(mode="json").items():
+    values = part.model_dump(mode="json")
+    for name in type(part).model_fields:
         below = getattr(part, name)
+        value = values.get(name, below)  # a ratio that a budget replaces is not written
         if isinstance(below, Settings):
             yield from _flat(below, f"{prefix}{name}.")
         elif isinstance(value, Mapping):
