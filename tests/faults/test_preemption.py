@@ -155,7 +155,8 @@ def test_killed_and_started_again_by_torchrun_it_ends_the_same(
     driver: Driver, unbroken: Path
 ) -> None:
     """A kill in the first attempt, and a bug in the second one."""
-    faults = Fault.kill(1, step=7).in_attempt(0), Fault.raise_(1, step=5).in_attempt(1)
+    kill = Fault.do(_killed_once_saved, rank=1, step=7)
+    faults = kill.in_attempt(0), Fault.raise_(1, step=5).in_attempt(1)
     settings = {**ALL_PHASES, "checkpoint.every": "3ba"}
     end = driver.under_torchrun(2, Run((NO_PICTURES, *faults), settings), max_restarts=1)
     assert end.exitcode == 1, end.said
