@@ -151,7 +151,7 @@ class WormCallback(Callback):
 
     def _follow(self, trainer: Trainer) -> None:
         """Let the trainer go on with the engine's present model, at last with the one that
-        ``Engine.detach`` has left; in a later fit it has a wrapper of its own."""
+        ``Engine.detach`` has left.  A later fit wraps the network again; that wrapper is kept."""
         if trainer.strategy.model is self._followed:
             trainer.strategy.model = self._followed = self.engine.model
 
